@@ -1,0 +1,32 @@
+"""Text and tool environments for `opd`; importing this registers ours with gymnasium as `opd/<Name>-v0`.
+
+The entry points are strings, so neither torch nor datasets is imported until an environment needs it.
+"""
+
+import gymnasium
+
+from opd.envs.checker import Finding, check
+from opd.envs.factory import list_envs, make, validate_id
+from opd.envs.spaces import TextSpace
+from opd.envs.text_env import Reply, Start, TextEnv, task_split
+from opd.envs.tool_env import ToolEnv, ToolError, tool
+
+__all__ = [
+    "Finding",
+    "Reply",
+    "Start",
+    "TextEnv",
+    "TextSpace",
+    "ToolEnv",
+    "ToolError",
+    "check",
+    "list_envs",
+    "make",
+    "task_split",
+    "tool",
+    "validate_id",
+]
+
+gymnasium.register("opd/Arithmetic-v0", entry_point="opd.envs.arithmetic:ArithmeticEnv")
+gymnasium.register("opd/Dataset-v0", entry_point="opd.envs.dataset_env:DatasetEnv")
+gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.lookup:LookupEnv")

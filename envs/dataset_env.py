@@ -1,0 +1,152 @@
+"""Single-turn tasks from a table: a prompt column, reward functions, and columns that only a teacher sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from opd.envs.tables import Row, Table, disjoint, load_dataset, load_file
+from opd.envs.text_env import Reply, Start, TextEnv
+from opd.errors import ConfigError, DataError, EnvError
+from opd.rewards import RewardFunction, Rubric, Score
+from opd.types import Message
+
+_SPLITS = ("train", "eval", "warm")
+
+
+class DatasetEnv(TextEnv):
+    """One row, one answer. `metadata["tasks"]` counts the rows of each split; `index` picks one.
+
+    Args:
+        path: a .jsonl, .json, .csv or .parquet file; or one for each split, `{train: FILE, eval: FILE}`; or a
+            folder or hub id that `datasets` loads.
+        rewards: reward functions in TRL's signature: built-in names, import paths `package.module:function`, or
+            functions. A list weighs each 1; a mapping gives the weights. Columns are passed by name.
+        name: the configuration of a hub data set.
+        splits: for a data set that has splits of its own, which of them are train, eval and warm.
+        prompt_column: the user message, or a list of messages.
+        system: a system message to put before each prompt.
+        privileged_columns: which columns the teacher may see, under which names: `{solution: COLUMN}`.
+        answer_column: the column that reward functions get as `answer`, where it is called otherwise.
+        conversational: give reward functions messages even where the prompts are strings, as `trl.rewards` needs.
+        success_threshold: a total reward of at least this is a success.
+        held_out: the share of prompts held out for eval, by a stable hash, where no eval split is given.
+    """
+
+    def __init__(
+        self,
+        path: str | Mapping[str, str],
+        *,
+        rewards: Iterable[str | RewardFunction] | Mapping[str | RewardFunction, float],
+        name: str | None = None,
+        splits: Mapping[str, str] | None = None,
+        prompt_column: str = "prompt",
+        system: str | None = None,
+        privileged_columns: Mapping[str, str] | None = None,
+        answer_column: str | None = None,
+        conversational: bool = False,
+        success_threshold: float = 1.0,
+        held_out: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0 < held_out < 1:
+            raise ConfigError(f"held_out = {held_out} must be a share between 0 and 1, both excluded")
+        self.prompt_column = prompt_column
+        self.system = system
+        self.privileged_columns = dict(privileged_columns or {})
+        self.answer_column = answer_column
+        self.conversational = conversational
+        self.success_threshold = success_threshold
+        self.rubric = Rubric(rewards)
+        tables = _tables(path, name, splits)
+        for table in tables.values():
+            self._check_columns(table)
+        self._rows = disjoint(tables, prompt_column, held_out)
+        self.metadata = {**self.metadata, "tasks": {split: len(rows) for split, rows in self._rows.items()}}
+        self._row: Row = {}
+        self._prompt: str | list[Message] = ""
+
+    def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
+        rows = self._rows[split]
+        number = int(rng.integers(len(rows))) if index is None else index
+        if not 0 <= number < len(rows):
+            raise EnvError(f"index {number} is outside the {split} split, which has {len(rows)} rows")
+        self._row = rows[number]
+        self._prompt = _checked_prompt(self._row[self.prompt_column], where=f"{self.prompt_column}, {split} {number}")
+        privileged = {key: str(self._row[column]) for key, column in self.privileged_columns.items()}
+        return Start(prompt=self._prompt, system=self.system, privileged=privileged)
+
+    def respond(self, action: str) -> Reply:
+        score = self._score(action)
+        success = score.total >= self.success_threshold - 1e-9  # weights such as 0.1 do not add up exactly
+        feedback = None if success else self._feedback(score)
+        return Reply(reward=score.total, terminated=True, success=success, feedback=feedback)
+
+    def _score(self, action: str) -> Score:
+        columns = {column: value for column, value in self._row.items() if column not in _RESERVED}
+        if self.answer_column is not None:
+            columns["answer"] = self._row[self.answer_column]
+        prompt = self._prompt
+        if isinstance(prompt, str) and not self.conversational:
+            return self.rubric.score(prompt, action, columns)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.rubric.score(messages, [{"role": "assistant", "content": action}], columns)
+
+    def _feedback(self, score: Score) -> str:
+        parts = ", ".join(f"{name}: {'no score' if part is None else f'{part:g}'}" for name, part in score.parts.items())
+        return f"The answer scored {score.total:g}; {self.success_threshold:g} is needed ({parts})."
+
+    def _check_columns(self, table: Table) -> None:
+        table.require(self.prompt_column, setting="prompt_column")
+        for key, column in self.privileged_columns.items():
+            table.require(column, setting=f"privileged_columns.{key}")
+        if self.answer_column is not None:
+            table.require(self.answer_column, setting="answer_column")
+        renamed = [] if self.answer_column is None else ["answer"]
+        self.rubric.require([*(column for column in table.columns if column not in _RESERVED), *renamed])
+
+
+_RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
+"""Columns that are not passed on: TRL keeps these names for its own arguments."""
+
+
+def _tables(path: str | Mapping[str, str], name: str | None, splits: Mapping[str, str] | None) -> dict[str, Table]:
+    """Each split's table, as the three settings say together."""
+    of_a_dataset = isinstance(path, str) and not _is_file(path)
+    if not of_a_dataset and (name is not None or splits is not None):
+        raise ConfigError("name and splits are for data sets; for files write path: {train: FILE, eval: FILE}")
+    if of_a_dataset:
+        tables = load_dataset(str(path), name)
+        chosen = splits or {"train": "train"}
+        _check_splits(chosen, setting="splits")
+        for theirs in chosen.values():
+            if theirs not in tables:
+                raise ConfigError(f"splits: {path} has no split {theirs!r}. Its splits: {', '.join(tables)}")
+        return {ours: tables[theirs] for ours, theirs in chosen.items()}
+    files = {"train": path} if isinstance(path, str) else path
+    _check_splits(files, setting="path")
+    return {split: load_file(file) for split, file in files.items()}
+
+
+def _check_splits(chosen: Mapping[str, str], *, setting: str) -> None:
+    if unknown := [split for split in chosen if split not in _SPLITS]:
+        raise ConfigError(f"{setting}: there is no split {unknown[0]!r}; allowed: {', '.join(_SPLITS)}")
+    if "train" not in chosen:
+        raise ConfigError(f"{setting} names no train split")
+
+
+def _is_file(path: str) -> bool:
+    from pathlib import Path
+
+    return Path(path).is_file()
+
+
+def _checked_prompt(prompt: object, *, where: str) -> str | list[Message]:
+    """Raise DataError unless the prompt is text or a list of messages."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        return prompt
+    raise DataError(f"{where}: a prompt must be a string or a list of messages, not {type(prompt).__name__}: {prompt!r:.80}")

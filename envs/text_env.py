@@ -1,0 +1,164 @@
+"""The text environment: what the trainer reads from any `gymnasium.Env`, and a base class that writes it.
+
+The contract (docs/environments.md shows it by example):
+
+    obs, info = env.reset(seed=..., options={"split": "train", "index": 0})
+    obs, reward, terminated, truncated, info = env.step(action)
+
+`obs` is the next user message. The action is the decoded completion without its end-of-turn token, tool
+markup kept. A trajectory's reward is the sum of the rewards of its steps. `info` may hold:
+
+    messages    list of chat messages to append in place of the user message `obs` (a tool's result, say);
+                at reset the first may be a system message
+    tools       at reset: JSON schemas of the tools, in the form {"type": "function", "function": {...}}
+    privileged  at reset: dict of str to str, what only a teacher may see; never part of obs or messages
+    feedback    at a step: str, what the environment says about a failure
+    success     at a step: bool, whether the task is solved
+
+The same seed gives the same task. An environment that knows splits says how many tasks each has in
+`metadata["tasks"]` (`{"train": 7473, "eval": None}`; None is unlimited); only then does the trainer pass
+`options`. Splits are disjoint as tasks, not only as seeds.
+
+Here is the base class that keeps this contract for a subclass that answers two questions: how does an
+episode start, and what does the environment reply to an action. A plain `gymnasium.Env` does as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from opd.envs.spaces import TextSpace
+from opd.errors import EnvError
+from opd.types import Message
+
+SPLITS = ("train", "eval", "warm")
+"""What is trained on, what is held out, and what a warm start may see. No task is in two of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How an episode begins."""
+
+    prompt: str | list[Message]
+    """The user message, or whole messages with roles."""
+    system: str | None = None
+    """A system message to put before the prompt."""
+    privileged: dict[str, str] = field(default_factory=dict)
+    """What only a teacher may see, by name (`solution`, `plan`, ...)."""
+
+    @property
+    def messages(self) -> list[Message]:
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        rest = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+        return [*first, *(dict(message) for message in rest)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What the environment does with one action."""
+
+    messages: list[Message] = field(default_factory=list)
+    """What the model reads next; empty when the episode ends without a word."""
+    reward: float = 0.0
+    terminated: bool = False
+    success: bool = False
+    feedback: str | None = None
+    """What to say about a failure; a teacher may be shown it, the student reads `messages` only."""
+
+
+class TextEnv(gymnasium.Env[str, str], ABC):
+    """A gymnasium environment of text. Subclasses define `start` and `respond`, and call `super().__init__()`.
+
+    Args:
+        max_steps: truncate an episode after this many steps, for use without a trainer, which has its own limit.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium's own declaration)
+
+    def __init__(self, *, max_steps: int | None = None) -> None:
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+        self.max_steps = max_steps
+        self._steps = 0
+        self._running = False
+
+    @abstractmethod
+    def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
+        """Begin a task of `split`, drawn with `rng` alone.
+
+        `index` numbers the tasks of a split from 0, for environments whose tasks are a list; it is None when
+        the caller asked for no particular one.
+        """
+
+    @abstractmethod
+    def respond(self, action: str) -> Reply:
+        """React to the model's text."""
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """JSON schemas of the tools that the model may call."""
+        return []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode. Options: `split` (default train) and `index`.
+
+        Raises EnvError when an option is unknown, or a split is none of this environment's.
+        """
+        super().reset(seed=seed)
+        split, index = self._address(options or {})
+        start = self.start(self.np_random, split, index)
+        self._running, self._steps = True, 0
+        messages = start.messages
+        info: dict[str, Any] = {"privileged": dict(start.privileged)}
+        if tools := self.tool_schemas():
+            info["tools"] = tools
+        return _observe(messages, info), info
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Pass the model's text on. Raises EnvError when no episode is running."""
+        if not self._running:
+            raise EnvError(f"{type(self).__name__}.step was called with no episode running; call reset first")
+        reply = self.respond(action)
+        self._steps += 1
+        truncated = not reply.terminated and self._steps == self.max_steps
+        self._running = not (reply.terminated or truncated)
+        info: dict[str, Any] = {"success": reply.success}
+        if reply.feedback is not None:
+            info["feedback"] = reply.feedback
+        return _observe(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
+
+    def _address(self, options: dict[str, Any]) -> tuple[str, int | None]:
+        unknown = sorted(set(options) - {"split", "index"})
+        if unknown:
+            raise EnvError(f"{type(self).__name__}.reset: unknown options {unknown}; allowed: index, split")
+        split = options.get("split", "train")
+        known = self.metadata.get("tasks", {"train": None})
+        if split not in known:
+            raise EnvError(f"{type(self).__name__}.reset: there is no split {split!r}; there are: {', '.join(known)}")
+        return split, options.get("index")
+
+
+def _observe(messages: Sequence[Message], info: dict[str, Any]) -> str:
+    """The messages as an observation; they go into `info` too unless they are just one user message."""
+    if len(messages) != 1 or messages[0]["role"] != "user":
+        info["messages"] = list(messages)
+    return "\n".join(str(message["content"]) for message in messages if message["role"] != "system")
+
+
+def task_split(*key: object, held_out: float = 0.2, warm: float = 0.2) -> str:
+    """The split that a task belongs to, from what makes it this task (its operands, its names).
+
+    A stable hash decides, so a task is in one split whatever seed draws it, on any machine. `held_out` and
+    `warm` are the shares of the eval and the warm split.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    if share < held_out:
+        return "eval"
+    return "warm" if share < held_out + warm else "train"

@@ -1,0 +1,70 @@
+"""What is wrong with a file of settings, as sentences: setting, value, what is allowed, and the mend.
+
+Nothing here knows which settings exist; `opd.launch.config` finds the problems and hands them over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST_VALUE = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing to mend. `keys` are the settings that it is about, the one to mend first."""
+
+    keys: tuple[str, ...]
+    text: str
+
+    def line(self, source: str, overridden: Collection[str] = ()) -> str:
+        """`source: text`; the source is the command line where one of the keys was given there."""
+        given = any(is_within(key, override) for key in self.keys for override in overridden)
+        return f"{'command line' if given else source}: {self.text}"
+
+
+def is_within(key: str, prefix: str) -> bool:
+    """Whether `key` is `prefix` or a setting below it."""
+    return key == prefix or key.startswith(f"{prefix}.")
+
+
+def report(problems: Iterable[Problem], source: str, overridden: Collection[str] = ()) -> str:
+    """Every problem on a line of its own, each once, in the order found."""
+    return "\n".join(dict.fromkeys(problem.line(source, overridden) for problem in problems))
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in the file: text in quotes, true, null; cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that `word` most likely meant, or None."""
+    folded = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
+
+
+def nearest_key(key: str, keys: Collection[str]) -> str | None:
+    """The setting that `key` most likely meant: in its own section, anywhere, or by its last name alone."""
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    if found := nearest(name, siblings):
+        return siblings[found]
+    by_name = {k.rpartition(".")[2]: k for k in reversed(list(keys))}
+    if name in by_name:
+        return by_name[name]
+    if found := nearest(key, keys):
+        return found
+    found = nearest(name, by_name)
+    return by_name[found] if found else None
+
+
+def did_you_mean(found: str | None) -> str:
+    """The closing sentence of a message, or nothing."""
+    return f' Did you mean "{found}"?' if found else ""

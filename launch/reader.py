@@ -1,0 +1,122 @@
+"""Reads and writes YAML as people mean it.
+
+PyYAML follows YAML 1.1, where `1e-4` is text, `12:30` is 750, `no` is false, and the second of two equal
+keys wins in silence. This reader follows YAML 1.2's core schema and refuses equal keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.errors import ConfigError
+from opd.launch.problems import did_you_mean, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with the scalars of YAML 1.2 and without duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not text; put it in quotes", key_node.start_mark
+                )
+            if key in lines:
+                problem = f"{key} is given twice (lines {lines[key]} and {line}); remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            lines[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        return super().construct_scalar(node)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
+    return str(loader.construct_scalar(node)).lower() == "true"
+
+
+# YAML 1.2.2, section 10.3.2 (core schema), in the order in which they are tried.
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
+
+
+def _teach(loader: type[yaml.SafeLoader], dumper: type[yaml.SafeDumper]) -> None:
+    """Give reader and writer the same scalars, so that what is written is quoted where it must be."""
+    for name, pattern, first in _SCALARS:
+        regexp = re.compile(f"^(?:{pattern})$")
+        firsts = [c if c != "\0" else "" for c in first]
+        for target in (loader, dumper):
+            target.add_implicit_resolver(f"tag:yaml.org,2002:{name}", regexp, firsts)
+    loader.add_constructor("tag:yaml.org,2002:int", _int)
+    loader.add_constructor("tag:yaml.org,2002:float", _float)
+    loader.add_constructor("tag:yaml.org,2002:bool", _bool)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_teach(_Loader, _Dumper)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that a YAML text holds. Raises ConfigError naming source, line and what is wrong there."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ConfigError(f"{source}:{where} {error.problem or error.context}") from None
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ConfigError where there is no such file, or it holds no mapping."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        siblings = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path} {what}.{did_you_mean(nearest(str(path), siblings))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        held = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise ConfigError(f"{path} {held}, but must hold settings such as `method: opsd`, a line each.")
+    return data
+
+
+def to_yaml(data: Any) -> str:
+    """Plain data as YAML, keys in the order given."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,22 @@
+"""opd: train LLM agents by on-policy self-distillation.
+
+`opd.train(config)` and `opd.Config` are the Python door to what `opd train FILE.yaml` does. They are
+resolved when first used, so that `import opd` stays cheap and the core imports nothing above itself.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Config", "__version__", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Config":
+        from opd.launch.config import Config
+
+        return Config
+    if name == "train":
+        from opd.launch.train import train
+
+        return train
+    raise AttributeError(f"module 'opd' has no attribute {name!r}")

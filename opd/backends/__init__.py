@@ -1,0 +1,1 @@
+"""Where gradients live: one process of plain torch (`local`)."""

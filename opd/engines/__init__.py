@@ -1,0 +1,1 @@
+"""Rollout engines: what turns a prompt into sampled ids. `base` says what one must do."""

@@ -1,0 +1,254 @@
+"""The embedded engine: batched sampling with the trainer's own model, on a CPU or a GPU.
+
+Each conversation owns a slot of a key-value cache for as long as it lives, so that a new turn feeds only
+the ids that were added. Rows need no padding on the left: a slot holds its tokens from column 0 on, new
+ids are written behind what is there, and a query sees the columns up to its own position. What a padded
+query writes lies behind the row's end and is overwritten before anything can see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from opd.engines.base import Completion, Request, Sampling
+from opd.errors import ModelError
+from opd.modeling import CausalModel
+from opd.types import StopReason
+
+_GROW = 64  # columns and slots are added in steps of this, so that the cache is rarely copied
+
+
+@dataclass(slots=True)
+class _Window:
+    """Which part of the cache the running forward pass reads and writes; shared by all layers."""
+
+    slots: Tensor
+    """[b] long: the slot of each row."""
+    columns: Tensor
+    """[b, q] long: where each row's new keys go."""
+    span: int
+    """How many columns the queries may look at."""
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, [slots, heads, columns, dim], read and written through the window."""
+
+    is_sliding = False
+
+    def __init__(self, window: _Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = self._empty(key_states)
+        self.values = self._empty(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        return self._read(self.keys), self._read(self.values)
+
+    def _empty(self, like: Tensor, slots: int = 0, columns: int = 0) -> Tensor:
+        return like.new_zeros(slots, like.shape[1], columns, like.shape[3])
+
+    def _write(self, store: Tensor, new: Tensor) -> Tensor:
+        slots, columns = int(self.window.slots.max()) + 1, int(self.window.columns.max()) + 1
+        if slots > store.shape[0] or columns > store.shape[2]:
+            wider = self._empty(store, _round_up(max(slots, store.shape[0])), _round_up(max(columns, store.shape[2])))
+            wider[: store.shape[0], :, : store.shape[2]] = store
+            store = wider
+        store[self.window.slots[:, None], :, self.window.columns] = new.transpose(1, 2)
+        return store
+
+    def _read(self, store: Tensor) -> Tensor:
+        return store[:, :, : self.window.span].index_select(0, self.window.slots)
+
+    def get_seq_length(self) -> int:
+        return self.window.span
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.span, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _GROW) * _GROW
+
+
+@dataclass(slots=True)
+class _Row:
+    """A conversation in the engine: its slot, what the cache holds of it, and the request in flight."""
+
+    slot: int
+    cached: list[int] = field(default_factory=list)
+    """Ids whose keys and values lie in the slot, columns 0 on."""
+    pending: list[int] = field(default_factory=list)
+    """Ids to feed before the next one can be sampled."""
+    request: Request | None = None
+    uniforms: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class TransformersEngine:
+    """Samples with `model` itself, so that an update of the weights needs no copy.
+
+    A forward pass feeds either new prompts (up to `prefill_tokens` padded ids) or one id for each running
+    row. With the same requests in the same order, the same ids come out to the bit.
+    """
+
+    def __init__(self, model: CausalModel, *, prefill_tokens: int = 8192) -> None:
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ModelError(
+                f"rollout.engine = transformers serves models with full attention in every layer; this one has "
+                f"{sorted(kinds)}. Use a model with full attention."
+            )
+        self.model = model
+        self.prefill_tokens = prefill_tokens
+        self.policy_version = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        empty = torch.zeros(0, dtype=torch.long, device=self.model.device)
+        self._window = _Window(slots=empty, columns=empty[:, None], span=0)
+        self._cache = Cache(layers=[_SlotLayer(self._window) for _ in range(self.model.config.num_hidden_layers)])
+        self._rows: dict[int, _Row] = {}
+        self._free: list[int] = []
+
+    def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        if any(row.request for row in self._rows.values()):
+            raise RuntimeError("begin() while requests are in flight")
+        self.model.eval()  # gradient checkpointing would drop the cache
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+
+    def submit(self, request: Request) -> None:
+        row = self._rows.get(request.session)
+        if row is None:
+            slot = self._free.pop() if self._free else len(self._rows)
+            row = self._rows[request.session] = _Row(slot=slot)
+        if row.request is not None:
+            raise RuntimeError(f"session {request.session} already has a request in flight")
+        # What the cache holds is a prefix of the new prompt unless the conversation forked.
+        keep = _common_prefix(row.cached, request.prompt_ids[:-1])
+        row.cached = row.cached[:keep]
+        row.pending = request.prompt_ids[keep:]
+        generator = torch.Generator().manual_seed(request.seed)
+        row.uniforms = torch.rand(request.max_tokens, generator=generator, dtype=torch.float64).tolist()
+        row.request, row.token_ids, row.logprobs = request, [], []
+
+    def release(self, session: int) -> None:
+        row = self._rows.pop(session, None)
+        if row is not None:
+            self._free.append(row.slot)
+
+    def weights_changed(self) -> None:
+        self._reset()
+        self.policy_version += 1
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """One forward pass: a prefill if anything waits for one, else one token for every running row."""
+        running = [row for row in self._rows.values() if row.request is not None]
+        rows = self._prefill_batch([row for row in running if len(row.pending) > 1]) or running
+        if not rows:
+            return []
+        logits = self._forward(rows)
+        ids, logprobs = sample(logits, [row.uniforms[len(row.token_ids)] for row in rows], self._sampling)
+        finished = []
+        for row, token, logprob in zip(rows, ids, logprobs, strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            row.pending = [token]
+            if token in self._stop_ids or len(row.token_ids) == row.request.max_tokens:  # type: ignore[union-attr]
+                finished.append(self._finish(row))
+        return finished
+
+    def _finish(self, row: _Row) -> Completion:
+        assert row.request is not None
+        stopped = row.token_ids[-1] in self._stop_ids
+        completion = Completion(
+            session=row.request.session,
+            token_ids=row.token_ids,
+            logprobs=row.logprobs,
+            stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
+            policy_version=self.policy_version,
+        )
+        row.request, row.pending = None, []
+        return completion
+
+    def _prefill_batch(self, rows: list[_Row]) -> list[_Row]:
+        """As many waiting prompts as fit the budget once padded to the longest, the longest first."""
+        rows = sorted(rows, key=lambda row: -len(row.pending))
+        return rows[: max(1, self.prefill_tokens // len(rows[0].pending))] if rows else []
+
+    def _forward(self, rows: list[_Row]) -> Tensor:
+        """Feed every row's pending ids; the logits after the last of them, [b, V] float32."""
+        device = self.model.device
+        width = max(len(row.pending) for row in rows)
+        ids = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows], device=device)
+        start = torch.tensor([len(row.cached) for row in rows], device=device)
+        columns = start[:, None] + torch.arange(width, device=device)
+        self._window.slots = torch.tensor([row.slot for row in rows], device=device)
+        self._window.columns = columns
+        self._window.span = max(len(row.cached) + len(row.pending) for row in rows)
+        visible = torch.arange(self._window.span, device=device) <= columns[:, :, None]
+        # A padded query must see something, or its softmax is nan; it sees its own row's past.
+        hidden = self.model.hidden(ids, position_ids=columns, mask=visible[:, None], cache=self._cache)
+        last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
+        for row in rows:
+            row.cached = row.cached + row.pending
+        return self.model.logits(hidden[torch.arange(len(rows), device=device), last])
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    size = min(len(a), len(b))
+    return next((i for i in range(size) if a[i] != b[i]), size)
+
+
+def sample(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> tuple[list[int], list[float]]:
+    """Draw one id a row by inverting the distribution function at that row's uniform number.
+
+    `logits` is [b, V]. Returns ids and their natural log-probs under the distribution that was drawn from
+    (temperature and truncation applied); greedy ids come with their log-probs at temperature 1. A row's
+    draw depends on its own logits and number alone.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        ids = logits.argmax(-1)
+    else:
+        logits = truncate(logits / sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        logprobs = logits.log_softmax(-1)
+        mass = logprobs.exp().cumsum(-1)
+        target = torch.tensor(uniforms, device=logits.device, dtype=mass.dtype)[:, None] * mass[:, -1:]
+        # Rounding must not carry the target to the total: beyond it lies no id, or one of probability 0.
+        target = torch.minimum(target, torch.nextafter(mass[:, -1:], torch.zeros_like(target)))
+        ids = torch.searchsorted(mass, target, right=True)[:, 0]
+    chosen = logprobs.gather(-1, ids[:, None])[:, 0]
+    return ids.tolist(), chosen.tolist()
+
+
+def truncate(logits: Tensor, *, top_p: float, top_k: int) -> Tensor:
+    """Set what nucleus (`top_p`) and top-k sampling leave out to -inf; [b, V] -> [b, V]."""
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        # An id stays if the ids before it hold less than top_p; the likeliest always stays.
+        drop = (probs.cumsum(-1) - probs) >= top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+    return logits

@@ -1,0 +1,29 @@
+"""Every error that `opd` raises on purpose.
+
+One class per boundary, each also a subclass of the standard class that a caller would expect, so that
+`except ValueError` keeps working. A message names the setting, its value, what is allowed, and the mend.
+"""
+
+
+class OpdError(Exception):
+    """Base of every deliberate error of this package."""
+
+
+class ConfigError(OpdError, ValueError):
+    """A setting is unknown, missing, or impossible beside another; raised before a model is loaded."""
+
+
+class DataError(OpdError, ValueError):
+    """A table, a trajectory or a tensor does not have the form that the next stage needs."""
+
+
+class ModelError(OpdError, RuntimeError):
+    """A model or tokenizer cannot be loaded, or does not do what the run needs of it."""
+
+
+class EnvError(OpdError, RuntimeError):
+    """An environment broke its contract. Inside a rollout this becomes data (a failed trajectory)."""
+
+
+class CheckpointError(OpdError, RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or belongs to another configuration."""

@@ -1,0 +1,233 @@
+"""Losses of `[N, V]` logits that never exist: a head applied to hidden states a tile of tokens at a time.
+
+A tile loss gets a tile of logits and may overwrite it with its gradient; this file does the rest: the
+projections, the gradients of hidden states and head, and the two ways of joining autograd. The formulas
+are in `opd.divergence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from opd.errors import ConfigError, DataError
+
+TILE_BYTES = {"cpu": 320 * 2**20, "cuda": 1024 * 2**20}
+"""Size of one tile of logits. Smaller tiles read the head more often than the products take (measured:
+benchmarks/divergence.py); larger ones only cost memory."""
+
+CAST_ROWS = 16384
+"""Rows of a 16-bit head that are widened at a time where the hardware has no mixed product (CPU)."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Head:
+    """What turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+
+    Without `softcap` (Gemma's final logit soft-capping) there is no tanh; `scale` is a constant factor on
+    the logits (Cohere's `logit_scale`, Granite's inverse `logits_scaling`).
+    """
+
+    weight: Tensor
+    """[V, H]; may be the tied embedding, and may be frozen."""
+    bias: Tensor | None = None
+    """[V]"""
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise DataError(f"a head's weight is [vocabulary, hidden], got shape {list(self.weight.shape)}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigError(f"softcap = {self.softcap}: must be positive, or None for no soft-capping")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+
+class TileLoss(Protocol):
+    """Per-token values of a tile of logits."""
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        """[n, V] logits of the tokens `rows` -> [n] values.
+
+        With `weights` [n], `logits` is overwritten by the gradient of the weighted sum of the values.
+        """
+        ...
+
+
+class Gradients(NamedTuple):
+    """In the order of the inputs; None where an input does not require one."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, factor: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+        """Each times `factor`, *in place*, then in the type of its input."""
+        return Gradients(*(None if g is None else g.mul_(factor) for g in self)).cast(dtypes)
+
+    def cast(self, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+        return [None if g is None else g.to(dtype) for g, dtype in zip(self, dtypes, strict=True)]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of them is, else float32: 16-bit log-softmaxes are too coarse for a divergence."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def tile_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens in a tile, so that its logits take about `TILE_BYTES`."""
+    return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (vocabulary * dtype.itemsize))
+
+
+def tiles(tokens: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` tokens that cover `0..tokens`."""
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Projection:
+    """A head, and how it is to be applied."""
+
+    head: Head
+    temperature: float
+    dtype: torch.dtype
+    """Of the products, the logits and the gradients while they are summed."""
+    size: int
+    """Tokens in a tile."""
+
+
+class Projector:
+    """A head at work: logits of a tile, and the way back, in one buffer that is used again."""
+
+    def __init__(self, projection: Projection) -> None:
+        head = self.head = projection.head
+        self.factor = head.scale / projection.temperature
+        self.cap = None if head.softcap is None else head.softcap / projection.temperature
+        shape = (projection.size, head.vocabulary)
+        self.buffer = torch.empty(shape, dtype=projection.dtype, device=head.weight.device)
+        self.slope: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V], over the temperature; valid until the next call."""
+        logits = self.buffer[: len(hidden)]
+        for rows, block in self._blocks():
+            _product(hidden, block.t(), out=logits[:, rows])
+        if self.head.bias is not None:
+            logits += self.head.bias
+        if self.factor != 1:
+            logits *= self.factor
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_()
+            self.slope = 1 - logits.square()
+            logits *= self.cap
+        return logits
+
+    def pull_back(self, gradient: Tensor, hidden: Tensor, rows: slice, into: Gradients) -> None:
+        """Add what `gradient` [n, V] on the last logits means for hidden states `rows`, weight and bias."""
+        if self.slope is not None:
+            gradient *= self.slope
+        if self.factor != 1:
+            gradient *= self.factor
+        for block_rows, block in self._blocks():
+            part = gradient[:, block_rows]
+            if into.hidden is not None:
+                _add_product(into.hidden[rows], part, block)
+            if into.weight is not None:
+                _add_product(into.weight[block_rows], part.t(), hidden)
+        if into.bias is not None:
+            into.bias.add_(gradient.sum(0))
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the type of the products: whole, or widened a block of rows at a time."""
+        weight, dtype = self.head.weight, self.buffer.dtype
+        if weight.dtype == dtype or _mixed_products(weight):
+            yield slice(0, len(weight)), weight
+        else:
+            for rows in tiles(len(weight), CAST_ROWS):
+                yield rows, weight[rows].to(dtype)
+
+
+def _mixed_products(weight: Tensor) -> bool:
+    """Whether the device multiplies 16-bit matrices into a 32-bit result."""
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, rounded to the type of `out` alone."""
+    if _mixed_products(b):
+        torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, rounded to the type of `out` alone."""
+    if _mixed_products(b):
+        torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def sweep(
+    hidden: Tensor,
+    projection: Projection,
+    start: Callable[[], TileLoss],
+    weights: Tensor | None = None,
+    needs: Sequence[bool] = (False, False, False),
+) -> tuple[Tensor, Gradients]:
+    """Values [N] of all tokens and, with `weights` [N], the gradients that are needed of their weighted sum."""
+    dtype, head = projection.dtype, projection.head
+    inputs = zip((hidden, head.weight, head.bias), needs, strict=True)
+    gradients = Gradients(*(torch.zeros_like(t, dtype=dtype) if n and t is not None else None for t, n in inputs))
+    values = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    projector, loss = Projector(projection), start()
+    for rows in tiles(len(hidden), projection.size):
+        logits = projector.logits(hidden[rows])
+        values[rows] = loss(logits, rows, None if weights is None else weights[rows])
+        if weights is not None:
+            projector.pull_back(logits, hidden[rows], rows, gradients)
+    return values, gradients
+
+
+class WeightedSum(torch.autograd.Function):
+    """(sum of weights times values, values): the gradients are taken on the way forward, tile by tile."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, projection, start, weights = args
+        values, ctx.gradients = sweep(hidden, projection, start, weights, ctx.needs_input_grad[:3])
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        ctx.mark_non_differentiable(values)
+        return (values * weights).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # They are scaled in place: a copy of the head's would be the largest tensor of the step.
+            raise RuntimeError("a weighted sum is back-propagated once; compute it again, or use per-token values")
+        return *gradients.scaled(grads[0], ctx.dtypes), None, None, None
+
+
+class PerToken(torch.autograd.Function):
+    """Values [N]; the backward pass, which alone knows their weights, projects again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden, weight, bias, projection, start = args
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.projection, ctx.start = projection, start
+        return sweep(hidden, projection, start)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inputs = ctx.saved_tensors
+        _, gradients = sweep(inputs[0], ctx.projection, ctx.start, grads[0], ctx.needs_input_grad[:3])
+        return *gradients.cast([None if t is None else t.dtype for t in inputs]), None, None

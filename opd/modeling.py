@@ -1,0 +1,98 @@
+"""A causal language model, seen as two parts: a decoder (ids to hidden states) and a head (to logits).
+
+The objective needs hidden states at chosen rows and the head's weight, never the logits of a whole
+sequence. Loading from a hub, a folder or a GGUF file is in `opd.models`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd.errors import ModelError
+from opd.head import Head
+
+
+class CausalModel(nn.Module):
+    """Wraps a transformers (or peft) causal model; parameters and modules stay those of `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._check_head()
+
+    @property
+    def _transformer(self) -> Any:
+        """The transformers model, without the peft wrapper; adapters live inside its layers."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def config(self) -> Any:
+        return self._transformer.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states at `rows` of the flattened batch: [B, T] ids, [N] rows -> [N, H].
+
+        Sequences are padded on the right, so a causal model needs no mask: no real token sees a pad.
+        """
+        return self.hidden(input_ids).flatten(0, 1)[rows]
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Last hidden states, normalised as the head expects them: [B, T] -> [B, T, H]."""
+        output = self._transformer.get_decoder()(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def head(self, overrides: dict[str, Tensor] | None = None) -> Head:
+        """The map from hidden states to logits; `overrides` are other weights, by parameter name."""
+        linear = self._transformer.get_output_embeddings()
+        weight, bias = linear.weight, getattr(linear, "bias", None)
+        if overrides:
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            weight = overrides.get(names[id(weight)], weight)
+            bias = None if bias is None else overrides.get(names[id(bias)], bias)
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0
+        return Head(weight, bias=bias, softcap=getattr(self.config, "final_logit_softcapping", None), scale=scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in the head's own type."""
+        head = self.head()
+        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Our reading of the head must give the model's own logits, or every loss is wrong in silence."""
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.arange(4, device=self.device)[None]
+        ours = self.logits(self.hidden(ids)).float()
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        self.model.train(was_training)
+        gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
+        tolerance = 1e-3 if next(self.model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+        if gap > tolerance:
+            raise ModelError(
+                f"{type(self._transformer).__name__} computes its logits in a way that is not known here: "
+                f"hidden states times the output embedding differ from them by {gap:.3g} nats"
+            )

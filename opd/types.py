@@ -1,0 +1,245 @@
+"""The plain data that flows through a step: tasks, turns, trajectories, teacher views, samples.
+
+Token ids are lists of int until `opd.collate` pads them into tensors; nothing here imports torch. A
+trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
+train, with which weight). Only a method turns one into the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from opd.errors import DataError
+
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and what the template of the model knows besides."""
+
+
+class StopReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The model sampled an end-of-turn token (it is the completion's last id, and is trained)."""
+    LENGTH = "length"
+    """The token limit cut the completion; the chat format closes the turn with untrained ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One task of an environment, addressed by number: the same task always has the same seed."""
+
+    index: int
+    seed: int
+    split: str = "train"
+
+    @property
+    def id(self) -> str:
+        return f"{self.split}/{self.index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the environment said since the last turn, and what the policy sampled in answer.
+
+    `prompt_ids` are the ids *added* since the last completion (the whole prompt at turn 0); `messages`
+    are the messages they render. If `forked`, the chat template rewrote the past: the turn starts a new
+    sequence, `prompt_ids` is a whole prompt, and `messages` the whole conversation.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    """[len(completion_ids)] natural log, under the distribution that was sampled from."""
+    stop_reason: StopReason
+    messages: list[Message]
+    text: str
+    """The decoded completion without its end-of-turn token: the action that the environment got."""
+    reward: float = 0.0
+    feedback: str | None = None
+    """What the environment said about this action's failure, if it did. For a teacher's eyes only."""
+    forked: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.completion_ids):
+            raise DataError(f"a turn has {len(self.completion_ids)} completion ids but {len(self.logprobs)} log-probs")
+
+
+class Segment(NamedTuple):
+    """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it."""
+
+    start: int
+    """The number of the first of these turns in its trajectory."""
+    turns: list[Turn]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A finished episode. `terminated`, `truncated` and `failed` are three different things."""
+
+    task: Task
+    member: int
+    """Which of its group this is, 0 to G-1."""
+    turns: list[Turn]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the prompt offers."""
+    privileged: dict[str, str] = field(default_factory=dict)
+    """What only a teacher may see, by name (`solution`, `plan`, ...)."""
+    success: bool = False
+    terminated: bool = False
+    """The environment ended the episode."""
+    truncated: bool = False
+    """A limit on turns or tokens ended it: neither a success nor a fault of the environment."""
+    failed: str | None = None
+    """Why the environment or the engine broke; such a trajectory is counted and never trained."""
+    policy_version: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by part: `env`, `engine`."""
+
+    @property
+    def reward(self) -> float:
+        """The sum of the rewards of the steps."""
+        return math.fsum(turn.reward for turn in self.turns)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(turn.completion_ids) for turn in self.turns)
+
+    def segments(self) -> list[Segment]:
+        """The turns, cut where the template rewrote the past; one training sequence each."""
+        starts = [n for n, turn in enumerate(self.turns) if n == 0 or turn.forked]
+        ends = [*starts[1:], len(self.turns)]
+        return [Segment(start, self.turns[start:end]) for start, end in zip(starts, ends, strict=bool(starts))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """The trajectories of one task, in the order of their `member` number."""
+
+    task: Task
+    trajectories: list[Trajectory]
+
+    @property
+    def usable(self) -> list[Trajectory]:
+        """Those that may train: the environment did not break, and something was sampled."""
+        return [t for t in self.trajectories if t.failed is None and t.completion_tokens > 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherView:
+    """The teacher's own sequence, which holds the student's sampled ids, and where each of them is.
+
+    `rows[j]` is the row of the teacher's logits that predicts the j-th completion token of the sample:
+    one less than the position of that token in `token_ids`.
+    """
+
+    token_ids: list[int]
+    rows: list[int]
+
+    def __post_init__(self) -> None:
+        last = len(self.token_ids) - 2
+        if any(row < 0 or row > last for row in self.rows):
+            raise DataError(f"a teacher row lies outside 0..{last}: {[r for r in self.rows if not 0 <= r <= last]}")
+        if any(b <= a for a, b in zip(self.rows, self.rows[1:], strict=False)):
+            raise DataError("the teacher's rows must increase strictly")
+
+    @property
+    def targets(self) -> list[int]:
+        """The ids that the rows predict; must equal the sample's completion ids."""
+        return [self.token_ids[row + 1] for row in self.rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sequence, ready to train: ids, which of them were sampled, and what each of those costs.
+
+    For two turns, `[1, 2] -> [7]` and `[3] -> [8, 9]`:
+
+        token_ids        1 2 7 3 8 9
+        completion_mask  0 0 1 0 1 1
+        turn             0 0 0 1 1 1
+
+    Streams are `[T]`, one value a token; outside the mask a weight must be 0 and a log-prob is nan, so
+    that a placeholder read as a value poisons the loss where a test sees it.
+    """
+
+    token_ids: list[int]
+    completion_mask: list[int]
+    turn: list[int]
+    sampler_logprobs: list[float]
+    distill_weight: list[float]
+    ce_weight: list[float]
+    teacher_view: TeacherView | None = None
+    task: Task | None = None
+    member: int = 0
+    route: str = ""
+    """The component that this sample feeds, for metrics."""
+    policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        for name in ("completion_mask", "turn", "sampler_logprobs", "distill_weight", "ce_weight"):
+            if len(getattr(self, name)) != size:
+                raise DataError(f"sample.{name} has {len(getattr(self, name))} entries for {size} tokens")
+        if self.completion_mask and self.completion_mask[0]:
+            raise DataError("the first token of a sample cannot be trained: no row predicts it")
+        for name in ("distill_weight", "ce_weight"):
+            weights = getattr(self, name)
+            if any(w != 0 and not m for w, m in zip(weights, self.completion_mask, strict=True)):
+                raise DataError(f"sample.{name} is non-zero on a token that was not sampled")
+        if self.teacher_view is not None and self.teacher_view.targets != self.completion_ids:
+            raise DataError("the teacher's view does not hold the sampled ids, in order, at its rows")
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return [t for t, m in zip(self.token_ids, self.completion_mask, strict=True) if m]
+
+    @property
+    def rows(self) -> list[int]:
+        """The student's rows that predict the completion ids: their positions, less one."""
+        return [i - 1 for i, m in enumerate(self.completion_mask) if m]
+
+    def weighted(self, **streams: list[float]) -> Sample:
+        """A copy with these streams in place of the old ones."""
+        return replace(self, **streams)
+
+
+def to_sample(
+    trajectory: Trajectory,
+    segment: Segment,
+    *,
+    view: TeacherView | None = None,
+    distill: float = 0.0,
+    ce: float = 0.0,
+    route: str = "",
+) -> Sample:
+    """One segment of a trajectory as a sample, each weight the same on every sampled token."""
+    ids: list[int] = []
+    mask: list[int] = []
+    turn_of: list[int] = []
+    logprobs: list[float] = []
+    for number, turn in enumerate(segment.turns, start=segment.start):
+        ids += turn.prompt_ids + turn.completion_ids
+        mask += [0] * len(turn.prompt_ids) + [1] * len(turn.completion_ids)
+        turn_of += [number] * (len(turn.prompt_ids) + len(turn.completion_ids))
+        logprobs += [math.nan] * len(turn.prompt_ids) + turn.logprobs
+
+    def stream(value: float) -> list[float]:
+        return [value if sampled else 0.0 for sampled in mask]
+
+    return Sample(
+        token_ids=ids,
+        completion_mask=mask,
+        turn=turn_of,
+        sampler_logprobs=logprobs,
+        distill_weight=stream(distill),
+        ce_weight=stream(ce),
+        teacher_view=view,
+        task=trajectory.task,
+        member=trajectory.member,
+        route=route,
+        policy_version=trajectory.policy_version,
+    )

@@ -1,0 +1,90 @@
+"""What a method is: answers to who teaches, what the teacher sees, and which token gets which loss.
+
+A method's file holds its config, its registration and its class, and imports no torch. The loop
+(`trainers/loop.py`) calls the hooks below and knows no method by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from opd.config import Strict, TeacherConfig
+from opd.losses import Losses
+from opd.types import Message, Sample, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from opd.chat import ChatFormat
+
+METHODS = ("opsd",)
+"""The modules under `trainers/` that register a method of the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """A registered method: its name in YAML, its config, and its class."""
+
+    name: str
+    config: type[Strict]
+    cls: type[Method]
+    summary: str
+
+
+_registry: dict[str, MethodSpec] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+class Method:
+    """The hooks of a method. `annotate` and `losses` are what every method has."""
+
+    def __init__(self, config: Any, chat: ChatFormat) -> None:
+        self.config = config
+        self.chat = chat
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        """The three questions, for the trajectories of one task."""
+        raise NotImplementedError
+
+    @property
+    def losses(self) -> Losses:
+        """Which components of the objective the samples' weights feed."""
+        raise NotImplementedError
+
+    @property
+    def teacher(self) -> TeacherConfig | None:
+        """Whose weights teach; None for a method without a teacher."""
+        return None
+
+    def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
+        """What the teacher reads in place of the task's first messages; also how its own success is measured."""
+        return messages
+
+    def observe(self, groups: list[TrajectoryGroup]) -> None:
+        """Learn from finished episodes after the step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart; JSON-serialisable."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+
+
+def register(name: str, config: type[Strict]) -> Callable[[M], M]:
+    """Class decorator: make a method known under `name`, with its own section of that name."""
+
+    def add(cls: M) -> M:
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        _registry[name] = MethodSpec(name=name, config=config, cls=cls, summary=summary)
+        return cls
+
+    return add
+
+
+def methods() -> dict[str, MethodSpec]:
+    """Every method, by its name in YAML."""
+    for name in METHODS:
+        importlib.import_module(f"opd.trainers.{name}")
+    return dict(_registry)

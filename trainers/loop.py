@@ -1,0 +1,106 @@
+"""The training loop. It knows steps, groups, samples and losses, and no method by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from opd.trainers import metrics
+from opd.trainers.base import Method
+from torch import Tensor
+
+from opd.backends.local import LocalBackend
+from opd.collate import collate, microbatches, normalise
+from opd.config import RolloutConfig, TrainConfig
+from opd.engines.base import Sampling
+from opd.modeling import CausalModel
+from opd.objective import objective
+from opd.rollout import RolloutScheduler, derive_seed, task
+from opd.teacher import Teacher
+from opd.types import Sample, Trajectory, TrajectoryGroup
+
+
+@dataclass(slots=True)
+class Clock:
+    """Wall seconds by phase of a step."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("rollout", "teacher", "train", "sync"), 0.0)
+    )
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run on after the call that started them has returned
+        self.seconds[phase] += time.perf_counter() - since
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """The parts of a run, already built; `step` makes one optimiser update of them."""
+
+    seed: int
+    method: Method
+    student: CausalModel
+    teacher: Teacher
+    rollouts: RolloutScheduler
+    backend: LocalBackend
+    rollout: RolloutConfig
+    train: TrainConfig
+    pad_id: int
+    on_finish: Callable[[Trajectory], None] = lambda _: None
+
+    def step(self, number: int) -> tuple[dict[str, float], list[TrajectoryGroup]]:
+        """Step `number` (from 0): rollouts, samples, one update. Returns its metrics and its episodes."""
+        clock = Clock()
+        with clock("rollout"):
+            groups = self.play(number)
+        samples = [sample for group in groups for sample in self.method.annotate(group)]
+        loss, divergences = self.update(samples, clock)
+        with clock("train"):
+            norm = self.backend.step()
+            self.teacher.update()
+        with clock("sync"):
+            self.rollouts.engine.weights_changed()
+        self.method.observe(groups)
+        row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": self.backend.lr}
+        row |= metrics.of_groups(groups) | metrics.of_samples(samples, divergences)
+        row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        return row, groups
+
+    def play(self, number: int) -> list[TrajectoryGroup]:
+        """The step's episodes: tasks are addressed by index, so that a restart loses and repeats none."""
+        first = number * self.train.tasks_per_step
+        tasks = [task(first + i, split="train", run_seed=self.seed) for i in range(self.train.tasks_per_step)]
+        config = self.rollout
+        return self.rollouts.run(
+            tasks,
+            group_size=config.group_size,
+            sampling=Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k),
+            seed=derive_seed("rollout", self.seed, number),
+            on_finish=self.on_finish,
+        )
+
+    def update(self, samples: list[Sample], clock: Clock) -> tuple[float, dict[int, Tensor]]:
+        """Add the gradients of all samples; the loss, and each sample's [completion tokens] nats by its index."""
+        losses = self.method.losses
+        scaled = normalise(samples, losses, self.backend.all_sum)
+        total = 0.0
+        divergences: dict[int, Tensor] = {}
+        for part in microbatches(scaled, self.train.tokens_per_microbatch):
+            batch = collate([scaled[i] for i in part], self.pad_id).to(self.backend.device)
+            with clock("teacher"):
+                taught = self.teacher.teach(batch) if losses.distill else None
+            with clock("train"):
+                result = objective(self.student, batch, losses, taught)
+                self.backend.backward(result.loss)
+                total += float(result.loss.detach())
+            if result.divergence is not None:
+                for place, nats in zip(part, result.divergence.split(batch.lengths), strict=True):
+                    divergences[place] = nats.cpu()
+        return self.backend.all_sum([total])[0], divergences

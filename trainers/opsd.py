@@ -1,0 +1,117 @@
+"""OPSD: the student acts on the plain task; the same model, shown a reference solution, scores its tokens.
+
+Source: Self-Distilled Reasoner (arXiv 2601.18734), equations 6 and 8, and the released code for the
+temperature inside the loss. Here the episode may have many turns: the solution stands once, in the first
+user message, and every sampled token of every turn is taught.
+
+Left out: `reason_first` (the teacher writes an explanation before it scores).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from opd.trainers.base import Method, register
+from pydantic import Field, field_validator, model_validator
+
+from opd.config import Strict, TeacherConfig
+from opd.errors import DataError
+from opd.losses import Distill, Losses
+from opd.privileged import SOLUTION, in_first_user_message, with_solution
+from opd.types import Message, Sample, TrajectoryGroup, to_sample
+
+
+class OpsdConfig(Strict):
+    """Settings of `method: opsd`."""
+
+    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+    )
+    beta: float = Field(
+        0.5, ge=0, le=1, description="jsd: the teacher's share of the mixture; 0 and 1 are the forward and reverse KL."
+    )
+    clip: float | None = Field(
+        0.05,
+        gt=0,
+        description="Most nats that one vocabulary entry may add to a token's divergence (point-wise clip); "
+        "null is off. With a clip the loss can be negative.",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides both sides' logits in the loss; the authors use the sampling temperature."
+    )
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="Mean over all sampled tokens of the step, or first within each sequence."
+    )
+    privileged: str | None = Field(
+        "solution",
+        description="Which of the environment's privileged texts the teacher sees; null shows it nothing "
+        "(a control: there is then nothing to learn).",
+    )
+    template: str = Field(SOLUTION, description="The teacher's first user message, from {prompt} and {solution}.")
+    teacher_chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _has_both_parts(cls, template: str) -> str:
+        with_solution("", "", template=template)
+        return template
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> OpsdConfig:
+        if self.divergence != "jsd" and "beta" in self.model_fields_set:
+            raise ValueError(f"opsd.beta is used by jsd alone, but opsd.divergence = {self.divergence}; remove it")
+        return self
+
+
+@register("opsd", OpsdConfig)
+class Opsd(Method):
+    """Self-distillation from a teacher that sees a reference solution (OPSD)."""
+
+    config: OpsdConfig
+
+    @property
+    def losses(self) -> Losses:
+        return Losses(
+            distill=Distill(
+                kind=self.config.divergence,
+                beta=self.config.beta,
+                clip=self.config.clip,
+                temperature=self.config.temperature,
+            ),
+            reduction=self.config.reduction,
+        )
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        return self.config.teacher
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        samples = []
+        for trajectory in group.usable:
+            for segment in trajectory.segments():
+                # The task stands in the first messages of a sequence; later ones reach the teacher as they are.
+                view = self.chat.view(
+                    trajectory,
+                    segment,
+                    lambda turn, messages, t=trajectory, first=segment.start: (
+                        self.teacher_messages(messages, t.privileged) if turn == first else messages
+                    ),
+                    **self.config.teacher_chat_template_kwargs,
+                )
+                samples.append(to_sample(trajectory, segment, view=view, distill=1.0, route="distill"))
+        return samples
+
+    def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
+        name = self.config.privileged
+        if name is None:
+            return messages
+        if name not in privileged:
+            raise DataError(
+                f"opsd.privileged = {name!r}, but the environment offers {sorted(privileged) or 'no privileged text'}"
+            )
+        return in_first_user_message(
+            messages, lambda prompt: with_solution(prompt, privileged[name], template=self.config.template)
+        )
