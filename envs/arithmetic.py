@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from opd.envs.text_env import Reply, Start, TextEnv, task_split
 from opd.errors import ConfigError, EnvError
-from opd.privileged import fill
 from opd.rewards import last_number
 
 _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -26,7 +25,7 @@ class ArithmeticEnv(TextEnv):
     Args:
         operators: any of `+ - *`, one drawn for each task.
         digits: decimal digits of both operands, at least 1; none begins with 0.
-        prompt: the question, in which `{a}`, `{op}` and `{b}` are filled in.
+        prompt: the question, in which `{a}`, `{op}` and `{b}` are filled in; a single operator may be written out.
         system: a system message, or none.
         strict: what counts as an answer. False: the last number of the text. True: the text must be a number
             and nothing else, white space and a final full stop aside.
@@ -51,10 +50,9 @@ class ArithmeticEnv(TextEnv):
             raise ConfigError(f"operators = {operators!r} must be one or more of: {' '.join(_OPERATORS)}")
         if digits < 1:
             raise ConfigError(f"digits = {digits} must be at least 1")
-        try:
-            fill(prompt, a="1", op="+", b="1")
-        except ValueError as error:
-            raise ConfigError(f"prompt: {error}") from None
+        needed = ["{a}", "{b}", "{op}"] if len(set(operators)) > 1 else ["{a}", "{b}"]
+        if missing := [name for name in needed if name not in prompt]:
+            raise ConfigError(f"prompt = {prompt!r} lacks {', '.join(missing)}")
         self.operators = operators
         self.digits = digits
         self.prompt = prompt
@@ -67,7 +65,7 @@ class ArithmeticEnv(TextEnv):
         a, op, b = self._draw(rng, split)
         self._sum, self._answer = f"{a} {op} {b}", _OPERATORS[op](a, b)
         return Start(
-            prompt=fill(self.prompt, a=str(a), op=op, b=str(b)),
+            prompt=self.prompt.replace("{a}", str(a)).replace("{op}", op).replace("{b}", str(b)),
             system=self.system,
             privileged={"solution": solution(a, op, b), "answer": str(self._answer)},
         )
@@ -79,7 +77,7 @@ class ArithmeticEnv(TextEnv):
         if given is None:
             return _wrong(f"There is no number in the answer to {self._sum}.")
         if given != self._answer:
-            return _wrong(f"{given} is too {'low' if given < self._answer else 'high'}: it is not {self._sum}.")
+            return _wrong(f"{given} is too {'low' if given < self._answer else 'high'} for {self._sum}.")
         return Reply(reward=1.0, terminated=True, success=True)
 
     def _draw(self, rng: np.random.Generator, split: str) -> tuple[int, str, int]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
-from opd.envs.tables import Row, Table, disjoint, load_dataset, load_file
-from opd.envs.text_env import Reply, Start, TextEnv
+from opd.envs.tables import Row, Table, disjoint, load_dataset, load_file, looks_like_file
+from opd.envs.text_env import SPLITS, Reply, Start, TextEnv
 from opd.errors import ConfigError, DataError, EnvError
 from opd.rewards import RewardFunction, Rubric, Score
 from opd.types import Message
-
-_SPLITS = ("train", "eval", "warm")
-
 
 class DatasetEnv(TextEnv):
     """One row, one answer. `metadata["tasks"]` counts the rows of each split; `index` picks one.
@@ -63,7 +59,7 @@ class DatasetEnv(TextEnv):
         tables = _tables(path, name, splits)
         for table in tables.values():
             self._check_columns(table)
-        self._rows = disjoint(tables, prompt_column, held_out)
+        self._rows = disjoint(tuple(tables.items()), prompt_column, held_out)
         self.metadata = {**self.metadata, "tasks": {split: len(rows) for split, rows in self._rows.items()}}
         self._row: Row = {}
         self._prompt: str | list[Message] = ""
@@ -95,7 +91,9 @@ class DatasetEnv(TextEnv):
         return self.rubric.score(messages, [{"role": "assistant", "content": action}], columns)
 
     def _feedback(self, score: Score) -> str:
-        parts = ", ".join(f"{name}: {'no score' if part is None else f'{part:g}'}" for name, part in score.parts.items())
+        parts = ", ".join(
+            f"{name}: {'no score' if part is None else f'{part:g}'}" for name, part in score.parts.items()
+        )
         return f"The answer scored {score.total:g}; {self.success_threshold:g} is needed ({parts})."
 
     def _check_columns(self, table: Table) -> None:
@@ -114,39 +112,41 @@ _RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 def _tables(path: str | Mapping[str, str], name: str | None, splits: Mapping[str, str] | None) -> dict[str, Table]:
     """Each split's table, as the three settings say together."""
-    of_a_dataset = isinstance(path, str) and not _is_file(path)
-    if not of_a_dataset and (name is not None or splits is not None):
+    if isinstance(path, str) and not looks_like_file(path):
+        return _dataset_tables(path, name, splits or {"train": "train"})
+    if name is not None or splits is not None:
         raise ConfigError("name and splits are for data sets; for files write path: {train: FILE, eval: FILE}")
-    if of_a_dataset:
-        tables = load_dataset(str(path), name)
-        chosen = splits or {"train": "train"}
-        _check_splits(chosen, setting="splits")
-        for theirs in chosen.values():
-            if theirs not in tables:
-                raise ConfigError(f"splits: {path} has no split {theirs!r}. Its splits: {', '.join(tables)}")
-        return {ours: tables[theirs] for ours, theirs in chosen.items()}
     files = {"train": path} if isinstance(path, str) else path
     _check_splits(files, setting="path")
     return {split: load_file(file) for split, file in files.items()}
 
 
+def _dataset_tables(path: str, name: str | None, splits: Mapping[str, str]) -> dict[str, Table]:
+    _check_splits(splits, setting="splits")
+    tables = load_dataset(path, name)
+    for theirs in splits.values():
+        if theirs not in tables:
+            raise ConfigError(f"splits: {path} has no split {theirs!r}. Its splits: {', '.join(tables)}")
+    return {ours: tables[theirs] for ours, theirs in splits.items()}
+
+
 def _check_splits(chosen: Mapping[str, str], *, setting: str) -> None:
-    if unknown := [split for split in chosen if split not in _SPLITS]:
-        raise ConfigError(f"{setting}: there is no split {unknown[0]!r}; allowed: {', '.join(_SPLITS)}")
+    if unknown := [split for split in chosen if split not in SPLITS]:
+        raise ConfigError(f"{setting}: there is no split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
     if "train" not in chosen:
         raise ConfigError(f"{setting} names no train split")
-
-
-def _is_file(path: str) -> bool:
-    from pathlib import Path
-
-    return Path(path).is_file()
 
 
 def _checked_prompt(prompt: object, *, where: str) -> str | list[Message]:
     """Raise DataError unless the prompt is text or a list of messages."""
     if isinstance(prompt, str):
         return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
         return prompt
-    raise DataError(f"{where}: a prompt must be a string or a list of messages, not {type(prompt).__name__}: {prompt!r:.80}")
+    raise DataError(f"{where}: a prompt must be a string or a list of messages, not {prompt!r:.80}")
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

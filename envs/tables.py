@@ -22,7 +22,7 @@ _PRECEDENCE = ("eval", "warm", "train")
 """The order in which splits keep a task that stands in more than one of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # equal by identity, so that it can key a cache
 class Table:
     """Rows and the names of their columns; every row has every column."""
 
@@ -40,6 +40,11 @@ class Table:
             )
 
 
+def looks_like_file(path: str) -> bool:
+    """Whether the path ends as a file does that `load_file` reads; else it names a data set."""
+    return Path(path).suffix in _FORMATS
+
+
 @lru_cache(maxsize=16)
 def load_file(path: str) -> Table:
     """A .jsonl, .json, .csv or .parquet file.
@@ -47,8 +52,8 @@ def load_file(path: str) -> Table:
     Raises ConfigError when there is none such, DataError when a line of a .jsonl file is no JSON object.
     """
     file = Path(path)
-    if file.suffix not in _FORMATS:
-        raise ConfigError(f"path: {path!r} is not a file that can be read; endings: {', '.join(_FORMATS)}")
+    if not looks_like_file(path):
+        raise ConfigError(f"path: {path!r} cannot be read as a file of rows; allowed endings: {', '.join(_FORMATS)}")
     if not file.is_file():
         raise ConfigError(f"path: there is no file {path!r}")
     if file.suffix == ".jsonl":
@@ -65,6 +70,8 @@ def load_dataset(path: str, name: str | None) -> dict[str, Table]:
 
     `name` is the configuration of a hub data set. Raises ConfigError when it cannot be loaded.
     """
+    if path.startswith((".", "/", "~")) and not Path(path).exists():
+        raise ConfigError(f"path: there is no file or folder {path!r}")
     import datasets
 
     try:
@@ -86,6 +93,8 @@ def _load_jsonl(file: Path) -> Table:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 rows.append(_parse_row(line, where=f"{file}, line {number}"))
+    if not rows:
+        raise DataError(f"{file} has no rows")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Table(path=str(file), rows=[dict.fromkeys(columns) | row for row in rows], columns=columns)
 
@@ -100,14 +109,15 @@ def _parse_row(line: str, *, where: str) -> dict[str, Any]:
     return row
 
 
-def disjoint(tables: Mapping[str, Table], prompt_column: str, held_out: float) -> dict[str, list[Row]]:
-    """The rows of each split, so that no prompt is in two of them.
+@lru_cache(maxsize=16)
+def disjoint(tables: tuple[tuple[str, Table], ...], prompt_column: str, held_out: float) -> dict[str, list[Row]]:
+    """The rows of each split, so that no prompt is in two of them; shared by all callers, so not to be changed.
 
     With no eval table, a share `held_out` of the train prompts becomes it, chosen by a stable hash. A prompt
     that stands in several splits stays in one (eval before warm before train), and a log line counts the rows
     that are dropped. Raises DataError when that leaves a split without rows.
     """
-    keyed = {split: [(_key(row[prompt_column]), row) for row in table.rows] for split, table in tables.items()}
+    keyed = {split: [(_key(row[prompt_column]), row) for row in table.rows] for split, table in tables}
     if "eval" not in keyed:
         keyed["eval"] = [(key, row) for key, row in keyed["train"] if _is_held_out(key, held_out)]
         keyed["train"] = [(key, row) for key, row in keyed["train"] if not _is_held_out(key, held_out)]

@@ -26,6 +26,7 @@ episode start, and what does the environment reply to an action. A plain `gymnas
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from opd.envs.spaces import TextSpace
+from opd.envs.spaces import TextSpace, clean
 from opd.errors import EnvError
 from opd.types import Message
 
@@ -57,7 +58,7 @@ class Start:
     def messages(self) -> list[Message]:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         rest = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
-        return [*first, *(dict(message) for message in rest)]
+        return [*first, *rest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +115,10 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         split, index = self._address(options or {})
         start = self.start(self.np_random, split, index)
         self._running, self._steps = True, 0
-        messages = start.messages
-        info: dict[str, Any] = {"privileged": dict(start.privileged)}
+        info: dict[str, Any] = {"privileged": {name: clean(text) for name, text in start.privileged.items()}}
         if tools := self.tool_schemas():
             info["tools"] = tools
-        return _observe(messages, info), info
+        return _observe(start.messages, info), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Pass the model's text on. Raises EnvError when no episode is running."""
@@ -130,7 +130,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         self._running = not (reply.terminated or truncated)
         info: dict[str, Any] = {"success": reply.success}
         if reply.feedback is not None:
-            info["feedback"] = reply.feedback
+            info["feedback"] = clean(reply.feedback)
         return _observe(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
 
     def _address(self, options: dict[str, Any]) -> tuple[str, int | None]:
@@ -146,18 +146,20 @@ class TextEnv(gymnasium.Env[str, str], ABC):
 
 def _observe(messages: Sequence[Message], info: dict[str, Any]) -> str:
     """The messages as an observation; they go into `info` too unless they are just one user message."""
-    if len(messages) != 1 or messages[0]["role"] != "user":
-        info["messages"] = list(messages)
-    return "\n".join(str(message["content"]) for message in messages if message["role"] != "system")
+    cleaned = [{**message, "content": clean(message["content"])} for message in messages]
+    if len(cleaned) != 1 or cleaned[0]["role"] != "user":
+        info["messages"] = cleaned
+    return "\n".join(message["content"] for message in cleaned if message["role"] != "system")
 
 
 def task_split(*key: object, held_out: float = 0.2, warm: float = 0.2) -> str:
     """The split that a task belongs to, from what makes it this task (its operands, its names).
 
     A stable hash decides, so a task is in one split whatever seed draws it, on any machine. `held_out` and
-    `warm` are the shares of the eval and the warm split.
+    `warm` are the shares of the eval and the warm split. Raises TypeError for a key that JSON does not know: the
+    `repr` of numpy's integers, say, is not that of Python's.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") / 2**64
     if share < held_out:
         return "eval"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from traceback import format_exception_only
 from typing import Any
 
 import numpy as np
 
-from opd.envs.spaces import clean
 from opd.envs.text_env import Reply, Start, TextEnv
 from opd.envs.tool_calls import MalformedCall, ToolCall, parse_tool_calls
 from opd.envs.tools import Tool, ToolError, marked_tools, tool
@@ -70,11 +70,14 @@ class ToolEnv(TextEnv):
     def tool_schemas(self) -> list[dict[str, Any]]:
         return [made.schema() for made in self._tools.values()]
 
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        self._ending = None
+        return super().reset(seed=seed, options=options)
+
     def respond(self, action: str) -> Reply:
         calls = parse_tool_calls(action)
         if not calls:
             return self.no_call(action)
-        self._ending = None
         messages: list[Message] = []
         errors: list[str] = []
         for call in calls:
@@ -83,14 +86,9 @@ class ToolEnv(TextEnv):
             errors += [message["content"]] if failed else []
             if self._ending is not None:
                 break
-        return self._reply(messages, "\n".join(errors) or None)
-
-    def _reply(self, messages: list[Message], errors: str | None) -> Reply:
-        end = self._ending
-        if end is None:
-            return Reply(messages=messages, feedback=errors)
-        feedback = end.feedback if end.feedback is not None else errors
-        return Reply(messages=messages, reward=end.reward, terminated=True, success=end.success, feedback=feedback)
+        reply = self._ending or Reply()
+        feedback = "\n".join(errors) or None if reply.feedback is None else reply.feedback
+        return replace(reply, messages=messages, feedback=feedback)
 
     def _run(self, call: ToolCall | MalformedCall) -> tuple[Message, bool]:
         """The message that answers a call, and whether the call failed."""
@@ -115,7 +113,6 @@ class ToolEnv(TextEnv):
 
     def _fit(self, text: str) -> str:
         """The text, cut to the limit with a notice."""
-        text = clean(text)
         if len(text) <= self.max_result_chars:
             return text
         return f"{text[: self.max_result_chars]}\n[cut: {self.max_result_chars} of {len(text)} characters shown]"

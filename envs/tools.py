@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema
 
-from opd.envs.spaces import clean
 from opd.errors import ConfigError, EnvError
 
 _MARK = "__opd_tool__"
@@ -84,7 +83,7 @@ def to_text(result: object) -> str:
     """A tool's result as the model reads it: text as it is, anything else as JSON."""
     if result is None:
         return "(no output)"
-    return clean(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str))
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:

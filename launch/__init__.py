@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""The `opd` command and what turns a file of settings into a run. Imports everything; nothing imports it."""

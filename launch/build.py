@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -20,16 +20,28 @@ from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.teacher import Teacher
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop
-from opd.trainers.metrics import success_rate
-from opd.types import TrajectoryGroup
+from opd.types import Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """Success on held-out tasks, with its 95% interval."""
 
-    solved: int
-    played: int
+    outcomes: tuple[bool, ...]
+    """Whether each task was solved, in the order of the tasks, so that two scores can be paired."""
+
+    @classmethod
+    def of(cls, groups: Iterable[TrajectoryGroup]) -> Score:
+        """An episode whose environment broke counts as played and not solved."""
+        return cls(tuple(t.success for group in groups for t in group.trajectories))
+
+    @property
+    def solved(self) -> int:
+        return sum(self.outcomes)
+
+    @property
+    def played(self) -> int:
+        return len(self.outcomes)
 
     @property
     def rate(self) -> float:
@@ -55,7 +67,9 @@ class Run:
     held_out: RolloutScheduler
     """Plays evaluation tasks, in the environment as `eval.env_kwargs` changes it."""
 
-    def evaluate(self, *, rewrite: PromptRewrite | None = None) -> tuple[Score, list[TrajectoryGroup]]:
+    def evaluate(
+        self, *, rewrite: PromptRewrite | None = None, on_finish: Callable[[Trajectory], None] = lambda _: None
+    ) -> tuple[Score, list[TrajectoryGroup]]:
         """Play the held-out tasks once each; the same tasks and draws at every call."""
         config = self.config
         groups = self.held_out.run(
@@ -64,8 +78,9 @@ class Run:
             sampling=Sampling(temperature=config.eval.temperature),
             seed=derive_seed("eval", config.seed),
             rewrite=rewrite,
+            on_finish=on_finish,
         )
-        return Score(*success_rate(groups)), groups
+        return Score.of(groups), groups
 
     def close(self) -> None:
         """Close the environments."""
@@ -111,8 +126,3 @@ def _model_name(name: str) -> str:
     from opd.launch.tiny import build_tiny
 
     return str(build_tiny(name.removeprefix("tiny:")))
-
-
-def privileged_prompt(method: Method) -> Any:
-    """A rewrite that lets the acting model read what the method's teacher reads."""
-    return method.teacher_messages

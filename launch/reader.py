@@ -37,9 +37,6 @@ class _Loader(yaml.SafeLoader):
             lines[key] = line
         return super().construct_mapping(node, deep=deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        return super().construct_scalar(node)
-
 
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
@@ -96,7 +93,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{source}:{where} {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # a character that YAML does not allow
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow, a number too long to read
         raise ConfigError(f"{source}: {error}") from None
 
 

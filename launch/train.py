@@ -1,6 +1,6 @@
 """One run, from settings to a trained export: `opd train FILE`, `opd.train(config)`.
 
-    python -m opd.launch.train FILE.yaml [the options of `opd train`]
+python -m opd.launch.train FILE.yaml [the options of `opd train`]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from opd import checkpoint
 from opd.errors import CheckpointError
+from opd.intervals import paired_difference
 from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
 from opd.models import export
@@ -60,7 +61,6 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
                 last = done == config.train.steps or bool(stopped)
                 if config.eval.tasks and (last or (config.eval.every and done % config.eval.every == 0)):
                     after = _evaluate(run, tracker, done)
-                    row |= after.row()
                 tracker.log(done, row)
                 tracker.log_rollouts(done, [t for group in groups for t in group.trajectories])
                 if last or (config.train.save_every and done % config.train.save_every == 0):
@@ -69,7 +69,10 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
                     break
         export(run.loaded, out / "export")
         result = RunResult(out=out, steps=done, before=before, after=after, interrupted=bool(stopped))
-        tracker.summary(before=before, after=after)
+        change = None
+        if before and after and before.played == after.played:
+            change = paired_difference(before.outcomes, after.outcomes)
+        tracker.summary(before=before, after=after, change=change)
         return result
     finally:
         tracker.finish()
@@ -78,7 +81,7 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
 
 def _evaluate(run: Run, tracker: Tracker, step: int) -> Score:
     with tracker.phase("evaluate"):
-        score, _ = run.evaluate()
+        score, _ = run.evaluate(on_finish=tracker.episode_finished)
     tracker.log_eval(step, score.row())
     return score
 
@@ -96,7 +99,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None) -> None:
                 "step": step,
                 "policy_version": loop.rollouts.engine.policy_version,
                 "config": run.config.dump(),
-                "before": None if before is None else [before.solved, before.played],
+                "before": None if before is None else before.outcomes,
             },
             "method": run.method.state_dict(),
         },
@@ -128,7 +131,7 @@ def _restore(run: Run, out: Path) -> tuple[int, Score | None]:
     loop.rollouts.engine.policy_version = record["policy_version"]
     run.method.load_state_dict(saved.record("method"))
     before = record["before"]
-    return record["step"], None if before is None else Score(*before)
+    return record["step"], None if before is None else Score(tuple(before))
 
 
 @contextmanager

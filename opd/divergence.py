@@ -1,29 +1,39 @@
-"""How far a student's next-token distribution is from a teacher's: exact values and exact gradients.
+"""How far a student's next-token distribution is from a teacher's: exact values and exact gradients, in nats.
 
-`token_divergence` reads logits; `chunked_divergence` reads hidden states and never holds `[N, V]` logits.
-Both return nats. The gradient reaches the student alone. Who the teacher is, which tokens count and what
-the sum is divided by is decided elsewhere (`opd.objective`).
+`token_divergence` reads logits; the chunked functions read hidden states and never hold `[N, V]` logits.
+The gradient reaches the student alone. Who the teacher is, which tokens count and what the sum is divided
+by is decided elsewhere (`opd.objective`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
+from opd.errors import ConfigError, DataError
 from opd.head import (
     Head,
+    Projection,
+    Projector,
+    check_temperature,
+    compute_dtype,
+    per_token,
+    row_block,
+    tiles,
+    weighted_sum,
 )
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 """`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between."""
-
-CACHE_BYTES = 2 * 2**20
-"""On a CPU, the rows of a tile of logits that are worked on at once: a few of this size fit in the cache."""
+Support = Literal["teacher", "student"]
 
 
 class WeightedDivergence(NamedTuple):
-    """What a training step needs of a divergence: the sum that trains, and the values to log."""
+    """What a training step needs of a divergence: the sum that trains, and values to log, without gradient."""
 
     total: Tensor
     """Scalar: the sum of weights times values. The only part with a gradient."""
@@ -31,6 +41,52 @@ class WeightedDivergence(NamedTuple):
     """[N] nats."""
     clipped: Tensor
     """[N] share of the vocabulary's entries that `clip` cut; zeros without it."""
+    student_entropy: Tensor
+    """[N] nats, at the temperature of the divergence."""
+    teacher_entropy: Tensor
+    """[N] nats, at the temperature of the divergence."""
+
+
+def token_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: Kind,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    support: Support = "teacher",
+    tail: bool = True,
+) -> Tensor:
+    """Divergence of each position: [..., V], [..., V] -> [...] nats, float32 or wider, never negative.
+
+    `jsd` is `beta * KL(teacher || mix) + (1 - beta) * KL(student || mix)` with the mixture `mix = beta *
+    teacher + (1 - beta) * student`; at `beta` 0 and 1, where that is 0, it is by convention the forward
+    and the reverse KL themselves (as in OPSD, SDPO and TRL). The gradient reaches the student only.
+
+    An entry that is -inf on both sides adds nothing, to the value or to the gradient.
+
+    Args:
+        temperature: divides the logits of both sides.
+        top_k: only the `top_k` likeliest entries of `support` are told apart. With `tail` all others
+            together are one more entry (SDPO, arXiv 2601.20802, equation 11), which bounds the full value from
+            below; without it both sides are renormalised, and what happens elsewhere is not seen.
+
+    Raises:
+        ConfigError: an unknown kind, or an option outside its range.
+        DataError: shapes that differ, or a divergence that is infinite.
+    """
+    rule = _Rule.of(kind, beta)
+    check_temperature(temperature)
+    if student_logits.shape != teacher_logits.shape:
+        raise DataError(f"student logits {list(student_logits.shape)}, teacher logits {list(teacher_logits.shape)}")
+    dtype = compute_dtype(student_logits, teacher_logits)
+    student = (student_logits.to(dtype) / temperature).log_softmax(-1)
+    teacher = (teacher_logits.detach().to(dtype) / temperature).log_softmax(-1)
+    if top_k is not None:
+        student, teacher = _on_support(student, teacher, top_k, support, tail)
+    values: Tensor = _FromLogProbs.apply(student, teacher, rule)
+    return _finite(values)
 
 
 def chunked_divergence(
@@ -46,29 +102,273 @@ def chunked_divergence(
     weights: Tensor | None = None,
     clip: float | None = None,
 ) -> Tensor:
-    """The full-vocabulary divergence of `token_divergence`, from hidden states `[N, H]` and `[N, H']`.
+    """The full-vocabulary `token_divergence` of hidden states `[N, H]` and `[N, H']`, without their logits.
 
-    Without `weights`, per-token values `[N]`, and the backward pass projects again. With `weights` `[N]`
-    (no gradient), the scalar `sum(weights * values)`: the gradients are taken while a tile is at hand,
-    which costs no more products than the dense form; see `weighted_divergence` for values to log.
+    Without `weights`: per-token values `[N]`; the backward pass projects again. With `weights` `[N]`, which
+    get no gradient: the scalar `sum(weights * values)`; its gradients are taken while a tile of logits is
+    at hand, for as many products as the dense form, and it can be back-propagated once.
+    `weighted_divergence` is the same with values to log.
 
     A head is a weight `[V, H]` or a `Head`. Gradients reach the student's hidden states, weight and bias
-    where they require them, never the teacher. Computed in float32, or in float64 if an input is.
+    where they require them, never the teacher. Computed in float32, or in float64 if hidden states are.
 
     Args:
-        beta: for `jsd` alone; 0 and 1 select the forward and the reverse KL themselves.
-        temperature: divides the logits of both sides.
-        chunk_size: tokens in a tile; by default as many as make a tile of `opd.head.TILE_BYTES`.
-        clip: bound from above on each vocabulary entry's summand before the sum over the vocabulary
-            (OPSD's point-wise clip). The value may then be negative.
+        chunk_size: tokens in a tile; by default as many as `opd.head.TILE_BYTES` hold.
+        clip: bound from above on each vocabulary entry's summand, before the sum over the vocabulary (OPSD,
+            arXiv 2601.18734). The value may then be negative, and a clipped entry loses its pull.
 
     Raises:
         ConfigError: an unknown kind, or an option outside its range.
-        DataError: shapes or vocabularies that do not match.
+        DataError: shapes or vocabularies that do not match, or a divergence that is infinite.
     """
-    inputs = _checked(
-        student_hidden, student_head, teacher_hidden, teacher_head, kind, beta, temperature, chunk_size, clip
-    )
+    options: dict[str, Any] = {"beta": beta, "temperature": temperature, "chunk_size": chunk_size, "clip": clip}
+    sides = (student_hidden, student_head, teacher_hidden, teacher_head)
     if weights is not None:
-        return _weighted(inputs, weights)[0]
-    return _per_token(inputs)
+        return weighted_divergence(*sides, kind, weights=weights, **options).total
+    student, start, _ = _prepare(*sides, kind, **options)
+    return _finite(per_token(student_hidden, student, start))
+
+
+def weighted_divergence(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    kind: Kind,
+    *,
+    weights: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    clip: float | None = None,
+) -> WeightedDivergence:
+    """`chunked_divergence` with `weights`: the weighted sum, and what there is to log beside it."""
+    student, start, logged = _prepare(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        kind,
+        beta=beta,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        clip=clip,
+    )
+    total, values = weighted_sum(student_hidden, student, start, weights)
+    return WeightedDivergence(total, _finite(values), *logged)
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    head: Head | Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
+
+    `weights`, the gradients and their cost: as for `chunked_divergence`. With minus a weight this is the
+    weighted cross-entropy.
+
+    Raises:
+        ConfigError: an option outside its range.
+        DataError: shapes that do not match, or an id outside the vocabulary.
+    """
+    projection = Projection.of(hidden, head, temperature, chunk_size)
+    if token_ids.shape != hidden.shape[:1]:
+        raise DataError(f"{list(token_ids.shape)} token ids for {len(hidden)} hidden states")
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < projection.head.vocabulary:
+        least, most = (int(end) for end in token_ids.aminmax())
+        raise DataError(f"token ids from {least} to {most}: a vocabulary of {projection.head.vocabulary} has no such")
+    start = partial(_LogProbTile, token_ids)
+    if weights is None:
+        return per_token(hidden, projection, start)
+    return weighted_sum(hidden, projection, start, weights)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A divergence, entry by entry of the vocabulary."""
+
+    kind: Kind
+    beta: float
+    clip: float | None
+
+    @staticmethod
+    def of(kind: Kind, beta: float, clip: float | None = None) -> _Rule:
+        """Checked, with the ends of `jsd` replaced by the two KLs that they stand for."""
+        if kind not in get_args(Kind):
+            raise ConfigError(f"divergence kind = {kind!r} is unknown. Allowed: {', '.join(get_args(Kind))}")
+        if not 0 <= beta <= 1:
+            raise ConfigError(f"divergence beta = {beta}: must be between 0 and 1")
+        if clip is not None and not clip > 0:
+            raise ConfigError(f"divergence clip = {clip}: must be positive, or None for no clipping")
+        if kind == "jsd" and beta in (0, 1):
+            kind = "reverse_kl" if beta else "forward_kl"
+        return _Rule(kind, beta, clip)
+
+    def summands(self, student: Tensor, teacher: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries' summands and the derivatives of their sum by the student's log-probs, before the clip.
+
+        Log-probs of both sides and their exponentials `p` (student) and `q` (teacher), all [..., V].
+        """
+        if self.kind == "forward_kl":
+            return _times_log_ratio(q, teacher, student), -q
+        if self.kind == "reverse_kl":
+            value = _times_log_ratio(p, student, teacher)
+            return value, value + p
+        mix = torch.lerp(p, q, self.beta).log_()
+        slope = _times_log_ratio(p, student, mix).mul_(1 - self.beta)
+        return _times_log_ratio(q, teacher, mix).mul_(self.beta).add_(slope), slope
+
+    def total(self, summands: Tensor) -> Tensor:
+        """[..., V] -> [...]; rounding may leave a sum of -1e-17, which is no divergence."""
+        total = summands.sum(-1)
+        return total if self.clip is not None else total.clamp_(min=0)
+
+
+def _times_log_ratio(p: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """p * (numerator - denominator), and 0 where p is 0, whatever the logarithms are."""
+    return (numerator - denominator).mul_(p).masked_fill_(p == 0, 0)
+
+
+class _FromLogProbs(torch.autograd.Function):
+    """Values of a rule from log-probs; differentiates by the student's log-probs."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        student, teacher, rule = args
+        summands, slope = rule.summands(student, teacher, student.exp(), teacher.exp())
+        ctx.save_for_backward(slope)
+        total: Tensor = rule.total(summands)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0].unsqueeze(-1), None, None
+
+
+class _Logged(NamedTuple):
+    """What a sweep notes of each token beside its value: [N] each."""
+
+    clipped: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+class _DivergenceTile:
+    """The divergence of a tile: projects the teacher's hidden states beside the student's."""
+
+    def __init__(self, rule: _Rule, teacher: Projection, hidden: Tensor, logged: _Logged) -> None:
+        self.rule, self.hidden, self.logged = rule, hidden, logged
+        self.projector = Projector(teacher)
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        teacher_logits = self.projector.logits(self.hidden[rows])
+        clipped, student_entropy, teacher_entropy = (noted[rows] for noted in self.logged)
+        values = logits.new_empty(len(logits))
+        for part in tiles(len(logits), row_block(logits)):
+            student, teacher = logits[part].log_softmax(-1), teacher_logits[part].log_softmax(-1)
+            p, q = student.exp(), teacher.exp()
+            summands, slope = self.rule.summands(student, teacher, p, q)
+            if self.rule.clip is not None:
+                cut = summands > self.rule.clip
+                summands.clamp_(max=self.rule.clip)
+                slope.masked_fill_(cut, 0)
+                clipped[part] = cut.sum(-1, dtype=values.dtype) / cut.shape[-1]
+            values[part] = self.rule.total(summands)
+            student_entropy[part], teacher_entropy[part] = _entropy(student, p), _entropy(teacher, q)
+            if weights is not None:
+                # The way back through the log-softmax: slope - p * sum(slope).
+                torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=logits[part])
+                logits[part] *= weights[part, None]
+        return values
+
+
+def _entropy(logprobs: Tensor, p: Tensor) -> Tensor:
+    """[n, V], [n, V] -> [n] nats. `logprobs` is used up."""
+    negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp_(min=torch.finfo(p.dtype).min))
+    return -negative
+
+
+class _LogProbTile:
+    """The log-probs of given ids in a tile."""
+
+    def __init__(self, token_ids: Tensor) -> None:
+        self.token_ids = token_ids
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        ids = self.token_ids[rows, None]
+        values = logits.new_empty(len(logits))
+        for part in tiles(len(logits), row_block(logits)):
+            logprobs = logits[part].log_softmax(-1)
+            values[part] = logprobs.gather(-1, ids[part]).squeeze(-1)
+            if weights is not None:
+                weight = weights[part, None]
+                torch.mul(logprobs.exp_(), -weight, out=logits[part])
+                logits[part].scatter_add_(-1, ids[part], weight)
+        return values
+
+
+def _prepare(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    kind: Kind,
+    *,
+    beta: float,
+    temperature: float,
+    chunk_size: int | None,
+    clip: float | None,
+) -> tuple[Projection, partial[_DivergenceTile], _Logged]:
+    """The student's projection, what begins a sweep, and where the sweep notes what it sees."""
+    rule = _Rule.of(kind, beta, clip)
+    student = Projection.of(student_hidden, student_head, temperature, chunk_size, beside=teacher_hidden)
+    teacher = Projection.of(teacher_hidden, teacher_head, temperature, student.size, beside=student_hidden)
+    if len(student_hidden) != len(teacher_hidden):
+        raise DataError(f"{len(student_hidden)} student tokens, but {len(teacher_hidden)} of the teacher")
+    if student.head.vocabulary != teacher.head.vocabulary:
+        raise DataError(f"vocabularies differ: student {student.head.vocabulary}, teacher {teacher.head.vocabulary}")
+    zeros = torch.zeros(3, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
+    logged = _Logged(*zeros)
+    return student, partial(_DivergenceTile, rule, teacher, teacher_hidden.detach(), logged), logged
+
+
+def _on_support(student: Tensor, teacher: Tensor, k: int, support: Support, tail: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs [..., V] on the top k of one side: [..., k + 1] with a tail, [..., k] renormalised without."""
+    vocabulary = student.shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise ConfigError(f"top_k = {k}: must be between 1 and the vocabulary's {vocabulary}")
+    if support not in get_args(Support):
+        raise ConfigError(f"support = {support!r} is unknown. Allowed: {', '.join(get_args(Support))}")
+    ids = (teacher if support == "teacher" else student).detach().topk(k, dim=-1).indices
+    if tail:
+        return _with_tail(student, ids), _with_tail(teacher, ids)
+    kept = [side.gather(-1, ids) for side in (student, teacher)]
+    if any(side.isneginf().all(-1).any() for side in kept):
+        raise DataError(f"one side has no mass on the top {k} of the {support}: use the tail (tail=True)")
+    return kept[0].log_softmax(-1), kept[1].log_softmax(-1)
+
+
+def _with_tail(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """The log-probs at `ids`, then the log of the mass of all others, summed (1 - kept mass would cancel)."""
+    rest = logprobs.scatter(-1, ids, -torch.inf)
+    # A tail without mass: logsumexp's own gradient would be nan there.
+    empty = rest.isneginf().all(-1, keepdim=True)
+    tail = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
+    return torch.cat([logprobs.gather(-1, ids), tail], dim=-1)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """The values, unless one is infinite. (A nan is a diverged model's, and stays to be seen.)"""
+    infinite = values.isinf()
+    if infinite.any():
+        raise DataError(
+            f"the divergence is infinite at {int(infinite.sum())} of {values.numel()} positions: one side excludes "
+            "(-inf) a token that the other allows. Mask both sides alike, or use jsd, which is always finite"
+        )
+    return values

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from opd.errors import ConfigError, DataError
 
-TILE_BYTES = {"cpu": 320 * 2**20, "cuda": 1024 * 2**20}
+TILE_BYTES = {"cpu": 320 * 2**20, "accelerator": 1024 * 2**20}
 """Size of one tile of logits. Smaller tiles read the head more often than the products take (measured:
 benchmarks/divergence.py); larger ones only cost memory."""
+
+CACHE_BYTES = 2 * 2**20
+"""On a CPU, how much of a tile of logits is worked on at once."""
 
 CAST_ROWS = 16384
 """Rows of a 16-bit head that are widened at a time where the hardware has no mixed product (CPU)."""
@@ -81,9 +84,17 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def tile_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens in a tile, so that its logits take about `TILE_BYTES`."""
-    return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (vocabulary * dtype.itemsize))
+def check_temperature(temperature: float) -> None:
+    """Raises ConfigError unless logits can be divided by it."""
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be positive")
+
+
+def row_block(logits: Tensor) -> int:
+    """Rows of a tile to work on at once: on a CPU as many as stay in the cache with their temporaries."""
+    if logits.device.type != "cpu":
+        return max(1, len(logits))
+    return max(1, CACHE_BYTES // (logits.shape[-1] * logits.element_size()))
 
 
 def tiles(tokens: int, size: int) -> Iterator[slice]:
@@ -101,6 +112,26 @@ class Projection:
     """Of the products, the logits and the gradients while they are summed."""
     size: int
     """Tokens in a tile."""
+
+    @staticmethod
+    def of(
+        hidden: Tensor, head: Head | Tensor, temperature: float, chunk_size: int | None, *, beside: Tensor | None = None
+    ) -> Projection:
+        """How `head` is applied to `hidden`, in a type that also holds what `beside` does.
+
+        `chunk_size` tokens in a tile or, by default, as many as `TILE_BYTES` hold.
+        """
+        head = head if isinstance(head, Head) else Head(head)
+        if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+            raise DataError(f"hidden states {list(hidden.shape)} for a head's weight {list(head.weight.shape)}")
+        check_temperature(temperature)
+        dtype = compute_dtype(hidden, hidden if beside is None else beside)
+        if chunk_size is None:
+            room = TILE_BYTES["cpu" if hidden.device.type == "cpu" else "accelerator"]
+            chunk_size = room // (head.vocabulary * dtype.itemsize)
+        elif chunk_size < 1:
+            raise ConfigError(f"chunk_size = {chunk_size}: must be at least 1, or None for a size that was measured")
+        return Projection(head=head, temperature=temperature, dtype=dtype, size=max(1, min(chunk_size, len(hidden))))
 
 
 class Projector:
@@ -155,12 +186,12 @@ class Projector:
 
 
 def _mixed_products(weight: Tensor) -> bool:
-    """Whether the device multiplies 16-bit matrices into a 32-bit result."""
+    """Whether the device multiplies matrices of this type into a float32 result."""
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, rounded to the type of `out` alone."""
+    """out = a @ b, summed and stored in the type of `out`."""
     if _mixed_products(b):
         torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
     else:
@@ -168,7 +199,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, rounded to the type of `out` alone."""
+    """out += a @ b, summed and stored in the type of `out`."""
     if _mixed_products(b):
         torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
     else:
@@ -196,13 +227,36 @@ def sweep(
     return values, gradients
 
 
-class WeightedSum(torch.autograd.Function):
+def per_token(hidden: Tensor, projection: Projection, start: Callable[[], TileLoss]) -> Tensor:
+    """Values [N], whose backward pass projects every tile again. `start` begins a sweep over the tiles."""
+    head = projection.head
+    values: Tensor = _PerToken.apply(hidden, head.weight, head.bias, projection, start)
+    return values
+
+
+def weighted_sum(
+    hidden: Tensor, projection: Projection, start: Callable[[], TileLoss], weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(sum of `weights` [N] times values, values [N] without gradient), whose gradients are taken at once."""
+    if weights.shape != hidden.shape[:1]:
+        raise DataError(f"weights {list(weights.shape)} for {len(hidden)} tokens")
+    if weights.requires_grad:
+        raise DataError("weights get no gradient: detach them, or weigh the per-token values")
+    head, weights = projection.head, weights.to(projection.dtype)
+    total, values = _WeightedSum.apply(
+        hidden, head.weight, head.bias, projection, start, weights, torch.is_grad_enabled()
+    )
+    return total, values
+
+
+class _WeightedSum(torch.autograd.Function):
     """(sum of weights times values, values): the gradients are taken on the way forward, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias, projection, start, weights = args
-        values, ctx.gradients = sweep(hidden, projection, start, weights, ctx.needs_input_grad[:3])
+        hidden, weight, bias, projection, start, weights, grad_enabled = args
+        needs = ctx.needs_input_grad[:3] if grad_enabled else (False, False, False)
+        values, ctx.gradients = sweep(hidden, projection, start, weights if any(needs) else None, needs)
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         ctx.mark_non_differentiable(values)
         return (values * weights).sum(), values
@@ -213,10 +267,10 @@ class WeightedSum(torch.autograd.Function):
         if gradients is None:
             # They are scaled in place: a copy of the head's would be the largest tensor of the step.
             raise RuntimeError("a weighted sum is back-propagated once; compute it again, or use per-token values")
-        return *gradients.scaled(grads[0], ctx.dtypes), None, None, None
+        return *gradients.scaled(grads[0], ctx.dtypes), None, None, None, None
 
 
-class PerToken(torch.autograd.Function):
+class _PerToken(torch.autograd.Function):
     """Values [N]; the backward pass, which alone knows their weights, projects again."""
 
     @staticmethod

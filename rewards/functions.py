@@ -25,7 +25,9 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwar
 
 def contains_answer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """Whether the answer stands in the completion as whole words, in any case. None: the answer is empty."""
-    return [_contains(_text(completion), str(right).strip()) for completion, right in zip(completions, answer, strict=True)]
+    return [
+        _contains(_text(completion), str(right).strip()) for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
 def number_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:

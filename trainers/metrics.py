@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from opd.types import Sample, StopReason, Trajectory, TrajectoryGroup
+from opd.types import Sample, StopReason, TrajectoryGroup
 
 
 def of_groups(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
@@ -44,12 +44,6 @@ def of_samples(samples: Sequence[Sample], divergences: Mapping[int, Tensor]) -> 
         nats = torch.cat([divergences[i] for i in sorted(divergences)]).double()
         row |= {"distill/nats": float(nats.mean()), "distill/nats_max": float(nats.max())}
     return row
-
-
-def success_rate(groups: Iterable[TrajectoryGroup]) -> tuple[int, int]:
-    """(solved, played) over all episodes; one whose environment broke counts as played and not solved."""
-    episodes: list[Trajectory] = [t for group in groups for t in group.trajectories]
-    return sum(t.success for t in episodes), len(episodes)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from opd.trainers.base import Method, register
 from pydantic import Field, field_validator, model_validator
 
 from opd.config import Strict, TeacherConfig
 from opd.errors import DataError
 from opd.losses import Distill, Losses
 from opd.privileged import SOLUTION, in_first_user_message, with_solution
+from opd.trainers.base import Method, register
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 

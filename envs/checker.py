@@ -1,0 +1,233 @@
+"""What an environment gets wrong, told before a run: gymnasium's own checker, and the contract of `text_env`."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium.utils.env_checker import check_env
+
+from opd.envs.factory import make
+from opd.envs.text_env import SPLITS
+
+_TASKS = 24
+"""Most tasks of each split that are played."""
+_STEPS = 8
+"""Most steps of an episode."""
+_LONG = 16
+"""Characters from which privileged text in a prompt is no coincidence."""
+_SLOW = 1.0
+"""Seconds that a reset or step may take before it is remarked on."""
+
+Tasks = dict[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to mend (`error`), to look at (`warning`), or to know (`note`)."""
+
+    severity: Literal["error", "warning", "note"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Episode:
+    """What one episode of random actions showed."""
+
+    task: str
+    """All that is told of the task at reset: equal for equal tasks."""
+    privileged: dict[str, str]
+    seen: list[str]
+    """Every text that reaches the student's prompt: observations and messages."""
+    seconds: list[float]
+    problems: list[str]
+
+
+def check(env_id: str, kwargs: Mapping[str, Any] | None = None) -> list[Finding]:
+    """Play some episodes with random actions and report what breaks the contract.
+
+    Without an `error` in the list, the environment is fit to train on; a note on its speed is always there
+    unless it broke before. Raises ConfigError when the environment cannot be made.
+    """
+    first, second = make(env_id, kwargs), make(env_id, kwargs)
+    try:
+        return list(dict.fromkeys([*_gymnasium_findings(first), *_contract_findings(first, second)]))
+    finally:
+        first.close()
+        second.close()
+
+
+def _gymnasium_findings(env: gymnasium.Env[str, str]) -> list[Finding]:
+    findings: list[Finding] = []
+    raw = env.unwrapped
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            # An import path has no spec to make a second one for rendering, and check_env would say so each time.
+            check_env(raw, skip_render_check=raw.spec is None)
+        except Exception as error:  # whatever somebody else's code raises is what we report
+            findings.append(Finding("error", f"gymnasium's check_env: {type(error).__name__}: {error}"))
+    plain = (re.sub(r"\x1b\[\d+m|WARN: ", "", str(warning.message)) for warning in caught)
+    return [*findings, *(Finding("warning", f"gymnasium's check_env: {text}") for text in plain)]
+
+
+def _contract_findings(first: gymnasium.Env[str, str], second: gymnasium.Env[str, str]) -> Iterator[Finding]:
+    tasks = first.metadata.get("tasks")
+    if problem := _tasks_problem(tasks):
+        yield Finding("error", problem)
+        return
+    addresses = list(_addresses(tasks))
+    try:
+        episodes = [_play(first, *address) for address in addresses]
+        # In reverse, so that a task that depends on those before it shows.
+        again = [_play(second, *address) for address in reversed(addresses)][::-1]
+    except Exception as error:  # as above
+        yield Finding("error", f"an episode raised {type(error).__name__}: {error}")
+        return
+    yield from (Finding("error", problem) for episode in episodes for problem in episode.problems)
+    for (seed, options), one, other in zip(addresses, episodes, again, strict=True):
+        if one.task != other.task:
+            yield Finding("error", f"reset(seed={seed}, options={options}) gave two different tasks")
+            break
+    yield from _split_findings(addresses, episodes)
+    yield from _leaks(episodes)
+    yield from _speed(episodes)
+
+
+def _tasks_problem(tasks: Any) -> str | None:
+    """What is wrong with `metadata["tasks"]`, if anything."""
+    if tasks is None:
+        return None
+    if not isinstance(tasks, dict) or "train" not in tasks or set(tasks) - set(SPLITS):
+        return f'metadata["tasks"] = {tasks!r} must be a dict with "train" and, where there are such, "eval" and "warm"'
+    for split, count in tasks.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            return f'metadata["tasks"]["{split}"] = {count!r} must be a number of tasks, or None for unlimited'
+    return None
+
+
+def _addresses(tasks: Tasks | None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Seed and options of the episodes to play, as the trainer would pass them."""
+    if tasks is None:
+        yield from ((seed, None) for seed in range(_TASKS))
+        return
+    for split, count in tasks.items():
+        for index in range(_TASKS if count is None else min(count, _TASKS)):
+            yield index, {"split": split, "index": index}
+
+
+def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | None) -> _Episode:
+    """One episode: an empty action, then random text."""
+    env.action_space.seed(seed)
+    started = time.perf_counter()
+    obs, info = env.reset(seed=seed, options=options)
+    seconds = [time.perf_counter() - started]
+    seen, problems = _texts(obs, info), list(_info_problems(info, "reset"))
+    task = repr([obs, *(info.get(key) for key in ("messages", "tools", "privileged"))])
+    privileged = info.get("privileged") or {}
+    for step in range(_STEPS):
+        started = time.perf_counter()
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample() if step else "")
+        seconds.append(time.perf_counter() - started)
+        seen += _texts(obs, info)
+        problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
+        if terminated or truncated:
+            break
+    return _Episode(task=task, privileged=privileged, seen=seen, seconds=seconds, problems=problems)
+
+
+def _texts(obs: Any, info: dict[str, Any]) -> list[str]:
+    messages = info.get("messages")
+    return [str(obs), *(str(message) for message in messages)] if isinstance(messages, list) else [str(obs)]
+
+
+def _step_problems(reward: Any, terminated: Any, truncated: Any) -> Iterator[str]:
+    for name, value in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(value, bool | np.bool_):
+            yield f"step returned {name} = {value!r}; it must be a bool"
+    if not isinstance(reward, int | float | np.number) or not math.isfinite(reward):
+        yield f"step returned reward = {reward!r}; it must be a finite number"
+
+
+def _info_problems(info: Any, where: str) -> Iterator[str]:
+    if not isinstance(info, dict):
+        yield f"{where} returned info of type {type(info).__name__}; it must be a dict"
+        return
+    for key, type_ in (("success", bool | np.bool_), ("feedback", str)):
+        if key in info and not isinstance(info[key], type_):
+            yield f'{where}: info["{key}"] = {info[key]!r} must be a {"str" if type_ is str else "bool"}'
+    if "privileged" in info and not _is_text_dict(info["privileged"]):
+        yield f'{where}: info["privileged"] = {info["privileged"]!r} must be a dict of str to str'
+    if "messages" in info and not _is_list(info["messages"], _is_message):
+        yield f'{where}: info["messages"] = {info["messages"]!r} must be a list of dicts with "role" and "content"'
+    if "tools" in info and not _is_list(info["tools"], _is_tool):
+        yield f'{where}: info["tools"] must be a list of {{"type": "function", "function": {{"name", "parameters"}}}}'
+
+
+def _split_findings(addresses: list[tuple[int, dict[str, Any] | None]], episodes: list[_Episode]) -> Iterator[Finding]:
+    """Tasks that are in two splits, and splits that hold one task only."""
+    by_split: dict[str, set[str]] = {}
+    played: Counter[str] = Counter()
+    for (_, options), episode in zip(addresses, episodes, strict=True):
+        split = options["split"] if options else "train"
+        by_split.setdefault(split, set()).add(episode.task)
+        played[split] += 1
+    for split, tasks in by_split.items():
+        if len(tasks) == 1 < played[split]:
+            yield Finding("warning", f"the {played[split]} tasks of the {split} split that were looked at are one task")
+        for other in list(by_split)[list(by_split).index(split) + 1 :]:
+            if both := tasks & by_split[other]:
+                yield Finding("error", f"the splits {split} and {other} share tasks, such as {min(both):.200}")
+
+
+def _leaks(episodes: list[_Episode]) -> Iterator[Finding]:
+    """Privileged text in what the student reads; a short one (a number, say) may be there by coincidence."""
+    long: set[str] = set()
+    counts: Counter[str] = Counter()
+    for episode in episodes:
+        for key, value in episode.privileged.items():
+            if value.strip() and any(value in text for text in episode.seen):
+                counts[key] += 1
+                long |= {key} if len(value) >= _LONG else set()
+    for key, count in counts.items():
+        if key in long or count > len(episodes) / 2:
+            yield Finding("error", f'info["privileged"]["{key}"] stands in the observations of {count} episodes')
+
+
+def _speed(episodes: list[_Episode]) -> Iterator[Finding]:
+    resets = [episode.seconds[0] for episode in episodes]
+    steps = [seconds for episode in episodes for seconds in episode.seconds[1:]]
+    slowest = max(*resets, *steps)
+    yield Finding("note", f"a reset takes {1e3 * np.mean(resets):.2g} ms, a step {1e3 * np.mean(steps):.2g} ms")
+    if slowest > _SLOW:
+        yield Finding("warning", f"the slowest reset or step took {slowest:.1f} s")
+
+
+def _is_list(value: Any, holds: Any) -> bool:
+    return isinstance(value, list) and all(holds(item) for item in value)
+
+
+def _is_text_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+
+
+def _is_tool(value: Any) -> bool:
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("parameters"), dict)
+        and function["parameters"].get("type") == "object"
+    )

@@ -1,0 +1,121 @@
+"""Making environments from the ids and import paths that users write."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.error import Error as GymnasiumError
+
+from opd.errors import ConfigError
+
+_IMPORT_PATH = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+
+
+def list_envs() -> list[str]:
+    """The ids that this package registers."""
+    return sorted(env_id for env_id in gymnasium.registry if env_id.startswith("opd/"))
+
+
+def validate_id(env_id: str) -> None:
+    """Raise ConfigError unless the id is registered or its import path leads to a module.
+
+    Cheap: nothing of the environment is imported, so a mistyped id is found before torch is loaded.
+    """
+    if path := _IMPORT_PATH.fullmatch(env_id):
+        if _find_module(path["module"]) is None:
+            raise ConfigError(
+                f"env.id: {env_id!r} names the module {path['module']!r}, which cannot be found. "
+                "Is its folder on PYTHONPATH, or the package installed?"
+            )
+    elif env_id not in gymnasium.registry:
+        raise ConfigError(f"env.id: {env_id!r} is unknown. {_known_ids(env_id)}")
+
+
+def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[str, str]:
+    """An environment whose observations and actions are text.
+
+    A registered id goes through `gymnasium.make`, so that its author's wrappers (a time limit, the check that
+    reset comes first) apply; they pass `info` on as it is. gymnasium's passive checker is left out: it looks at
+    the first reset and step only, in every one of the many environments of a run, and prints what `check` reports
+    once. An import path `package.module:Class` is called directly.
+
+    Raises ConfigError for an unknown id or argument, or spaces that are not text.
+    """
+    validate_id(env_id)
+    kwargs = dict(kwargs or {})
+    creator = _creator(env_id)
+    _check_kwargs(env_id, creator, kwargs)
+    if _IMPORT_PATH.fullmatch(env_id):
+        env = creator(**kwargs)
+        if not isinstance(env, gymnasium.Env):
+            raise ConfigError(f"env.id: {env_id!r} makes a {type(env).__name__}, which is no gymnasium.Env")
+    else:
+        env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    for name in ("observation_space", "action_space"):
+        space = getattr(env, name, None)
+        if not _is_text(space):
+            raise ConfigError(f"env.id: {env_id!r} has {name} = {space}; it must be text, such as opd.envs.TextSpace()")
+    return env
+
+
+def _creator(env_id: str) -> Any:
+    """What builds the environment: a class or a function."""
+    try:
+        if _IMPORT_PATH.fullmatch(env_id):
+            return pkgutil.resolve_name(env_id)
+        entry_point = gymnasium.registry[env_id].entry_point
+        return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    except AttributeError as error:
+        raise ConfigError(f"env.id: {env_id!r}: {error}") from error
+    except (ImportError, GymnasiumError) as error:
+        raise ConfigError(f"env.id: {env_id!r} cannot be imported: {error}") from error
+
+
+def _check_kwargs(env_id: str, creator: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError for an argument that the constructor does not take, or lacks."""
+    signature = inspect.signature(creator)
+    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name in kwargs:
+        if name not in known and not takes_any:
+            near = get_close_matches(name, known, n=1)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
+            raise ConfigError(f"env.kwargs: {env_id} takes no {name!r}. Allowed: {', '.join(known) or 'none'}.{hint}")
+    preset = {} if _IMPORT_PATH.fullmatch(env_id) else gymnasium.registry[env_id].kwargs
+    try:
+        signature.bind(**{**preset, **kwargs})
+    except TypeError as error:
+        raise ConfigError(f"env.kwargs: {env_id}: {error}. Allowed: {', '.join(known) or 'none'}") from None
+
+
+def _is_text(space: Any) -> bool:
+    return isinstance(space, gymnasium.Space) and space.dtype is not None and np.dtype(space.dtype).kind == "U"
+
+
+def _known_ids(env_id: str) -> str:
+    near = get_close_matches(env_id, list(gymnasium.registry), n=1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    return f"Ours: {', '.join(list_envs())}; others by import path, package.module:Class.{hint}"
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    """The module's spec, found without importing its parents (`importlib.util.find_spec` would)."""
+    parent, _, _ = name.rpartition(".")
+    if name in sys.modules or not parent:
+        return importlib.util.find_spec(name)
+    found = _find_module(parent)
+    if found is None or found.submodule_search_locations is None:
+        return None
+    specs = (finder.find_spec(name, found.submodule_search_locations) for finder in sys.meta_path)
+    return next((spec for spec in specs if spec is not None), None)

@@ -1,0 +1,243 @@
+"""The `opd` command: reads the command line, prints errors as a person wants them, and hands over.
+
+Nothing heavy is imported before it is needed: `opd --help` and every wrong setting answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd import __version__
+from opd.errors import ConfigError, OpdError
+
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except OpdError as error:
+        print(textwrap.indent(str(error), "error: "), file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone; Python must not try to flush it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A subcommand: what it takes, what it does, and whether it accepts `--key.sub value`."""
+
+    name: str
+    summary: str
+    example: str
+    run: Callable[[argparse.Namespace, dict[str, Any]], int]
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    takes_settings: bool = False
+
+
+def _run(argv: list[str]) -> int:
+    parser, parsers = _parsers()
+    command = next((c for c in _COMMANDS if argv and argv[0] == c.name), None)
+    overrides: dict[str, Any] = {}
+    if command is not None and command.takes_settings:
+        from opd.launch.config import all_settings
+        from opd.launch.overrides import split
+
+        options = [option for action in parsers[command.name]._actions for option in action.option_strings]
+        argv, overrides = split(argv, options=options, settings=all_settings())
+    arguments = parser.parse_args(argv)
+    if command is None:
+        parser.print_help()
+        return USAGE_ERROR
+    return command.run(arguments, overrides)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="opd",
+        description="Train LLM agents by on-policy self-distillation.",
+        epilog="`opd COMMAND --help` tells more. Start with `opd demo`.",
+        formatter_class=shape,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"opd {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parsers = {}
+    for command in _COMMANDS:
+        tail = "\nAny setting of the file can be given as --key.sub VALUE." if command.takes_settings else ""
+        parsers[command.name] = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"example: {command.example}{tail}",
+            formatter_class=shape,
+            allow_abbrev=False,
+        )
+        command.arguments(parsers[command.name])
+    return parser, parsers
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
+    parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from opd.launch.config import Config
+    from opd.launch.out import remove_run
+    from opd.launch.plan import plan
+
+    _short(overrides, "train.steps", arguments.steps)
+    _short(overrides, "out", arguments.out)
+    config = Config.load(arguments.file, overrides)
+    out = config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite)
+    if arguments.dry_run or config.tracking.console:
+        Console().print(plan(config, out).table())
+    if arguments.dry_run:
+        return 0
+    if arguments.overwrite:
+        remove_run(out)
+    from opd.launch.train import train
+
+    result = train(config.at(out), resume=arguments.resume)
+    if result.interrupted:
+        print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="RUN_OR_FILE", help="the folder of a run, or a YAML file (its model as it is)"
+    )
+    parser.add_argument("--tasks", metavar="N", help="short for --eval.tasks N")
+
+
+def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.config import Config
+    from opd.launch.out import holds_run
+
+    _short(overrides, "eval.tasks", arguments.tasks)
+    target = Path(arguments.target)
+    config = Config.load(target, overrides)
+    if not config.eval.tasks:
+        raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
+    from opd.launch.evaluate import evaluate_run
+
+    evaluate_run(config, run=target if holds_run(target) else None)
+    return 0
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", metavar="N", type=_positive, default=1, help="how many runs to make (default: 1)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+
+
+def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.demo import demo
+
+    demo(seeds=arguments.seeds, out=arguments.out)
+    return 0
+
+
+def _envs_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="the registered environments (the default)")
+    check = actions.add_parser("check", help="whether an environment keeps its contract")
+    check.add_argument("id", metavar="ID", help="a registered id, or my_package.my_module:MyEnv")
+
+
+def _envs(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    import opd.envs
+
+    if arguments.action != "check":
+        print("\n".join(opd.envs.list_envs()))
+        return 0
+    findings = opd.envs.check(arguments.id)
+    for finding in findings:
+        print(f"{finding.severity}: {finding.message}")
+    broken = any(finding.severity == "error" for finding in findings)
+    print(f"{arguments.id} {'breaks' if broken else 'keeps'} the contract of an environment")
+    return int(broken)
+
+
+def _methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.trainers.base import methods
+
+    width = max(map(len, methods()))
+    for name, spec in methods().items():
+        print(f"{name:{width}}  {spec.summary}")
+    return 0
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="print its settings, defaults and all")
+    parser.add_argument(
+        "--explain", metavar="KEY", nargs="?", const="", help="what a setting is for; none: all of them"
+    )
+
+
+def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.config import Config, all_settings, explain
+
+    if (arguments.explain is None) == (arguments.file is None):
+        raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
+    if arguments.explain is not None:
+        settings = explain(arguments.explain) if arguments.explain else list(all_settings().values())
+        print("\n".join(setting.explanation() for setting in settings))
+    else:
+        print(Config.load(arguments.file, overrides, check_machine=False).to_yaml(), end="")
+    return 0
+
+
+def _short(overrides: dict[str, Any], key: str, value: str | None) -> None:
+    """An option that stands for a setting."""
+    if value is not None:
+        from opd.launch.overrides import put
+        from opd.launch.reader import parse_yaml
+
+        put(overrides, key, value if key == "out" else parse_yaml(value, f"command line: {key}"))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+_COMMANDS = (
+    _Command("train", "train by a file of settings", "opd train examples/opsd.yaml --steps 20 --train.lr 1e-4",
+             _train, _train_arguments, takes_settings=True),
+    _Command("eval", "play held-out tasks with a trained run", "opd eval runs/opsd-lookup-tiny --tasks 300",
+             _eval, _eval_arguments, takes_settings=True),
+    _Command("demo", "watch a small agent get better, no download", "opd demo --seeds 3", _demo, _demo_arguments),
+    _Command("envs", "list environments, or check one", "opd envs check opd/Lookup-v0", _envs, _envs_arguments),
+    _Command("methods", "list the methods that can train", "opd methods", _methods),
+    _Command("config", "print resolved settings, or explain one", "opd config --explain rollout.temperature",
+             _config, _config_arguments, takes_settings=True),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The settings of a run: one typed, strict tree, read from YAML and the command line.
+
+`opd.config` holds the sections that all runs share, each method's file its own; here they are joined, read,
+and checked as far as that goes without torch. Every problem of a file is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializeAsAny, model_validator
+from pydantic.fields import FieldInfo
+
+import opd
+from opd.config import EnvSetting, EvalConfig, ModelSetting, RolloutConfig, Strict, TrackingConfig, TrainConfig
+from opd.errors import ConfigError
+from opd.launch import out
+from opd.launch.checks import check_combinations, check_env, check_model, check_tracking
+from opd.launch.overrides import merge
+from opd.launch.parse import bad_value, parse
+from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
+from opd.launch.reader import read_settings, to_yaml
+from opd.launch.schema import Setting, describe, walk
+from opd.trainers.base import methods
+
+_MAY_DIFFER = ("out", "eval", "tracking", "train.steps", "train.save_every", "train.keep_last", "train.threads")
+"""What a resumed run may change: nothing that its weights depend on."""
+
+
+class Config(Strict):
+    """All settings of a run. In YAML the section of the method stands under the method's own name."""
+
+    method: str = Field(description="How the model learns: a name from `opd methods`.")
+    section: SerializeAsAny[Strict] = Field(description="The method's own settings; in YAML, under its name.")
+    seed: int = Field(0, ge=0, description="Tasks, draws and initial values follow from it.")
+    out: str | None = Field(
+        None, description="The run's folder; by default runs/METHOD-ENV-MODEL, numbered where earlier runs are."
+    )
+    model: ModelSetting
+    env: EnvSetting
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    backend: Literal["local"] = Field("local", description="What trains: `local` is one process, plain torch.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_methods_section(cls, data: Any) -> Any:
+        """Accept the method's section under the method's name, or its absence."""
+        known = methods()
+        if not isinstance(data, dict) or "section" in data or data.get("method") not in known:
+            return data
+        own = data.get(data["method"], {})
+        section = own if isinstance(own, Strict) else known[data["method"]].config.model_validate(own)
+        return {key: value for key, value in data.items() if key != data["method"]} | {"section": section}
+
+    @classmethod
+    def load(
+        cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, check_machine: bool = True
+    ) -> Config:
+        """Read a YAML file, or the `config.yaml` of a run's folder, and lay `overrides` (by dotted key) over it.
+
+        Raises ConfigError with a line for each problem; see `from_dict`.
+        """
+        path = Path(path)
+        overrides = overrides or {}
+        if out.holds_run(path):
+            overrides = {"out": str(path), **overrides}  # wherever the folder was moved to
+            path = path / "config.yaml"
+        data = merge(read_settings(path), overrides)
+        return cls.from_dict(data, source=str(path), overridden=overrides, check_machine=check_machine)
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        source: str = "config",
+        overridden: Iterable[str] = (),
+        check_machine: bool = True,
+    ) -> Config:
+        """Settings from plain data, as a YAML file would hold them.
+
+        Args:
+            source: what messages call the place that the data came from.
+            overridden: the keys that came from the command line; messages say so.
+            check_machine: also see whether the model, the environment and wandb are there.
+
+        Raises ConfigError with a line for each problem: unknown, missing and impossible settings, and, with
+        `check_machine`, what this machine lacks.
+        """
+        sections, problems = _sections(data)
+        if check_machine:
+            problems += _machine_problems(sections)
+        if not problems:
+            config = cls(**sections)
+            problems = check_combinations(config)
+        if problems:
+            raise ConfigError(report(problems, source, list(overridden)))
+        return config
+
+    def dump(self) -> dict[str, Any]:
+        """All settings as plain data, defaults included; `from_dict` reads them back."""
+        dumped = self.model_dump(mode="json")
+        return {self.method if key == "section" else key: value for key, value in dumped.items()}
+
+    def to_yaml(self) -> str:
+        """All settings as a file would hold them."""
+        return to_yaml(self.dump())
+
+    def choose_out(self, *, resume: bool = False, overwrite: bool = False) -> Path:
+        """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.out`)."""
+        name = out.default_name(self.method, self.env.id, self.model.name)
+        return out.choose(self.out, name, resume=resume, overwrite=overwrite)
+
+    def prepare_out(self, *, resume: bool = False) -> Path:
+        """Make the run's folder and write its `config.yaml`. Raises ConfigError where it cannot be used."""
+        folder = self.choose_out(resume=resume)
+        out.write_config(folder, self.at(folder).to_yaml(), opd.__version__)
+        return folder
+
+    def at(self, folder: Path) -> Config:
+        """The same settings with the folder of the run filled in."""
+        return self.model_copy(update={"out": str(folder)})
+
+    def differs_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
+        """The keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""
+        ours, theirs = _flat(self.dump()), _flat(saved)
+        free = [key for key in _MAY_DIFFER if key != "train.steps" or self.train.lr_schedule == "constant"]
+        changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
+        return [key for key in changed if not any(is_within(key, prefix) for prefix in free)]
+
+
+def all_settings() -> dict[str, Setting]:
+    """Every setting that a file may hold, by its key: the shared ones and those of every method."""
+    settings = [setting for setting in walk(Config) if not is_within(setting.key, "section")]
+    for name, spec in methods().items():
+        settings += [describe(name, FieldInfo(annotation=spec.config, default=None)), *walk(spec.config, f"{name}.")]
+    by_key = {setting.key: setting for setting in settings}
+    by_key["method"] = replace(by_key["method"], allowed=", ".join(methods()), choices=tuple(methods()))
+    return by_key
+
+
+def explain(key: str) -> list[Setting]:
+    """A setting, or a section and what it holds. Raises ConfigError naming the nearest for an unknown key."""
+    settings = all_settings()
+    if key not in settings:
+        raise ConfigError(f"{key} is unknown.{did_you_mean(nearest_key(key, settings))} Without a key, all are listed.")
+    return [setting for name, setting in settings.items() if is_within(name, key)]
+
+
+def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The valid top-level settings, typed, and what is wrong with the others."""
+    known, method = methods(), str(data.get("method"))
+    foreign = [name for name in data if name in known and method in known and name != method]
+    if method in known and data.get(method) is None:
+        data = {**data, method: {}}  # its section may be left out, but not what its section requires
+    types: dict[str, Any] = {name: Annotated[f.annotation, f] for name, f in Config.model_fields.items()}
+    del types["section"]
+    types |= {name: spec.config for name, spec in known.items()}
+    settings = all_settings()
+    values, problems = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
+    if "method" in values and method not in known:
+        problems.append(bad_value(settings["method"], method))
+    for name in foreign:
+        text = f"{name} is the section of another method, but method = {method}. Remove it, or set method: {name}."
+        problems.append(Problem((name, "method"), text))
+    return values, problems
+
+
+def _machine_problems(sections: Mapping[str, Any]) -> list[Problem]:
+    checks: dict[str, Callable[[Any], list[Problem]]] = {
+        "model": check_model,
+        "env": check_env,
+        "tracking": check_tracking,
+    }
+    return [problem for name, check in checks.items() if name in sections for problem in check(sections[name])]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

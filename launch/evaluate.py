@@ -1,0 +1,41 @@
+"""`opd eval`: success on held-out tasks of a trained run, or of a model as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.errors import CheckpointError
+from opd.launch.build import Score, build
+from opd.launch.config import Config
+
+
+def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
+    """Play `config.eval.tasks` held-out tasks and print the result.
+
+    With `run`, the weights are those of the run's export. Raises CheckpointError when it has none yet.
+    """
+    if run is not None:
+        export = run / "export"
+        if not (export / "config.json").is_file():
+            raise CheckpointError(f"{run} has no export yet: it has not finished. Go on with: opd train {run} --resume")
+        # An export holds merged weights: adapters would be trained on top of it, not loaded from it.
+        model = config.model.model_copy(update={"name": str(export), "lora": None})
+        config = config.model_copy(update={"model": model})
+    built = build(config)
+    try:
+        score, groups = built.evaluate()
+    finally:
+        built.close()
+    episodes = [t for group in groups for t in group.trajectories]
+    low, high = score.interval
+    table = Table(title=str(run or config.model.name), title_justify="left", show_header=False)
+    table.add_row("success", f"{score.rate:.1%}  (95%: {low:.1%} to {high:.1%})")
+    table.add_row("episodes", f"{score.solved} of {score.played} solved")
+    table.add_row("mean reward", f"{sum(t.reward for t in episodes) / len(episodes):.3f}")
+    table.add_row("broken", str(sum(t.failed is not None for t in episodes)))
+    table.add_row("cut by a limit", str(sum(t.truncated for t in episodes)))
+    Console().print(table)
+    return score

@@ -1,0 +1,172 @@
+"""How much memory a run takes, estimated from the files of a model without loading it.
+
+The parts that follow from counting (weights, gradients, AdamW, teacher, cache) are exact up to what torch
+adds; activations are a rule of thumb.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.config import LoraConfig, ModelConfig, RolloutConfig, TeacherConfig
+from opd.launch.checks import is_hub_id
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+TILE_BYTES = {"cpu": 320 * 2**20, "gpu": 1024 * 2**20}
+"""As in `opd.head`, which imports torch; a test holds the two together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """What an estimate needs to know about a model."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of every weight, by name; a tied head is not counted twice."""
+    layers: int
+    hidden: int
+    intermediate: int
+    """Width of the MLP."""
+    key_value_width: int
+    """Key heads times their width: what one token adds to one half of a layer's cache."""
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def adapters(self, lora: LoraConfig) -> int:
+        """Parameters that LoRA adds: two low-rank factors for each linear layer that is targeted."""
+        return sum(lora.r * sum(shape) for name, shape in self.shapes.items() if _is_targeted(name, shape, lora))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of an estimate."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+def memory_estimate(
+    size: ModelSize,
+    *,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    teacher: TeacherConfig | None,
+    tokens_per_microbatch: int,
+    gpu: bool,
+) -> list[Part]:
+    """The parts of the peak of a run on one device, in bytes; their sum is an upper estimate.
+
+    `model.dtype` auto is float32 on a CPU and bfloat16 on a GPU. Adapters are trained in float32.
+    """
+    width = BYTES[model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"]
+    trained = size.parameters if model.lora is None else size.adapters(model.lora)
+    trained_width = width if model.lora is None else 4
+    copies = {"live": 0, "frozen": trained_width, "ema": max(4, trained_width)}
+    # The teacher's view holds the student's sequence, so the student has at most half of a micro-batch.
+    tokens = tokens_per_microbatch // 2 if teacher else tokens_per_microbatch
+    tile = min(TILE_BYTES["gpu" if gpu else "cpu"], 4 * tokens * size.vocabulary)
+    return [
+        Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
+        Part("gradients", trained * trained_width),
+        Part("AdamW", 2 * trained * trained_width, "two moments for each trained parameter"),
+        Part("teacher", trained * copies[teacher.weights] if teacher else 0, teacher.weights if teacher else "none"),
+        Part("activations", _activations(size, tokens, width, model.gradient_checkpointing), "rough"),
+        Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
+        Part(
+            "cache of rollouts",
+            rollout.concurrency * rollout.max_length * 2 * size.layers * size.key_value_width * width,
+            f"at most {rollout.concurrency} episodes of {rollout.max_length} tokens",
+        ),
+    ]
+
+
+def _activations(size: ModelSize, tokens: int, width: int, checkpointing: bool) -> int:
+    """What a forward pass keeps for the backward pass: about 8 vectors of the hidden width a token and layer
+    (norms, queries, keys, values, attention, residuals) and 4 of the MLP's width."""
+    layer = tokens * (8 * size.hidden + 4 * size.intermediate) * width
+    return layer + size.layers * tokens * size.hidden * width if checkpointing else size.layers * layer
+
+
+def _is_targeted(name: str, shape: tuple[int, ...], lora: LoraConfig) -> bool:
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return False
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    if lora.targets == "all-linear":
+        return "embed" not in module and module not in ("lm_head", "wte", "wpe")
+    return module in lora.targets
+
+
+def known_size(name: str) -> ModelSize | None:
+    """The size of a model that is on this disk, or of SmolLM2; None where it is not known without a download."""
+    if name == "smollm2":
+        return _smollm2()
+    folder = _folder(name)
+    return size_of_folder(folder) if folder is not None else None
+
+
+def size_of_folder(folder: Path) -> ModelSize | None:
+    """Read `config.json` and the headers of the safetensors files; None where they do not say enough."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        shapes = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in _header(path).items()}
+        if not shapes:
+            return None
+        return ModelSize(
+            shapes=shapes,
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config.get("intermediate_size") or 4 * hidden,
+            key_value_width=(config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads),
+            vocabulary=config["vocab_size"],
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a safetensors file: eight bytes that hold the length of a JSON header, then the header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a local model, or of a hub model in the cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.endswith(".gguf") or not is_hub_id(name):
+        return None
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _smollm2() -> ModelSize:
+    """SmolLM2-135M: 30 layers of width 576, 9 query and 3 key heads of 64, a tied head."""
+    layer = {
+        "self_attn.q_proj.weight": (576, 576),
+        "self_attn.k_proj.weight": (192, 576),
+        "self_attn.v_proj.weight": (192, 576),
+        "self_attn.o_proj.weight": (576, 576),
+        "mlp.gate_proj.weight": (1536, 576),
+        "mlp.up_proj.weight": (1536, 576),
+        "mlp.down_proj.weight": (576, 1536),
+        "input_layernorm.weight": (576,),
+        "post_attention_layernorm.weight": (576,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": (576,)}
+    shapes |= {f"model.layers.{n}.{name}": shape for n in range(30) for name, shape in layer.items()}
+    return ModelSize(shapes=shapes, layers=30, hidden=576, intermediate=1536, key_value_width=192, vocabulary=49152)

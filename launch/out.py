@@ -1,0 +1,102 @@
+"""Where a run's files go: the folder's name when none is given, and what may happen to a folder that exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from opd.errors import ConfigError
+
+ROOT = Path("runs")
+_MARK = "# Settings of an opd run"
+
+
+def default_name(method: str, env: str, model: str) -> str:
+    """`opsd-lookup-tiny` for opsd, opd/Lookup-v0 and tiny:lookup: what a person would call the run."""
+    env = re.sub(r"-v\d+$", "", re.split(r"[/:]", env)[-1])
+    model = "tiny" if model.startswith("tiny:") else Path(model).name.removesuffix(".gguf")
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in (method, env, model))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether an earlier run wrote into this folder."""
+    try:
+        with (folder / "config.yaml").open(encoding="utf-8") as file:
+            return file.readline().startswith(_MARK)
+    except OSError:
+        return False
+
+
+def choose(out: str | None, name: str, *, resume: bool, overwrite: bool) -> Path:
+    """The folder of a run; nothing is written yet.
+
+    Without `out` it is `runs/NAME`, or `runs/NAME-2` and so on where earlier runs are; with `resume`, the
+    newest of these.
+
+    Raises ConfigError when the folder holds a run that is neither to be resumed nor overwritten, holds other
+    files, or cannot be written.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    if out is None:
+        if overwrite:
+            raise ConfigError("--overwrite deletes a run, so say which: --out DIR")
+        folder = _numbered(name, resume=resume)
+    else:
+        folder = Path(out).expanduser()
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    return folder
+
+
+def write_config(folder: Path, settings: str, version: str) -> None:
+    """Make the folder and write `config.yaml`, which marks it as a run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(f"{_MARK}, resolved by opd {version}\n{settings}", encoding="utf-8")
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run with all its files. Raises ConfigError when the folder holds none, or is where we stand."""
+    if not folder.exists():
+        return
+    if not holds_run(folder):
+        raise ConfigError(f"out = {str(folder)!r} holds no run, so nothing there is deleted")
+    if Path.cwd().resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"out = {str(folder)!r} holds the current folder, so it is not deleted")
+    shutil.rmtree(folder)
+
+
+def _numbered(name: str, *, resume: bool) -> Path:
+    taken = ROOT / name
+    folder, number = taken, 1
+    while folder.exists():
+        taken, number = folder, number + 1
+        folder = ROOT / f"{name}-{number}"
+    return taken if resume else folder
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    named = f"out = {str(folder)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{named} is a file; name a folder")
+    if resume:
+        if not holds_run(folder):
+            raise ConfigError(f"{named} holds no run to resume; without --resume a new one starts there")
+    elif holds_run(folder):
+        if not overwrite:
+            raise ConfigError(
+                f"{named} already holds a run. Go on with it (--resume), delete it (--overwrite), "
+                "or choose another folder (--out DIR)."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{named} holds files that are not a run's; choose another folder (--out DIR)")
+    above = folder
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{named} cannot be written: {str(above)!r} is {_why_not(above)}; choose another (--out DIR)")
+
+
+def _why_not(path: Path) -> str:
+    return "not a folder" if not path.is_dir() else "not writable"

@@ -1,0 +1,96 @@
+"""Settings on the command line: `--key.sub value` or `--key.sub=value`, for any key of the file.
+
+Values are read as YAML, as if they stood in the file: `--train.lr 1e-4`, `--env.kwargs.hops "[1, 2]"`,
+`--model.lora null`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from opd.errors import ConfigError
+from opd.launch.problems import did_you_mean, nearest_key, show
+from opd.launch.reader import parse_yaml
+from opd.launch.schema import Setting
+
+SHORTHAND = {"model": "name", "env": "id"}
+"""Sections that may be written as one word, and the setting which that word is."""
+
+
+def split(
+    arguments: Sequence[str], *, options: Collection[str], settings: Mapping[str, Setting]
+) -> tuple[list[str], dict[str, Any]]:
+    """Take the settings out of a command line: (what is left for the command's own options, values by key).
+
+    Raises ConfigError for a key that does not exist, a key without a value, and a key given twice.
+    """
+    left: list[str] = []
+    values: dict[str, Any] = {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, text = word.partition("=")
+        if not word.startswith("--") or word == "--" or name in options:
+            left.append(word)
+            continue
+        key = name.removeprefix("--")
+        _check_key(key, options=options, settings=settings)
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise ConfigError(f"command line: --{key} needs a value: {settings_text(key, settings)}")
+            text = waiting.pop(0)
+        put(values, key, parse_yaml(text, f"command line: --{key}") if text else "")
+    return left, values
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Add one setting. Raises ConfigError when the key was given before."""
+    if key in values:
+        raise ConfigError(f"command line: {key} is given twice: {show(values[key])} and {show(value)}. Give one.")
+    values[key] = value
+
+
+def settings_text(key: str, settings: Mapping[str, Setting]) -> str:
+    """What a key allows; for a key of the user's choice, anything."""
+    return settings[key].allowed if key in settings else "any value"
+
+
+def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file with those of the command line laid over them; neither is changed.
+
+    `model` and `env` stay what they are short for: over `model: {name: a, lora: {r: 4}}`, `--model b` keeps
+    the adapters, and over `model: a`, `--model.lora.r 8` keeps the name.
+    """
+    merged = copy.deepcopy(dict(data))
+    for key, value in overrides.items():
+        if key in SHORTHAND and not isinstance(value, dict):
+            key = f"{key}.{SHORTHAND[key]}"
+        *sections, name = key.split(".")
+        place = merged
+        for section in sections:
+            place = _enter(place, section)
+        place[name] = copy.deepcopy(value)
+    return merged
+
+
+def _enter(place: dict[str, Any], section: str) -> dict[str, Any]:
+    held = place.get(section)
+    if isinstance(held, dict):
+        return held
+    place[section] = {SHORTHAND[section]: held} if section in SHORTHAND and isinstance(held, str) else {}
+    entered: dict[str, Any] = place[section]
+    return entered
+
+
+def _check_key(key: str, *, options: Collection[str], settings: Mapping[str, Setting]) -> None:
+    parts = key.split(".")
+    parents = (".".join(parts[:n]) for n in range(1, len(parts)))
+    if key in settings or any(p in settings and settings[p].free for p in parents):
+        return
+    found = nearest_key(key, [*settings, *(option.removeprefix("--") for option in options)])
+    raise ConfigError(
+        f"command line: --{key} is unknown.{did_you_mean(found and f'--{found}')}"
+        " `opd config --explain KEY` tells what a key is for."
+    )

@@ -1,0 +1,139 @@
+"""Walks typed settings: which keys there are, what each allows, and what it is for.
+
+The texts come from the pydantic fields themselves, so that `opd config --explain` and the error messages
+cannot disagree with what is accepted.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+
+from opd.launch.problems import show
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "null",
+    Any: "any value",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the settings, or a section of them (`section` is its class)."""
+
+    key: str
+    allowed: str
+    description: str
+    required: bool
+    default: Any
+    section: type[BaseModel] | None
+    free: bool
+    """Holds keys of the user's choice, such as `env.kwargs`."""
+    choices: tuple[str, ...]
+    """The words that it allows, where it allows no others."""
+
+    def explanation(self) -> str:
+        """Key, default, what is allowed and what it is for, as `opd config --explain` prints it."""
+        if self.section is not None:
+            head = f"{self.key}: {'required' if self.required else 'may be left out'}"
+        elif self.required:
+            head = f"{self.key} (required)"
+        else:
+            head = f"{self.key} = {show(self.default)}"
+        lines = [head, f"    allowed: {self.allowed}"]
+        if self.description:
+            lines.append(textwrap.fill(self.description, 100, initial_indent="    ", subsequent_indent="    "))
+        return "\n".join(lines)
+
+
+def walk(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    """Every setting of a model, sections before what they hold, in the order of the file."""
+    for name, field in model.model_fields.items():
+        setting = describe(f"{prefix}{name}", field)
+        yield setting
+        if setting.section is not None:
+            yield from walk(setting.section, f"{setting.key}.")
+
+
+def describe(key: str, field: FieldInfo) -> Setting:
+    """What one pydantic field says about the setting that it holds."""
+    section = _section(field.annotation)
+    required = field.is_required()
+    return Setting(
+        key=key,
+        allowed=allowed(field.annotation, field.metadata),
+        description=field.description or _summary(section),
+        required=required,
+        default=None if required else field.get_default(call_default_factory=True, validated_data={}),
+        section=section,
+        free=get_origin(field.annotation) is dict,
+        choices=_choices(field.annotation),
+    )
+
+
+def allowed(annotation: Any, metadata: list[Any] | None = None) -> str:
+    """The values that a type admits, in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed(arguments[0], list(arguments[1:]))
+    if origin in (Union, types.UnionType):
+        return " or ".join(allowed(a, metadata) if a is not types.NoneType else "null" for a in arguments)
+    if origin is Literal:
+        return ", ".join(str(a) for a in arguments)
+    if origin is list:
+        return f"a list of {_plural(arguments[0])}"
+    if origin is tuple:
+        return "a list of " + ", ".join(allowed(a) for a in arguments)
+    if origin is dict:
+        return "a section with keys of your choice"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        short = "a name or " if any(isinstance(m, BeforeValidator) for m in metadata or []) else ""
+        return f"{short}a section with {', '.join(annotation.model_fields)}"
+    return _WORDS.get(annotation, str(annotation)) + _bounds(metadata or [])
+
+
+def _plural(annotation: Any) -> str:
+    return {str: "texts", int: "whole numbers", float: "numbers"}.get(annotation, allowed(annotation))
+
+
+def _bounds(metadata: list[Any]) -> str:
+    words = []
+    for bound in metadata:
+        if isinstance(bound, annotated_types.Ge):
+            words.append(f"of at least {bound.ge}")
+        elif isinstance(bound, annotated_types.Gt):
+            words.append(f"above {bound.gt}")
+        elif isinstance(bound, annotated_types.Le):
+            words.append(f"at most {bound.le}")
+        elif isinstance(bound, annotated_types.Lt):
+            words.append(f"below {bound.lt}")
+    return f" {' and '.join(words)}" if words else ""
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model among the alternatives of a type, if there is one."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return tuple(str(a) for a in get_args(annotation))
+    return ()
+
+
+def _summary(section: type[BaseModel] | None) -> str:
+    return (section.__doc__ or "").strip().split("\n")[0] if section else ""

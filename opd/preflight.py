@@ -1,0 +1,40 @@
+"""Before the first update: does the sampler mean by a log-prob what the trainer means?
+
+A wrong position, a stale cache or another temperature shows here as a gap of tenths of a nat; what is left
+when all is right is rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from opd.collate import Batch
+from opd.divergence import chunked_logprobs
+from opd.engines.base import Sampling
+from opd.errors import ModelError
+from opd.modeling import CausalModel
+
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest mean gap in nats by the type of the weights; 16-bit kernels differ by more than rounding of a sum."""
+
+
+@torch.no_grad()
+def sampler_gap(student: CausalModel, batch: Batch, sampling: Sampling) -> float:
+    """Mean absolute difference, in nats, between the sampler's log-probs and the student's own.
+
+    Raises ModelError beyond the tolerance. Truncated sampling (top-p, top-k) renormalises the sampler's
+    log-probs, so that they cannot be compared; the gap is then nan.
+    """
+    if sampling.top_p < 1 or sampling.top_k:
+        return float("nan")
+    own = chunked_logprobs(
+        student(batch.input_ids, batch.rows), student.head(), batch.targets, temperature=sampling.temperature
+    )
+    gap = float((own - batch.sampler_logprobs).abs().mean())
+    allowed = TOLERANCE[next(student.parameters()).dtype]
+    if not gap <= allowed:
+        raise ModelError(
+            f"the rollout engine's log-probs differ from the trainer's by {gap:.3g} nats a token (allowed: {allowed}): "
+            "the engine does not sample from the policy that trains. Check the engine's weights, type and temperature."
+        )
+    return gap

@@ -1,0 +1,222 @@
+"""The run in the terminal: a live bar where there is a terminal, a line now and then where there is none.
+
+Other code may print and log meanwhile: its lines appear above the bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, the least time between two lines ..."""
+PLAIN_LINES = 50
+"""... and about the most lines in a run."""
+ETA_STEPS = 20
+"""The remaining time is judged by this many last steps."""
+
+_SPARK = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """What is known of the run, and how it reads."""
+
+    total: int
+    done: int
+    clock: Callable[[], float]
+    row: Mapping[str, float] = field(default_factory=dict)
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    held_out: float | None = None
+    phase: str | None = None
+    episodes: int = 0
+    started: float = 0.0
+    ends: deque[float] = field(default_factory=lambda: deque(maxlen=ETA_STEPS + 1))
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+        self.ends.append(self.started)
+
+    def add(self, step: int, row: Mapping[str, float]) -> None:
+        self.done, self.row, self.episodes = step, row, 0
+        if step == 0:
+            self.ends.clear()  # an evaluation before training says nothing of the pace
+        self.ends.append(self.clock())
+        if math.isfinite(row.get("reward/mean", math.nan)):
+            self.rewards.append(row["reward/mean"])
+        self.held_out = row.get("eval/success", self.held_out)
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds to the last step, by the pace of the last steps; None before the first."""
+        if len(self.ends) < 2:
+            return None
+        return (self.total - self.done) * (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+    @property
+    def figures(self) -> list[tuple[str, str]]:
+        shown = []
+        if "reward/mean" in self.row:
+            shown.append(("reward", f"{self.row['reward/mean']:.2f}"))
+        if "train/loss" in self.row:
+            shown.append(("loss", f"{self.row['train/loss']:.3g}"))
+        if self.held_out is not None:
+            shown.append(("held-out", f"{self.held_out:.0%}"))
+        return shown
+
+    @property
+    def phases(self) -> list[tuple[str, str]]:
+        seconds = {key.removeprefix("time/"): value for key, value in self.row.items() if key.startswith("time/")}
+        return [(name, f"{value:.1f}s") for name, value in seconds.items() if value >= 0.05]
+
+    @property
+    def doing(self) -> str:
+        if self.phase is not None:
+            return self.phase
+        return f"{self.episodes} episodes" if self.episodes else "working"
+
+    @property
+    def sparkline(self) -> str:
+        """The last rewards as bars, from the lowest to the highest among them."""
+        low, high = min(self.rewards, default=0.0), max(self.rewards, default=0.0)
+        scale = (len(_SPARK) - 1) / (high - low) if high > low else 0.0
+        return "".join(_SPARK[round((value - low) * scale)] for value in self.rewards)
+
+
+class RunConsole:
+    """Shows one run. Prints nothing when `enabled` is false."""
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        done: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(highlight=False)
+        self._enabled = enabled
+        self._animated = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._state = _State(total=total_steps, done=done, clock=clock)
+        self._spinner = Spinner("dots", style="cyan")
+        self._live: Live | None = None
+        self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
+        self._last_line = (-math.inf, -math.inf)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        self.show(Text(line, style="dim"))
+
+    def show(self, renderable: RenderableType) -> None:
+        """Anything that rich can print."""
+        if self._enabled:
+            self._console.print(renderable, soft_wrap=isinstance(renderable, Text))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Say that this is going on."""
+        self._open()
+        self._state.phase = name
+        try:
+            yield
+        finally:
+            self._state.phase = None
+
+    def episode(self) -> None:
+        """One more episode of the step at hand is finished."""
+        self._open()
+        self._state.episodes += 1
+
+    def step(self, step: int, row: Mapping[str, float]) -> None:
+        """A step is done; `row` holds its numbers."""
+        self._open()
+        self._state.add(step, row)
+        if not self._animated and self._line_is_due():
+            self._last_line = (self._state.clock(), step)
+            self.show(self._line())
+
+    def close(self) -> None:
+        """Take the bar down; its last state stays on the screen. May be called twice."""
+        if self._live is None:
+            return
+        live, self._live = self._live, None
+        _move_log_handlers((sys.stdout, sys.stderr), self._streams)
+        live.stop()
+
+    def _open(self) -> None:
+        if not self._animated or self._live is not None:
+            return
+        self._streams = (sys.stdout, sys.stderr)
+        self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=5)
+        self._live.start()
+        # Live has replaced both streams by its own, but a handler keeps the stream that it was made with.
+        _move_log_handlers(self._streams, (sys.stdout, sys.stderr))
+
+    def _view(self) -> RenderableType:
+        state = self._state
+        bar = Table.grid(padding=(0, 1), expand=True)
+        cells: list[RenderableType] = [
+            Text(f"step {state.done}/{state.total}", style="bold"),
+            ProgressBar(total=state.total, completed=state.done, complete_style="cyan", finished_style="green"),
+            *(Text.assemble((f"{name} ", "dim"), value) for name, value in state.figures),
+            Text.assemble(span(state.clock() - state.started), (f" < {span(state.remaining)}", "dim")),
+        ]
+        for cell in cells:
+            bar.add_column(no_wrap=True, ratio=1 if isinstance(cell, ProgressBar) else None)
+        bar.add_row(*cells)
+
+        below = Table.grid(padding=(0, 2))
+        phases = "  ".join(f"{name} {seconds}" for name, seconds in state.phases)
+        running = self._live is not None  # the state that stays on the screen has no spinner
+        self._spinner.update(text=Text(state.doing, style="cyan"))
+        spark = "" if self._console.options.ascii_only else state.sparkline
+        below.add_row(self._spinner if running else "", Text(phases, style="dim"), Text(spark, style="cyan"))
+        return Group(bar, below)
+
+    def _line_is_due(self) -> bool:
+        state = self._state
+        seconds, steps = state.clock() - self._last_line[0], state.done - self._last_line[1]
+        worth_it = state.done == state.total or "eval/success" in state.row
+        return worth_it or (seconds >= PLAIN_SECONDS and steps >= state.total / PLAIN_LINES)
+
+    def _line(self) -> Text:
+        state = self._state
+        parts = [f"step {state.done:>{len(str(state.total))}}/{state.total}"]
+        parts += [f"{name} {value}" for name, value in (*state.figures, *state.phases)]
+        if state.done < state.total:
+            parts.append(f"eta {span(state.remaining)}")
+        return Text("  ".join(parts))
+
+
+def _move_log_handlers(old: tuple[TextIO, TextIO], new: tuple[TextIO, TextIO]) -> None:
+    """Point the log handlers that write to a stream of `old` at its counterpart in `new`."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    for handler in [h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)]:
+        for before, after in zip(old, new, strict=True):
+            if handler.stream is before:
+                handler.setStream(after)
+                break
+
+
+def span(seconds: float | None) -> str:
+    """A duration as 0:07, 12:34 or 1:02:03."""
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,137 @@
+"""JSON lines on disk: append-only, whole rows, and cut back atomically when a run resumes.
+
+A number that JSON cannot hold (nan, inf) is written as null: every reader copes with that, and a diverged
+loss leaves its trace in the file instead of an exception in the middle of training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import DataError
+from opd.types import Message, Trajectory, Turn
+
+Row = dict[str, Any]
+
+
+class JsonLines:
+    """Appends rows to a file, each flushed when it is written."""
+
+    def __init__(self, path: Path) -> None:
+        # A lone surrogate, which UTF-8 has no bytes for, comes out as the escape that JSON has for it.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+    def write(self, row: Row) -> None:
+        # A tool argument may be any object that a template could render; its text is enough for a reader.
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; [] where there is none.
+
+    What follows the last line break is a row that a killed process left half written, and is not counted.
+    Raises DataError, with the line's number, for a whole line that is no row.
+    """
+    return [row for row, _ in _lines(path)]
+
+
+def make_ready(path: Path, resume_step: int) -> None:
+    """Make a file ready for the rows after `resume_step`.
+
+    Rows of later steps are cut, since these steps are trained again. At 0 the run is new, and a file that
+    already has rows is refused with DataError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume_step > 0:
+        cut(path, resume_step)
+    elif path.exists() and path.stat().st_size:
+        raise DataError(f"{path} already has rows of another run; resume that run, or choose another folder")
+
+
+def cut(path: Path, last_step: int) -> None:
+    """Remove the rows after `last_step`, and a half-written one, in one atomic replacement."""
+    kept = b"".join(line for row, line in _lines(path) if row["step"] <= last_step)
+    if not path.exists() or path.stat().st_size == len(kept):
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lines(path: Path) -> list[tuple[Row, bytes]]:
+    if not path.exists():
+        return []
+    *whole, _ = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is damaged ({error}); remove the line to go on") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{path}, line {number} has no step; remove the line to go on")
+        rows.append((row, line + b"\n"))
+    return rows
+
+
+def numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics as plain int and float, whatever kind of scalar they were. Raises DataError with the key."""
+    plain: dict[str, float] = {}
+    for key, value in metrics.items():
+        try:
+            plain[key] = value if type(value) is int else float(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"metric {key!r} must be a number, got {value!r}") from error
+    return plain
+
+
+def json_row(step: int, plain: Mapping[str, float]) -> Row:
+    """One row of metrics.jsonl."""
+    return {"step": step} | {key: value if math.isfinite(value) else None for key, value in plain.items()}
+
+
+def episode_row(step: int, trajectory: Trajectory) -> Row:
+    """One row of rollouts.jsonl: the outcome first, the conversation last."""
+    turns = trajectory.turns
+    return {
+        "step": step,
+        "task": trajectory.task.id,
+        "seed": trajectory.task.seed,
+        "member": trajectory.member,
+        "reward": _finite(trajectory.reward),
+        "success": trajectory.success,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "failed": trajectory.failed,
+        "tokens": trajectory.completion_tokens,
+        "rewards": [_finite(turn.reward) for turn in turns],
+        "stop_reasons": [str(turn.stop_reason) for turn in turns],
+        "feedback": [turn.feedback for turn in turns],
+        "policy_version": trajectory.policy_version,
+        "privileged": trajectory.privileged,
+        "messages": [m for turn in turns for m in (*_said(turn), {"role": "assistant", "content": turn.text})],
+    }
+
+
+def _said(turn: Turn) -> list[Message]:
+    """What the environment added before this turn; a forked turn repeats the whole conversation."""
+    if not turn.forked:
+        return turn.messages
+    last = max((i for i, m in enumerate(turn.messages) if m.get("role") == "assistant"), default=-1)
+    return turn.messages[last + 1 :]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,196 @@
+"""One object for everything that a run tells about itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from opd.config import TrackingConfig
+from opd.errors import DataError
+from opd.intervals import wilson
+from opd.tracking.console import RunConsole, span
+from opd.tracking.files import JsonLines, episode_row, json_row, make_ready, numbers, read_rows
+from opd.tracking.wandb_run import open_run
+from opd.types import Trajectory
+
+
+class Successes(Protocol):
+    """The outcome of an evaluation, in counts."""
+
+    @property
+    def solved(self) -> int: ...
+
+    @property
+    def played(self) -> int: ...
+
+
+class Tracker:
+    """Writes metrics.jsonl, rollouts.jsonl, wandb, the terminal and curves.png of one run.
+
+    `resume_step` is the step of the checkpoint that the run goes on from, 0 for a new run; rows of later
+    steps are cut from the files, since these steps are trained again. Close it with `finish`, or use it as
+    a context manager. Raises DataError for a new run in a folder that already has rows, and ConfigError
+    when wandb is asked for by name but not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        run_config: Mapping[str, Any],
+        total_steps: int,
+        resume_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.folder = folder
+        self._config = config
+        self._last_step = resume_step if resume_step else -1
+        self._pending: dict[str, float] = {}
+        self._whole = False
+        self._console = RunConsole(total_steps=total_steps, done=resume_step, enabled=config.console, console=console)
+        metrics, rollouts = folder / "metrics.jsonl", folder / "rollouts.jsonl"
+        for path in (metrics, rollouts):
+            make_ready(path, resume_step)
+        self._wandb = open_run(
+            folder,
+            config,
+            run_config=run_config,
+            history=[(row.pop("step"), row) for row in read_rows(metrics)],
+            say=self._console.say,
+        )
+        self._metrics, self._rollouts = JsonLines(metrics), JsonLines(rollouts)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The row of a step, once each and in order. Raises DataError for what is no number, or out of order."""
+        if step <= self._last_step:
+            raise DataError(f"step {step} cannot be logged after step {self._last_step}: one row a step, in order")
+        plain = numbers(self._pending | dict(metrics))
+        self._metrics.write(json_row(step, plain))
+        self._last_step, self._pending = step, {}
+        if self._wandb is not None:
+            self._wandb.log(step, plain)
+        self._console.step(step, plain)
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation of the weights after `step` steps; its numbers join the row that is logged next.
+
+        Before training there is no such row: at step 0 they make one of their own.
+        """
+        if step == 0:
+            self.log(0, metrics)
+        else:
+            self._pending |= metrics
+
+    def log_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        """Write `tracking.rollouts_per_step` of a step's episodes, of as many tasks as there are."""
+        by_member = sorted(trajectories, key=lambda trajectory: trajectory.member)
+        for trajectory in by_member[: self._config.rollouts_per_step]:
+            self._rollouts.write(episode_row(step, trajectory))
+
+    def episode_finished(self, _: Trajectory) -> None:
+        """An episode of the step at hand is over: the terminal counts it."""
+        self._console.episode()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show that this is going on, and add its seconds to the next row as `time/<name>`."""
+        since = time.perf_counter()
+        with self._console.phase(name):
+            yield
+        key = f"time/{name}"
+        self._pending[key] = self._pending.get(key, 0.0) + time.perf_counter() - since
+
+    def summary(
+        self,
+        *,
+        before: Successes | None = None,
+        after: Successes | None = None,
+        change: tuple[float, float, float] | None = None,
+    ) -> None:
+        """The end of a run that went well: the picture, and a table in the terminal.
+
+        `before` and `after` are the evaluations of the first and the last weights; `change` is their
+        difference with its interval, from `opd.intervals.paired_difference`.
+        """
+        self._whole = True
+        self._console.close()
+        rows = read_rows(self.folder / "metrics.jsonl")
+        if self._config.plot:
+            from opd.plots import run_picture
+
+            run_picture(self.folder / "curves.png", rows, title=self.folder.resolve().name)
+        self._console.show(_table(self.folder, rows, before, after, change))
+
+    def finish(self) -> None:
+        """Close everything. A run that never came to its `summary` is marked as failed in wandb."""
+        self._console.close()
+        self._metrics.close()
+        self._rollouts.close()
+        if self._wandb is not None:
+            self._wandb.finish(0 if self._whole else 1)
+
+
+def _table(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    before: Successes | None,
+    after: Successes | None,
+    change: tuple[float, float, float] | None,
+) -> Table:
+    table = Table(title=f"run {folder.resolve().name}", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, score in (("before", before), ("after", after)):
+        if score is not None:
+            table.add_row(name, _success(score))
+    if change is not None:
+        points, low, high = (f"{100 * value:+.1f}" for value in change)
+        table.add_row("change", f"{points} points  (95%: {low} to {high}, same tasks)")
+    table.add_section()
+    if rows:
+        table.add_row("steps", str(rows[-1]["step"]))
+    tokens = _totals(rows, "tokens/")
+    if tokens:
+        table.add_row("tokens", ", ".join(f"{count:,.0f} {name}" for name, count in tokens.items()))
+    seconds = _totals(rows, "time/")
+    whole = sum(seconds.values())
+    if whole:
+        large = {name: part for name, part in seconds.items() if part >= 0.005 * whole}
+        shares = ", ".join(f"{name} {span(part)} ({part / whole:.0%})" for name, part in large.items())
+        table.add_row("time", f"{span(whole)}: {shares}")
+    table.add_section()
+    table.add_row("folder", str(folder))
+    table.add_row("", ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())))
+    return table
+
+
+def _success(score: Successes) -> Text:
+    low, high = wilson(score.solved, score.played)
+    return Text.assemble(
+        (f"{score.solved / score.played:.1%}", "bold green"),
+        f"  (95%: {low:.1%} to {high:.1%})  {score.solved} of {score.played} held-out tasks",
+    )
+
+
+def _totals(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """The sum over all rows of each metric under this prefix, without it."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(prefix) and value is not None:
+                sums[key.removeprefix(prefix)] = sums.get(key.removeprefix(prefix), 0.0) + value
+    return sums

@@ -1,0 +1,150 @@
+"""The run as Weights & Biases sees it. A failure here is told once and never ends the training.
+
+wandb's files live in `<run>/wandb/`. The run's id is kept there, so that a resumed run goes on under the
+same id: online the service appends to it. Offline wandb cannot append and opens a new folder, so the rows
+before the resumed step are written again: the newest folder, synced alone, gives the whole run.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from opd.config import TrackingConfig
+from opd.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+INIT_SECONDS = 30.0
+"""How long the service may take to open a run; wandb's own default is 90."""
+FINISH_SECONDS = 60.0
+"""How long uploading may take at the end; wandb's own default is for ever. What is left stays on disk."""
+
+
+class WandbRun:
+    """One open wandb run; every call on it is safe."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.folder = Path(run.dir).parent
+        """wandb's own folder of this run."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One row, under our own step number. nan and inf go as they are: wandb has a form for them."""
+        # commit: without it the row of a given step is held back until the next step comes.
+        self._safely(lambda: self._run.log(dict(metrics), step=step, commit=True))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; waits `FINISH_SECONDS` at most."""
+        self._safely(lambda: self._run.finish(exit_code=exit_code))
+
+    def _safely(self, call: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._run = None
+            _log.warning("wandb failed and is off from here on (%s); metrics.jsonl goes on", _first_line(error))
+
+
+def open_run(
+    folder: Path,
+    config: TrackingConfig,
+    *,
+    run_config: Mapping[str, Any],
+    history: Sequence[tuple[int, Mapping[str, float | None]]],
+    say: Callable[[str], None],
+) -> WandbRun | None:
+    """Open the wandb run of a run folder, or None where wandb is off.
+
+    `history` is what earlier processes of this run logged, [] for a new run; `say` prints a line.
+    Raises ConfigError when wandb is asked for by name but not installed.
+    """
+    if config.wandb == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        if config.wandb != "auto":
+            raise ConfigError(
+                f"tracking.wandb = {config.wandb} needs the package wandb: pip install 'opd[wandb]', "
+                "or set tracking.wandb to auto or disabled"
+            ) from error
+        say("wandb is not installed: metrics go to the run folder alone")
+        return None
+
+    arguments = {
+        "project": config.project,
+        "name": config.name or folder.resolve().name,
+        "dir": str(folder),
+        "id": _run_id(folder / "wandb" / "run-id.txt", keep=bool(history)),
+        "resume": "allow",
+        "reinit": "create_new",  # leave alone any run that the caller's own code has open
+        "config": dict(run_config),
+    }
+    try:
+        wandb.setup(wandb.Settings(silent=True, console="off"))
+        mode = _auto_mode() if config.wandb == "auto" else config.wandb
+        return None if mode == "disabled" else _start(mode, arguments, history)
+    except Exception as error:
+        _log.warning("wandb cannot start (%s); metrics go to the run folder alone", _first_line(error))
+        return None
+
+
+def _start(
+    mode: Literal["online", "offline"],
+    arguments: Mapping[str, Any],
+    history: Sequence[tuple[int, Mapping[str, float | None]]],
+) -> WandbRun:
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+    try:
+        run = wandb.init(mode=mode, settings=settings, **arguments)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        _log.warning("wandb cannot go online (%s); it writes offline files instead", _first_line(error))
+        wandb.teardown()  # else the half-opened run keeps its id in use
+        return _start("offline", arguments, history)
+    opened = WandbRun(run)
+    if not run.resumed:
+        for step, metrics in history:
+            opened.log(step, {key: value for key, value in metrics.items() if value is not None})
+    return opened
+
+
+def _auto_mode() -> Literal["online", "offline", "disabled"]:
+    """The user's own WANDB_MODE if there is one, else online if wandb finds a key and offline if not."""
+    import wandb
+
+    wanted = wandb.setup().settings.mode
+    if wanted == "disabled":
+        return "disabled"
+    if wanted in ("offline", "dryrun"):
+        return "offline"
+    try:
+        # Looks where wandb would: WANDB_API_KEY, its settings files, netrc. It neither asks nor calls out.
+        found = wandb.login(prompt=False, verify=False)
+    except Exception as error:
+        _log.warning("wandb cannot use the key that it finds (%s); it writes offline files", _first_line(error))
+        found = False
+    return "online" if found else "offline"
+
+
+def _run_id(path: Path, *, keep: bool) -> str:
+    """The id in this file when a run goes on; a new one, written there, when it starts."""
+    if keep and path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_id = secrets.token_hex(6)  # not `random`: its state belongs to the run
+    path.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

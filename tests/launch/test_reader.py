@@ -1,0 +1,107 @@
+"""YAML as people mean it."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd.errors import ConfigError
+from opd.launch.reader import parse_yaml, read_settings, to_yaml
+
+KEYS = st.text(min_size=1, max_size=8)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("12:30", "12:30"),
+        ("no", "no"),
+        ("on", "on"),
+        ("True", True),
+        ("007", 7),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("1_000", "1_000"),
+        ("2026-01-31", "2026-01-31"),
+        ("~", None),
+        ("", None),
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+        ("tiny:lookup", "tiny:lookup"),
+        ("'1e-4'", "1e-4"),
+        ("[1, a, true]", [1, "a", True]),
+        ("<<: {a: 1}", {"<<": {"a": 1}}),
+    ],
+)
+def test_scalars_are_read_as_yaml_1_2_has_them(text, value):
+    read = parse_yaml(text, "x")
+    assert read == value
+    assert type(read) is type(value)
+
+
+@given(PLAIN)
+def test_what_is_written_is_read_back(value):
+    assert parse_yaml(to_yaml(value), "x") == value
+
+
+def test_a_duplicate_key_is_an_error_that_names_both_lines():
+    with pytest.raises(ConfigError, match=r"^run\.yaml: line 4: lr is given twice \(lines 2 and 4\); remove one$"):
+        parse_yaml("train:\n  lr: 1\n  steps: 2\n  lr: 3\n", "run.yaml")
+
+
+def test_the_same_key_in_two_sections_is_no_duplicate():
+    assert parse_yaml("a: {x: 1}\nb: {x: 2}", "x") == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", r"^x\.yaml: line 1: "),
+        ("a: 1\n b: 2\n", r"^x\.yaml: line 2: "),
+        ("a: !!python/object:os.system {}", r"^x\.yaml: line 1: could not determine a constructor"),
+        ("1: a", r"^x\.yaml: line 1: the key 1 is not text; put it in quotes$"),
+        ("[1]: a", r"^x\.yaml: line 1: the key \[1\] is not text"),
+        ("a: \x07", r"^x\.yaml: unacceptable character"),
+        ("a: " + "1" * 5000, r"^x\.yaml: Exceeds the limit"),
+    ],
+)
+def test_broken_yaml_is_an_error_that_names_the_place(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "x.yaml")
+
+
+def test_a_missing_file_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "opsd.yaml").write_text("method: opsd")
+    with pytest.raises(ConfigError, match=r'opds\.yaml does not exist\. Did you mean ".*opsd\.yaml"\?$'):
+        read_settings(tmp_path / "opds.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "held"), [("", "is empty"), ("# nothing", "is empty"), ("- a", "holds a list"), ("a", "holds a str")]
+)
+def test_a_file_without_settings_is_an_error(tmp_path, text, held):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"x.yaml {held}, but must hold settings"):
+        read_settings(tmp_path / "x.yaml")
+
+
+def test_a_folder_without_a_run_is_no_file_of_settings(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder\."):
+        read_settings(tmp_path)
+
+
+def test_a_file_that_is_not_text_is_an_error(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_settings(tmp_path / "x.yaml")

@@ -1,0 +1,268 @@
+"""Identities of the divergences on logits, in float64 over enumerated vocabularies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from opd.divergence import token_divergence
+from opd.errors import ConfigError, DataError
+
+V = 8
+NOT = -torch.inf
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
+every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
+
+
+def pair(positions: int = 4, scale: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student logits, which want a gradient, and teacher logits: [positions, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = scale * torch.randn(2, positions, V, generator=generator, dtype=torch.float64)
+    return student.requires_grad_(), teacher
+
+
+def gradient(values: Tensor, student: Tensor) -> Tensor:
+    return torch.autograd.grad(values.sum(), student)[0]
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def exactly(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
+    assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def test_forward_kl_is_teacher_over_student_and_reverse_the_other_way():
+    student, teacher = pair()
+    p, q = student.detach().softmax(-1), teacher.softmax(-1)
+    exactly(token_divergence(student, teacher, "forward_kl"), kl(q, p))
+    exactly(token_divergence(student, teacher, "reverse_kl"), kl(p, q))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_weighs_the_teacher_by_beta_in_the_mixture_and_in_the_sum(beta):
+    student, teacher = pair()
+    p, q = student.detach().softmax(-1), teacher.softmax(-1)
+    mix = beta * q + (1 - beta) * p
+    exactly(token_divergence(student, teacher, "jsd", beta=beta), beta * kl(q, mix) + (1 - beta) * kl(p, mix))
+
+
+def test_the_ends_of_jsd_are_the_two_kls():
+    student, teacher = pair()
+    for beta, kind in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        end, named = token_divergence(student, teacher, "jsd", beta=beta), token_divergence(student, teacher, kind)
+        exactly(end, named, atol=0)
+        exactly(gradient(end, student), gradient(named, student), atol=0)
+
+
+@pytest.mark.parametrize(("kind", "toward"), [("forward_kl", 0.0), ("reverse_kl", 1.0)])
+def test_jsd_over_its_distance_from_an_end_tends_to_the_kl_with_an_error_in_proportion(kind, toward):
+    student, teacher = pair(scale=0.7)
+    limit = token_divergence(student, teacher, kind)
+    errors = []
+    for distance in (1e-3, 1e-4, 1e-5):
+        values = token_divergence(student, teacher, "jsd", beta=abs(toward - distance)) / distance
+        errors.append(((values - limit).abs().max() / distance).item())
+    assert errors[0] > 0.01
+    assert errors == pytest.approx([errors[-1]] * 3, rel=0.1)
+
+
+def test_jsd_is_symmetric_at_one_half():
+    student, teacher = pair()
+    exactly(token_divergence(student, teacher, "jsd"), token_divergence(teacher, student, "jsd"))
+    there, back = (token_divergence(*sides, "jsd", beta=0.3) for sides in ((student, teacher), (teacher, student)))
+    assert (there - back).abs().min() > 1e-3
+
+
+@every_kind
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_teacher_equal_to_the_student_gives_zero_value_and_gradient(kind, beta, top_k):
+    student, _ = pair()
+    values = token_divergence(student, student, kind, beta=beta, top_k=top_k)
+    exactly(values, torch.zeros_like(values), atol=1e-15)
+    exactly(gradient(values, student), torch.zeros_like(student), atol=1e-15)
+
+
+@every_kind
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 3, "tail": False}, {"top_k": V}], ids=str)
+@pytest.mark.parametrize("support", ["teacher", "student"])
+def test_gradients_are_those_of_finite_differences(kind, beta, options, support):
+    student, teacher = pair()
+    assert torch.autograd.gradcheck(
+        lambda s: token_divergence(s, teacher, kind, beta=beta, temperature=1.3, support=support, **options), student
+    )
+
+
+@every_kind
+def test_the_teacher_gets_no_gradient(kind, beta):
+    student, teacher = pair()
+    token_divergence(student, teacher.requires_grad_(), kind, beta=beta).sum().backward()
+    assert teacher.grad is None
+
+
+@every_kind
+def test_temperature_divides_both_sides(kind, beta):
+    student, teacher = pair()
+    exactly(
+        token_divergence(student, teacher, kind, beta=beta, temperature=1.7),
+        token_divergence(student / 1.7, teacher / 1.7, kind, beta=beta),
+    )
+
+
+@every_kind
+def test_a_constant_added_to_the_logits_changes_nothing(kind, beta):
+    student, teacher = pair()
+    exactly(
+        token_divergence(student + 100, teacher - 50, kind, beta=beta),
+        token_divergence(student, teacher, kind, beta=beta),
+        atol=1e-12,
+    )
+
+
+logits = st.lists(st.floats(-30, 30), min_size=V, max_size=V).map(lambda row: torch.tensor(row, dtype=torch.float64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, logits, st.sampled_from(KINDS), st.integers(1, V), st.sampled_from(["teacher", "student"]))
+def test_with_a_tail_it_is_never_negative_and_never_above_the_full_value(student, teacher, kind, k, support):
+    name, beta = kind
+    full = token_divergence(student, teacher, name, beta=beta)
+    kept = token_divergence(student, teacher, name, beta=beta, top_k=k, support=support)
+    assert 0 <= kept <= full + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, logits, st.sampled_from(KINDS))
+def test_in_float32_it_is_not_negative_either(student, teacher, kind):
+    name, beta = kind
+    assert token_divergence(student.float(), teacher.float(), name, beta=beta) >= 0
+
+
+@every_kind
+@pytest.mark.parametrize("support", ["teacher", "student"])
+def test_top_k_with_a_tail_grows_to_the_full_value(kind, beta, support):
+    student, teacher = pair()
+    values = torch.stack(
+        [token_divergence(student, teacher, kind, beta=beta, top_k=k, support=support) for k in range(1, V + 1)]
+    )
+    assert (values.diff(dim=0) >= -1e-12).all()
+    # With one entry outside, the tail holds that entry alone.
+    full = token_divergence(student, teacher, kind, beta=beta)
+    exactly(values[-1], full)
+    exactly(values[-2], full)
+    assert (values[0] < full).all()
+
+
+def test_the_tail_is_one_bucket_with_all_the_rest():
+    student, teacher = pair(positions=1)
+    p, q = student.detach().softmax(-1)[0], teacher.softmax(-1)[0]
+    for support, ids in (("teacher", q.topk(3).indices), ("student", p.topk(3).indices)):
+        bucket = [torch.cat([side[ids], 1 - side[ids].sum(0, keepdim=True)]) for side in (q, p)]
+        values = token_divergence(student, teacher, "forward_kl", top_k=3, support=support)
+        exactly(values, kl(*bucket)[None])
+
+
+def test_without_a_tail_both_sides_are_renormalised_on_the_support():
+    student, teacher = pair(positions=1)
+    p, q = student.detach().softmax(-1)[0], teacher.softmax(-1)[0]
+    for support, ids in (("teacher", q.topk(3).indices), ("student", p.topk(3).indices)):
+        kept = [side[ids] / side[ids].sum() for side in (q, p)]
+        values = token_divergence(student, teacher, "forward_kl", top_k=3, support=support, tail=False)
+        exactly(values, kl(*kept)[None])
+
+
+def test_a_truncated_sum_without_a_tail_would_go_negative():
+    # What peers call a top-k KL: the teacher is sure of what the student gives less than its top 1.
+    student = torch.tensor([3.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    teacher = torch.tensor([1.0, 0.9, 0.9, 0.9], dtype=torch.float64)
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    assert q[0] * (q[0] / p[0]).log() < 0
+    assert token_divergence(student, teacher, "forward_kl", top_k=1) > 0
+
+
+@every_kind
+@pytest.mark.parametrize("top_k", [None, 1, 3, V - 2, V - 1, V])
+def test_entries_excluded_on_both_sides_add_nothing_to_value_or_gradient(kind, beta, top_k):
+    student, teacher = pair()
+    mask = torch.zeros(V, dtype=torch.float64)
+    mask[[1, 6]] = NOT
+    kept = mask.isfinite()
+    values = token_divergence(student + mask, teacher + mask, kind, beta=beta, top_k=top_k)
+    without = token_divergence(
+        student[:, kept], teacher[:, kept], kind, beta=beta, top_k=None if top_k is None else min(top_k, V - 2)
+    )
+    exactly(values, without, atol=1e-12)
+    exactly(gradient(values, student), gradient(without, student), atol=1e-12)
+
+
+def test_entries_that_only_the_teacher_excludes_are_finite_for_all_but_the_reverse_kl():
+    student, teacher = pair()
+    teacher[:, 3] = NOT
+    p, q = student.detach().softmax(-1), teacher.softmax(-1)
+    exactly(token_divergence(student, teacher, "forward_kl"), kl(q[:, q[0] > 0], p[:, q[0] > 0]))
+    mix = (p + q) / 2
+    expected = (kl(q[:, q[0] > 0], mix[:, q[0] > 0]) + kl(p, mix)) / 2
+    exactly(token_divergence(student, teacher, "jsd"), expected)
+    for kind in ("forward_kl", "jsd"):
+        assert gradient(token_divergence(student, teacher, kind), student).isfinite().all()
+    with pytest.raises(DataError, match="infinite at 4 of 4 positions"):
+        token_divergence(student, teacher, "reverse_kl")
+
+
+def test_entries_that_only_the_student_excludes_make_the_forward_kl_infinite():
+    student, teacher = pair()
+    mask = torch.zeros(4, V, dtype=torch.float64)
+    mask[2, 5] = NOT
+    for kind in ("reverse_kl", "jsd"):
+        assert gradient(token_divergence(student + mask, teacher, kind), student).isfinite().all()
+    with pytest.raises(DataError, match="infinite at 1 of 4 positions"):
+        token_divergence(student + mask, teacher, "forward_kl")
+
+
+def test_a_support_where_one_side_has_no_mass_is_refused():
+    student, teacher = pair(positions=1)
+    mask = torch.zeros(V, dtype=torch.float64)
+    mask[teacher[0].topk(2).indices] = NOT
+    with pytest.raises(DataError, match="no mass on the top 2 of the teacher"):
+        token_divergence(student + mask, teacher, "jsd", top_k=2, tail=False)
+    assert token_divergence(student + mask, teacher, "jsd", top_k=2) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_logits_are_computed_in_float32(dtype):
+    student, teacher = (side.detach().to(dtype) for side in pair())
+    values = token_divergence(student.requires_grad_(), teacher, "reverse_kl")
+    assert values.dtype == torch.float32
+    exactly(values.double(), token_divergence(student.double(), teacher.double(), "reverse_kl"), atol=1e-5)
+    assert gradient(values, student).dtype == dtype
+
+
+def test_any_leading_shape_is_kept():
+    student, teacher = (side.reshape(2, 2, V) for side in pair())
+    assert token_divergence(student, teacher, "jsd").shape == (2, 2)
+    assert token_divergence(student[0, 0], teacher[0, 0], "jsd", top_k=3).shape == ()
+    assert token_divergence(student[:0], teacher[:0], "jsd", top_k=3).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "js"}, ConfigError, "kind = 'js' is unknown. Allowed: forward_kl, reverse_kl, jsd"),
+        ({"beta": -0.1}, ConfigError, "beta = -0.1"),
+        ({"temperature": 0}, ConfigError, "temperature = 0"),
+        ({"top_k": 0}, ConfigError, "top_k = 0: must be between 1 and the vocabulary's 8"),
+        ({"top_k": V + 1}, ConfigError, "top_k = 9"),
+        ({"top_k": 2, "support": "both"}, ConfigError, "support = 'both' is unknown"),
+        ({"teacher_logits": torch.zeros(4, V + 1)}, DataError, "teacher logits .4, 9."),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(options, error, message):
+    student, teacher = pair()
+    with pytest.raises(error, match=message):
+        token_divergence(**({"student_logits": student, "teacher_logits": teacher, "kind": "jsd"} | options))
