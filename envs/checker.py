@@ -132,7 +132,7 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
     seconds = [time.perf_counter() - started]
     seen, problems = _texts(obs, info), list(_info_problems(info, "reset"))
     task = repr([obs, *(info.get(key) for key in ("messages", "tools", "privileged"))])
-    privileged = info.get("privileged") or {}
+    privileged = info.get("privileged", {})
     for step in range(_STEPS):
         started = time.perf_counter()
         obs, reward, terminated, truncated, info = env.step(env.action_space.sample() if step else "")
@@ -141,12 +141,15 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
         if terminated or truncated:
             break
+    if not _is_text_dict(privileged):  # which is among the problems
+        privileged = {}
     return _Episode(task=task, privileged=privileged, seen=seen, seconds=seconds, problems=problems)
 
 
 def _texts(obs: Any, info: dict[str, Any]) -> list[str]:
     messages = info.get("messages")
-    return [str(obs), *(str(message) for message in messages)] if isinstance(messages, list) else [str(obs)]
+    contents = [str(m["content"]) for m in messages if _is_message(m)] if isinstance(messages, list) else []
+    return [str(obs), *contents]
 
 
 def _step_problems(reward: Any, terminated: Any, truncated: Any) -> Iterator[str]:
@@ -194,12 +197,17 @@ def _leaks(episodes: list[_Episode]) -> Iterator[Finding]:
     counts: Counter[str] = Counter()
     for episode in episodes:
         for key, value in episode.privileged.items():
-            if value.strip() and any(value in text for text in episode.seen):
+            if value.strip() and _stands_in(value.strip(), episode.seen):
                 counts[key] += 1
                 long |= {key} if len(value) >= _LONG else set()
     for key, count in counts.items():
         if key in long or count > len(episodes) / 2:
             yield Finding("error", f'info["privileged"]["{key}"] stands in the observations of {count} episodes')
+
+
+def _stands_in(value: str, texts: list[str]) -> bool:
+    """Whether it stands there as words of its own: the 3 of `31` is not the answer 3."""
+    return any(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) for text in texts)
 
 
 def _speed(episodes: list[_Episode]) -> Iterator[Finding]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from opd.envs.tables import Row, Table, disjoint, load_dataset, load_file, looks_like_file
 from opd.envs.text_env import SPLITS, Reply, Start, TextEnv
 from opd.errors import ConfigError, DataError, EnvError
-from opd.rewards import RewardFunction, Rubric, Score
+from opd.rewards import Rewards, Rubric, Score
 from opd.types import Message
+
 
 class DatasetEnv(TextEnv):
     """One row, one answer. `metadata["tasks"]` counts the rows of each split; `index` picks one.
@@ -19,7 +20,7 @@ class DatasetEnv(TextEnv):
         path: a .jsonl, .json, .csv or .parquet file; or one for each split, `{train: FILE, eval: FILE}`; or a
             folder or hub id that `datasets` loads.
         rewards: reward functions in TRL's signature: built-in names, import paths `package.module:function`, or
-            functions. A list weighs each 1; a mapping gives the weights. Columns are passed by name.
+            functions; one, a list, or a mapping to their weights. Columns are passed by name.
         name: the configuration of a hub data set.
         splits: for a data set that has splits of its own, which of them are train, eval and warm.
         prompt_column: the user message, or a list of messages.
@@ -35,7 +36,7 @@ class DatasetEnv(TextEnv):
         self,
         path: str | Mapping[str, str],
         *,
-        rewards: Iterable[str | RewardFunction] | Mapping[str | RewardFunction, float],
+        rewards: Rewards,
         name: str | None = None,
         splits: Mapping[str, str] | None = None,
         prompt_column: str = "prompt",
@@ -72,6 +73,8 @@ class DatasetEnv(TextEnv):
         self._row = rows[number]
         self._prompt = _checked_prompt(self._row[self.prompt_column], where=f"{self.prompt_column}, {split} {number}")
         privileged = {key: str(self._row[column]) for key, column in self.privileged_columns.items()}
+        if empty := [column for column in self.privileged_columns.values() if self._row[column] is None]:
+            raise DataError(f"{empty[0]}, {split} {number}: there is nothing for the teacher to see; remove the row")
         return Start(prompt=self._prompt, system=self.system, privileged=privileged)
 
     def respond(self, action: str) -> Reply:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import pkgutil
@@ -15,11 +16,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.error import Error as GymnasiumError
 
 from opd.errors import ConfigError
 
-_IMPORT_PATH = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+_IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[\w./-]+)")
 
 
 def list_envs() -> list[str]:
@@ -28,18 +28,23 @@ def list_envs() -> list[str]:
 
 
 def validate_id(env_id: str) -> None:
-    """Raise ConfigError unless the id is registered or its import path leads to a module.
+    """Raise ConfigError unless the id is registered or the module that it names exists.
 
     Cheap: nothing of the environment is imported, so a mistyped id is found before torch is loaded.
     """
-    if path := _IMPORT_PATH.fullmatch(env_id):
-        if _find_module(path["module"]) is None:
+    if named := _IN_MODULE.fullmatch(env_id):
+        if _find_module(named["module"]) is None:
             raise ConfigError(
-                f"env.id: {env_id!r} names the module {path['module']!r}, which cannot be found. "
+                f"env.id: {env_id!r} names the module {named['module']!r}, which cannot be found. "
                 "Is its folder on PYTHONPATH, or the package installed?"
             )
     elif env_id not in gymnasium.registry:
-        raise ConfigError(f"env.id: {env_id!r} is unknown. {_known_ids(env_id)}")
+        near = get_close_matches(env_id, list(gymnasium.registry), n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise ConfigError(
+            f"env.id: {env_id!r} is unknown. Ours: {', '.join(list_envs())}; others by import path, "
+            f"package.module:Class.{hint}"
+        )
 
 
 def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[str, str]:
@@ -48,38 +53,50 @@ def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[
     A registered id goes through `gymnasium.make`, so that its author's wrappers (a time limit, the check that
     reset comes first) apply; they pass `info` on as it is. gymnasium's passive checker is left out: it looks at
     the first reset and step only, in every one of the many environments of a run, and prints what `check` reports
-    once. An import path `package.module:Class` is called directly.
+    once. `package.module:Class` is called directly; `package.module:Id-v0` is gymnasium's own form for an id that
+    the module registers when it is imported.
 
     Raises ConfigError for an unknown id or argument, or spaces that are not text.
     """
     validate_id(env_id)
     kwargs = dict(kwargs or {})
-    creator = _creator(env_id)
-    _check_kwargs(env_id, creator, kwargs)
-    if _IMPORT_PATH.fullmatch(env_id):
-        env = creator(**kwargs)
-        if not isinstance(env, gymnasium.Env):
-            raise ConfigError(f"env.id: {env_id!r} makes a {type(env).__name__}, which is no gymnasium.Env")
+    module, _, name = env_id.rpartition(":")
+    if module and name.isidentifier():
+        env = _from_class(env_id, kwargs)
     else:
-        env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
-    for name in ("observation_space", "action_space"):
-        space = getattr(env, name, None)
+        env = _from_registry(module, name, kwargs)
+    for attribute in ("observation_space", "action_space"):
+        space = getattr(env, attribute, None)
         if not _is_text(space):
-            raise ConfigError(f"env.id: {env_id!r} has {name} = {space}; it must be text, such as opd.envs.TextSpace()")
+            raise ConfigError(
+                f"env.id: {env_id!r} has {attribute} = {space}; it must be text, such as opd.envs.TextSpace()"
+            )
     return env
 
 
-def _creator(env_id: str) -> Any:
-    """What builds the environment: a class or a function."""
+def _from_class(path: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
-        if _IMPORT_PATH.fullmatch(env_id):
-            return pkgutil.resolve_name(env_id)
-        entry_point = gymnasium.registry[env_id].entry_point
-        return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    except AttributeError as error:
-        raise ConfigError(f"env.id: {env_id!r}: {error}") from error
-    except (ImportError, GymnasiumError) as error:
+        creator = pkgutil.resolve_name(path)
+    except (AttributeError, ImportError) as error:
+        raise ConfigError(f"env.id: {path!r} cannot be imported: {error}") from error
+    _check_kwargs(path, creator, kwargs)
+    env = creator(**kwargs)
+    if not isinstance(env, gymnasium.Env):
+        raise ConfigError(f"env.id: {path!r} makes a {type(env).__name__}, which is no gymnasium.Env")
+    return env
+
+
+def _from_registry(module: str, env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    try:
+        if module:
+            importlib.import_module(module)
+            validate_id(env_id)
+        spec = gymnasium.registry[env_id]
+        creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    except (AttributeError, ImportError) as error:
         raise ConfigError(f"env.id: {env_id!r} cannot be imported: {error}") from error
+    _check_kwargs(env_id, creator, {**spec.kwargs, **kwargs})
+    return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
 
 
 def _check_kwargs(env_id: str, creator: Any, kwargs: dict[str, Any]) -> None:
@@ -92,21 +109,14 @@ def _check_kwargs(env_id: str, creator: Any, kwargs: dict[str, Any]) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f' Did you mean "{near[0]}"?' if near else ""
             raise ConfigError(f"env.kwargs: {env_id} takes no {name!r}. Allowed: {', '.join(known) or 'none'}.{hint}")
-    preset = {} if _IMPORT_PATH.fullmatch(env_id) else gymnasium.registry[env_id].kwargs
     try:
-        signature.bind(**{**preset, **kwargs})
+        signature.bind(**kwargs)
     except TypeError as error:
         raise ConfigError(f"env.kwargs: {env_id}: {error}. Allowed: {', '.join(known) or 'none'}") from None
 
 
 def _is_text(space: Any) -> bool:
     return isinstance(space, gymnasium.Space) and space.dtype is not None and np.dtype(space.dtype).kind == "U"
-
-
-def _known_ids(env_id: str) -> str:
-    near = get_close_matches(env_id, list(gymnasium.registry), n=1)
-    hint = f' Did you mean "{near[0]}"?' if near else ""
-    return f"Ours: {', '.join(list_envs())}; others by import path, package.module:Class.{hint}"
 
 
 def _find_module(name: str) -> ModuleSpec | None:

@@ -35,6 +35,7 @@ class ToolEnv(TextEnv):
     Args:
         tools: functions to offer beside the marked methods.
         max_result_chars: a longer result is cut, with a notice.
+        max_calls: calls of one action beyond this many are not run, and a last message says so.
         max_steps: see `TextEnv`.
     """
 
@@ -43,10 +44,12 @@ class ToolEnv(TextEnv):
         tools: Sequence[Callable[..., Any]] = (),
         *,
         max_result_chars: int = 4096,
+        max_calls: int = 16,
         max_steps: int | None = None,
     ) -> None:
         super().__init__(max_steps=max_steps)
         self.max_result_chars = max_result_chars
+        self.max_calls = max_calls
         self._ending: Reply | None = None
         self._tools: dict[str, Tool] = {}
         for made in map(Tool, [*marked_tools(self), *tools]):
@@ -80,6 +83,8 @@ class ToolEnv(TextEnv):
             return self.no_call(action)
         messages: list[Message] = []
         errors: list[str] = []
+        if len(calls) > self.max_calls:
+            calls[self.max_calls :] = [MalformedCall(error=f"only {self.max_calls} calls are run in one turn")]
         for call in calls:
             message, failed = self._run(call)
             messages.append(message)

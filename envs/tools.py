@@ -75,8 +75,7 @@ class Tool:
         except ValidationError as error:
             problems = "; ".join(_problem(detail["loc"], detail["msg"]) for detail in error.errors()[:3])
             raise ToolError(f"wrong arguments for {self.name}: {problems}") from None
-        fields = type(checked).model_fields
-        return {str(fields[field].alias): getattr(checked, field) for field in checked.model_fields_set}
+        return {str(info.alias): getattr(checked, field) for field, info in model.model_fields.items()}
 
 
 def to_text(result: object) -> str:

@@ -56,7 +56,7 @@ class Plan:
         rows = [
             ("method", f"{config.method}, teacher: {self.teacher.weights if self.teacher else 'none'}"),
             ("model", f"{config.model.name}, {self._size()}"),
-            ("environment", f"{config.env.id}, at most {config.env.max_turns} turns"),
+            ("environment", f"{config.env.id}, at most {_count(config.env.max_turns, 'turn')}"),
             (
                 "a step",
                 f"{train.tasks_per_step} tasks x {rollout.group_size} = {_count(self.episodes_per_step, 'episode')}, "
@@ -66,7 +66,7 @@ class Plan:
             ("updates", f"{train.steps:,} ({train.steps * self.episodes_per_step:,} episodes in all)"),
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
-            ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, export/)"),
+            ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, checkpoints/, export/)"),
             ("wandb", _wandb(config)),
         ]
         return [*rows, *(("note", note) for note in self.notes)]

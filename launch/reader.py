@@ -16,6 +16,8 @@ import yaml
 from opd.errors import ConfigError
 from opd.launch.problems import did_you_mean, nearest
 
+_RARE_BREAKS = frozenset("\x85\u2028\u2029")
+
 
 class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2 and without duplicate keys."""
@@ -82,7 +84,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Lines as a block; in double quotes what YAML 1.1 takes for line breaks, which PyYAML would fold away."""
+        style = '"' if _RARE_BREAKS.intersection(text) else "|" if "\n" in text else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 _teach(_Loader, _Dumper)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
-from opd.head import compute_dtype
+from opd.head import Head, compute_dtype, logit_blocks, projections
 
 Scale = Literal["std", "none"]
-Baseline = Literal["full", "top_k"]
+Baseline = Literal["full", "top_k", "optimal"]
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation of a group's rewards, as the common implementations of GRPO do."""
@@ -71,37 +71,31 @@ def distillation_advantage(
 ) -> Tensor:
     """What the teacher thinks of a sampled token: [..., V], [..., V], [...] -> [...] nats.
 
-    `log teacher - log student`, minus a baseline. Times the gradient of the token's log-prob, its mean under
-    the student is minus the gradient of KL(student || teacher), with every baseline: a baseline depends on
+    `log teacher - log student`, minus the `state_baseline`. Times the gradient of the token's log-prob, its mean
+    under the student is minus the gradient of KL(student || teacher), whatever the baseline: that depends on
     the state alone. Logits are taken at temperature 1: divide both by the *sampling* temperature first, and
     sample without top-p or top-k, or this mean no longer holds.
 
     Args:
-        baseline: `full` is the value of the state in closed form, minus KL(student || teacher): the
-            advantage's mean under the student is then 0 and its second moment lower by KL squared (vOPD, arXiv
-            2605.07865). `top_k` takes the KL on the student's `top_k` likeliest entries alone. None: 0.
-        renormalise: with `top_k`, make both sides distributions on these entries first (the published
-            code's way); otherwise the sum stops after them.
+        baseline, top_k, renormalise: see `state_baseline`; with None nothing is subtracted.
         clip: bound on the absolute advantage (Lightning OPD, arXiv 2604.13010). The mean above no longer holds.
 
     Raises:
         ConfigError: an option that is unknown, out of range or without effect.
         DataError: shapes that differ, or an advantage that is infinite.
     """
-    _check_options(baseline, top_k, renormalise, clip, student_logits.shape[-1])
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"advantage clip = {clip}: must be positive, or None for no clipping")
     if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != token_ids.shape:
         shapes = [list(t.shape) for t in (student_logits, teacher_logits, token_ids)]
         raise DataError(f"student logits, teacher logits and token ids do not match: {shapes}")
-    dtype = compute_dtype(student_logits, teacher_logits)
-    student, teacher = student_logits.to(dtype).log_softmax(-1), teacher_logits.to(dtype).log_softmax(-1)
+    student, teacher = _logprobs(student_logits, teacher_logits)
     ids = token_ids.unsqueeze(-1)
     advantage = (teacher.gather(-1, ids) - student.gather(-1, ids)).squeeze(-1)
-    if baseline == "full" or (baseline == "top_k" and renormalise):
-        advantage += token_divergence(student, teacher, "reverse_kl", top_k=top_k, support="student", tail=False)
-    elif top_k is not None:
-        kept = student.topk(top_k, dim=-1)
-        p = kept.values.exp()
-        advantage += torch.where(p > 0, p * (kept.values - teacher.gather(-1, kept.indices)), 0).sum(-1)
+    if baseline is None:
+        _check_options(baseline, top_k, renormalise, student.shape[-1])
+    else:
+        advantage -= state_baseline(student, teacher, baseline, top_k=top_k, renormalise=renormalise)
     if clip is not None:
         advantage = advantage.clamp(-clip, clip)
     if advantage.isinf().any():
@@ -109,9 +103,90 @@ def distillation_advantage(
     return advantage
 
 
-def _check_options(
-    baseline: Baseline | None, top_k: int | None, renormalise: bool, clip: float | None, vocabulary: int
-) -> None:
+@torch.no_grad()
+def state_baseline(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    baseline: Baseline,
+    *,
+    top_k: int | None = None,
+    renormalise: bool = False,
+) -> Tensor:
+    """What a sampled token's `log teacher - log student` may be compared with: [..., V], [..., V] -> [...] nats.
+
+    `full`: its mean under the student in closed form, minus KL(student || teacher). The advantage then has mean
+    0, and a second moment that is lower by KL squared (vOPD, arXiv 2605.07865).
+
+    `top_k`: minus the KL on the student's `top_k` likeliest entries; with `renormalise` both sides are made
+    distributions on these first (vOPD's code), otherwise the sum stops after them.
+
+    `optimal`: the mean weighted by each token's squared gradient of its log-prob by the logits,
+    `1 - 2 p + sum(p squared)`: of all baselines the one whose gradient by the logits varies least. Where the
+    student is nearly sure the likeliest token has next to no gradient, so `full`, which it dominates, is far from
+    this one and may do worse than nothing (measured in docs/divergences.md).
+
+    Raises:
+        ConfigError: an option that is unknown, out of range or without effect.
+        DataError: shapes that differ, or a baseline that is infinite.
+    """
+    _check_options(baseline, top_k, renormalise, student_logits.shape[-1])
+    student, teacher = _logprobs(student_logits, teacher_logits)
+    if baseline == "full" or renormalise:
+        return -token_divergence(student, teacher, "reverse_kl", top_k=top_k, support="student", tail=False)
+    p = student.exp()
+    rewards = torch.where(p > 0, teacher - student, 0)
+    if baseline == "top_k":
+        kept = p.topk(top_k or 0, dim=-1)
+        value = (kept.values * rewards.gather(-1, kept.indices)).sum(-1)
+    else:
+        weights = p * squared_scores(p)
+        value = (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    if value.isinf().any():
+        raise DataError("a baseline is infinite: the teacher excludes (-inf) a token that the student may sample")
+    return value
+
+
+def squared_scores(p: Tensor) -> Tensor:
+    """Squared length of the gradient, by the logits, of each token's log-prob: probabilities [..., V] -> [..., V]."""
+    return 1 - 2 * p + p.square().sum(-1, keepdim=True)
+
+
+def chunked_distillation_advantage(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    baseline: Baseline | None = None,
+    top_k: int | None = None,
+    renormalise: bool = False,
+    clip: float | None = None,
+) -> Tensor:
+    """`distillation_advantage` of hidden states [N, H] and [N, H'], without their logits: [N] nats.
+
+    `temperature` is the sampling temperature; `chunk_size` as in `opd.divergence.chunked_divergence`.
+    """
+    student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
+    if token_ids.shape != student_hidden.shape[:1]:
+        raise DataError(f"{list(token_ids.shape)} token ids for {len(student_hidden)} hidden states")
+    advantages = torch.empty(len(student_hidden), dtype=student.dtype, device=student_hidden.device)
+    with torch.no_grad():
+        for rows, ours, theirs in logit_blocks(student_hidden, student, teacher_hidden, teacher):
+            advantages[rows] = distillation_advantage(
+                ours, theirs, token_ids[rows], baseline=baseline, top_k=top_k, renormalise=renormalise, clip=clip
+            )
+    return advantages
+
+
+def _logprobs(*logits: Tensor) -> list[Tensor]:
+    dtype = compute_dtype(*logits)
+    return [side.to(dtype).log_softmax(-1) for side in logits]
+
+
+def _check_options(baseline: Baseline | None, top_k: int | None, renormalise: bool, vocabulary: int) -> None:
     if baseline is not None and baseline not in get_args(Baseline):
         raise ConfigError(f"baseline = {baseline!r} is unknown. Allowed: {', '.join(get_args(Baseline))}, or None")
     if (baseline == "top_k") != (top_k is not None):
@@ -120,5 +195,3 @@ def _check_options(
         raise ConfigError(f"top_k = {top_k}: must be between 1 and the vocabulary's {vocabulary}")
     if renormalise and baseline != "top_k":
         raise ConfigError(f"renormalise = True has no effect with baseline = {baseline!r}; it needs top_k")
-    if clip is not None and not clip > 0:
-        raise ConfigError(f"advantage clip = {clip}: must be positive, or None for no clipping")

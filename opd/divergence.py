@@ -22,6 +22,7 @@ from opd.head import (
     check_temperature,
     compute_dtype,
     per_token,
+    projections,
     row_block,
     tiles,
     weighted_sum,
@@ -327,12 +328,7 @@ def _prepare(
 ) -> tuple[Projection, partial[_DivergenceTile], _Logged]:
     """The student's projection, what begins a sweep, and where the sweep notes what it sees."""
     rule = _Rule.of(kind, beta, clip)
-    student = Projection.of(student_hidden, student_head, temperature, chunk_size, beside=teacher_hidden)
-    teacher = Projection.of(teacher_hidden, teacher_head, temperature, student.size, beside=student_hidden)
-    if len(student_hidden) != len(teacher_hidden):
-        raise DataError(f"{len(student_hidden)} student tokens, but {len(teacher_hidden)} of the teacher")
-    if student.head.vocabulary != teacher.head.vocabulary:
-        raise DataError(f"vocabularies differ: student {student.head.vocabulary}, teacher {teacher.head.vocabulary}")
+    student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
     zeros = torch.zeros(3, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
     logged = _Logged(*zeros)
     return student, partial(_DivergenceTile, rule, teacher, teacher_hidden.detach(), logged), logged

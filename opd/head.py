@@ -16,12 +16,12 @@ from torch import Tensor
 
 from opd.errors import ConfigError, DataError
 
-TILE_BYTES = {"cpu": 320 * 2**20, "accelerator": 1024 * 2**20}
+TILE_BYTES = {"cpu": 128 * 2**20, "accelerator": 1024 * 2**20}
 """Size of one tile of logits. Smaller tiles read the head more often than the products take (measured:
 benchmarks/divergence.py); larger ones only cost memory."""
 
-CACHE_BYTES = 2 * 2**20
-"""On a CPU, how much of a tile of logits is worked on at once."""
+CACHE_BYTES = 2**20
+"""On a CPU, how much of a tile of logits is worked on at once, so that its temporaries stay in the cache."""
 
 CAST_ROWS = 16384
 """Rows of a 16-bit head that are widened at a time where the hardware has no mixed product (CPU)."""
@@ -91,10 +91,11 @@ def check_temperature(temperature: float) -> None:
 
 
 def row_block(logits: Tensor) -> int:
-    """Rows of a tile to work on at once: on a CPU as many as stay in the cache with their temporaries."""
+    """Rows of a tile to work on at once: all of them, but on a CPU only what stays in the cache."""
     if logits.device.type != "cpu":
         return max(1, len(logits))
-    return max(1, CACHE_BYTES // (logits.shape[-1] * logits.element_size()))
+    # At least a row for each thread, because a softmax is shared out by rows.
+    return max(torch.get_num_threads(), CACHE_BYTES // (logits.shape[-1] * logits.element_size()))
 
 
 def tiles(tokens: int, size: int) -> Iterator[slice]:
@@ -132,6 +133,24 @@ class Projection:
         elif chunk_size < 1:
             raise ConfigError(f"chunk_size = {chunk_size}: must be at least 1, or None for a size that was measured")
         return Projection(head=head, temperature=temperature, dtype=dtype, size=max(1, min(chunk_size, len(hidden))))
+
+
+def projections(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    temperature: float,
+    chunk_size: int | None,
+) -> tuple[Projection, Projection]:
+    """Of both sides, in the same type and tiles. Raises DataError where they do not belong together."""
+    student = Projection.of(student_hidden, student_head, temperature, chunk_size, beside=teacher_hidden)
+    teacher = Projection.of(teacher_hidden, teacher_head, temperature, student.size, beside=student_hidden)
+    if len(student_hidden) != len(teacher_hidden):
+        raise DataError(f"{len(student_hidden)} student tokens, but {len(teacher_hidden)} of the teacher")
+    if student.head.vocabulary != teacher.head.vocabulary:
+        raise DataError(f"vocabularies differ: student {student.head.vocabulary}, teacher {teacher.head.vocabulary}")
+    return student, teacher
 
 
 class Projector:
@@ -225,6 +244,20 @@ def sweep(
         if weights is not None:
             projector.pull_back(logits, hidden[rows], rows, gradients)
     return values, gradients
+
+
+def logit_blocks(
+    student_hidden: Tensor, student: Projection, teacher_hidden: Tensor, teacher: Projection
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The logits of both sides, a few rows at a time: (tokens, [n, V], [n, V]).
+
+    For what needs no gradient. A block is valid until the next one.
+    """
+    projectors = Projector(student), Projector(teacher)
+    for rows in tiles(len(student_hidden), student.size):
+        tile, teacher_tile = projectors[0].logits(student_hidden[rows]), projectors[1].logits(teacher_hidden[rows])
+        for part in tiles(len(tile), row_block(tile)):
+            yield slice(rows.start + part.start, rows.start + part.stop), tile[part], teacher_tile[part]
 
 
 def per_token(hidden: Tensor, projection: Projection, start: Callable[[], TileLoss]) -> Tensor:

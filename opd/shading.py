@@ -51,7 +51,7 @@ SHADES = (
     Shade(0.01, "#fff0bd", "#000000"),
     Shade(0.03, "#fed47c", "#000000"),
     Shade(0.1, "#fc9f46", "#000000"),
-    Shade(0.3, "#e4572e", "#ffffff", ("‹", "›")),
+    Shade(0.3, "#cc3d1f", "#ffffff", ("‹", "›")),
     Shade(1.0, "#8f0d2b", "#ffffff", ("«", "»")),
 )
 

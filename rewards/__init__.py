@@ -7,11 +7,13 @@ those that need token ids.
 """
 
 from opd.rewards.functions import contains_answer, exact_match, last_number, number_match
-from opd.rewards.rubric import BUILT_IN, RewardFunction, Rubric, Score, resolve
+from opd.rewards.rubric import BUILT_IN, Reward, RewardFunction, Rewards, Rubric, Score, resolve
 
 __all__ = [
     "BUILT_IN",
+    "Reward",
     "RewardFunction",
+    "Rewards",
     "Rubric",
     "Score",
     "contains_answer",

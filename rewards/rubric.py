@@ -15,11 +15,14 @@ from opd.rewards.functions import Completion, contains_answer, exact_match, numb
 from opd.types import Message
 
 RewardFunction = Callable[..., Sequence[float | None]]
+Reward = str | RewardFunction
+Rewards = Reward | Iterable[Reward] | Mapping[Reward, float]
+"""One reward, several that weigh 1 each, or several with their weights."""
 
 BUILT_IN: dict[str, RewardFunction] = {f.__name__: f for f in (exact_match, contains_answer, number_match)}
 
 
-def resolve(spec: str | RewardFunction) -> RewardFunction:
+def resolve(spec: Reward) -> RewardFunction:
     """The function that a built-in name or an import path `package.module:function` stands for.
 
     Raises ConfigError when there is none such, naming the nearest built-in, and for an `async` function.
@@ -61,15 +64,20 @@ class Rubric:
     """Reward functions and their weights.
 
     Args:
-        rewards: functions, built-in names or import paths; a list weighs each 1, a mapping gives the weights.
+        rewards: a function, built-in name or import path; a list of them, which weighs each 1; or a mapping from
+            them to their weights.
     """
 
-    def __init__(self, rewards: Iterable[str | RewardFunction] | Mapping[str | RewardFunction, float]) -> None:
+    def __init__(self, rewards: Rewards) -> None:
+        if isinstance(rewards, str) or callable(rewards):
+            rewards = [rewards]
         weights = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
         if not weights:
             raise ConfigError("rewards is empty; name at least one reward function")
         self.functions = [resolve(spec) for spec in weights]
         self.weights = list(weights.values())
+        if wrong := [weight for weight in self.weights if not isinstance(weight, int | float)]:
+            raise ConfigError(f"rewards: the weight {wrong[0]!r} must be a number")
         self.names = [spec if isinstance(spec, str) else _name(spec) for spec in weights]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"two reward functions have the same name: {', '.join(self.names)}; rename one")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,11 @@ class WandbRun:
         self._safely(lambda: self._run.log(dict(metrics), step=step, commit=True))
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; waits `FINISH_SECONDS` at most."""
+        """Close the run; waits `FINISH_SECONDS` at most.
+
+        wandb's own process may still write the end of an offline file for a moment; it is whole when this
+        process exits.
+        """
         self._safely(lambda: self._run.finish(exit_code=exit_code))
 
     def _safely(self, call: Callable[[], object]) -> None:
@@ -49,6 +54,8 @@ class WandbRun:
         except Exception as error:
             self._run = None
             _log.warning("wandb failed and is off from here on (%s); metrics.jsonl goes on", _first_line(error))
+            if isinstance(error, ConnectionError):
+                _forget_service()
 
 
 def open_run(
@@ -88,7 +95,7 @@ def open_run(
     }
     try:
         wandb.setup(wandb.Settings(silent=True, console="off"))
-        mode = _auto_mode() if config.wandb == "auto" else config.wandb
+        mode = auto_mode() if config.wandb == "auto" else config.wandb
         return None if mode == "disabled" else _start(mode, arguments, history)
     except Exception as error:
         _log.warning("wandb cannot start (%s); metrics go to the run folder alone", _first_line(error))
@@ -118,7 +125,7 @@ def _start(
     return opened
 
 
-def _auto_mode() -> Literal["online", "offline", "disabled"]:
+def auto_mode() -> Literal["online", "offline", "disabled"]:
     """The user's own WANDB_MODE if there is one, else online if wandb finds a key and offline if not."""
     import wandb
 
@@ -134,6 +141,14 @@ def _auto_mode() -> Literal["online", "offline", "disabled"]:
         _log.warning("wandb cannot use the key that it finds (%s); it writes offline files", _first_line(error))
         found = False
     return "online" if found else "offline"
+
+
+def _forget_service() -> None:
+    """wandb's own process has died: take its exit hook away, which would print a traceback at the very end."""
+    import wandb
+
+    with suppress(Exception):  # it fails as the call before it did, after the hook is gone
+        wandb.teardown()
 
 
 def _run_id(path: Path, *, keep: bool) -> str:

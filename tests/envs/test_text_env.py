@@ -134,6 +134,10 @@ def test_max_steps_truncates_but_never_a_terminated_episode():
     assert [env.step("a")[2:4], env.step("b")[2:4]] == [(False, False), (False, True)]
     env.reset(seed=0)
     assert [env.step("a")[2:4], env.step("stop")[2:4]] == [(False, False), (True, False)]
+    env.reset(seed=0)
+    env.step("a")
+    env.reset(seed=0)
+    assert env.step("a")[3] is False  # a new episode counts anew
 
 
 def test_a_task_is_in_the_same_split_on_every_machine():

@@ -17,7 +17,8 @@ def book(city: str, nights: int = 1, tags: list[str] | None = None, *, kind: Lit
 
     Args:
         city: where to stay,
-            in English.
+            in English, or
+            code: three letters.
         nights (int): how long.
 
     Returns:
@@ -35,7 +36,7 @@ def test_the_schema_comes_from_signature_and_docstring():
             "parameters": {
                 "type": "object",
                 "properties": {
-                    "city": {"type": "string", "description": "where to stay, in English."},
+                    "city": {"type": "string", "description": "where to stay, in English, or code: three letters."},
                     "nights": {"type": "integer", "description": "how long.", "default": 1},
                     "tags": {
                         "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],

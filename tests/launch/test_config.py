@@ -409,7 +409,8 @@ def test_a_file_is_loaded_with_overrides_over_it(tmp_path):
 
 def test_a_resumed_run_may_change_its_length_and_its_evaluation_alone():
     saved = load(GOOD + "opsd: {clip: 0.1}")
-    longer = load(GOOD + "opsd: {clip: 0.1}\ntrain: {steps: 900, save_every: 3}\neval: {tasks: 5}\nout: elsewhere")
+    text = "train: {steps: 900, save_every: 3}\neval: {tasks: 5}\ntracking: {plot: false}\nout: elsewhere"
+    longer = load(GOOD + "opsd: {clip: 0.1}\n" + text)
     assert longer.differs_for_resume(saved.dump()) == []
     other = load(GOOD + "seed: 1\ntrain: {lr: 0.1}\nrollout: {top_k: 2}")
     assert other.differs_for_resume(saved.dump()) == ["opsd.clip", "seed", "rollout.top_k", "train.lr"]
@@ -457,3 +458,37 @@ def test_explaining_an_unknown_setting_names_the_nearest():
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_example_holds_settings_that_exist(file):
     assert Config.load(file, check_machine=False).method in methods()
+
+
+def test_a_micro_batch_may_be_as_long_as_one_sequence():
+    assert load(GOOD + "train: {tokens_per_microbatch: 2048}").train.tokens_per_microbatch == 2048
+
+
+def test_a_model_in_the_cache_is_taken_without_asking_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert load(GOOD.replace("tiny:lookup", "owner/model")).model.name == "owner/model"
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted", "key", "mode"),
+    [
+        ("auto", "", "", "offline"),
+        ("auto", "", "secret", "online"),
+        ("auto", "disabled", "secret", "disabled"),
+        ("auto", "offline", "secret", "offline"),
+        ("auto", "online", "secret", "online"),
+        ("offline", "disabled", "secret", "offline"),
+        ("disabled", "online", "secret", "disabled"),
+    ],
+)
+def test_wandb_follows_the_setting_then_its_own_mode_then_the_key(monkeypatch, tmp_path, setting, wanted, key, mode):
+    monkeypatch.setenv("WANDB_MODE", wanted)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert checks.wandb_mode(load(GOOD, check_machine=False).tracking.model_copy(update={"wandb": setting})) == mode

@@ -71,6 +71,7 @@ def test_the_plan_tells_what_a_person_wants_to_know(monkeypatch):
     assert rows["method"] == "opsd, teacher: frozen"
     assert rows["model"] == "smollm2, 134,515,008 parameters"
     assert rows["environment"] == "opd/Lookup-v0, at most 8 turns"
+    assert "at most 1 turn" in dict(planned("env: {id: x, max_turns: 1}").rows())["environment"]
     assert rows["a step"] == "32 tasks x 1 = 32 episodes, at most 65,536 sampled tokens (2,048 an episode)"
     assert rows["micro-batches"] == "at most 8,192 padded tokens, student and teacher"
     assert rows["updates"] == "7 (224 episodes in all)"

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from opd.errors import ConfigError
 from opd.launch.reader import parse_yaml, read_settings, to_yaml
 
-KEYS = st.text(min_size=1, max_size=8)
+TEXT = st.text() | st.text(" \t\n\r\x85\u2028\ufeff:#-'\"\\|>&*!%@`?,[]{}ae1.~", max_size=12)
+KEYS = TEXT.filter(bool)
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=10,
 )
@@ -53,6 +54,10 @@ def test_scalars_are_read_as_yaml_1_2_has_them(text, value):
 @given(PLAIN)
 def test_what_is_written_is_read_back(value):
     assert parse_yaml(to_yaml(value), "x") == value
+
+
+def test_text_of_several_lines_is_written_as_lines():
+    assert to_yaml({"a": "x: 1\n\ny\n"}) == "a: |\n  x: 1\n\n  y\n"
 
 
 def test_a_duplicate_key_is_an_error_that_names_both_lines():

@@ -17,6 +17,7 @@ V = 7
 BASELINES = [
     {"baseline": None},
     {"baseline": "full"},
+    {"baseline": "optimal"},
     {"baseline": "top_k", "top_k": 3},
     {"baseline": "top_k", "top_k": 3, "renormalise": True},
 ]
@@ -153,7 +154,7 @@ def test_entries_excluded_on_both_sides_add_nothing(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"baseline": "value"}, "baseline = 'value' is unknown. Allowed: full, top_k, or None"),
+        ({"baseline": "value"}, "baseline = 'value' is unknown. Allowed: full, top_k, optimal, or None"),
         ({"baseline": "top_k"}, "the one needs the other"),
         ({"baseline": "full", "top_k": 3}, "the one needs the other"),
         ({"baseline": "top_k", "top_k": V + 1}, "top_k = 8: must be between 1 and the vocabulary's 7"),

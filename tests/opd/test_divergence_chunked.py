@@ -354,3 +354,38 @@ def test_token_ids_outside_the_vocabulary_are_refused():
         chunked_logprobs(*case.student, case.ids + 5)
     with pytest.raises(DataError, match=r"\[6\] token ids for 7 hidden states"):
         chunked_logprobs(*case.student, case.ids[:6])
+
+
+def test_entropies_of_both_sides_are_logged():
+    case = Case()
+    mask = torch.zeros(V, dtype=torch.float64)
+    mask[4] = -torch.inf
+    both = weighted_divergence(
+        case.hidden,
+        Head(case.weight, bias=mask),
+        case.teacher_hidden,
+        Head(case.teacher_weight, bias=mask),
+        "forward_kl",
+        weights=case.weights,
+        temperature=1.3,
+        chunk_size=3,
+    )
+    for logged, logits in (
+        (both.student_entropy, case.logits.detach()),
+        (both.teacher_entropy, case.teacher_logits),
+    ):
+        exactly(logged, torch.distributions.Categorical(logits=logits[:, mask.isfinite()] / 1.3).entropy())
+
+
+def test_without_gradients_no_gradient_is_computed(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr("opd.head.Projector.pull_back", refuse)
+    case = Case()
+    with torch.no_grad():
+        chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    frozen = (case.hidden.detach(), case.weight.detach())
+    chunked_divergence(*frozen, *case.teacher, "jsd", weights=case.weights)
+    with pytest.raises(AssertionError, match="a gradient was computed"):
+        chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
