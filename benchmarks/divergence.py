@@ -149,7 +149,7 @@ def report(options: argparse.Namespace) -> None:
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for tokens in options.tokens:
         base: dict[str, float] | None = None
-        for name in IMPLEMENTATIONS:
+        for name in options.only:
             figures = run(name, tokens)
             if isinstance(figures, str):
                 print(f"| {tokens} | {name} | {figures} |", flush=True)
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the student's head, as with LoRA")
+    parser.add_argument("--only", choices=list(IMPLEMENTATIONS), nargs="+", default=list(IMPLEMENTATIONS))
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:

@@ -9,6 +9,7 @@ gradient by the logits, exact at every state (`opd.variance`), so the only sampl
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,7 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
 def print_variances(variances: dict[str, GradientVariance], entropy: Tensor) -> None:
     print("| entropy (nats) | states | baseline | variance / none | share of the reachable | raised at |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")
-    for low, high in [*zip(EDGES[:-1], EDGES[1:], strict=True), (0.0, float("inf"))]:
+    for low, high in [*itertools.pairwise(EDGES), (0.0, float("inf"))]:
         inside = (entropy >= low) & (entropy < high)
         for name, variance in variances.items():
             part = GradientVariance(*(values[inside] for values in variance))

@@ -59,15 +59,15 @@ class ArithmeticEnv(TextEnv):
         self.system = system
         self.strict = strict
         self._sum = ""
-        self._answer = 0
+        self.result = 0
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         a, op, b = self._draw(rng, split)
-        self._sum, self._answer = f"{a} {op} {b}", _OPERATORS[op](a, b)
+        self._sum, self.result = f"{a} {op} {b}", _OPERATORS[op](a, b)
         return Start(
             prompt=self.prompt.replace("{a}", str(a)).replace("{op}", op).replace("{b}", str(b)),
             system=self.system,
-            privileged={"solution": solution(a, op, b), "answer": str(self._answer)},
+            privileged={"solution": solution(a, op, b), "answer": str(self.result)},
         )
 
     def respond(self, action: str) -> Reply:
@@ -76,8 +76,8 @@ class ArithmeticEnv(TextEnv):
         given = last_number(action)
         if given is None:
             return _wrong(f"There is no number in the answer to {self._sum}.")
-        if given != self._answer:
-            return _wrong(f"{given} is too {'low' if given < self._answer else 'high'} for {self._sum}.")
+        if given != self.result:
+            return _wrong(f"{given} is too {'low' if given < self.result else 'high'} for {self._sum}.")
         return Reply(reward=1.0, terminated=True, success=True)
 
     def _draw(self, rng: np.random.Generator, split: str) -> tuple[int, str, int]:

@@ -21,10 +21,11 @@ from opd.errors import ConfigError, EnvError
 
 SYSTEM = "Answer the question: look up one field of one person at a time, then give the answer."
 
-PEOPLE = tuple(
-    "alice ann ben boris carl clara dana diego elena emma felix fred gina greta hugo ivan "
-    "judy kate liam mona nina omar paul quinn rosa sam tina umar vera walt yuri zoe".split()
-)
+PEOPLE = (
+    "alice", "ann", "ben", "boris", "carl", "clara", "dana", "diego", "elena", "emma", "felix", "fred", "gina",
+    "greta", "hugo", "ivan", "judy", "kate", "liam", "mona", "nina", "omar", "paul", "quinn", "rosa", "sam",
+    "tina", "umar", "vera", "walt", "yuri", "zoe",
+)  # fmt: skip
 
 RELATIONS = {
     "boss": ("boss", "manager", "supervisor"),

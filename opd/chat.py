@@ -62,7 +62,7 @@ class ChatFormat:
             [user, {"role": "assistant", "content": "y"}, {"role": "tool", "content": "opd_probe"}]
         )
         self._knows_tools = self._accepts([user], tools=[_PROBE])
-        closing = self._encode(self._glue_text([user], [user], None))
+        closing = self.encode(self._glue_text([user], [user], None))
         self.end_id = closing[0]
         """The id that ends an assistant's turn in this template."""
         self.stop_ids = frozenset({self.end_id, *stop_ids} | ({tokenizer.eos_token_id} - {None}))
@@ -71,7 +71,7 @@ class ChatFormat:
 
     def start(self, messages: list[Message], tools: Tools = None, **template_kwargs: Any) -> list[int]:
         """The ids of a conversation's first prompt, up to where the assistant speaks."""
-        return self._encode(self._render(messages, tools, generate=True, **template_kwargs))
+        return self.encode(self._render(messages, tools, generate=True, **template_kwargs))
 
     def extend(self, history: list[Message], new: list[Message], tools: Tools, *, last_id: int | None) -> Prompt:
         """The ids between a completion and the next one.
@@ -82,7 +82,7 @@ class ChatFormat:
         """
         if self.on_rewrite == "fork" and self._rewrites(history, new, tools):
             return Prompt(self.start([*history, *new], tools), forked=True)
-        return Prompt(self._after(self._encode(self._glue_text(history[:-1], new, tools)), last_id))
+        return Prompt(self._after(self.encode(self._glue_text(history[:-1], new, tools)), last_id))
 
     def text(self, completion_ids: Sequence[int]) -> str:
         """The action: the decoded completion without its end-of-turn token, tool markup kept."""
@@ -117,7 +117,7 @@ class ChatFormat:
                 ids += turn.prompt_ids
             else:
                 placeholder: list[Message] = [{"role": "user", "content": "x"}]
-                ids += self._after(self._encode(self._glue_text(placeholder, messages, trajectory.tools)), ids[-1])
+                ids += self._after(self.encode(self._glue_text(placeholder, messages, trajectory.tools)), ids[-1])
             rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)
@@ -194,5 +194,6 @@ class ChatFormat:
             return False
         return "opd_probe" in str(text)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, no special tokens added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

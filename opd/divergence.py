@@ -46,6 +46,8 @@ class WeightedDivergence(NamedTuple):
     """[N] nats, at the temperature of the divergence."""
     teacher_entropy: Tensor
     """[N] nats, at the temperature of the divergence."""
+    kept: Tensor
+    """[N] probability that the top k hold, on the side where that is less; ones without `top_k`."""
 
 
 def token_divergence(
@@ -77,17 +79,14 @@ def token_divergence(
         ConfigError: an unknown kind, or an option outside its range.
         DataError: shapes that differ, or a divergence that is infinite.
     """
-    rule = _Rule.of(kind, beta)
+    rule = _Rule.of(kind, beta, None, top_k, support, tail)
     check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
         raise DataError(f"student logits {list(student_logits.shape)}, teacher logits {list(teacher_logits.shape)}")
     dtype = compute_dtype(student_logits, teacher_logits)
     student = (student_logits.to(dtype) / temperature).log_softmax(-1)
     teacher = (teacher_logits.detach().to(dtype) / temperature).log_softmax(-1)
-    if top_k is not None:
-        student, teacher = _on_support(student, teacher, top_k, support, tail)
-    values: Tensor = _FromLogProbs.apply(student, teacher, rule)
-    return _finite(values)
+    return _finite(rule(student, teacher))
 
 
 def chunked_divergence(
@@ -102,8 +101,11 @@ def chunked_divergence(
     chunk_size: int | None = None,
     weights: Tensor | None = None,
     clip: float | None = None,
+    top_k: int | None = None,
+    support: Support = "teacher",
+    tail: bool = True,
 ) -> Tensor:
-    """The full-vocabulary `token_divergence` of hidden states `[N, H]` and `[N, H']`, without their logits.
+    """`token_divergence` of hidden states `[N, H]` and `[N, H']`, without their logits.
 
     Without `weights`: per-token values `[N]`; the backward pass projects again. With `weights` `[N]`, which
     get no gradient: the scalar `sum(weights * values)`; its gradients are taken while a tile of logits is
@@ -111,22 +113,38 @@ def chunked_divergence(
     `weighted_divergence` is the same with values to log.
 
     A head is a weight `[V, H]` or a `Head`. Gradients reach the student's hidden states, weight and bias
-    where they require them, never the teacher. Computed in float32, or in float64 if hidden states are.
+    where they require them, never the teacher. Computed in float32, or in float64 if hidden states are. A head
+    that ZeRO-3 has sharded must be gathered around the call, inside the engine's forward pass.
 
     Args:
         chunk_size: tokens in a tile; by default as many as `opd.head.TILE_BYTES` hold.
         clip: bound from above on each vocabulary entry's summand, before the sum over the vocabulary (OPSD,
-            arXiv 2601.18734). The value may then be negative, and a clipped entry loses its pull.
+            arXiv 2601.18734). The value may then be negative, and a clipped entry loses its pull. Not with `top_k`.
+        top_k, support, tail: as for `token_divergence`; the projections, which cost most, are the same.
 
     Raises:
         ConfigError: an unknown kind, or an option outside its range.
         DataError: shapes or vocabularies that do not match, or a divergence that is infinite.
     """
-    options: dict[str, Any] = {"beta": beta, "temperature": temperature, "chunk_size": chunk_size, "clip": clip}
-    sides = (student_hidden, student_head, teacher_hidden, teacher_head)
     if weights is not None:
-        return weighted_divergence(*sides, kind, weights=weights, **options).total
-    student, start, _ = _prepare(*sides, kind, **options)
+        return weighted_divergence(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            kind,
+            weights=weights,
+            beta=beta,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            clip=clip,
+            top_k=top_k,
+            support=support,
+            tail=tail,
+        ).total
+    rule = _Rule.of(kind, beta, clip, top_k, support, tail)
+    sides = (student_hidden, student_head, teacher_hidden, teacher_head)
+    student, start, _ = _prepare(*sides, rule, temperature, chunk_size)
     return _finite(per_token(student_hidden, student, start))
 
 
@@ -142,19 +160,14 @@ def weighted_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     clip: float | None = None,
+    top_k: int | None = None,
+    support: Support = "teacher",
+    tail: bool = True,
 ) -> WeightedDivergence:
     """`chunked_divergence` with `weights`: the weighted sum, and what there is to log beside it."""
-    student, start, logged = _prepare(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        kind,
-        beta=beta,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        clip=clip,
-    )
+    rule = _Rule.of(kind, beta, clip, top_k, support, tail)
+    sides = (student_hidden, student_head, teacher_hidden, teacher_head)
+    student, start, logged = _prepare(*sides, rule, temperature, chunk_size)
     total, values = weighted_sum(student_hidden, student, start, weights)
     return WeightedDivergence(total, _finite(values), *logged)
 
@@ -191,14 +204,17 @@ def chunked_logprobs(
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A divergence, entry by entry of the vocabulary."""
+    """A divergence, entry by entry of the vocabulary or of what is told apart of it."""
 
     kind: Kind
     beta: float
     clip: float | None
+    top_k: int | None
+    support: Support
+    tail: bool
 
     @staticmethod
-    def of(kind: Kind, beta: float, clip: float | None = None) -> _Rule:
+    def of(kind: Kind, beta: float, clip: float | None, top_k: int | None, support: Support, tail: bool) -> _Rule:
         """Checked, with the ends of `jsd` replaced by the two KLs that they stand for."""
         if kind not in get_args(Kind):
             raise ConfigError(f"divergence kind = {kind!r} is unknown. Allowed: {', '.join(get_args(Kind))}")
@@ -206,9 +222,37 @@ class _Rule:
             raise ConfigError(f"divergence beta = {beta}: must be between 0 and 1")
         if clip is not None and not clip > 0:
             raise ConfigError(f"divergence clip = {clip}: must be positive, or None for no clipping")
+        if clip is not None and top_k is not None:
+            raise ConfigError(f"clip = {clip} with top_k = {top_k}: the clip is for entries of the whole vocabulary")
+        if support not in get_args(Support):
+            raise ConfigError(f"support = {support!r} is unknown. Allowed: {', '.join(get_args(Support))}")
         if kind == "jsd" and beta in (0, 1):
             kind = "reverse_kl" if beta else "forward_kl"
-        return _Rule(kind, beta, clip)
+        return _Rule(kind, beta, clip, top_k, support, tail)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Log-probs [..., V], [..., V] -> [...], with a gradient for the student's."""
+        if self.top_k is not None:
+            student, teacher = self.restrict(student, teacher, self.ids(student, teacher))
+        values: Tensor = _FromLogProbs.apply(student, teacher, self)
+        return values
+
+    def ids(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The entries that are told apart: log-probs [..., V], [..., V] -> [..., top_k]."""
+        vocabulary = student.shape[-1]
+        if self.top_k is None or not 1 <= self.top_k <= vocabulary:
+            raise ConfigError(f"top_k = {self.top_k}: must be between 1 and the vocabulary's {vocabulary}")
+        chosen = teacher if self.support == "teacher" else student
+        return chosen.detach().topk(self.top_k, dim=-1).indices
+
+    def restrict(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [..., V] -> [..., k + 1] with a tail, [..., k] renormalised without."""
+        if self.tail:
+            return _with_tail(student, ids), _with_tail(teacher, ids)
+        kept = [side.gather(-1, ids) for side in (student, teacher)]
+        if any(side.isneginf().all(-1).any() for side in kept):
+            raise DataError(f"one side has no mass on the top {self.top_k} of the {self.support}: use the tail")
+        return kept[0].log_softmax(-1), kept[1].log_softmax(-1)
 
     def summands(self, student: Tensor, teacher: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """The entries' summands and the derivatives of their sum by the student's log-probs, before the clip.
@@ -258,6 +302,7 @@ class _Logged(NamedTuple):
     clipped: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    kept: Tensor
 
 
 class _DivergenceTile:
@@ -269,29 +314,52 @@ class _DivergenceTile:
 
     def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
         teacher_logits = self.projector.logits(self.hidden[rows])
-        clipped, student_entropy, teacher_entropy = (noted[rows] for noted in self.logged)
         values = logits.new_empty(len(logits))
+        work = self._full if self.rule.top_k is None else self._top_k
         for part in tiles(len(logits), row_block(logits)):
-            student, teacher = logits[part].log_softmax(-1), teacher_logits[part].log_softmax(-1)
-            p, q = student.exp(), teacher.exp()
-            summands, slope = self.rule.summands(student, teacher, p, q)
-            if self.rule.clip is not None:
-                cut = summands > self.rule.clip
-                summands.clamp_(max=self.rule.clip)
-                slope.masked_fill_(cut, 0)
-                clipped[part] = cut.sum(-1, dtype=values.dtype) / cut.shape[-1]
-            values[part] = self.rule.total(summands)
-            student_entropy[part], teacher_entropy[part] = _entropy(student, p), _entropy(teacher, q)
-            if weights is not None:
-                # The way back through the log-softmax: slope - p * sum(slope).
-                torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=logits[part])
-                logits[part] *= weights[part, None]
+            noted = _Logged(*(column[rows][part] for column in self.logged))
+            weight = None if weights is None else weights[part, None]
+            values[part] = work(logits[part], teacher_logits[part], weight, noted)
         return values
+
+    def _full(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, noted: _Logged) -> Tensor:
+        """Some rows: [n, V], [n, V] -> [n]; `logits` becomes the gradient."""
+        student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        p, q = student.exp(), teacher.exp()
+        summands, slope = self.rule.summands(student, teacher, p, q)
+        if self.rule.clip is not None:
+            cut = summands > self.rule.clip
+            summands.clamp_(max=self.rule.clip)
+            slope.masked_fill_(cut, 0)
+            noted.clipped.copy_(cut.sum(-1, dtype=p.dtype) / cut.shape[-1])
+        noted.student_entropy.copy_(_entropy(student, p))
+        noted.teacher_entropy.copy_(_entropy(teacher, q))
+        if weight is not None:
+            # The way back through the log-softmax: slope - p * sum(slope).
+            torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=logits).mul_(weight)
+        return self.rule.total(summands)
+
+    def _top_k(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, noted: _Logged) -> Tensor:
+        """As `_full`; the way back, through a sort and a tail, is left to autograd."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_(weight is not None)
+            student, teacher = leaf.log_softmax(-1), teacher_logits.log_softmax(-1)
+            ids = self.rule.ids(student, teacher)
+            values: Tensor = _FromLogProbs.apply(*self.rule.restrict(student, teacher, ids), self.rule)
+        student = student.detach()
+        p, q = student.exp(), teacher.exp()
+        noted.kept.copy_(torch.minimum(p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)))
+        noted.student_entropy.copy_(_entropy(student, p))
+        noted.teacher_entropy.copy_(_entropy(teacher, q))
+        if weight is not None:
+            (gradient,) = torch.autograd.grad(values, leaf, weight.squeeze(-1))
+            logits.copy_(gradient)
+        return values.detach()
 
 
 def _entropy(logprobs: Tensor, p: Tensor) -> Tensor:
-    """[n, V], [n, V] -> [n] nats. `logprobs` is used up."""
-    negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp_(min=torch.finfo(p.dtype).min))
+    """[n, V], [n, V] -> [n] nats."""
+    negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp(min=torch.finfo(p.dtype).min))
     return -negative
 
 
@@ -319,35 +387,16 @@ def _prepare(
     student_head: Head | Tensor,
     teacher_hidden: Tensor,
     teacher_head: Head | Tensor,
-    kind: Kind,
-    *,
-    beta: float,
+    rule: _Rule,
     temperature: float,
     chunk_size: int | None,
-    clip: float | None,
 ) -> tuple[Projection, partial[_DivergenceTile], _Logged]:
     """The student's projection, what begins a sweep, and where the sweep notes what it sees."""
-    rule = _Rule.of(kind, beta, clip)
     student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
-    zeros = torch.zeros(3, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
-    logged = _Logged(*zeros)
+    columns = torch.zeros(4, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
+    logged = _Logged(*columns)
+    logged.kept.fill_(1)
     return student, partial(_DivergenceTile, rule, teacher, teacher_hidden.detach(), logged), logged
-
-
-def _on_support(student: Tensor, teacher: Tensor, k: int, support: Support, tail: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs [..., V] on the top k of one side: [..., k + 1] with a tail, [..., k] renormalised without."""
-    vocabulary = student.shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ConfigError(f"top_k = {k}: must be between 1 and the vocabulary's {vocabulary}")
-    if support not in get_args(Support):
-        raise ConfigError(f"support = {support!r} is unknown. Allowed: {', '.join(get_args(Support))}")
-    ids = (teacher if support == "teacher" else student).detach().topk(k, dim=-1).indices
-    if tail:
-        return _with_tail(student, ids), _with_tail(teacher, ids)
-    kept = [side.gather(-1, ids) for side in (student, teacher)]
-    if any(side.isneginf().all(-1).any() for side in kept):
-        raise DataError(f"one side has no mass on the top {k} of the {support}: use the tail (tail=True)")
-    return kept[0].log_softmax(-1), kept[1].log_softmax(-1)
 
 
 def _with_tail(logprobs: Tensor, ids: Tensor) -> Tensor:

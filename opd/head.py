@@ -16,12 +16,13 @@ from torch import Tensor
 
 from opd.errors import ConfigError, DataError
 
-TILE_BYTES = {"cpu": 128 * 2**20, "accelerator": 1024 * 2**20}
-"""Size of one tile of logits. Smaller tiles read the head more often than the products take (measured:
-benchmarks/divergence.py); larger ones only cost memory."""
+TILE_BYTES = {"cpu": 128 * 2**20, "accelerator": 512 * 2**20}
+"""Size of one tile of logits, of which there are two. The whole head and its gradient pass through memory for each
+tile, so tiles must not be small. Measured on a CPU; the other number is a guess until somebody measures it."""
 
-CACHE_BYTES = 2**20
-"""On a CPU, how much of a tile of logits is worked on at once, so that its temporaries stay in the cache."""
+BLOCK_BYTES = {"cpu": 2**20, "accelerator": 128 * 2**20}
+"""How much of a tile is worked on at once, with half a dozen temporaries of that size: on a CPU they stay in the
+cache, elsewhere they only have to be few enough launches and little enough memory."""
 
 CAST_ROWS = 16384
 """Rows of a 16-bit head that are widened at a time where the hardware has no mixed product (CPU)."""
@@ -91,11 +92,14 @@ def check_temperature(temperature: float) -> None:
 
 
 def row_block(logits: Tensor) -> int:
-    """Rows of a tile to work on at once: all of them, but on a CPU only what stays in the cache."""
-    if logits.device.type != "cpu":
-        return max(1, len(logits))
-    # At least a row for each thread, because a softmax is shared out by rows.
-    return max(torch.get_num_threads(), CACHE_BYTES // (logits.shape[-1] * logits.element_size()))
+    """Rows of a tile to work on at once."""
+    rows = BLOCK_BYTES[_kind(logits.device)] // (logits.shape[-1] * logits.element_size())
+    # A softmax is shared out by rows: at least one for each thread.
+    return max(rows, torch.get_num_threads() if logits.device.type == "cpu" else 1)
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "accelerator"
 
 
 def tiles(tokens: int, size: int) -> Iterator[slice]:
@@ -128,8 +132,7 @@ class Projection:
         check_temperature(temperature)
         dtype = compute_dtype(hidden, hidden if beside is None else beside)
         if chunk_size is None:
-            room = TILE_BYTES["cpu" if hidden.device.type == "cpu" else "accelerator"]
-            chunk_size = room // (head.vocabulary * dtype.itemsize)
+            chunk_size = TILE_BYTES[_kind(hidden.device)] // (head.vocabulary * dtype.itemsize)
         elif chunk_size < 1:
             raise ConfigError(f"chunk_size = {chunk_size}: must be at least 1, or None for a size that was measured")
         return Projection(head=head, temperature=temperature, dtype=dtype, size=max(1, min(chunk_size, len(hidden))))

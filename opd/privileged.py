@@ -64,14 +64,13 @@ def with_skill(prompt: str, skill: str, *, template: str = SKILL) -> str:
 
 
 def episode_text(messages: Iterable[Message]) -> str:
-    """What the assistant did and what came back, a line a message; prompts and system text left out."""
+    """What the assistant did and what came back, a line a message; what stands before its first word is left out."""
     lines: list[str] = []
-    for number, message in enumerate(messages):
-        content = str(message["content"])
+    for message in messages:
         if message["role"] == "assistant":
-            lines.append(content)
-        elif number > 0 and message["role"] in ("tool", "user"):
-            lines.append(f"> {content}")
+            lines.append(str(message["content"]))
+        elif lines:
+            lines.append(f"> {message['content']}")
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ class OpsdConfig(Strict):
 
     @model_validator(mode="after")
     def _beta_belongs_to_jsd(self) -> OpsdConfig:
-        if self.divergence != "jsd" and "beta" in self.model_fields_set:
+        if self.divergence != "jsd" and self.beta != 0.5:
             raise ValueError(f"opsd.beta is used by jsd alone, but opsd.divergence = {self.divergence}; remove it")
         return self
 

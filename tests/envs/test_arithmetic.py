@@ -53,7 +53,7 @@ def test_feedback_says_what_was_wrong_and_not_the_answer():
 def test_strict_takes_nothing_but_a_number(text, reward):
     env = ArithmeticEnv(strict=True)
     env.reset(seed=0)
-    env._answer = 85
+    env.result = 85
     assert env.step(text)[1] == reward
 
 

@@ -45,6 +45,12 @@ class LeakyLater(Good):
         return "Hint.", reward, *rest, info | {"messages": messages}
 
 
+class RareLeak(Good):
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        return obs + (info["privileged"]["solution"] if self.number % 8 < 2 else ""), info
+
+
 class ShortLeak(Good):
     def reset(self, *, seed=None, options=None):
         obs, _ = super().reset(seed=seed, options=options)
@@ -142,6 +148,7 @@ def test_a_good_environment_gets_a_note_on_its_speed_and_nothing_else(name):
     [
         ("Leaky", "error", 'info["privileged"]["solution"] stands in the observations of 48 episodes'),
         ("LeakyLater", "error", 'info["privileged"]["solution"] stands in the observations of 48 episodes'),
+        ("RareLeak", "error", 'info["privileged"]["solution"] stands in the observations of'),
         ("ShortLeak", "error", 'info["privileged"]["answer"] stands in the observations'),
         ("Forgetful", "error", "gave two different tasks"),
         ("SharedSplits", "error", "the splits train and eval share tasks, such as"),

@@ -150,6 +150,17 @@ def test_a_reward_of_trl_scores_string_prompts_when_conversational(table):
     )
 
 
+def test_a_column_never_takes_the_place_of_what_the_model_wrote(tmp_path):
+    rows = [{"prompt": str(i), "completions": "old", "prompts": "old", "completion_ids": [1]} for i in range(50)]
+
+    def echo(prompts, completions, **columns):
+        return [float(completions == ["new"] and prompts[0].isdigit() and not columns)]
+
+    env = DatasetEnv(write(tmp_path / "old.jsonl", rows), rewards=echo)
+    env.reset(seed=0)
+    assert env.step("new")[1] == 1.0
+
+
 def test_weights_that_only_nearly_add_up_still_succeed(table):
     env = make(table, rewards={(lambda completions: [1.0]): 1.0 - 1e-12})
     env.reset(seed=0)

@@ -27,6 +27,11 @@ class Plain(gymnasium.Env):
         return action, 0.0, False, False, {"success": False, "anything": [1, {"x": 2}]}
 
 
+class Required(Plain):
+    def __init__(self, greeting):
+        super().__init__(greeting)
+
+
 class Open(Plain):
     def __init__(self, **anything):
         super().__init__(anything["greeting"])
@@ -66,6 +71,7 @@ def test_an_id_that_a_module_registers_is_found_through_the_module(tmp_path, mon
 def test_info_and_metadata_survive_the_wrappers():
     gymnasium.register("factory-test/Plain-v0", entry_point=Plain, max_episode_steps=2, kwargs={"greeting": "hello"})
     env = make("factory-test/Plain-v0")
+    assert "PassiveEnvChecker" not in str(env)
     assert env.reset(seed=0) == ("hello", {"privileged": {"a": "b"}, "tools": [], "feedback": "f"})
     assert env.step("x") == ("x", 0.0, False, False, {"success": False, "anything": [1, {"x": 2}]})
     assert env.step("x")[2:4] == (False, True)  # its author's time limit
@@ -84,6 +90,7 @@ def test_info_and_metadata_survive_the_wrappers():
         ),
         ("opd.envs.nothing:Env", "names the module 'opd.envs.nothing', which cannot be found"),
         ("opd.envs.arithmetic.deeper:Env", "names the module 'opd.envs.arithmetic.deeper', which cannot be found"),
+        ("json.decoder.json:Env", "which cannot be found"),
         ("json.decoder.x.y:Env", "which cannot be found"),
         ("opd.envs.arithmetic:", "is unknown"),
         (":Env", "is unknown"),
@@ -115,6 +122,12 @@ def test_a_good_id_is_valid(env_id):
 def test_what_makes_no_text_environment_is_refused(env_id, kwargs, reason):
     with pytest.raises(ConfigError, match=reason):
         make(env_id, kwargs)
+
+
+def test_an_argument_that_the_registration_gives_need_not_be_given_again():
+    gymnasium.register("factory-test/Required-v0", entry_point=Required, kwargs={"greeting": "hey"})
+    assert make("factory-test/Required-v0").reset(seed=0)[0] == "hey"
+    assert make("factory-test/Required-v0", {"greeting": "ho"}).reset(seed=0)[0] == "ho"
 
 
 def test_gymnasiums_own_text_space_is_accepted():

@@ -137,7 +137,7 @@ def test_max_steps_truncates_but_never_a_terminated_episode():
     env.reset(seed=0)
     env.step("a")
     env.reset(seed=0)
-    assert env.step("a")[3] is False  # a new episode counts anew
+    assert [env.step("a")[3], env.step("b")[3]] == [False, True]  # a new episode counts anew
 
 
 def test_a_task_is_in_the_same_split_on_every_machine():

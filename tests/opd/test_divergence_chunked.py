@@ -259,6 +259,36 @@ def test_chunked_logprobs_are_the_dense_ones(chunk_size):
     exactly(torch.autograd.grad(total, case.student), expected)
 
 
+@every_kind
+@pytest.mark.parametrize("options", [{"tail": True}, {"tail": False}], ids=str)
+@pytest.mark.parametrize("support", ["teacher", "student"])
+def test_top_k_from_hidden_states_is_the_dense_one(kind, beta, options, support):
+    case = Case()
+    options = {"beta": beta, "temperature": 1.3, "top_k": 3, "support": support, **options}
+    dense = token_divergence(case.logits, case.teacher_logits, kind, **options)
+    expected = torch.autograd.grad(dense @ case.weights, case.student)
+    values = chunked_divergence(*case.student, *case.teacher, kind, chunk_size=3, **options)
+    total = chunked_divergence(*case.student, *case.teacher, kind, chunk_size=3, weights=case.weights, **options)
+    exactly(values, dense)
+    exactly(total, dense @ case.weights)
+    exactly(torch.autograd.grad(values @ case.weights, case.student), expected)
+    exactly(torch.autograd.grad(total, case.student), expected)
+
+
+def test_the_mass_that_the_top_k_hold_is_logged_where_it_is_less():
+    case = Case()
+    both = weighted_divergence(
+        *case.student, *case.teacher, "jsd", weights=case.weights, top_k=3, support="student", chunk_size=3
+    )
+    p, q = case.logits.detach().softmax(-1), case.teacher_logits.softmax(-1)
+    ids = p.topk(3).indices
+    exactly(both.kept, torch.minimum(p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)))
+    exactly(both.teacher_entropy, torch.distributions.Categorical(probs=q).entropy())
+    exactly(both.student_entropy, torch.distributions.Categorical(probs=p).entropy())
+    whole = weighted_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    exactly(whole.kept, torch.ones(N, dtype=torch.float64))
+
+
 def test_chunked_logprobs_pass_gradcheck():
     case = Case()
     assert torch.autograd.gradcheck(
@@ -328,6 +358,8 @@ def test_an_infinite_divergence_is_refused():
         ({"temperature": 0.0}, ConfigError, "temperature = 0.0"),
         ({"chunk_size": 0}, ConfigError, "chunk_size = 0"),
         ({"clip": 0.0}, ConfigError, "clip = 0.0"),
+        ({"clip": 0.05, "top_k": 3}, ConfigError, "clip = 0.05 with top_k = 3"),
+        ({"top_k": V + 1}, ConfigError, "top_k = 12: must be between 1 and the vocabulary's 11"),
         ({"teacher_hidden": normal(N - 1, 4, seed=3)}, DataError, "7 student tokens, but 6"),
         ({"teacher_head": normal(V + 1, 4, seed=4)}, DataError, "vocabularies differ: student 11, teacher 12"),
         ({"student_head": normal(V, H + 1, seed=4)}, DataError, "hidden states .7, 5. for a head's weight .11, 6."),

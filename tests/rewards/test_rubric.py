@@ -146,6 +146,13 @@ def test_a_missing_column_is_named_before_anything_runs():
     Rubric(["exact_match"]).require(["answer"])
 
 
+def test_an_argument_with_a_default_needs_no_column():
+    def logging_reward(completions, *, log_extra=None, **kwargs):
+        return [1.0]
+
+    Rubric(logging_reward).require([])
+
+
 def test_a_function_that_needs_token_ids_is_refused():
     with pytest.raises(ConfigError, match="reward needs_ids needs the column 'completion_ids'"):
         Rubric([needs_ids]).require(["answer"])

@@ -1,0 +1,265 @@
+"""`tiny:<env>`: a small model with its own tokenizer, built and warm-started on this machine, and kept.
+
+The warm start is supervised training on scripted episodes, on tasks that are neither trained on nor
+evaluated later; what it teaches is in `opd.launch.tiny_recipes`. The result is an ordinary Hugging Face
+folder. The same environment, seed and code give the same folder, so it is built once.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opd import chat, collate, privileged
+from opd.chat import ChatFormat
+from opd.envs import lookup
+from opd.errors import ConfigError
+from opd.launch import tiny_recipes, tiny_tokenizer
+from opd.launch.tiny_recipes import RECIPES, Recipe, privileged_phrases
+from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
+from opd.losses import CrossEntropy, Losses
+from opd.modeling import CausalModel
+from opd.models import cache_folder
+from opd.objective import objective
+from opd.privileged import (
+    episode_text,
+    in_first_user_message,
+    with_attempt,
+    with_demonstration,
+    with_feedback,
+    with_skill,
+    with_solution,
+)
+from opd.rollout import derive_seed, messages_of, task
+from opd.types import Message, Sample, Task
+
+LOSSES = Losses(ce=CrossEntropy())
+_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+_WINDOW = 4  # batches whose episodes are sorted by length together, so that little is padding
+
+
+def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: bool = False) -> Path:
+    """The folder of the tiny model for one environment, built if it is not in the cache.
+
+    `steps` shortens the warm start (for tests). Safe when two processes build the same model at once: each
+    builds its own, and the first to finish keeps the name. Raises ConfigError for an unknown environment.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"model.name = 'tiny:{name}' is unknown. Allowed: {', '.join(f'tiny:{n}' for n in RECIPES)}")
+    recipe = RECIPES[name]
+    steps = recipe.steps if steps is None else steps
+    folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(seed, steps)}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _fingerprint(seed: int, steps: int) -> str:
+    """Changes with whatever the model depends on: a stale cache would be a wrong result."""
+    modules = (chat, collate, privileged, lookup, tiny_recipes, tiny_tokenizer)
+    sources = [Path(str(module.__file__)).read_bytes() for module in modules] + [Path(__file__).read_bytes()]
+    return sha256(b"\0".join(sources) + f"{seed} {steps}".encode()).hexdigest()[:16]
+
+
+def warm_start(
+    recipe: Recipe, *, seed: int, steps: int, quiet: bool = False
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A new model, trained on `steps` batches of scripted episodes."""
+    writer = EpisodeWriter(recipe, seed)
+    torch.manual_seed(derive_seed("tiny", seed))
+    model = _new_model(writer.tokenizer)
+    student = CausalModel(model)
+    optimizers = _optimizers(model)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=quiet) as progress:
+        bar = progress.add_task("warm start", total=steps)
+        for step, samples in enumerate(_batches(writer, recipe.batch, steps)):
+            batch = collate.collate(collate.normalise(samples, LOSSES, lambda sums: sums), writer.pad_id)
+            loss = objective(student, batch, LOSSES, None).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            factor = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.update(bar, advance=1, description=f"warm start, loss {float(loss.detach()):.3f}")
+    return model.eval(), writer.tokenizer
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **_SHAPE,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the rest.
+
+    Copying from the prompt is learned all at once after a plateau; with AdamW alone this took three times as
+    many steps, and on some seeds did not happen in a minute.
+    """
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in inner}
+    outer = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(inner, lr=0.02, weight_decay=0.0, momentum=0.95),
+        torch.optim.AdamW(outer, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def _batches(writer: EpisodeWriter, size: int, steps: int) -> Iterator[list[Sample]]:
+    """Batches of episodes of like length, in random order."""
+    for start in range(0, steps, _WINDOW):
+        count = min(_WINDOW, steps - start)
+        window = sorted((writer.sample() for _ in range(count * size)), key=lambda s: len(s.token_ids))
+        batches = [window[i * size : (i + 1) * size] for i in range(count)]
+        for i in writer.rng.permutation(count):
+            yield batches[i]
+
+
+class EpisodeWriter:
+    """Writes scripted episodes as samples, tokenised piece by piece as rollouts are."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.rng = np.random.default_rng(derive_seed("warm start", seed))
+        self._env: Any = recipe.env()
+        self._forms = list(recipe.forms)
+        self._shares = np.array(list(recipe.forms.values())) / sum(recipe.forms.values())
+        self._seed = seed
+        self._written = 0
+        first, self._tools, _ = self._reset(task(0, split="warm", run_seed=seed))
+        self.tokenizer = _tokenizer(recipe, first, self._tools)
+        self._chat = ChatFormat(self.tokenizer, on_rewrite="append")
+        self._glue: dict[str, list[int]] = {}
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def sample(self, form: str | None = None) -> Sample:
+        """The next task's perfect episode, in a context of this form, or of one drawn by its share."""
+        form = form or str(self.rng.choice(self._forms, p=self._shares))
+        goal = task(self._written, split="warm", run_seed=self._seed)
+        self._written += 1
+        first, tools, texts = self._reset(goal)
+        oracle = self._env.oracle()
+        seen = self._context(form, goal, first, texts, oracle)
+        self._reset(goal)
+        ids = self._chat.start(seen, tools)
+        mask = [0] * len(ids)
+        for action, answer in zip(oracle, self._answers(oracle), strict=True):
+            said = [*self._chat.encode(action), self._chat.end_id]
+            glue = self._glue_of(answer["messages"])
+            ids += said + glue
+            mask += [1] * len(said) + [0] * len(glue)
+        return _supervised(ids, mask)
+
+    def _context(
+        self, form: str, goal: Task, first: list[Message], texts: dict[str, str], oracle: list[str]
+    ) -> list[Message]:
+        """The first messages with privileged text of this form in them."""
+        if form == "plain":
+            return first
+        if form in texts:
+            return in_first_user_message(first, lambda prompt: with_solution(prompt, texts[form]))
+        if form == "skill":
+            skill = self._env.skill(self.rng)
+            return in_first_user_message(first, lambda prompt: with_skill(prompt, skill))
+        right = form in ("demonstration", "attempt_right")
+        actions = oracle if right else self._env.blunder(self.rng)
+        self._reset(goal)
+        answers = self._answers(actions)
+        if form == "feedback":
+            feedback = str(answers[-1]["feedback"])
+            return in_first_user_message(first, lambda prompt: with_feedback(prompt, feedback))
+        spoken: list[Message] = [*first]
+        for action, answer in zip(actions, answers, strict=True):
+            spoken += [{"role": "assistant", "content": action}, *answer["messages"]]
+        episode = episode_text(spoken)
+        if form == "demonstration":
+            return in_first_user_message(first, lambda prompt: with_demonstration(prompt, episode))
+        return in_first_user_message(first, lambda prompt: with_attempt(prompt, episode, right=right))
+
+    def _reset(self, goal: Task) -> tuple[list[Message], Any, dict[str, str]]:
+        observation, info = self._env.reset(seed=goal.seed, options={"split": goal.split, "index": goal.index})
+        return messages_of(observation, info), info.get("tools"), info["privileged"]
+
+    def _answers(self, actions: list[str]) -> list[dict[str, Any]]:
+        """What the environment says to each action: its messages (none where the episode is over) and feedback."""
+        answers: list[dict[str, Any]] = []
+        over = False
+        for action in actions:
+            assert not over, "a scripted episode goes on after its end"
+            observation, _, over, _, info = self._env.step(action)
+            answers.append(
+                {"messages": [] if over else messages_of(observation, info), "feedback": info.get("feedback")}
+            )
+        return answers
+
+    def _glue_of(self, messages: list[Message]) -> list[int]:
+        """The ids after a completion, up to where the assistant speaks again; rendered once for each text."""
+        if not messages:
+            return []
+        key = repr(messages)
+        if key not in self._glue:
+            asked: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+            self._glue[key] = self._chat.extend(asked, messages, self._tools, last_id=self._chat.end_id).token_ids
+        return self._glue[key]
+
+
+def _supervised(token_ids: list[int], mask: list[int]) -> Sample:
+    nothing = [0.0] * len(mask)
+    return Sample(
+        token_ids=token_ids,
+        completion_mask=mask,
+        turn=[0] * len(mask),
+        sampler_logprobs=[math.nan] * len(mask),
+        distill_weight=nothing,
+        ce_weight=[float(m) for m in mask],
+        route="ce",
+    )
+
+
+def _tokenizer(recipe: Recipe, first: list[Message], tools: Any) -> PreTrainedTokenizerFast:
+    """One id for every word and phrase of the recipe, and for the system block, which is the same in all tasks."""
+    phrases = [*privileged_phrases(), *(call_pieces(tools) if tools else []), *recipe.phrases]
+    draft = build_tokenizer(recipe.words, phrases)
+    system = [m for m in first if m["role"] == "system"]
+    if not (system or tools):
+        return draft
+    text = str(draft.apply_chat_template([*system, {"role": "user", "content": ""}], tools=tools, tokenize=False))
+    block = text.split(START)[1].removeprefix("system\n").split(END)[0]
+    return build_tokenizer(recipe.words, [block, *phrases])
