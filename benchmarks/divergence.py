@@ -96,9 +96,9 @@ def cell(name: str, tokens: int, options: argparse.Namespace) -> dict[str, float
     torch.manual_seed(0)
     inputs = Inputs(
         torch.randn(tokens, options.hidden).requires_grad_(),
-        (0.05 * torch.randn(options.vocabulary, options.hidden)).requires_grad_(not options.frozen_head),
+        torch.randn(options.vocabulary, options.hidden).mul_(0.05).requires_grad_(not options.frozen_head),
         torch.randn(tokens, options.hidden),
-        0.05 * torch.randn(options.vocabulary, options.hidden),
+        torch.randn(options.vocabulary, options.hidden).mul_(0.05),  # in place: a copy would count as the peak
         torch.full((tokens,), 1 / tokens),
     )
     before, wall, cpu = resident(), [], []

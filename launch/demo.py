@@ -54,7 +54,8 @@ def settings(seed: int, run: str, *, model: Path | str, out: Path) -> dict[str, 
         "model": str(model),
         "env": {"id": "opd/Lookup-v0"},
         "rollout": {"max_tokens": 48, "max_length": 512, "concurrency": TASKS},
-        "train": {"steps": STEPS, "tasks_per_step": 32, "lr": 1e-3},
+        # So small a model gains little from a second thread, and loses much beside any other busy process.
+        "train": {"steps": STEPS, "tasks_per_step": 32, "lr": 1e-3, "threads": 1},
         "eval": {"tasks": TASKS},
         "opsd": {"privileged": TEACHERS[run], "clip": None},
     }

@@ -86,7 +86,16 @@ def _fingerprint(seed: int, steps: int) -> str:
 def warm_start(
     recipe: Recipe, *, seed: int, steps: int, quiet: bool = False
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A new model, trained on `steps` batches of scripted episodes."""
+    """A new model, trained on `steps` batches of scripted episodes, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain little from a second one, which any other process stalls
+    try:
+        return _train(recipe, seed=seed, steps=steps, quiet=quiet)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     writer = EpisodeWriter(recipe, seed)
     torch.manual_seed(derive_seed("tiny", seed))
     model = _new_model(writer.tokenizer)

@@ -62,8 +62,7 @@ class ChatFormat:
             [user, {"role": "assistant", "content": "y"}, {"role": "tool", "content": "opd_probe"}]
         )
         self._knows_tools = self._accepts([user], tools=[_PROBE])
-        closing = self.encode(self._glue_text([user], [user], None))
-        self.end_id = closing[0]
+        self.end_id = self._find_end(self.encode(self._glue_text([user], [user], None)), stop_ids)
         """The id that ends an assistant's turn in this template."""
         self.stop_ids = frozenset({self.end_id, *stop_ids} | ({tokenizer.eos_token_id} - {None}))
 
@@ -105,36 +104,53 @@ class ChatFormat:
         `rewrite(turn, messages)` gets a turn's number and messages (the whole conversation so far for the
         first turn of a segment, what the environment added for the others) and returns what the teacher
         reads in their place.
-        Messages that come back unchanged keep the student's ids to the letter.
+        Without `template_kwargs`, messages that come back unchanged keep the student's ids to the letter.
         """
         ids: list[int] = []
         rows: list[int] = []
         for number, turn in enumerate(segment.turns, start=segment.start):
             messages = rewrite(number, turn.messages)
-            if number == segment.start:
-                ids += self.start(messages, trajectory.tools, **template_kwargs)
-            elif messages == turn.messages:
+            if messages == turn.messages and not template_kwargs:
                 ids += turn.prompt_ids
+            elif number == segment.start:
+                ids += self.start(messages, trajectory.tools, **template_kwargs)
             else:
                 placeholder: list[Message] = [{"role": "user", "content": "x"}]
-                ids += self._after(self.encode(self._glue_text(placeholder, messages, trajectory.tools)), ids[-1])
+                glue = self._glue_text(placeholder, messages, trajectory.tools, **template_kwargs)
+                ids += self._after(self.encode(glue), ids[-1])
             rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)
 
     # -- rendering ------------------------------------------------------------------------------------
 
-    def _after(self, glue: list[int], last_id: int | None) -> list[int]:
-        return glue[1:] if last_id == self.end_id and glue and glue[0] == self.end_id else glue
+    def _find_end(self, closing: list[int], stop_ids: Sequence[int]) -> int:
+        """The end-of-turn id in what a template puts after a completion; white space may stand before it."""
+        known = {*self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id, *stop_ids}
+        for token in closing:
+            if token in known:
+                return token
+        raise ModelError(
+            f"the chat template of {self.tokenizer.name_or_path!r} ends an assistant's turn with no token of its own, "
+            "so that a sampler would not know where to stop; use a template with an end-of-turn token"
+        )
 
-    def _glue_text(self, before: list[Message], new: list[Message], tools: Tools) -> str:
-        marked = [*before, {"role": "assistant", "content": _MARK}, *new]
-        text = self._render(marked, tools, generate=True)
-        if _MARK not in text:
+    def _after(self, glue: list[int], last_id: int | None) -> list[int]:
+        if last_id == self.end_id and self.end_id in glue:
+            return glue[glue.index(self.end_id) + 1 :]
+        return glue
+
+    def _glue_text(self, before: list[Message], new: list[Message], tools: Tools, **template_kwargs: Any) -> str:
+        mark = _MARK
+        while any(mark in str(message.get("content")) for message in new):  # an environment may say anything
+            mark += _MARK
+        marked = [*before, {"role": "assistant", "content": mark}, *new]
+        text = self._render(marked, tools, generate=True, **template_kwargs)
+        if mark not in text:
             raise ModelError(
                 f"the chat template of {self.tokenizer.name_or_path!r} does not render an assistant's content"
             )
-        return text.rpartition(_MARK)[2]
+        return text.rpartition(mark)[2]
 
     def _rewrites(self, history: list[Message], new: list[Message], tools: Tools) -> bool:
         """Whether the next prompt, as the template renders it, no longer starts with what was seen.
@@ -144,7 +160,9 @@ class ChatFormat:
         seen = self._render(history[:-1], tools, generate=True)
         now = self._render([*history, *new], tools, generate=True)
         content = str(history[-1]["content"])
-        return not any(now.startswith(seen + text) for text in (content, content.strip(), content.rstrip()))
+        return not any(
+            now.startswith(seen + text) for text in {content, content.strip(), content.lstrip(), content.rstrip()}
+        )
 
     def _render(self, messages: list[Message], tools: Tools, *, generate: bool, **template_kwargs: Any) -> str:
         plain = self._in_plain_text(messages, tools)
@@ -158,10 +176,10 @@ class ChatFormat:
                     **{**self.template_kwargs, **template_kwargs},
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise ModelError(
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses the roles "
-                f"{[m['role'] for m in messages]}: {error}"
+                f"{', '.join(str(m['role']) for m in messages)}: {error}"
             ) from error
 
     def _in_plain_text(self, messages: list[Message], tools: Tools) -> list[Message]:
@@ -181,7 +199,7 @@ class ChatFormat:
             else:
                 plain.insert(0, {"role": "user", "content": system})
         if not self._knows_tool_role:
-            plain = [{**m, "role": "user"} if m["role"] == "tool" else m for m in plain]
+            plain = _tool_results_as_user(plain)
         return plain
 
     def _accepts(self, messages: list[Message], tools: Tools = None) -> bool:
@@ -190,10 +208,23 @@ class ChatFormat:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=False, **self.template_kwargs
             )
-        except (TemplateError, TypeError, KeyError):
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError):
             return False
         return "opd_probe" in str(text)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special tokens added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tool_results_as_user(messages: list[Message]) -> list[Message]:
+    """Tool results as user messages, those of one turn in one: strict templates want the roles to alternate."""
+    plain: list[Message] = []
+    after_result = False
+    for message in messages:
+        if message["role"] == "tool" and after_result:
+            plain[-1] = {"role": "user", "content": f"{plain[-1]['content']}\n{message['content']}"}
+        else:
+            plain.append({**message, "role": "user"} if message["role"] == "tool" else message)
+        after_result = message["role"] == "tool"
+    return plain

@@ -45,7 +45,9 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
-            raise DataError(f"a head's weight is [vocabulary, hidden], got shape {list(self.weight.shape)}")
+            raise DataError(
+                f"a head's weight is [vocabulary, hidden], got shape {list(self.weight.shape)} (gather a sharded one)"
+            )
         if self.softcap is not None and self.softcap <= 0:
             raise ConfigError(f"softcap = {self.softcap}: must be positive, or None for no soft-capping")
 
@@ -200,21 +202,21 @@ class Projector:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the type of the products: whole, or widened a block of rows at a time."""
         weight, dtype = self.head.weight, self.buffer.dtype
-        if weight.dtype == dtype or _mixed_products(weight):
+        if weight.dtype == dtype or _mixed_products(weight, dtype):
             yield slice(0, len(weight)), weight
         else:
             for rows in tiles(len(weight), CAST_ROWS):
                 yield rows, weight[rows].to(dtype)
 
 
-def _mixed_products(weight: Tensor) -> bool:
-    """Whether the device multiplies matrices of this type into a float32 result."""
-    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+def _mixed_products(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies 16-bit matrices like `weight` into a result of type `dtype`."""
+    return weight.is_cuda and dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, summed and stored in the type of `out`."""
-    if _mixed_products(b):
+    if _mixed_products(b, out.dtype):
         torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -222,7 +224,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, summed and stored in the type of `out`."""
-    if _mixed_products(b):
+    if _mixed_products(b, out.dtype):
         torch.addmm(out, a.to(b.dtype), b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

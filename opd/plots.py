@@ -104,10 +104,10 @@ def run_picture(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str) ->
         panels.append((running_mean("", *_columns(rewards)), "Reward per episode", False))
     scores = _series(rows, "eval/success")
     if scores:
-        bounds = {name: _columns(_series(rows, f"eval/{name}"))[1] for name in ("low", "high")}
-        steps, values = _columns(scores)
-        held_out = Curve(label="", steps=steps, values=values, marked=True, **bounds)
-        panels.append((held_out, "Solved held-out tasks", True))
+        steps, rates = _columns(scores)
+        tasks = [int(n) for n in _columns(_series(rows, "eval/tasks"))[1]]
+        solved = [round(rate * n) for rate, n in zip(rates, tasks, strict=True)]
+        panels.append((success_curve("", steps, solved, tasks), "Solved held-out tasks", True))
     if not panels:
         return
     figure = _figure(4.8 * len(panels), 3.7)

@@ -7,9 +7,13 @@ counted and never trained.
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -18,9 +22,11 @@ from typing import Any
 from opd.chat import ChatFormat, Prompt
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
-from opd.errors import EnvError
+from opd.errors import EnvError, ModelError
 from opd.types import Message, Task, Trajectory, TrajectoryGroup, Turn
 from opd.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 EnvFactory = Callable[[], Any]
 PromptRewrite = Callable[[list[Message], dict[str, str]], list[Message]]
@@ -29,6 +35,11 @@ PromptRewrite = Callable[[list[Message], dict[str, str]], list[Message]]
 # Seeds of the splits lie in ranges of their own, so that no evaluation task is ever trained on by seed.
 _SPLIT_BASE = {"train": 0, "eval": 1 << 29, "warm": 1 << 30}
 _SPLIT_SIZE = 1 << 29
+
+MOST_CHARACTERS = 1_000_000
+"""What one answer of an environment may hold; a longer one is a fault that would stall everybody's tokenizer."""
+MOST_REWARD = 1e30
+"""The size of a reward beyond which sums and float32 overflow."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -48,7 +59,10 @@ class _Answer:
 
     env: Any
     messages: list[Message]
-    info: dict[str, Any]
+    privileged: dict[str, str]
+    feedback: str | None
+    success: bool | None
+    tools: list[dict[str, Any]] | None
     seconds: float
     reward: float = 0.0
     terminated: bool = False
@@ -119,9 +133,15 @@ class RolloutScheduler:
         self._workers = Workers(config.workers, time_limit=config.step_timeout)
 
     def close(self) -> None:
-        """Close the idle environments."""
+        """Close the idle environments, each within the time limit of a step, and let the workers go."""
+        closers = Workers(self.config.workers, time_limit=self.config.step_timeout)
         while self._idle:
-            self._idle.pop().close()
+            closers.start(len(self._idle), self._idle.pop().close)
+        for _, answer in closers.finished(wait="all"):
+            if isinstance(answer, BaseException):
+                logger.warning("an environment could not be closed: %s: %s", type(answer).__name__, answer)
+        closers.close()
+        self._workers.close()
 
     def run(
         self,
@@ -144,22 +164,34 @@ class RolloutScheduler:
         active: dict[int, _Episode] = {}
         sampled = 0  # completions in flight
         self.engine.begin(sampling, self.chat.stop_ids)
-        while waiting or active:
-            self._admit(waiting, active)
-            for episode in self._answered(active, idle=sampled == 0):
-                if self._ask(episode, seed, rewrite):
-                    sampled += 1
-                else:
-                    self._retire(active.pop(episode.number))
-                    on_finish(episode.trajectory())
-            for completion in self._completions(sampled):
-                sampled -= 1
-                self._record(active[completion.session], completion)
+        with self._abandoned_on_error(active):
+            while waiting or active:
+                self._admit(waiting, active)
+                for episode in self._answered(active, idle=sampled == 0):
+                    if self._ask(episode, seed, rewrite):
+                        sampled += 1
+                    else:
+                        self._retire(active.pop(episode.number))
+                        on_finish(episode.trajectory())
+                for completion in self._completions(sampled):
+                    sampled -= 1
+                    self._record(active[completion.session], completion)
         groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
         return [
             TrajectoryGroup(task=t, trajectories=[e.trajectory() for e in group])
             for t, group in zip(tasks, groups, strict=True)
         ]
+
+    @contextmanager
+    def _abandoned_on_error(self, active: dict[int, _Episode]) -> Iterator[None]:
+        """Leave nothing behind (Ctrl-C, say) that the next round would take for its own."""
+        try:
+            yield
+        except BaseException:
+            self._workers.forget()
+            for number in active:
+                self.engine.release(number)
+            raise
 
     def _admit(self, waiting: list[_Episode], active: dict[int, _Episode]) -> None:
         if self.config.deterministic and active:
@@ -191,29 +223,30 @@ class RolloutScheduler:
             env = self._idle.pop()
         except IndexError:  # several threads may reach for the last one
             env = self._make_env()
-        options = None
-        if "tasks" in (env.metadata or {}):
-            options = {"split": goal.split, "index": goal.index}
-        observation, info = env.reset(seed=goal.seed, options=options)
-        messages = messages_of(observation, info)
-        return _Answer(env=env, messages=messages, info=info, seconds=time.perf_counter() - since)
+        with _closed_on_error(env):
+            observation, info = env.reset(seed=goal.seed, options=_address(env, goal))
+            return _Answer(
+                env=env,
+                messages=messages_of(observation, info),
+                **_told(info),
+                seconds=time.perf_counter() - since,
+            )
 
     def _step(self, env: Any, action: str) -> _Answer:
         since = time.perf_counter()
-        observation, reward, terminated, truncated, info = env.step(action)
-        if not math.isfinite(reward):
-            raise EnvError(f"the reward is {reward}")
-        if not isinstance(info.get("feedback"), str | None):
-            raise EnvError(f'info["feedback"] is {type(info["feedback"]).__name__}; it must be a str')
-        return _Answer(
-            env=env,
-            messages=messages_of(observation, info),
-            info=info,
-            seconds=time.perf_counter() - since,
-            reward=float(reward),
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-        )
+        with _closed_on_error(env):
+            observation, reward, terminated, truncated, info = env.step(action)
+            if not abs(reward) < MOST_REWARD:  # a nan is not smaller either
+                raise EnvError(f"the reward is {reward}")
+            return _Answer(
+                env=env,
+                messages=messages_of(observation, info),
+                **_told(info),
+                seconds=time.perf_counter() - since,
+                reward=float(reward),
+                terminated=bool(terminated),
+                truncated=bool(truncated),
+            )
 
     # -- on the scheduler's thread --------------------------------------------------------------------
 
@@ -221,13 +254,13 @@ class RolloutScheduler:
         """Ask the engine for the next completion; False if the episode is over or a limit ends it."""
         if episode.terminated or episode.truncated or episode.failed is not None:
             return False
-        if episode.turns:
-            last = episode.turns[-1].completion_ids[-1]
-            episode.prompt = self.chat.extend(episode.history, episode.fresh, episode.tools, last_id=last)
-        else:
-            if rewrite is not None:
-                episode.fresh = rewrite(episode.fresh, episode.privileged)
-            episode.prompt = Prompt(self.chat.start(episode.fresh, episode.tools))
+        if rewrite is not None and not episode.turns:
+            episode.fresh = rewrite(episode.fresh, episode.privileged)
+        try:
+            episode.prompt = self._prompt(episode)
+        except ModelError as error:  # roles in an order that the template refuses, say
+            episode.failed = f"prompt of turn {len(episode.turns)}: {error}"[:500]
+            return False
         sequence = [] if episode.prompt.forked else episode.token_ids
         episode.token_ids = sequence + episode.prompt.token_ids
         room = self.config.max_length - len(episode.token_ids)
@@ -244,6 +277,12 @@ class RolloutScheduler:
             )
         )
         return True
+
+    def _prompt(self, episode: _Episode) -> Prompt:
+        if not episode.turns:
+            return Prompt(self.chat.start(episode.fresh, episode.tools))
+        last = episode.turns[-1].completion_ids[-1]
+        return self.chat.extend(episode.history, episode.fresh, episode.tools, last_id=last)
 
     def _record(self, episode: _Episode, completion: Completion) -> None:
         """Append the sampled turn and hand its text to the environment."""
@@ -274,9 +313,9 @@ class RolloutScheduler:
         episode.env = None
 
 
-def _apply(episode: _Episode, answer: _Answer | Exception) -> None:
+def _apply(episode: _Episode, answer: _Answer | BaseException) -> None:
     """Write an environment's answer, or its failure, into the episode."""
-    if isinstance(answer, Exception):
+    if isinstance(answer, BaseException):
         stage = f"step {len(episode.turns)}" if episode.turns else "reset"
         episode.failed = f"{stage}: {type(answer).__name__}: {answer}"[:500]
         return
@@ -284,18 +323,38 @@ def _apply(episode: _Episode, answer: _Answer | Exception) -> None:
     episode.fresh = answer.messages
     episode.seconds["env"] += answer.seconds
     episode.terminated, episode.truncated = answer.terminated, answer.truncated
-    episode.privileged = {**episode.privileged, **answer.info.get("privileged", {})}
-    if "success" in answer.info:
-        episode.success = bool(answer.info["success"])
+    episode.privileged = {**episode.privileged, **answer.privileged}
+    if answer.success is not None:
+        episode.success = answer.success
     if episode.turns:
-        feedback = answer.info.get("feedback")
-        episode.turns[-1] = replace(episode.turns[-1], reward=answer.reward, feedback=feedback)
+        episode.turns[-1] = replace(episode.turns[-1], reward=answer.reward, feedback=answer.feedback)
     else:
-        episode.tools = answer.info.get("tools")
+        episode.tools = answer.tools
+
+
+def _address(env: Any, goal: Task) -> dict[str, Any] | None:
+    """The options of a reset: which task, for an environment whose tasks are numbered."""
+    tasks = (env.metadata or {}).get("tasks")
+    if tasks is None:
+        return None
+    # Training goes through a table again and again; an evaluation that did so would count a task twice.
+    count = tasks.get(goal.split) if goal.split == "train" else None
+    return {"split": goal.split, "index": goal.index if count is None else goal.index % count}
+
+
+@contextmanager
+def _closed_on_error(env: Any) -> Iterator[None]:
+    """An environment that broke is not used again; what it holds (a process, a sandbox) must not stay."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the first error says what went wrong
+            env.close()
+        raise
 
 
 def messages_of(observation: Any, info: dict[str, Any]) -> list[Message]:
-    """The messages of an observation; raises EnvError where they are not text."""
+    """The messages of an observation, copied; raises EnvError where they are not text."""
     messages = info.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": observation}]
@@ -305,4 +364,32 @@ def messages_of(observation: Any, info: dict[str, Any]) -> list[Message]:
                 'an observation must be a str, or info["messages"] a list of {"role", "content"}; '
                 f"got {message!r:.200}"
             )
-    return list(messages)
+    _check_text("an observation", [message["content"] for message in messages])
+    return copy.deepcopy(list(messages))
+
+
+def _told(info: dict[str, Any]) -> dict[str, Any]:
+    """What the rest of an environment's info says, checked and copied; raises EnvError."""
+    feedback, privileged, tools = info.get("feedback"), info.get("privileged", {}), info.get("tools")
+    if not isinstance(feedback, str | None):
+        raise EnvError(f'info["feedback"] is {type(feedback).__name__}; it must be a str')
+    if not isinstance(privileged, dict) or not all(isinstance(x, str) for pair in privileged.items() for x in pair):
+        raise EnvError(f'info["privileged"] must be a dict of str to str; got {privileged!r:.200}')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise EnvError(f'info["tools"] must be a list of JSON schemas; got {tools!r:.200}')
+    _check_text('info["feedback"] and info["privileged"]', [feedback or "", *privileged.values()])
+    return {
+        "feedback": feedback,
+        "privileged": dict(privileged),
+        "tools": json.loads(json.dumps(tools)),
+        "success": bool(info["success"]) if "success" in info else None,
+    }
+
+
+def _check_text(what: str, texts: Sequence[str]) -> None:
+    if (size := sum(map(len, texts))) > MOST_CHARACTERS:
+        raise EnvError(f"{what}: {size:,} characters; at most {MOST_CHARACTERS:,} are taken. Cut long results")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise EnvError(f"{what} holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None

@@ -34,6 +34,8 @@ class _Window:
     """[b, q] long: where each row's new keys go."""
     span: int
     """How many columns the queries may look at."""
+    room: tuple[int, int]
+    """How many slots and columns the cache must have to hold what is written; known without asking a device."""
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -61,7 +63,7 @@ class _SlotLayer(CacheLayerMixin):
         return like.new_zeros(slots, like.shape[1], columns, like.shape[3])
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
-        slots, columns = int(self.window.slots.max()) + 1, int(self.window.columns.max()) + 1
+        slots, columns = self.window.room
         if slots > store.shape[0] or columns > store.shape[2]:
             wider = self._empty(store, _round_up(max(slots, store.shape[0])), _round_up(max(columns, store.shape[2])))
             wider[: store.shape[0], :, : store.shape[2]] = store
@@ -109,12 +111,7 @@ class TransformersEngine:
     """
 
     def __init__(self, model: CausalModel, *, prefill_tokens: int = 8192) -> None:
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ModelError(
-                f"rollout.engine = transformers serves models with full attention in every layer; this one has "
-                f"{sorted(kinds)}. Use a model with full attention."
-            )
+        _check_attention(model.config)
         self.model = model
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
@@ -122,19 +119,24 @@ class TransformersEngine:
 
     def _reset(self) -> None:
         empty = torch.zeros(0, dtype=torch.long, device=self.model.device)
-        self._window = _Window(slots=empty, columns=empty[:, None], span=0)
+        self._window = _Window(slots=empty, columns=empty[:, None], span=0, room=(0, 0))
         self._cache = Cache(layers=[_SlotLayer(self._window) for _ in range(self.model.config.num_hidden_layers)])
         self._rows: dict[int, _Row] = {}
         self._free: list[int] = []
 
-    def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+    def _check_idle(self, call: str) -> None:
         if any(row.request for row in self._rows.values()):
-            raise RuntimeError("begin() while requests are in flight")
+            raise RuntimeError(f"{call}() while requests are in flight")
+
+    def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        self._check_idle("begin")
         self.model.eval()  # gradient checkpointing would drop the cache
         self._sampling = sampling
         self._stop_ids = stop_ids
 
     def submit(self, request: Request) -> None:
+        if not request.prompt_ids or request.max_tokens < 1:
+            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
         row = self._rows.get(request.session)
         if row is None:
             slot = self._free.pop() if self._free else len(self._rows)
@@ -155,6 +157,7 @@ class TransformersEngine:
             self._free.append(row.slot)
 
     def weights_changed(self) -> None:
+        self._check_idle("weights_changed")
         self._reset()
         self.policy_version += 1
 
@@ -201,16 +204,39 @@ class TransformersEngine:
         ids = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows], device=device)
         start = torch.tensor([len(row.cached) for row in rows], device=device)
         columns = start[:, None] + torch.arange(width, device=device)
+        span = max(len(row.cached) + len(row.pending) for row in rows)
         self._window.slots = torch.tensor([row.slot for row in rows], device=device)
         self._window.columns = columns
-        self._window.span = max(len(row.cached) + len(row.pending) for row in rows)
-        visible = torch.arange(self._window.span, device=device) <= columns[:, :, None]
-        # A padded query must see something, or its softmax is nan; it sees its own row's past.
-        hidden = self.model.hidden(ids, position_ids=columns, mask=visible[:, None], cache=self._cache)
+        self._window.span = span
+        self._window.room = max(row.slot for row in rows) + 1, max(len(row.cached) for row in rows) + width
+        # A padded query must see something, or its softmax is nan; it sees its own row's past. Its position
+        # must not lie beyond every real one either: a table of learned positions may end there.
+        mask = (torch.arange(span, device=device) <= columns[:, :, None])[:, None]
+        if self.model.config._attn_implementation == "eager":  # adds the mask to the scores
+            dtype = next(self.model.parameters()).dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        hidden = self.model.hidden(ids, position_ids=columns.clamp(max=span - 1), mask=mask, cache=self._cache)
         last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
         for row in rows:
             row.cached = row.cached + row.pending
         return self.model.logits(hidden[torch.arange(len(rows), device=device), last])
+
+
+def _check_attention(config: Any) -> None:
+    """Raises ModelError for a model whose attention this engine would compute wrongly."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds and getattr(config, "sliding_window", None):
+        kinds = {"sliding_attention"}
+    if kinds - {"full_attention"}:
+        raise ModelError(
+            f"rollout.engine = transformers serves models with full attention in every layer; this one has "
+            f"{sorted(kinds)}. Use a model with full attention."
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ModelError(
+            f"rollout.engine = transformers needs a model with sdpa or eager attention; this one uses "
+            f"{config._attn_implementation}."
+        )
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -232,7 +258,8 @@ def sample(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> tup
     else:
         logits = truncate(logits / sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         logprobs = logits.log_softmax(-1)
-        mass = logprobs.exp().cumsum(-1)
+        # In float64: in float32 the sum over a large vocabulary swallows what is rarer than 1e-7.
+        mass = logprobs.double().exp().cumsum(-1)
         target = torch.tensor(uniforms, device=logits.device, dtype=mass.dtype)[:, None] * mass[:, -1:]
         # Rounding must not carry the target to the total: beyond it lies no id, or one of probability 0.
         target = torch.minimum(target, torch.nextafter(mass[:, -1:], torch.zeros_like(target)))

@@ -56,17 +56,17 @@ class Tracker:
         self._pending: dict[str, float] = {}
         self._whole = False
         self._console = RunConsole(total_steps=total_steps, done=resume_step, enabled=config.console, console=console)
-        metrics, rollouts = folder / "metrics.jsonl", folder / "rollouts.jsonl"
-        for path in (metrics, rollouts):
+        metrics, rollouts, evals = (folder / f"{name}.jsonl" for name in ("metrics", "rollouts", "evals"))
+        for path in (metrics, rollouts, evals):
             make_ready(path, resume_step)
         self._wandb = open_run(
             folder,
             config,
             run_config=run_config,
-            history=[(row.pop("step"), row) for row in read_rows(metrics)],
+            history=[(row.pop("step"), row) for row in _history(folder)],
             say=self._console.say,
         )
-        self._metrics, self._rollouts = JsonLines(metrics), JsonLines(rollouts)
+        self._metrics, self._rollouts, self._evals = JsonLines(metrics), JsonLines(rollouts), JsonLines(evals)
 
     def __enter__(self) -> Tracker:
         return self
@@ -86,14 +86,19 @@ class Tracker:
         self._console.step(step, plain)
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation of the weights after `step` steps; its numbers join the row that is logged next.
+        """An evaluation of the weights after `step` steps: a row of evals.jsonl.
 
-        Before training there is no such row: at step 0 they make one of their own.
+        Its numbers also join the row of metrics.jsonl that is logged next. Before training there is none:
+        every row there is a training step, so those of step 0 are in evals.jsonl and in wandb alone.
         """
-        if step == 0:
-            self.log(0, metrics)
-        else:
-            self._pending |= metrics
+        plain = numbers(metrics)
+        self._evals.write(json_row(step, plain))
+        if step > 0:
+            self._pending |= plain
+            return
+        if self._wandb is not None:
+            self._wandb.log(0, plain)
+        self._console.step(0, plain)
 
     def log_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         """Write `tracking.rollouts_per_step` of a step's episodes, of as many tasks as there are."""
@@ -132,7 +137,7 @@ class Tracker:
         if self._config.plot:
             from opd.plots import run_picture
 
-            run_picture(self.folder / "curves.png", rows, title=self.folder.resolve().name)
+            run_picture(self.folder / "curves.png", _history(self.folder), title=self.folder.resolve().name)
         self._console.show(_table(self.folder, rows, before, after, change))
 
     def finish(self) -> None:
@@ -140,8 +145,15 @@ class Tracker:
         self._console.close()
         self._metrics.close()
         self._rollouts.close()
+        self._evals.close()
         if self._wandb is not None:
             self._wandb.finish(0 if self._whole else 1)
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """What was measured before training, then the row of every step."""
+    first = [row for row in read_rows(folder / "evals.jsonl") if row["step"] == 0]
+    return [*first, *read_rows(folder / "metrics.jsonl")]
 
 
 def _table(

@@ -30,8 +30,6 @@ class WandbRun:
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.folder = Path(run.dir).parent
-        """wandb's own folder of this run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row, under our own step number. nan and inf go as they are: wandb has a form for them."""

@@ -421,3 +421,10 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch):
     chunked_divergence(*frozen, *case.teacher, "jsd", weights=case.weights)
     with pytest.raises(AssertionError, match="a gradient was computed"):
         chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+
+
+def test_a_head_that_is_none_is_refused():
+    with pytest.raises(DataError, match=r"got shape \[0\] \(gather a sharded one\)"):
+        Head(torch.empty(0))
+    with pytest.raises(ConfigError, match=r"softcap = 0\.0: must be positive"):
+        Head(torch.empty(V, H), softcap=0.0)

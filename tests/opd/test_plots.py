@@ -53,6 +53,12 @@ def test_each_curve_bears_its_name_and_last_value_in_its_own_color(drawn):
     assert labels["OPSD 96%"] != labels["control 13%"]
 
 
+def test_shares_are_shown_from_0_to_100_percent(drawn):
+    axes = drawn(curves, [flat("a", 0.6)], ylabel="y", percent=True).axes[0]
+    assert axes.get_ylim() == (0, 1)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+
+
 def test_labels_of_curves_that_end_together_do_not_touch(drawn):
     figure = drawn(curves, [flat(f"run {i}", 0.98 + 0.005 * i) for i in range(4)], ylabel="y", percent=True)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
@@ -114,10 +120,12 @@ def test_a_run_of_one_step_has_a_picture(drawn):
 
 def test_a_run_without_evaluation_has_one_panel_and_with_it_two(drawn):
     rewards = [{"step": s, "reward/mean": s / 10} for s in range(1, 11)]
-    scores = [{"step": s, "eval/success": 0.2, "eval/low": 0.1, "eval/high": 0.3} for s in (0, 10)]
+    scores = [{"step": s, "eval/success": 0.29, "eval/tasks": 100.0} for s in (0, 10)]
     assert len(drawn(run_picture, rewards, title="run").axes) == 1
     panels = drawn(run_picture, rewards + scores, title="run").axes
     assert [axes.get_ylabel() for axes in panels] == ["Reward per episode", "Solved held-out tasks"]
+    [band] = panels[1].collections
+    assert set(wilson(29, 100)) <= set(band.get_paths()[0].vertices[:, 1])
 
 
 def test_a_step_whose_reward_was_no_number_is_left_out(drawn):
