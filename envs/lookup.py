@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,8 @@ FIELDS = {**RELATIONS, **ATTRIBUTES}
 MEANING = {word: field for field, words in FIELDS.items() for word in words}
 """The field that a word in a question stands for."""
 
+_RELATION_WORDS = tuple(word for words in RELATIONS.values() for word in words)
+_ATTRIBUTE_WORDS = tuple(word for words in ATTRIBUTES.values() for word in words)
 _DRAWS = 10_000
 
 
@@ -164,11 +167,10 @@ class LookupEnv(ToolEnv):
 
     def _explain(self) -> str:
         """What was wrong, without the answer: the words that were taken for another field."""
-        read = [*self._read, *["nothing"] * len(self.plan)]
         wrong = [
-            f"{means(word, field)}, not {taken}"
-            for word, field, taken in zip(self.question.words, self.plan, read, strict=False)
-            if taken != field
+            f"{means(word, field)}, {f'not {read}' if read else 'which was not looked up'}"
+            for word, field, read in zip_longest(self.question.words, self.plan, self._read[: len(self.plan)])
+            if read != field
         ]
         return f"Wrong answer: {'; '.join(wrong) or 'it is not what the last look-up returned'}."
 
@@ -179,11 +181,10 @@ def means(word: str, field: str) -> str:
 
 
 def _draw_question(rng: np.random.Generator, hops: int, split: str) -> Question:
-    relations = [word for words in RELATIONS.values() for word in words]
-    attributes = [word for words in ATTRIBUTES.values() for word in words]
     for _ in range(_DRAWS):
-        words = (*rng.choice(relations, hops - 1), rng.choice(attributes))
-        question = Question(str(rng.choice(PEOPLE)), tuple(map(str, words)))
+        relations = [_RELATION_WORDS[n] for n in rng.integers(len(_RELATION_WORDS), size=hops - 1)]
+        attribute = _ATTRIBUTE_WORDS[rng.integers(len(_ATTRIBUTE_WORDS))]
+        question = Question(PEOPLE[rng.integers(len(PEOPLE))], (*relations, attribute))
         if task_split(str(question)) == split:
             return question
     raise EnvError(f"no question of {hops} look-ups is in split {split!r}")
@@ -193,11 +194,11 @@ def _draw_table(rng: np.random.Generator) -> dict[str, dict[str, str]]:
     """Every field of everyone; nobody is their own boss."""
     size = len(PEOPLE)
     others = (np.arange(size)[:, None] + rng.integers(1, size, (size, len(RELATIONS)))) % size
-    picks = rng.integers(len(next(iter(VALUES.values()))), size=(size, len(ATTRIBUTES)))
+    picks = rng.integers([len(VALUES[field]) for field in ATTRIBUTES], size=(size, len(ATTRIBUTES)))
     return {
-        person: {field: PEOPLE[o] for field, o in zip(RELATIONS, others[n], strict=True)}
-        | {field: VALUES[field][p] for field, p in zip(ATTRIBUTES, picks[n], strict=True)}
-        for n, person in enumerate(PEOPLE)
+        person: {field: PEOPLE[n] for field, n in zip(RELATIONS, row, strict=True)}
+        | {field: VALUES[field][n] for field, n in zip(ATTRIBUTES, choice, strict=True)}
+        for person, row, choice in zip(PEOPLE, others.tolist(), picks.tolist(), strict=True)
     }
 
 

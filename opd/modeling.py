@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.errors import ModelError
 from opd.head import Head
@@ -21,6 +22,8 @@ class CausalModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
+        self._checkpointed = list(layers)
         self._check_head()
 
     @property
@@ -42,6 +45,10 @@ class CausalModel(nn.Module):
 
         Sequences are padded on the right, so a causal model needs no mask: no real token sees a pad.
         """
+        # Layers recompute their activations in training mode alone, and that would switch dropout on as well:
+        # only the layers themselves are told, until the engine's next `eval()`, since the backward pass looks too.
+        for layer in self._checkpointed:
+            layer.training = torch.is_grad_enabled()
         return self.hidden(input_ids).flatten(0, 1)[rows]
 
     def hidden(
@@ -83,6 +90,12 @@ class CausalModel(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """Our reading of the head must give the model's own logits, or every loss is wrong in silence."""
+        linear = self._transformer.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(
+                f"the head of {type(self._transformer).__name__} is a {type(linear).__name__}, but must be a plain "
+                "linear layer (no adapter on it: leave it out of model.lora.targets)"
+            )
         was_training = self.model.training
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None]

@@ -24,13 +24,15 @@ class Objective:
     """Scalar, with a graph even where nothing trains, so that sharded gradients always reduce."""
     divergence: Tensor | None
     """[N] nats per sampled token, detached; None where nothing is distilled."""
+    clipped: Tensor | None
+    """[N] share of the vocabulary's entries that a point-wise clip cut; None without one."""
 
 
 def objective(student: CausalModel, batch: Batch, losses: Losses, taught: Taught | None) -> Objective:
     """The student's forward pass, then every component that the method asked for."""
     hidden = student(batch.input_ids, batch.rows)
     loss = hidden.sum() * 0.0
-    divergence = None
+    divergence = clipped = None
     if losses.distill:
         assert taught is not None
         part = weighted_divergence(
@@ -45,6 +47,7 @@ def objective(student: CausalModel, batch: Batch, losses: Losses, taught: Taught
             weights=batch.distill_weight,
         )
         loss, divergence = loss + part.total, part.per_token
+        clipped = part.clipped if losses.distill.clip is not None else None
     if losses.ce:
         loss = loss - chunked_logprobs(hidden, student.head(), batch.targets, weights=batch.ce_weight)
-    return Objective(loss=loss, divergence=divergence)
+    return Objective(loss=loss, divergence=divergence, clipped=clipped)

@@ -57,10 +57,11 @@ class Teacher:
 
     def head(self) -> Head:
         """The teacher's map from hidden states to logits."""
-        head = self.student.head(self._in_place() if self.weights else None)
+        own, head = self.student.head(), self.student.head(self.weights)
+        dtype = own.weight.dtype
         return Head(
-            head.weight.detach(),
-            bias=None if head.bias is None else head.bias.detach(),
+            head.weight.detach().to(dtype),
+            bias=None if head.bias is None else head.bias.detach().to(dtype),
             softcap=head.softcap,
             scale=head.scale,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,14 +80,15 @@ class Loop:
         samples = [sample for group in groups for sample in self.method.annotate(group)]
         if not self.checked and samples:
             self.preflight(samples)
-        loss, divergences = self.update(samples, clock)
+        row, divergences = self.update(samples, clock)
+        row["train/lr"] = self.backend.lr
         with clock("train"):
             norm = self.backend.step()
             self.teacher.update()
         with clock("sync"):
             self.rollouts.engine.weights_changed()
         self.method.observe(groups)
-        row = {"train/loss": loss, "train/grad_norm": norm, "train/lr": self.backend.lr}
+        row |= {"train/grad_norm": norm, "train/skipped": float(not math.isfinite(norm))}
         row |= metrics.of_groups(groups) | metrics.of_samples(samples, divergences)
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         return row, groups
@@ -103,20 +105,25 @@ class Loop:
             on_finish=self.on_finish,
         )
 
-    def update(self, samples: list[Sample], clock: Clock) -> tuple[float, dict[int, Tensor]]:
+    def update(self, samples: list[Sample], clock: Clock) -> tuple[dict[str, float], dict[int, Tensor]]:
         """Add the gradients of all samples.
 
-        Returns the step's loss and, by a sample's index, the nats between teacher and student at each of
-        its sampled tokens.
+        Returns the step's loss (and clipped share) as metrics and, by a sample's index, the nats between
+        teacher and student at each of its sampled tokens.
         """
         total = 0.0
+        clipped: list[Tensor] = []
         divergences: dict[int, Tensor] = {}
         for part, result in self._objectives(samples, clock):
             with clock("train"):
                 self.backend.backward(result.loss)
                 total += float(result.loss.detach())
             divergences |= part
-        return self.backend.all_sum([total])[0], divergences
+            clipped += [] if result.clipped is None else [result.clipped]
+        row = {"train/loss": self.backend.all_sum([total])[0]}
+        if clipped:
+            row["distill/clipped"] = float(torch.cat(clipped).mean())
+        return row, divergences
 
     @torch.no_grad()
     def nats(self, samples: list[Sample]) -> list[Tensor]:

@@ -155,8 +155,10 @@ class RunConsole:
         if self._live is None:
             return
         live, self._live = self._live, None
-        _move_log_handlers((sys.stdout, sys.stderr), self._streams)
+        proxies = (sys.stdout, sys.stderr)
         live.stop()
+        # After the streams are back: a handler that looks up sys.stderr itself then needs no moving, and allows none.
+        _move_log_handlers(proxies, self._streams)
 
     def _open(self) -> None:
         if not self._animated or self._live is not None:

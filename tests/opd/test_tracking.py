@@ -556,6 +556,18 @@ def test_what_others_print_and_log_lands_above_the_bar():
     assert out.getvalue().rindex("step 1/10") > out.getvalue().rindex("a logged line")
 
 
+def test_a_handler_that_follows_stderr_by_itself_is_left_alone():
+    logger = logging.getLogger("test_tracking.following")
+    logger.addHandler(logging.lastResort)
+    console, _ = live_console()
+    try:
+        console.step(1, {"reward/mean": 0.5})
+        console.close()
+    finally:
+        logger.removeHandler(logging.lastResort)
+    assert logging.lastResort.stream is sys.stderr
+
+
 def test_the_bar_shows_what_is_going_on():
     console, out = live_console()
     with console.phase("evaluate"):
@@ -620,7 +632,7 @@ def test_the_table_at_the_end_sums_up_the_whole_run(tmp_path):
     assert "3,500 sampled" in text
     assert "2:40: rollout 2:00 (75%), train 0:40 (25%)" in text
     assert str(tmp_path / "lookup") in text
-    assert "curves.png, metrics.jsonl, rollouts.jsonl" in text
+    assert "curves.png, evals.jsonl, metrics.jsonl, rollouts.jsonl" in text
     assert (tmp_path / "lookup" / "curves.png").stat().st_size > 1000
 
 
