@@ -187,11 +187,13 @@ def has_wandb_key() -> bool:
     """Whether wandb would find a key: in the environment, or left by `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = re.sub(r"^https?://", "", os.environ.get("WANDB_BASE_URL", "api.wandb.ai")).split("/")[0]
+    own = re.sub(r"^https?://", "", os.environ.get("WANDB_BASE_URL", "")).split("/")[0]
+    hosts = [own] if own else ["api.wandb.ai", "api.forge.coreweave.com"]
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(known.authenticators(host) is not None for host in hosts)
 
 
 def wandb_mode(tracking: TrackingConfig) -> str:

@@ -22,6 +22,8 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `my_module:MyEnv` lies beside the settings; last, so that it shadows nothing
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

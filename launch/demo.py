@@ -148,7 +148,7 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 def _with_interval(score: Score) -> str:
     low, high = score.interval
-    return f"{score.rate:.1%} ({low:.0%} to {high:.0%})"
+    return f"{score.rate:.1%} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _draw(path: Path, folder: Path) -> None:

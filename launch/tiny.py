@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd import chat, collate, privileged
+from opd import chat, collate, objective, privileged
 from opd.chat import ChatFormat
-from opd.envs import lookup
 from opd.errors import ConfigError
 from opd.launch import tiny_recipes, tiny_tokenizer
 from opd.launch.tiny_recipes import RECIPES, Recipe, privileged_phrases
@@ -30,7 +32,6 @@ from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
 from opd.losses import CrossEntropy, Losses
 from opd.modeling import CausalModel
 from opd.models import cache_folder
-from opd.objective import objective
 from opd.privileged import (
     episode_text,
     in_first_user_message,
@@ -58,7 +59,7 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
         raise ConfigError(f"model.name = 'tiny:{name}' is unknown. Allowed: {', '.join(f'tiny:{n}' for n in RECIPES)}")
     recipe = RECIPES[name]
     steps = recipe.steps if steps is None else steps
-    folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(seed, steps)}"
+    folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(recipe, seed, steps)}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +77,14 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     return folder
 
 
-def _fingerprint(seed: int, steps: int) -> str:
+def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
     """Changes with whatever the model depends on: a stale cache would be a wrong result."""
-    modules = (chat, collate, privileged, lookup, tiny_recipes, tiny_tokenizer)
-    sources = [Path(str(module.__file__)).read_bytes() for module in modules] + [Path(__file__).read_bytes()]
-    return sha256(b"\0".join(sources) + f"{seed} {steps}".encode()).hexdigest()[:16]
+    ours = (chat, collate, objective, privileged, tiny_recipes, tiny_tokenizer)
+    env = (sys.modules[cls.__module__] for cls in type(recipe.env()).__mro__ if cls.__module__.startswith("opd."))
+    files = {__file__, *(str(module.__file__) for module in (*ours, *env))}
+    sources = [Path(file).read_bytes() for file in sorted(files)]
+    settings = f"{seed} {steps} {torch.__version__} {transformers.__version__}"
+    return sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:16]
 
 
 def warm_start(
@@ -107,7 +111,7 @@ def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[Llama
         bar = progress.add_task("warm start", total=steps)
         for step, samples in enumerate(_batches(writer, recipe.batch, steps)):
             batch = collate.collate(collate.normalise(samples, LOSSES, lambda sums: sums), writer.pad_id)
-            loss = objective(student, batch, LOSSES, None).loss
+            loss = objective.objective(student, batch, LOSSES, None).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             factor = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -159,6 +163,24 @@ def _batches(writer: EpisodeWriter, size: int, steps: int) -> Iterator[list[Samp
             yield batches[i]
 
 
+@dataclass(frozen=True, slots=True)
+class _Episode:
+    """A scripted episode, played."""
+
+    actions: list[str]
+    answers: list[list[Message]]
+    """What the environment said to each action; nothing to the one that ended the episode."""
+    feedback: str | None
+
+    @property
+    def text(self) -> str:
+        """As it stands in a teacher's prompt."""
+        spoken: list[Message] = []
+        for action, answer in zip(self.actions, self.answers, strict=True):
+            spoken += [{"role": "assistant", "content": action}, *answer]
+        return episode_text(spoken)
+
+
 class EpisodeWriter:
     """Writes scripted episodes as samples, tokenised piece by piece as rollouts are."""
 
@@ -184,59 +206,50 @@ class EpisodeWriter:
         goal = task(self._written, split="warm", run_seed=self._seed)
         self._written += 1
         first, tools, texts = self._reset(goal)
-        oracle = self._env.oracle()
-        seen = self._context(form, goal, first, texts, oracle)
-        self._reset(goal)
+        right = self._play(self._env.oracle())
+        seen = in_first_user_message(first, lambda prompt: self._in_context(prompt, form, goal, texts, right))
         ids = self._chat.start(seen, tools)
         mask = [0] * len(ids)
-        for action, answer in zip(oracle, self._answers(oracle), strict=True):
+        for action, answer in zip(right.actions, right.answers, strict=True):
             said = [*self._chat.encode(action), self._chat.end_id]
-            glue = self._glue_of(answer["messages"])
+            glue = self._glue_of(answer)
             ids += said + glue
             mask += [1] * len(said) + [0] * len(glue)
         return _supervised(ids, mask)
 
-    def _context(
-        self, form: str, goal: Task, first: list[Message], texts: dict[str, str], oracle: list[str]
-    ) -> list[Message]:
-        """The first messages with privileged text of this form in them."""
+    def _in_context(self, prompt: str, form: str, goal: Task, texts: dict[str, str], right: _Episode) -> str:
+        """The prompt with privileged text of this form around it."""
         if form == "plain":
-            return first
+            return prompt
         if form in texts:
-            return in_first_user_message(first, lambda prompt: with_solution(prompt, texts[form]))
+            return with_solution(prompt, texts[form])
         if form == "skill":
-            skill = self._env.skill(self.rng)
-            return in_first_user_message(first, lambda prompt: with_skill(prompt, skill))
-        right = form in ("demonstration", "attempt_right")
-        actions = oracle if right else self._env.blunder(self.rng)
-        self._reset(goal)
-        answers = self._answers(actions)
-        if form == "feedback":
-            feedback = str(answers[-1]["feedback"])
-            return in_first_user_message(first, lambda prompt: with_feedback(prompt, feedback))
-        spoken: list[Message] = [*first]
-        for action, answer in zip(actions, answers, strict=True):
-            spoken += [{"role": "assistant", "content": action}, *answer["messages"]]
-        episode = episode_text(spoken)
+            return with_skill(prompt, self._env.skill(self.rng))
         if form == "demonstration":
-            return in_first_user_message(first, lambda prompt: with_demonstration(prompt, episode))
-        return in_first_user_message(first, lambda prompt: with_attempt(prompt, episode, right=right))
+            return with_demonstration(prompt, right.text)
+        if form == "attempt_right":
+            return with_attempt(prompt, right.text, right=True)
+        self._reset(goal)
+        wrong = self._play(self._env.blunder(self.rng))
+        if form == "attempt_wrong":
+            return with_attempt(prompt, wrong.text, right=False)
+        assert form == "feedback", form
+        assert wrong.feedback is not None, "a blunder without feedback"
+        return with_feedback(prompt, wrong.feedback)
 
     def _reset(self, goal: Task) -> tuple[list[Message], Any, dict[str, str]]:
         observation, info = self._env.reset(seed=goal.seed, options={"split": goal.split, "index": goal.index})
         return messages_of(observation, info), info.get("tools"), info["privileged"]
 
-    def _answers(self, actions: list[str]) -> list[dict[str, Any]]:
-        """What the environment says to each action: its messages (none where the episode is over) and feedback."""
-        answers: list[dict[str, Any]] = []
-        over = False
+    def _play(self, actions: list[str]) -> _Episode:
+        """The episode in which the policy says `actions`, from the reset on."""
+        answers: list[list[Message]] = []
+        over, info = False, {}
         for action in actions:
             assert not over, "a scripted episode goes on after its end"
             observation, _, over, _, info = self._env.step(action)
-            answers.append(
-                {"messages": [] if over else messages_of(observation, info), "feedback": info.get("feedback")}
-            )
-        return answers
+            answers.append([] if over else messages_of(observation, info))
+        return _Episode(actions, answers, info.get("feedback"))
 
     def _glue_of(self, messages: list[Message]) -> list[int]:
         """The ids after a completion, up to where the assistant speaks again; rendered once for each text."""

@@ -68,24 +68,27 @@ def privileged_phrases() -> list[str]:
 class SlangLookup(LookupEnv):
     """The look-up world where the third word of each field means another field in every task.
 
-    The student so learns that these words can mean anything, and guesses; only the plan, a demonstration or
-    a skill tells. In the real world they have one meaning, which training has to find.
+    The student so learns that these words can mean anything, and guesses; only privileged text tells. In the
+    real world they have one meaning, which training has to find. Here it comes half as often as any other, so
+    that the student's likeliest guess is wrong there, whatever the seed, and a sampled one is right at times.
     """
 
     def meanings(self, rng: np.random.Generator) -> Mapping[str, str]:
         self.slang = dict(MEANING)
-        for fields in (RELATIONS, ATTRIBUTES):
-            for words in fields.values():
-                self.slang[words[2]] = str(rng.choice(list(fields)))
+        for word, fields in _SLANG.items():
+            self.slang[word] = fields[rng.integers(len(fields))]
         return self.slang
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        words, plan = self.question.words, list(self.plan)
-        guessed = [i for i, word in enumerate(words) if word in _SLANG] or [int(rng.integers(len(words)))]
-        while tuple(plan) == self.plan:
-            for i in guessed:
-                plan[i] = str(rng.choice(list(ATTRIBUTES if i == len(words) - 1 else RELATIONS)))
-        return self.oracle(plan)
+        words = self.question.words
+        fields = [*[list(RELATIONS)] * (len(words) - 1), list(ATTRIBUTES)]
+        guessed = {i for i, word in enumerate(words) if word in _SLANG} or {int(rng.integers(len(words)))}
+        while True:
+            plan = [str(rng.choice(fields[i])) if i in guessed else field for i, field in enumerate(self.plan)]
+            actions = self.oracle(plan)
+            if actions[-1] != self.oracle()[-1]:
+                return actions
+            guessed.add(len(words) - 1)  # a guess was right, or another path led to the same value
 
     def skill(self, rng: np.random.Generator) -> str:
         notes = {word: self.slang[word] for word in self.question.words if word in _SLANG or rng.random() < 0.5}
@@ -96,7 +99,12 @@ class SlangLookup(LookupEnv):
         return "\n".join(str(line) for line in rng.permutation(lines))
 
 
-_SLANG = frozenset(words[2] for words in FIELDS.values())
+_SLANG = {
+    words[2]: [other for other in fields for _ in range(1 if other == field else 2)]
+    for fields in (RELATIONS, ATTRIBUTES)
+    for field, words in fields.items()
+}
+"""The words that are slang, and the fields to draw their meaning from."""
 
 
 class WarmArithmetic(ArithmeticEnv):
