@@ -190,7 +190,7 @@ class EpisodeWriter:
         self._forms = list(recipe.forms)
         self._shares = np.array(list(recipe.forms.values())) / sum(recipe.forms.values())
         self._seed = seed
-        self._written = 0
+        self.written = 0
         first, self._tools, _ = self._reset(task(0, split="warm", run_seed=seed))
         self.tokenizer = _tokenizer(recipe, first, self._tools)
         self._chat = ChatFormat(self.tokenizer, on_rewrite="append")
@@ -203,8 +203,8 @@ class EpisodeWriter:
     def sample(self, form: str | None = None) -> Sample:
         """The next task's perfect episode, in a context of this form, or of one drawn by its share."""
         form = form or str(self.rng.choice(self._forms, p=self._shares))
-        goal = task(self._written, split="warm", run_seed=self._seed)
-        self._written += 1
+        goal = task(self.written, split="warm", run_seed=self._seed)
+        self.written += 1
         first, tools, texts = self._reset(goal)
         right = self._play(self._env.oracle())
         seen = in_first_user_message(first, lambda prompt: self._in_context(prompt, form, goal, texts, right))

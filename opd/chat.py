@@ -155,14 +155,12 @@ class ChatFormat:
     def _rewrites(self, history: list[Message], new: list[Message], tools: Tools) -> bool:
         """Whether the next prompt, as the template renders it, no longer starts with what was seen.
 
-        Whitespace that the template trims from a completion's ends is not a rewrite.
+        White space that the template trims from a completion's ends, or adds there, is not a rewrite.
         """
         seen = self._render(history[:-1], tools, generate=True)
         now = self._render([*history, *new], tools, generate=True)
-        content = str(history[-1]["content"])
-        return not any(
-            now.startswith(seen + text) for text in {content, content.strip(), content.lstrip(), content.rstrip()}
-        )
+        content = str(history[-1]["content"]).strip()
+        return not (now.startswith(seen) and now[len(seen) :].lstrip().startswith(content))
 
     def _render(self, messages: list[Message], tools: Tools, *, generate: bool, **template_kwargs: Any) -> str:
         plain = self._in_plain_text(messages, tools)

@@ -42,7 +42,8 @@ def settings(tiny, tmp_path):
             "opsd": {"privileged": "plan", "clip": None},
         }
         for section, values in sections.items():
-            data[section] = data.get(section, {}) | values if isinstance(values, dict) else values
+            own = data.get(section)
+            data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
         return data
 
     return make

@@ -6,7 +6,10 @@ from opd.errors import ModelError
 from opd.types import StopReason, Task, Trajectory, Turn
 
 USER = {"role": "user", "content": "How many?"}
-TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}}]
+_SCHEMA = {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": _SCHEMA}]
+    {"type": "function", "function": {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}}
+]
 
 
 def said(text):

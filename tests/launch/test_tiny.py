@@ -1,0 +1,325 @@
+"""Tiny models: their tokenizer and template, what their warm start shows, and how they are built and kept.
+
+Whether a whole warm start teaches what it should is in the one slow test at the end.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from opd.chat import ChatFormat
+from opd.config import RolloutConfig
+from opd.engines.base import Sampling
+from opd.engines.transformers import TransformersEngine
+from opd.envs.lookup import MEANING
+from opd.envs.text_env import task_split
+from opd.errors import ConfigError
+from opd.launch import tiny
+from opd.launch.tiny import EpisodeWriter, build_tiny, warm_start
+from opd.launch.tiny_names import TINY_ENVS
+from opd.launch.tiny_recipes import RECIPES
+from opd.launch.tiny_tokenizer import END, build_tokenizer
+from opd.modeling import CausalModel
+from opd.privileged import in_first_user_message, with_solution
+from opd.rollout import RolloutScheduler, messages_of, task
+
+NAMES = sorted(RECIPES)
+FORMS = [(name, form) for name in NAMES for form in RECIPES[name].forms]
+WRITERS = {name: EpisodeWriter(RECIPES[name], seed=0) for name in NAMES}
+LOOKUP = WRITERS["lookup"]
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path))
+    return tmp_path / "tiny"
+
+
+def prompt_of(writer, sample):
+    """The text up to the first completion."""
+    return writer.tokenizer.decode(sample.token_ids[: sample.completion_mask.index(1)])
+
+
+def actions_of(writer, sample):
+    """The completions as text, cut at their end-of-turn tokens."""
+    return writer.tokenizer.decode(sample.completion_ids).split(END)[:-1]
+
+
+def test_the_names_that_settings_accept_are_those_that_can_be_built():
+    assert sorted(TINY_ENVS) == NAMES
+
+
+# -- tokenizer and template ---------------------------------------------------------------------------
+
+
+@given(st.text(max_size=40))
+def test_any_text_survives_the_tokenizer(text):
+    tokenizer = LOOKUP.tokenizer
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_word_keeps_its_one_id_wherever_it_stands(name):
+    tokenizer = WRITERS[name].tokenizer
+    for word in RECIPES[name].words:
+        [alone] = tokenizer(word, add_special_tokens=False)["input_ids"]
+        for text in (f"x {word}", f'"{word}"', f"\n{word}.", f"near {word} now"):
+            assert tokenizer(text, add_special_tokens=False)["input_ids"].count(alone) == 1, text
+
+
+def test_a_phrase_that_the_decoder_would_garble_is_refused():
+    with pytest.raises(ValueError, match="must be ASCII: 'é'"):
+        build_tokenizer(["word"], ["é"])
+
+
+def test_ending_a_turn_and_padding_are_two_tokens():
+    tokenizer = LOOKUP.tokenizer
+    assert tokenizer.eos_token == END
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_the_template_shows_tools_by_their_signatures_after_the_system_text():
+    tools = [
+        {"type": "function", "function": {"name": "get", "parameters": {"properties": {"person": {}, "field": {}}}}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"type": "object"}}},
+    ]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    shown = LOOKUP.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert shown == (
+        "<|im_start|>system\nBe brief.\nTools: get(person, field), stop()<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    shown = LOOKUP.tokenizer.apply_chat_template(messages[1:], tools=tools, tokenize=False)
+    assert shown == (
+        "<|im_start|>system\nTools: get(person, field), stop()<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+
+def test_a_call_in_structured_form_is_rendered_as_the_model_writes_it():
+    call = {"type": "function", "function": {"name": "get", "arguments": {"person": "ann", "field": "boss"}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    shown = LOOKUP.tokenizer.apply_chat_template(messages, tokenize=False)
+    written = '<tool_call>{"name": "get", "arguments": {"person": "ann", "field": "boss"}}</tool_call>'
+    assert shown.endswith(f"<|im_start|>assistant\n{written}<|im_end|>\n")
+
+
+def test_the_template_never_rewrites_what_it_rendered():
+    conversation = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "<think>t</think> a "},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "u"},
+    ]
+    render = LOOKUP.tokenizer.apply_chat_template
+    texts = [render(conversation[:n], tokenize=False) for n in range(2, len(conversation) + 1)]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+
+# -- what the warm start shows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_episode_has_the_ids_that_a_rollout_of_it_would_have(name):
+    writer, env = WRITERS[name], RECIPES[name].env()
+    chat = ChatFormat(writer.tokenizer)
+    for _ in range(6):
+        goal = task(writer.written, split="warm", run_seed=0)
+        sample = writer.sample("plain")
+        observation, info = env.reset(seed=goal.seed, options={"split": "warm", "index": goal.index})
+        fresh, tools = messages_of(observation, info), info.get("tools")
+        ids = chat.start(fresh, tools)
+        mask, history = [0] * len(ids), list(fresh)
+        for action in env.oracle():
+            said = [*writer.tokenizer(action, add_special_tokens=False)["input_ids"], chat.end_id]
+            history.append({"role": "assistant", "content": action})
+            observation, reward, over, _, info = env.step(action)
+            ids, mask = ids + said, mask + [1] * len(said)
+            if not over:
+                prompt = chat.extend(history, messages_of(observation, info), tools, last_id=said[-1])
+                assert not prompt.forked
+                ids, mask = ids + prompt.token_ids, mask + [0] * len(prompt.token_ids)
+                history += messages_of(observation, info)
+        assert reward == 1.0
+        assert sample.token_ids == ids
+        assert sample.completion_mask == mask
+        assert sample.ce_weight == [float(m) for m in mask]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_every_form_shows_its_text_around_the_question_and_the_same_perfect_actions(name, form):
+    writer = EpisodeWriter(RECIPES[name], seed=1)
+    plain = EpisodeWriter(RECIPES[name], seed=1).sample("plain")
+    sample = writer.sample(form)
+    assert actions_of(writer, sample) == actions_of(writer, plain)
+    question, _, rest = prompt_of(writer, plain).rpartition(END)
+    assert prompt_of(writer, sample).startswith(question)
+    assert prompt_of(writer, sample).endswith(END + rest)
+    sign = {
+        "plain": "",
+        "demonstration": "Here is a successful attempt:\n" + actions_of(writer, plain)[0],
+        "feedback": "failed with this feedback:\n",
+        "attempt_right": actions_of(writer, plain)[-1] + "\nLet me rephrase the above solution.",
+        "attempt_wrong": "\nWait, this response is not correct, let me start over.",
+        "skill": "A skill from earlier episodes that may help:\n",
+    }.get(form, "Here is a reference solution to this problem:\n")
+    assert sign in prompt_of(writer, sample)
+
+
+def test_a_shown_mistake_is_one_and_comes_with_feedback():
+    for name in NAMES:
+        env = RECIPES[name].env()
+        rng = np.random.default_rng(0)
+        for seed in range(100):
+            options = {"split": "warm", "index": seed}
+            env.reset(seed=seed, options=options)
+            actions = env.blunder(rng)
+            env.reset(seed=seed, options=options)
+            for action in actions:
+                _, reward, over, _, info = env.step(action)
+            assert (reward, over) == (0.0, True)
+            assert info["feedback"]
+
+
+def test_the_warm_start_sees_no_task_that_is_trained_on_or_evaluated():
+    questions = {re.search("What is the .*?\\?", prompt_of(LOOKUP, LOOKUP.sample()))[0] for _ in range(50)}
+    assert {task_split(question) for question in questions} == {"warm"}
+
+
+def test_a_third_of_the_words_mean_anything_but_mostly_not_what_they_really_mean():
+    env, meant = RECIPES["lookup"].env(), []
+    for seed in range(600):
+        env.reset(seed=seed, options={"split": "warm", "index": seed})
+        meant.append(dict(env.slang))
+    right = {word: sum(m[word] == field for m in meant) / len(meant) for word, field in MEANING.items()}
+    settled = [word for word in MEANING if right[word] == 1.0]
+    slang = [word for word in MEANING if right[word] < 1.0]
+    assert (len(settled), len(slang)) == (24, 12)
+    for word in slang:
+        drawn = [m[word] for m in meant]
+        shares = {field: drawn.count(field) / len(drawn) for field in set(drawn)}
+        assert len(shares) == 6
+        assert min(shares, key=shares.get) == MEANING[word]
+        assert 0.05 < right[word] < 0.14  # 1 in 11
+        assert all(0.12 < share < 0.25 for field, share in shares.items() if field != MEANING[word])
+
+
+def test_a_skill_explains_every_word_that_cannot_be_known():
+    env, rng = RECIPES["lookup"].env(), np.random.default_rng(0)
+    for seed in range(50):
+        env.reset(seed=seed, options={"split": "warm", "index": seed})
+        notes = dict(re.findall(r"(\w+) means (\w+)\.", env.skill(rng)))
+        assert all(env.slang[word] == field for word, field in notes.items())
+        unknown = {word for word in env.question.words if word not in MEANING or env.slang[word] != MEANING[word]}
+        assert unknown <= set(notes)
+
+
+# -- building and keeping -----------------------------------------------------------------------------
+
+
+def test_a_built_model_is_a_plain_folder_of_half_a_million_weights_or_more(cache):
+    folder = build_tiny("lookup", steps=2, quiet=True)
+    assert folder.parent == cache
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert 500_000 <= model.num_parameters() <= 5_000_000
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    settings = GenerationConfig.from_pretrained(folder)
+    assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.chat_template == LOOKUP.tokenizer.chat_template
+    text = prompt_of(LOOKUP, LOOKUP.sample())
+    assert tokenizer(text)["input_ids"] == LOOKUP.tokenizer(text)["input_ids"]
+
+
+def test_a_model_is_built_once_for_each_seed_and_length(cache, monkeypatch):
+    built = []
+    monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
+    first = build_tiny("lookup", steps=1, quiet=True)
+    assert build_tiny("lookup", steps=1, quiet=True) == first
+    assert built == [0]
+    assert (
+        len({first, build_tiny("lookup", seed=1, steps=1, quiet=True), build_tiny("lookup", steps=2, quiet=True)}) == 3
+    )
+    assert built == [0, 1, 0]
+
+
+def test_the_same_seed_gives_the_same_weights(cache):
+    one, two = (warm_start(RECIPES["lookup"], seed=3, steps=3, quiet=True)[0].state_dict() for _ in range(2))
+    other = warm_start(RECIPES["lookup"], seed=4, steps=3, quiet=True)[0].state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_build_that_fails_leaves_nothing_behind(cache, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of patience")
+
+    monkeypatch.setattr(tiny, "warm_start", fail)
+    with pytest.raises(RuntimeError, match="out of patience"):
+        build_tiny("lookup", steps=1, quiet=True)
+    assert list(cache.iterdir()) == []
+
+
+def test_who_finishes_second_takes_the_folder_of_who_finished_first(cache, monkeypatch):
+    def beaten(*args, **options):
+        monkeypatch.setattr(tiny, "warm_start", warm_start)
+        other = build_tiny("lookup", steps=1, quiet=True)
+        (other / "first").touch()
+        return warm_start(*args, **options)
+
+    monkeypatch.setattr(tiny, "warm_start", beaten)
+    folder = build_tiny("lookup", steps=1, quiet=True)
+    assert (folder / "first").exists()
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_an_environment_that_changed_is_not_served_from_the_cache(tmp_path):
+    source = tmp_path / "changing.py"
+    fingerprints = []
+    for reward in (1, 2):
+        source.write_text(f"from opd.envs.lookup import LookupEnv\nclass Mine(LookupEnv):\n    worth = {reward}\n")
+        spec = importlib.util.spec_from_file_location("opd.envs.changing", source)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        recipe = dataclasses.replace(RECIPES["lookup"], env=module.Mine)
+        fingerprints.append(tiny._fingerprint(recipe, 0, 1))
+    del sys.modules["opd.envs.changing"]
+    assert fingerprints[0] != fingerprints[1]
+
+
+def test_an_unknown_name_is_refused_with_those_that_exist():
+    with pytest.raises(ConfigError, match=r"'tiny:chess' is unknown\. Allowed: tiny:lookup, tiny:arithmetic"):
+        build_tiny("chess")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "low", "high"), [("lookup", 0.38, 0.57), ("arithmetic", 0.0, 0.5)])
+def test_a_warm_start_leaves_the_plain_task_open_and_makes_the_solution_useful(name, low, high):
+    folder = build_tiny(name)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(folder))
+    model = CausalModel(AutoModelForCausalLM.from_pretrained(folder))
+    config = RolloutConfig(max_tokens=32, max_length=512, concurrency=200)
+    env = type(RECIPES[name].env()).__mro__[1]  # the world that the warm start was a variant of
+    scheduler = RolloutScheduler(TransformersEngine(model), chat, env, config, max_turns=8)
+
+    def success(rewrite=None):
+        tasks = [task(i, split="eval") for i in range(200)]
+        groups = scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=0.0), seed=0, rewrite=rewrite)
+        return np.mean([group.trajectories[0].success for group in groups])
+
+    def shown(key):
+        return lambda messages, texts: in_first_user_message(messages, lambda p: with_solution(p, texts[key]))
+
+    assert low <= success() <= high
+    assert success(shown("solution")) >= 0.97
