@@ -17,7 +17,7 @@ from opd.config import LoraConfig, ModelConfig, RolloutConfig, TeacherConfig
 from opd.launch.checks import is_hub_id
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 1024 * 2**20}
+TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 512 * 2**20}
 """As in `opd.head`, which imports torch; a test holds the two together."""
 
 

@@ -150,7 +150,7 @@ ARITHMETIC = Recipe(
         "attempt_right": 0.05,
         "attempt_wrong": 0.05,
     },
-    steps=300,
+    steps=700,
 )
 
 RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC}

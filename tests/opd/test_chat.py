@@ -8,8 +8,6 @@ from opd.types import StopReason, Task, Trajectory, Turn
 USER = {"role": "user", "content": "How many?"}
 _SCHEMA = {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": _SCHEMA}]
-    {"type": "function", "function": {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}}
-]
 
 
 def said(text):
