@@ -88,7 +88,7 @@ def _evaluate(run: Run, tracker: Tracker, step: int) -> Score:
 
 def _save(run: Run, out: Path, step: int, before: Score | None) -> None:
     loop = run.loop
-    trained = {name: p for name, p in loop.student.named_parameters() if p.requires_grad}
+    trained: dict[str, torch.Tensor] = {name: p for name, p in loop.student.named_parameters() if p.requires_grad}
     root = out / "checkpoints"
     checkpoint.save(
         root / f"step-{step}",

@@ -70,7 +70,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path} is missing or damaged; resume from an older checkpoint")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{name}.safetensors")
+        loaded: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
+        return loaded
 
     def state(self, name: str) -> Any:
         return torch.load(self.folder / f"{name}.pt", weights_only=True)

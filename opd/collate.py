@@ -7,8 +7,9 @@ that predicts each token, its id, and its weights. Prompts are only ever fed, ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in parts.items()})
+        tensors: dict[str, Any] = {
+            f.name: t.to(device) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:

@@ -202,9 +202,9 @@ class Sample:
         """The student's rows that predict the completion ids: their positions, less one."""
         return [i - 1 for i, m in enumerate(self.completion_mask) if m]
 
-    def weighted(self, **streams: list[float]) -> Sample:
+    def weighted(self, *, distill_weight: list[float], ce_weight: list[float]) -> Sample:
         """A copy with these streams in place of the old ones."""
-        return replace(self, **streams)
+        return replace(self, distill_weight=distill_weight, ce_weight=ce_weight)
 
 
 def to_sample(

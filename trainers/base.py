@@ -53,9 +53,9 @@ class Method:
         raise NotImplementedError
 
     @property
-    def teacher(self) -> TeacherConfig | None:
-        """Whose weights teach; None for a method without a teacher."""
-        return None
+    def teacher(self) -> TeacherConfig:
+        """Whose weights teach. A live teacher holds no weights and is never asked unless the method distils."""
+        return TeacherConfig(weights="live", rate=None)
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
         """What the teacher reads in place of the task's first messages; also how its own success is measured."""

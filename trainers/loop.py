@@ -31,9 +31,7 @@ PHASES = ("rollout", "teacher", "train", "sync")
 class Clock:
     """Wall seconds by phase of a step."""
 
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("rollout", "teacher", "train", "sync"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ Left out: `reason_first` (the teacher writes an explanation before it scores).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -92,17 +93,14 @@ class Opsd(Method):
         samples = []
         for trajectory in group.usable:
             for segment in trajectory.segments():
-                # The task stands in the first messages of a sequence; later ones reach the teacher as they are.
-                view = self.chat.view(
-                    trajectory,
-                    segment,
-                    lambda turn, messages, t=trajectory, first=segment.start: (
-                        self.teacher_messages(messages, t.privileged) if turn == first else messages
-                    ),
-                    **self.config.teacher_chat_template_kwargs,
-                )
+                rewrite = self._rewrite(trajectory.privileged, segment.start)
+                view = self.chat.view(trajectory, segment, rewrite, **self.config.teacher_chat_template_kwargs)
                 samples.append(to_sample(trajectory, segment, view=view, distill=1.0, route="distill"))
         return samples
+
+    def _rewrite(self, privileged: dict[str, str], first: int) -> Callable[[int, list[Message]], list[Message]]:
+        """The task stands in the first messages of a sequence; later ones reach the teacher as they are."""
+        return lambda turn, messages: self.teacher_messages(messages, privileged) if turn == first else messages
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
         name = self.config.privileged

@@ -38,7 +38,7 @@ class _Window:
     """How many slots and columns the cache must have to hold what is written; known without asking a device."""
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, [slots, heads, columns, dim], read and written through the window."""
 
     is_sliding = False
