@@ -1,0 +1,124 @@
+"""From sampled ids to trained positions: nothing shifts, nothing is lost, nobody sees what they must not.
+
+Real rollouts of random models in scripted environments with tools, then the teacher's log-probs at every
+trained position against a brute-force score that feeds each prefix alone.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.collate import collate, microbatches
+from opd.config import TeacherConfig
+from opd.divergence import chunked_logprobs
+from opd.privileged import in_first_user_message, with_solution
+from opd.teacher import Teacher
+from opd.types import StopReason, to_sample
+
+TOOLS = [{"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}]
+TEXT = st.text(alphabet="ab the\n{}123é", max_size=12)
+
+
+def conversation(env_class, replies, solution, tools):
+    """An environment that says these texts, by turns as a tool and as a user, whatever it is told."""
+
+    def first(env):
+        return "Q" * (1 + env.seed % 5), {"tools": TOOLS if tools else None, "privileged": {"solution": solution}}
+
+    def play(env, action):
+        role = "tool" if tools and env.turn % 2 else "user"
+        message = {"role": role, "content": replies[(env.turn + env.seed) % len(replies)]}
+        return "", 0.0, env.turn == len(replies), False, {"messages": [message]}
+
+    return lambda: env_class(play, first=first)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    replies=st.lists(TEXT, min_size=1, max_size=3),
+    solution=st.text(alphabet="xyz \n", min_size=1, max_size=40),
+    template=st.sampled_from(["chatml", "forgetful", "trimming", "no_tools"]),
+    max_tokens=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_trained_ids_are_the_sampled_ones_and_teacher_scores_equal_brute_force(
+    play, scripted_env, make_chat, make_model, replies, solution, template, max_tokens, seed
+):
+    chat, model = make_chat(template), make_model(dtype=torch.float64, stops=True)
+    make_env = conversation(scripted_env, replies, solution, tools=template != "no_tools")
+    groups = play(make_env, tasks=3, seed=seed, model=model, chat=chat, max_tokens=max_tokens)
+    trajectories = [t for group in groups for t in group.trajectories]
+    assert [t.failed for t in trajectories] == [None] * 3
+    samples, sampled = [], []
+    for number, trajectory in enumerate(trajectories):
+        for segment in trajectory.segments():
+            longer = solution * (number + 1)  # the teachers' contexts differ in length
+
+            def rewrite(turn, messages, first=segment.start, text=longer):
+                if turn != first:
+                    return messages
+                return in_first_user_message(messages, lambda prompt: with_solution(prompt, text))
+
+            view = chat.view(trajectory, segment, rewrite)
+            samples.append(to_sample(trajectory, segment, view=view, distill=1.0))
+            sampled.append([i for turn in segment.turns for i in turn.completion_ids])
+            assert view.token_ids != samples[-1].token_ids
+    assert [s.completion_ids for s in samples] == sampled
+    assert sum(sum(s.completion_mask) for s in samples) == sum(t.completion_tokens for t in trajectories)
+    teacher = Teacher(TeacherConfig(weights="frozen", rate=None), model)
+    for part in microbatches(samples, 256):
+        batch = collate([samples[i] for i in part], 0)
+        taught = teacher.teach(batch)
+        assert batch.targets.tolist() == [i for n in part for i in sampled[n]]
+        batched = chunked_logprobs(taught.hidden, taught.head, batch.targets).tolist()
+        brute = [score for n in part for score in one_by_one(model, samples[n].teacher_view)]
+        assert batched == pytest.approx(brute, abs=1e-10)
+
+
+@torch.no_grad()
+def one_by_one(model, view):
+    """The log-prob of each target, from a forward pass over nothing but what stands before it."""
+    scores = []
+    for row in view.rows:
+        logits = model.model(input_ids=torch.tensor([view.token_ids[: row + 1]])).logits[0, -1]
+        scores.append(logits.log_softmax(-1)[view.token_ids[row + 1]].item())
+    return scores
+
+
+def test_the_sampled_log_probs_are_the_students_own_at_the_rows_that_train(play, scripted_env, make_model, make_chat):
+    model = make_model(dtype=torch.float64, stops=True)
+    make_env = conversation(scripted_env, ["one", "two"], "s", tools=True)
+    groups = play(make_env, tasks=4, model=model, chat=make_chat(), max_tokens=5)
+    samples = [to_sample(t, s, distill=1.0) for g in groups for t in g.trajectories for s in t.segments()]
+    batch = collate(samples, 0)
+    own = chunked_logprobs(model(batch.input_ids, batch.rows), model.head(), batch.targets)
+    torch.testing.assert_close(own.float().detach(), batch.sampler_logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_completion_that_the_limit_cut_gets_an_end_of_turn_that_is_not_trained(
+    play, scripted_env, make_model, make_chat
+):
+    chat = make_chat()
+    make_env = conversation(scripted_env, ["one", "two"], "s", tools=True)
+    [group] = play(make_env, tasks=1, model=make_model(), chat=chat, max_tokens=2)
+    [trajectory] = group.trajectories
+    assert trajectory.turns[0].stop_reason is StopReason.LENGTH
+    [sample] = [to_sample(trajectory, segment) for segment in trajectory.segments()]
+    place = len(trajectory.turns[0].prompt_ids) + 2
+    assert sample.token_ids[place] == chat.end_id
+    assert sample.completion_mask[place] == 0
+    assert math.isnan(sample.sampler_logprobs[place])
+
+
+def test_what_is_privileged_is_never_in_the_students_prompt(play, scripted_env, make_model, make_chat):
+    secret = "zzzz zz"
+    chat = make_chat()
+    make_env = conversation(scripted_env, ["one", "two"], secret, tools=True)
+    [group] = play(make_env, tasks=1, model=make_model(stops=True), chat=chat)
+    [trajectory] = group.trajectories
+    assert trajectory.privileged == {"solution": secret}
+    prompts = [i for turn in trajectory.turns for i in turn.prompt_ids]
+    assert secret not in chat.tokenizer.decode(prompts)

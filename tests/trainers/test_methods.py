@@ -1,0 +1,29 @@
+"""What holds for every method, and that the loop knows none of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from opd.trainers.base import METHODS, methods
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL_NAMES = ("sft", "grpo", "opd", "vopd", "opsd", "sdpo", "srpo", "sd_zero", "skill_sd", "lightning_opd")
+BLIND = [ROOT / "trainers/loop.py", ROOT / "trainers/metrics.py", ROOT / "opd/objective.py", ROOT / "opd/teacher.py"]
+BLIND += sorted((ROOT / "opd/engines").glob("*.py")) + sorted((ROOT / "opd/backends").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BLIND, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_method_is_named(path):
+    # `opd` is also the package, so that name alone is looked for in quotes.
+    words = [f'"{name}"' if name == "opd" else name for name in ALL_NAMES]
+    text = path.read_text()
+    assert [word for word in words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)] == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_file_of_less_than_150_lines_with_an_example_and_a_line_of_documentation(name):
+    assert methods()[name].summary
+    assert len((ROOT / f"trainers/{name}.py").read_text().splitlines()) < 150
+    assert (ROOT / f"examples/{name}.yaml").is_file()
+    assert f"| `{name}` |" in (ROOT / "docs/methods.md").read_text()
