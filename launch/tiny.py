@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd import chat, collate, objective, privileged
+from opd.answers import messages_of
 from opd.chat import ChatFormat
 from opd.errors import ConfigError
 from opd.launch import tiny_recipes, tiny_tokenizer
@@ -41,7 +42,7 @@ from opd.privileged import (
     with_skill,
     with_solution,
 )
-from opd.rollout import derive_seed, messages_of, task
+from opd.rollout import derive_seed, task
 from opd.types import Message, Sample, Task
 
 LOSSES = Losses(ce=CrossEntropy())

@@ -69,11 +69,11 @@ def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list
     coefs = [component.coef if component else 0.0 for component in (losses.distill, losses.ce)]
     divided = []
     for number, sample in enumerate(samples):
-        streams = {}
+        streams: dict[str, Any] = {}
         for name, count, total, coef in zip(STREAMS, counts, totals, coefs, strict=True):
             scale = coef / (total * (count[number] if per_sequence else 1)) if count[number] else 0.0
             streams[name] = [w * scale for w in getattr(sample, name)]
-        divided.append(sample.weighted(**streams))
+        divided.append(replace(sample, **streams))
     return divided
 
 

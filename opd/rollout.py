@@ -1,28 +1,27 @@
 """Episodes: an engine samples, environments answer, and nobody's exception ends the run.
 
-The scheduler reads any gymnasium environment with text observations and actions (the contract is in
-`docs/environments.md`). Whatever an environment does wrong becomes data: a trajectory with `failed` set,
-counted and never trained.
+The scheduler plays any gymnasium environment with text observations and actions. Whatever an environment
+does wrong (`opd.answers` sees it) becomes data: a trajectory with `failed` set, counted and never trained.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
+from opd import answers
+from opd.answers import Answer
 from opd.chat import ChatFormat, Prompt
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
-from opd.errors import EnvError, ModelError
+from opd.errors import ModelError
 from opd.types import Message, Task, Trajectory, TrajectoryGroup, Turn
 from opd.workers import Workers
 
@@ -36,11 +35,6 @@ PromptRewrite = Callable[[list[Message], dict[str, str]], list[Message]]
 _SPLIT_BASE = {"train": 0, "eval": 1 << 29, "warm": 1 << 30}
 _SPLIT_SIZE = 1 << 29
 
-MOST_CHARACTERS = 1_000_000
-"""What one answer of an environment may hold; a longer one is a fault that would stall everybody's tokenizer."""
-MOST_REWARD = 1e30
-"""The size of a reward beyond which sums and float32 overflow."""
-
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from anything printable; the same parts give the same seed on every machine."""
@@ -51,22 +45,6 @@ def task(index: int, *, split: str, run_seed: int = 0) -> Task:
     """The `index`-th task of a split. Evaluation tasks are the same for every `run_seed`."""
     offset = derive_seed("task", run_seed if split == "train" else 0, split, index) % _SPLIT_SIZE
     return Task(index=index, seed=_SPLIT_BASE[split] + offset, split=split)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """What an environment said to a reset or a step, checked; made on a worker's thread."""
-
-    env: Any
-    messages: list[Message]
-    privileged: dict[str, str]
-    feedback: str | None
-    success: bool | None
-    tools: list[dict[str, Any]] | None
-    seconds: float
-    reward: float = 0.0
-    terminated: bool = False
-    truncated: bool = False
 
 
 @dataclass(slots=True)
@@ -199,7 +177,7 @@ class RolloutScheduler:
         while waiting and len(active) < self.config.concurrency:
             episode = waiting.pop()
             active[episode.number] = episode
-            self._workers.start(episode.number, partial(self._reset, episode.task))
+            self._workers.start(episode.number, partial(self._begin, episode.task))
 
     def _answered(self, active: dict[int, _Episode], *, idle: bool) -> list[_Episode]:
         """Episodes that their environment has answered, or that it lost, in the order of their number."""
@@ -215,40 +193,13 @@ class RolloutScheduler:
             done += self.engine.step()
         return sorted(done, key=lambda completion: completion.session)
 
-    # -- on the workers' threads ----------------------------------------------------------------------
-
-    def _reset(self, goal: Task) -> _Answer:
-        since = time.perf_counter()
+    def _begin(self, goal: Task) -> Answer:
+        """On a worker's thread: a reset of an idle environment, or of a new one."""
         try:
             env = self._idle.pop()
         except IndexError:  # several threads may reach for the last one
             env = self._make_env()
-        with _closed_on_error(env):
-            observation, info = env.reset(seed=goal.seed, options=_address(env, goal))
-            return _Answer(
-                env=env,
-                messages=messages_of(observation, info),
-                **_told(info),
-                seconds=time.perf_counter() - since,
-            )
-
-    def _step(self, env: Any, action: str) -> _Answer:
-        since = time.perf_counter()
-        with _closed_on_error(env):
-            observation, reward, terminated, truncated, info = env.step(action)
-            if not abs(reward) < MOST_REWARD:  # a nan is not smaller either
-                raise EnvError(f"the reward is {reward}")
-            return _Answer(
-                env=env,
-                messages=messages_of(observation, info),
-                **_told(info),
-                seconds=time.perf_counter() - since,
-                reward=float(reward),
-                terminated=bool(terminated),
-                truncated=bool(truncated),
-            )
-
-    # -- on the scheduler's thread --------------------------------------------------------------------
+        return answers.reset(env, goal)
 
     def _ask(self, episode: _Episode, seed: int, rewrite: PromptRewrite | None) -> bool:
         """Ask the engine for the next completion; False if the episode is over or a limit ends it."""
@@ -303,7 +254,7 @@ class RolloutScheduler:
         episode.token_ids = episode.token_ids + completion.token_ids
         episode.history = [*conversation, {"role": "assistant", "content": text}]
         episode.policy_version = completion.policy_version
-        self._workers.start(episode.number, partial(self._step, episode.env, text))
+        self._workers.start(episode.number, partial(answers.step, episode.env, text))
 
     def _retire(self, episode: _Episode) -> None:
         self.engine.release(episode.number)
@@ -313,7 +264,7 @@ class RolloutScheduler:
         episode.env = None
 
 
-def _apply(episode: _Episode, answer: _Answer | BaseException) -> None:
+def _apply(episode: _Episode, answer: Answer | BaseException) -> None:
     """Write an environment's answer, or its failure, into the episode."""
     if isinstance(answer, BaseException):
         stage = f"step {len(episode.turns)}" if episode.turns else "reset"
@@ -330,66 +281,3 @@ def _apply(episode: _Episode, answer: _Answer | BaseException) -> None:
         episode.turns[-1] = replace(episode.turns[-1], reward=answer.reward, feedback=answer.feedback)
     else:
         episode.tools = answer.tools
-
-
-def _address(env: Any, goal: Task) -> dict[str, Any] | None:
-    """The options of a reset: which task, for an environment whose tasks are numbered."""
-    tasks = (env.metadata or {}).get("tasks")
-    if tasks is None:
-        return None
-    # Training goes through a table again and again; an evaluation that did so would count a task twice.
-    count = tasks.get(goal.split) if goal.split == "train" else None
-    return {"split": goal.split, "index": goal.index if count is None else goal.index % count}
-
-
-@contextmanager
-def _closed_on_error(env: Any) -> Iterator[None]:
-    """An environment that broke is not used again; what it holds (a process, a sandbox) must not stay."""
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # the first error says what went wrong
-            env.close()
-        raise
-
-
-def messages_of(observation: Any, info: dict[str, Any]) -> list[Message]:
-    """The messages of an observation, copied; raises EnvError where they are not text."""
-    messages = info.get("messages")
-    if messages is None:
-        messages = [{"role": "user", "content": observation}]
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise EnvError(
-                'an observation must be a str, or info["messages"] a list of {"role", "content"}; '
-                f"got {message!r:.200}"
-            )
-    _check_text("an observation", [message["content"] for message in messages])
-    return copy.deepcopy(list(messages))
-
-
-def _told(info: dict[str, Any]) -> dict[str, Any]:
-    """What the rest of an environment's info says, checked and copied; raises EnvError."""
-    feedback, privileged, tools = info.get("feedback"), info.get("privileged", {}), info.get("tools")
-    if not isinstance(feedback, str | None):
-        raise EnvError(f'info["feedback"] is {type(feedback).__name__}; it must be a str')
-    if not isinstance(privileged, dict) or not all(isinstance(x, str) for pair in privileged.items() for x in pair):
-        raise EnvError(f'info["privileged"] must be a dict of str to str; got {privileged!r:.200}')
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise EnvError(f'info["tools"] must be a list of JSON schemas; got {tools!r:.200}')
-    _check_text('info["feedback"] and info["privileged"]', [feedback or "", *privileged.values()])
-    return {
-        "feedback": feedback,
-        "privileged": dict(privileged),
-        "tools": json.loads(json.dumps(tools)),
-        "success": bool(info["success"]) if "success" in info else None,
-    }
-
-
-def _check_text(what: str, texts: Sequence[str]) -> None:
-    if (size := sum(map(len, texts))) > MOST_CHARACTERS:
-        raise EnvError(f"{what}: {size:,} characters; at most {MOST_CHARACTERS:,} are taken. Cut long results")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise EnvError(f"{what} holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None

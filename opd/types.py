@@ -8,7 +8,7 @@ train, with which weight). Only a method turns one into the other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -201,10 +201,6 @@ class Sample:
     def rows(self) -> list[int]:
         """The student's rows that predict the completion ids: their positions, less one."""
         return [i - 1 for i, m in enumerate(self.completion_mask) if m]
-
-    def weighted(self, *, distill_weight: list[float], ce_weight: list[float]) -> Sample:
-        """A copy with these streams in place of the old ones."""
-        return replace(self, distill_weight=distill_weight, ce_weight=ce_weight)
 
 
 def to_sample(

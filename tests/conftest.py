@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.chat import ChatFormat
 from opd.config import RolloutConfig
-from opd.engines.base import Sampling
+from opd.engines.base import Completion, Request, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.modeling import CausalModel
 from opd.rollout import RolloutScheduler, task
+from opd.types import StopReason
 
 _CHATML = """\
 {%- if tools %}
@@ -190,6 +191,49 @@ def scripted_env():
 @pytest.fixture(scope="session")
 def turns_then_end():
     return counts_turns
+
+
+class ScriptedEngine:
+    """An engine that samples what it is told: `completions[session]` is a list of ids for each turn."""
+
+    policy_version = 3
+
+    def __init__(self, completions):
+        self.completions = [iter(turns) for turns in completions]
+        self.prompts: list[list[list[int]]] = [[] for _ in completions]
+        self._waiting: list[Request] = []
+
+    def begin(self, sampling, stop_ids):
+        self._stop_ids = stop_ids
+
+    def submit(self, request):
+        self.prompts[request.session].append(request.prompt_ids)
+        self._waiting.append(request)
+
+    def step(self):
+        request = self._waiting.pop(0)
+        ids = next(self.completions[request.session])[: request.max_tokens]
+        stopped = ids[-1] in self._stop_ids
+        return [
+            Completion(
+                session=request.session,
+                token_ids=ids,
+                logprobs=[-1.0] * len(ids),
+                stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
+                policy_version=self.policy_version,
+            )
+        ]
+
+    def release(self, session):
+        pass
+
+    def weights_changed(self):
+        self.policy_version += 1
+
+
+@pytest.fixture(scope="session")
+def scripted_engine():
+    return ScriptedEngine
 
 
 @pytest.fixture(scope="session")

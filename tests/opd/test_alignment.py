@@ -1,7 +1,7 @@
 """From sampled ids to trained positions: nothing shifts, nothing is lost, nobody sees what they must not.
 
-Real rollouts of random models in scripted environments with tools, then the teacher's log-probs at every
-trained position against a brute-force score that feeds each prefix alone.
+Real rollouts of random models, and scripted ones that end in every way, in environments with tools; then what
+both sides say at every trained position against a brute-force score that feeds each prefix alone.
 """
 
 import math
@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from opd.collate import collate, microbatches
 from opd.config import TeacherConfig
 from opd.divergence import chunked_logprobs
+from opd.objective import objective
 from opd.privileged import in_first_user_message, with_solution
+from opd.rollout import task
 from opd.teacher import Teacher
+from opd.trainers.opsd import Opsd, OpsdConfig
 from opd.types import StopReason, to_sample
 
 TOOLS = [{"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}]
@@ -74,18 +77,78 @@ def test_trained_ids_are_the_sampled_ones_and_teacher_scores_equal_brute_force(
         taught = teacher.teach(batch)
         assert batch.targets.tolist() == [i for n in part for i in sampled[n]]
         batched = chunked_logprobs(taught.hidden, taught.head, batch.targets).tolist()
-        brute = [score for n in part for score in one_by_one(model, samples[n].teacher_view)]
+        brute = []
+        for view in (samples[n].teacher_view for n in part):
+            brute += one_by_one(model, view.token_ids, view.rows)[range(len(view.rows)), view.targets].tolist()
         assert batched == pytest.approx(brute, abs=1e-10)
 
 
+TURNS = st.lists(
+    st.tuples(
+        # Bytes, merged pieces and markup: a thought that is closed makes the forgetful template fork.
+        st.lists(st.sampled_from([*range(60, 80), 256, 257, 260, 269, 270, 271, 272]), max_size=5),
+        st.sampled_from(["stop", "cut"]),
+        st.sampled_from(["tool", "user"]),
+    ).filter(lambda turn: turn[0] or turn[1] == "stop"),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    episodes=st.lists(st.tuples(TURNS, st.text(alphabet="xyz \n", max_size=30)), min_size=1, max_size=3),
+    template=st.sampled_from(["chatml", "forgetful", "trimming", "no_tools", "strict", "spaced"]),
+    kind=st.sampled_from(["forward_kl", "reverse_kl"]),
+)
+def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_force(
+    play, scripted_env, scripted_engine, make_chat, make_model, episodes, template, kind
+):
+    chat, student = make_chat(template), make_model(dtype=torch.float64)
+    said = [[[*ids, *([chat.end_id] if end == "stop" else [])] for ids, end, _ in turns] for turns, _ in episodes]
+    tasks = {task(n, split="train").seed: n for n in range(len(episodes))}
+
+    def first(env):
+        solution = episodes[tasks[env.seed]][1]
+        return "Q" * (1 + tasks[env.seed]), {"tools": TOOLS, "privileged": {"solution": solution}}
+
+    def answer(env, _):
+        turns, _ = episodes[tasks[env.seed]]
+        message = {"role": turns[env.turn - 1][2], "content": "ab12 the"[: env.turn * 3]}
+        return "", 0.0, env.turn == len(turns), False, {"messages": [message]}
+
+    groups = play(
+        lambda: scripted_env(answer, first=first),
+        tasks=len(episodes),
+        engine=scripted_engine(said),
+        chat=chat,
+        max_length=4096,
+    )
+    trajectories = [t for group in groups for t in group.trajectories]
+    assert [t.failed for t in trajectories] == [None] * len(episodes)
+    assert [[turn.completion_ids for turn in t.turns] for t in trajectories] == said
+    method = Opsd(OpsdConfig(divergence=kind, clip=None), chat)
+    samples = [sample for group in groups for sample in method.annotate(group)]
+    assert [i for s in samples for i in s.completion_ids] == [i for turns in said for ids in turns for i in ids]
+    # Another model teaches than learns, and the id that ends a turn is the one that pads.
+    teacher = Teacher(TeacherConfig(weights="live", rate=None), make_model(dtype=torch.float64, seed=7))
+    batch = collate(samples, chat.end_id)
+    result = objective(student, batch, method.losses, teacher.teach(batch))
+    brute = []
+    for sample in samples:
+        ours = one_by_one(student, sample.token_ids, sample.rows)
+        theirs = one_by_one(teacher.student, sample.teacher_view.token_ids, sample.teacher_view.rows)
+        p, q = (theirs, ours) if kind == "forward_kl" else (ours, theirs)
+        brute += (p.exp() * (p - q)).sum(-1).tolist()
+    assert len(brute) == sum(len(ids) for turns in said for ids in turns)
+    assert result.divergence.tolist() == pytest.approx(brute, abs=1e-10)
+
+
 @torch.no_grad()
-def one_by_one(model, view):
-    """The log-prob of each target, from a forward pass over nothing but what stands before it."""
-    scores = []
-    for row in view.rows:
-        logits = model.model(input_ids=torch.tensor([view.token_ids[: row + 1]])).logits[0, -1]
-        scores.append(logits.log_softmax(-1)[view.token_ids[row + 1]].item())
-    return scores
+def one_by_one(model, token_ids, rows):
+    """The log-probs [rows, V] after each row, from a forward pass over nothing but what stands up to it."""
+    logits = [model.model(input_ids=torch.tensor([token_ids[: row + 1]])).logits[0, -1] for row in rows]
+    return torch.stack(logits).log_softmax(-1)
 
 
 def test_the_sampled_log_probs_are_the_students_own_at_the_rows_that_train(play, scripted_env, make_model, make_chat):

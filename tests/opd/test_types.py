@@ -148,8 +148,8 @@ def test_the_first_token_cannot_be_trained():
 
 def test_new_weights_leave_the_old_sample_alone():
     old = sample()
-    new = old.weighted(distill_weight=[0.0, 0.0, 0.25])
+    new = replace(old, distill_weight=[0.0, 0.0, 0.25])
     assert new.distill_weight == [0.0, 0.0, 0.25]
     assert old.distill_weight == [0.0, 0.0, 1.0]
     with pytest.raises(DataError, match="was not sampled"):
-        old.weighted(ce_weight=[1.0, 0.0, 0.0])
+        replace(old, ce_weight=[1.0, 0.0, 0.0])

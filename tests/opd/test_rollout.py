@@ -1,0 +1,617 @@
+"""The scheduler: scripted environments on the real engine with a random model.
+
+Not covered: an environment that holds the interpreter's lock while it hangs (nothing in this process can help).
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from opd.answers import MOST_CHARACTERS
+from opd.engines.base import Sampling
+from opd.engines.transformers import TransformersEngine
+from opd.errors import DataError
+from opd.rollout import RolloutScheduler, derive_seed, task
+from opd.types import StopReason
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]
+
+
+def flat(groups):
+    return [t for group in groups for t in group.trajectories]
+
+
+def told(groups):
+    """All of the episodes that a seed must fix: everything but wall time."""
+    return [dataclasses.replace(t, seconds={}) for t in flat(groups)]
+
+
+# -- the accounts of an episode -----------------------------------------------------------------------
+
+
+def test_an_episode_runs_until_its_environment_ends_it(play, scripted_env, turns_then_end):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(3)), tasks=1))
+    assert (episode.terminated, episode.truncated, episode.failed) == (True, False, None)
+    assert len(episode.turns) == 3
+
+
+def test_the_ids_of_the_turns_are_what_the_engine_saw_and_sampled(play, scripted_env, turns_then_end, make_model):
+    engine = TransformersEngine(make_model(stops=True))
+    seen, completions = {}, {}
+    submit, step = engine.submit, engine.step
+
+    def watching_submit(request):
+        seen.setdefault(request.session, []).append(list(request.prompt_ids))
+        submit(request)
+
+    def watching_step():
+        done = step()
+        for c in done:
+            completions.setdefault(c.session, []).append(c)
+        return done
+
+    engine.submit, engine.step = watching_submit, watching_step
+    episodes = flat(play(lambda: scripted_env(turns_then_end(3)), tasks=4, group_size=2, engine=engine))
+    for number, episode in enumerate(episodes):
+        ids = []
+        for turn, prompt, completion in zip(episode.turns, seen[number], completions[number], strict=True):
+            ids += turn.prompt_ids
+            assert ids == prompt
+            assert turn.completion_ids == completion.token_ids
+            assert turn.logprobs == completion.logprobs
+            ids += turn.completion_ids
+    assert sum(t.stop_reason is StopReason.STOP for e in episodes for t in e.turns) > 3
+    assert sum(t.stop_reason is StopReason.LENGTH for e in episodes for t in e.turns) > 3
+
+
+def test_the_action_is_the_text_of_the_completion(play, scripted_env, make_chat):
+    actions = []
+
+    def answers(env, action):
+        actions.append(action)
+        return "", 0.0, True, False, {}
+
+    [episode] = flat(play(lambda: scripted_env(answers), tasks=1))
+    assert actions == [make_chat().text(episode.turns[0].completion_ids)] == [episode.turns[0].text]
+
+
+def test_the_reward_is_the_sum_over_the_steps(play, scripted_env):
+    def pays(env, action):
+        return "on", 0.25 * env.turn, env.turn == 3, False, {}
+
+    [episode] = flat(play(lambda: scripted_env(pays), tasks=1))
+    assert [t.reward for t in episode.turns] == [0.25, 0.5, 0.75]
+    assert episode.reward == 1.5
+
+
+def test_an_environment_may_truncate_and_that_is_no_failure(play, scripted_env):
+    [episode] = flat(play(lambda: scripted_env(lambda env, _: ("", 1.0, False, True, {})), tasks=1))
+    assert (episode.terminated, episode.truncated, episode.failed, episode.success) == (False, True, None, False)
+
+
+def test_too_many_turns_truncate(play, scripted_env, turns_then_end):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(5)), tasks=1, max_turns=3))
+    assert (episode.terminated, episode.truncated, episode.failed) == (False, True, None)
+    assert len(episode.turns) == 3
+
+
+def test_a_last_allowed_turn_that_ends_the_episode_is_not_truncated(play, scripted_env, turns_then_end):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(3)), tasks=1, max_turns=3))
+    assert (episode.terminated, episode.truncated) == (True, False)
+
+
+def test_a_sequence_never_grows_beyond_its_limit_and_is_then_truncated(play, scripted_env, turns_then_end):
+    episodes = flat(play(lambda: scripted_env(turns_then_end(9)), tasks=6, max_turns=9, max_length=70))
+    for episode in episodes:
+        assert sum(len(t.prompt_ids + t.completion_ids) for t in episode.turns) <= 70
+        assert (episode.truncated, episode.terminated, episode.failed) == (True, False, None)
+    assert any(len(e.turns) > 1 for e in episodes)
+
+
+def test_a_first_prompt_that_is_too_long_truncates_before_a_word_is_said(play, scripted_env, turns_then_end):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(1), first="x" * 500), tasks=1, max_length=100))
+    assert (episode.truncated, episode.failed, episode.turns) == (True, None, [])
+
+
+def test_success_is_what_the_environment_says(play, scripted_env):
+    def says(env, action):
+        return "", 1.0 if env.seed % 2 else 0.0, True, False, {"success": env.seed % 2 == 0}
+
+    for episode in flat(play(lambda: scripted_env(says), tasks=6)):
+        assert episode.success is (episode.reward == 0)
+
+
+def test_an_environment_that_does_not_say_succeeds_by_a_positive_reward(play, scripted_env):
+    def pays(env, action):
+        return "", float(env.seed % 2), True, False, {}
+
+    for episode in flat(play(lambda: scripted_env(pays), tasks=6)):
+        assert episode.success is (episode.reward > 0)
+
+
+def test_a_group_holds_its_members_in_order_and_groups_come_in_the_order_of_the_tasks(
+    play, scripted_env, turns_then_end
+):
+    def slow_first(env, action):
+        time.sleep(0.02 * (env.seed % 3))
+        return turns_then_end(1)(env, action)
+
+    for deterministic in (True, False):
+        groups = play(lambda: scripted_env(slow_first), tasks=5, group_size=3, deterministic=deterministic)
+        assert [g.task for g in groups] == [task(n, split="train") for n in range(5)]
+        assert [[t.member for t in g.trajectories] for g in groups] == [[0, 1, 2]] * 5
+        assert all(t.task == g.task for g in groups for t in g.trajectories)
+
+
+def test_members_of_a_group_draw_differently(play, scripted_env, turns_then_end):
+    groups = play(lambda: scripted_env(turns_then_end(1)), tasks=4, group_size=3)
+    assert sum(len({tuple(t.turns[0].completion_ids) for t in g.trajectories}) for g in groups) >= 10
+
+
+def test_messages_with_roles_take_the_place_of_the_observation(play, scripted_env, make_tokenizer):
+    first = ("unseen", {"messages": [{"role": "system", "content": "Rules."}, {"role": "user", "content": "Go."}]})
+    second = {"messages": [{"role": "tool", "content": "42"}]}
+    env = lambda: scripted_env(lambda e, _: ("unseen", 0.0, e.turn == 2, False, second), first=first)  # noqa: E731
+    [episode] = flat(play(env, tasks=1))
+    text = make_tokenizer().decode([i for t in episode.turns for i in t.prompt_ids])
+    assert "<|im_start|>system\nRules.<|im_end|>" in text
+    assert "<|im_start|>tool\n42<|im_end|>" in text
+    assert "unseen" not in text
+
+
+def test_tools_reach_the_prompt_and_the_trajectory(play, scripted_env, turns_then_end, make_tokenizer):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(2), first=("Go.", {"tools": TOOLS})), tasks=1))
+    assert episode.tools == TOOLS
+    assert "look_up" in make_tokenizer().decode(episode.turns[0].prompt_ids)
+
+
+def test_feedback_belongs_to_the_turn_that_it_is_about(play, scripted_env):
+    def complains(env, action):
+        return "on", 0.0, env.turn == 3, False, {"feedback": f"bad {env.turn}"} if env.turn != 2 else {}
+
+    [episode] = flat(play(lambda: scripted_env(complains), tasks=1))
+    assert [t.feedback for t in episode.turns] == ["bad 1", None, "bad 3"]
+
+
+def test_privileged_text_and_feedback_never_reach_the_student(play, scripted_env, make_tokenizer, make_chat):
+    def whispers(env, action):
+        info = {"privileged": {"later": "SECRET"}, "feedback": "SECRET", "success": True}
+        return "on", 0.0, env.turn == 3, False, info
+
+    def first(env):
+        return "Go.", {"privileged": {"solution": "SECRET"}, "tools": TOOLS}
+
+    for template in ("chatml", "forgetful", "no_tools", "strict"):
+        groups = play(lambda: scripted_env(whispers, first=first), tasks=3, group_size=2, chat=make_chat(template))
+        for episode in flat(groups):
+            assert episode.failed is None
+            assert episode.privileged == {"solution": "SECRET", "later": "SECRET"}
+            for turn in episode.turns:
+                assert "SECRET" not in make_tokenizer().decode(turn.prompt_ids)
+                assert not any("SECRET" in m["content"] for m in turn.messages)
+
+
+def test_the_acting_model_can_be_shown_other_first_messages(play, scripted_env, turns_then_end, make_tokenizer):
+    def rewrite(messages, privileged):
+        return [{**messages[0], "content": f"{messages[0]['content']} ({privileged['solution']})"}]
+
+    env = lambda: scripted_env(turns_then_end(2), first=("Go.", {"privileged": {"solution": "left"}}))  # noqa: E731
+    [episode] = flat(play(env, tasks=1, rewrite=rewrite))
+    assert make_tokenizer().decode(episode.turns[0].prompt_ids).count("Go. (left)") == 1
+    assert "left" not in make_tokenizer().decode(episode.turns[1].prompt_ids)
+
+
+def test_a_conversation_forks_where_the_template_rewrites_the_past(
+    play, scripted_env, scripted_engine, make_chat, make_tokenizer
+):
+    chat = make_chat("forgetful")
+    thought = make_tokenizer()("<think>hm</think>a", add_special_tokens=False)["input_ids"]
+    engine = scripted_engine([[[*thought, chat.end_id], [5, chat.end_id], [6, chat.end_id]]])
+    answers = iter([{}, {"messages": [{"role": "tool", "content": "1"}]}, {}])
+    env = lambda: scripted_env(lambda e, _: ("on", 0.0, e.turn == 3, False, next(answers)))  # noqa: E731
+    [episode] = flat(play(env, tasks=1, engine=engine, chat=chat))
+    assert [t.forked for t in episode.turns] == [False, True, False]
+    _, second = episode.segments()
+    [prompts] = engine.prompts
+    assert prompts[1] == second.turns[0].prompt_ids
+    assert prompts[2] == [*second.turns[0].prompt_ids, 5, chat.end_id, *second.turns[1].prompt_ids]
+    text = make_tokenizer().decode(second.turns[0].prompt_ids)
+    assert text == (
+        "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\non<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [m["content"] for m in second.turns[0].messages] == ["What is it?", "<think>hm</think>a", "on"]
+
+
+def test_a_trajectory_carries_the_version_of_the_policy_that_sampled_it(
+    play, scripted_env, scripted_engine, turns_then_end
+):
+    [episode] = flat(play(lambda: scripted_env(turns_then_end(1)), tasks=1, engine=scripted_engine([[[5]]])))
+    assert episode.policy_version == 3
+
+
+# -- what depends on the seed, and on nothing else ------------------------------------------------------
+
+
+def jittery(turns_then_end):
+    """Environments that take their time, differently in every run."""
+    counter = itertools.count()
+
+    def play(env, action):
+        time.sleep(0.004 * (next(counter) * 7 % 5))
+        return turns_then_end(1 + env.seed % 3)(env, action)
+
+    return play
+
+
+def test_two_deterministic_runs_are_equal_to_the_bit_however_slow_the_environments_are(
+    play, scripted_env, turns_then_end, make_model
+):
+    model = make_model(stops=True)
+    runs = [
+        told(play(lambda: scripted_env(jittery(turns_then_end)), tasks=6, group_size=2, model=model, workers=workers))
+        for workers in (1, 5)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_free_running_samples_the_same_text(play, scripted_env, turns_then_end, make_model):
+    model = make_model(stops=True)
+    runs = [
+        flat(
+            play(
+                lambda: scripted_env(jittery(turns_then_end)),
+                tasks=6,
+                group_size=2,
+                model=model,
+                deterministic=deterministic,
+                concurrency=concurrency,
+            )
+        )
+        for deterministic, concurrency in ((True, 64), (False, 64), (True, 5), (False, 3), (True, 1))
+    ]
+    texts = [[[t.completion_ids for t in episode.turns] for episode in run] for run in runs]
+    assert all(other == texts[0] for other in texts)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            for ours, theirs in zip(a.turns, b.turns, strict=True):
+                assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_another_round_draws_other_tokens_for_the_same_tasks(play, scripted_env, turns_then_end, make_model):
+    model = make_model(stops=True)
+    first, second = (
+        flat(play(lambda: scripted_env(turns_then_end(1)), tasks=6, model=model, seed=seed)) for seed in (0, 1)
+    )
+    assert [e.task for e in first] == [e.task for e in second]
+    assert sum(a.turns[0].completion_ids != b.turns[0].completion_ids for a, b in zip(first, second, strict=True)) >= 4
+
+
+def test_no_more_environments_exist_than_may_run_at_once(play, scripted_env, turns_then_end):
+    for deterministic in (True, False):
+        made = []
+
+        def make(made=made):
+            made.append(scripted_env(turns_then_end(2)))
+            return made[-1]
+
+        episodes = flat(play(make, tasks=7, concurrency=3, deterministic=deterministic))
+        assert len(episodes) == 7
+        assert all(e.terminated for e in episodes)
+        assert len(made) <= 3
+
+
+def test_environments_work_at_the_same_time(play, scripted_env):
+    barrier = threading.Barrier(4)
+
+    def meets(env, action):
+        barrier.wait(timeout=10)
+        return "", 0.0, True, False, {}
+
+    for deterministic in (True, False):
+        episodes = flat(play(lambda: scripted_env(meets), tasks=4, workers=4, deterministic=deterministic))
+        assert [e.failed for e in episodes] == [None] * 4
+
+
+def test_a_seed_is_the_same_on_every_machine():
+    assert derive_seed("rollout", 0, 1) == 3212554230238907754
+    assert derive_seed("a", 1) != derive_seed("a", "1") != derive_seed("a1")
+    assert 0 <= derive_seed() < 1 << 63
+
+
+def test_seeds_of_two_splits_never_meet():
+    ranges = {}
+    for split in ("train", "eval", "warm"):
+        seeds = [task(n, split=split, run_seed=run).seed for n in range(300) for run in range(3)]
+        ranges[split] = (min(seeds), max(seeds))
+    assert 0 <= ranges["train"][0] < ranges["train"][1] < 1 << 29 <= ranges["eval"][0]
+    assert ranges["eval"][1] < 1 << 30 <= ranges["warm"][0] < ranges["warm"][1] < 3 << 29
+
+
+def test_the_seed_of_a_run_changes_its_training_tasks_and_not_its_evaluation():
+    assert task(3, split="train", run_seed=0) != task(3, split="train", run_seed=1)
+    assert task(3, split="eval", run_seed=0) == task(3, split="eval", run_seed=1)
+    assert len({task(n, split="train").seed for n in range(2000)}) >= 1999
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(KeyError, match="evl"):
+        task(0, split="evl")
+
+
+def test_training_goes_through_a_table_again_and_an_evaluation_does_not(make_scheduler, scripted_env):
+    asked = []
+
+    def first(env):
+        asked.append(env.options)
+        return "Go."
+
+    metadata = {"tasks": {"train": 3, "eval": 3, "warm": None}}
+    scheduler = make_scheduler(
+        lambda: scripted_env(lambda *_: ("", 0.0, True, False, {}), first=first, metadata=metadata), workers=1
+    )
+    for split in ("train", "eval", "warm"):
+        tasks = [task(n, split=split) for n in range(5)]
+        scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    assert [a["split"] for a in asked] == ["train"] * 5 + ["eval"] * 5 + ["warm"] * 5
+    assert [a["index"] for a in asked] == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+
+
+def test_an_environment_without_numbered_tasks_gets_no_options(play, scripted_env, turns_then_end):
+    seen = []
+
+    def first(env):
+        seen.append((env.seed, env.options))
+        return "Go."
+
+    play(lambda: scripted_env(turns_then_end(1), first=first), tasks=2, workers=1)
+    assert seen == [(task(n, split="train").seed, None) for n in range(2)]
+
+
+# -- environments that break the contract ----------------------------------------------------------------
+
+
+def raises(error):
+    def play(*_):
+        raise error
+
+    return play
+
+
+def answers(*result):
+    return lambda *_: result
+
+
+HUGE = "x" * (MOST_CHARACTERS + 1)
+BROKEN = {
+    "raises": (raises(ValueError("no luck")), r"step 1: ValueError: no luck"),
+    "exits": (raises(SystemExit(3)), r"step 1: SystemExit: 3"),
+    "raises what is no Exception": (raises(KeyboardInterrupt()), r"step 1: KeyboardInterrupt"),
+    "says bytes": (answers(b"hm", 0.0, False, False, {}), r"step 1: EnvError: an observation must be a str.*b'hm'"),
+    "says None": (answers(None, 0.0, False, False, {}), r"an observation must be a str.*None"),
+    "pays nan": (answers("", math.nan, True, False, {}), r"step 1: EnvError: the reward is nan"),
+    "pays infinity": (answers("", -math.inf, True, False, {}), r"the reward is -inf"),
+    "pays what overflows a sum": (answers("", 1e308, False, False, {}), r"the reward is 1e\+308"),
+    "pays words": (answers("", "much", True, False, {}), r"step 1: TypeError"),
+    "pays nothing": (answers("", None, True, False, {}), r"step 1: TypeError"),
+    "returns too little": (answers("", 0.0, True, {}), r"step 1: ValueError: not enough values"),
+    "returns None": (lambda *_: None, r"step 1: TypeError"),
+    "has no info": (answers("", 0.0, True, False, None), r"step 1: AttributeError"),
+    "says numbers": (answers("", 0.0, False, False, {"messages": [{"role": "user", "content": 3}]}), r"must be a str"),
+    "speaks without a role": (answers("", 0.0, False, False, {"messages": [{"content": "x"}]}), r"must be a str"),
+    "speaks in no list": (answers("", 0.0, False, False, {"messages": 3}), r"step 1: TypeError"),
+    "feeds back a number": (answers("", 0.0, True, False, {"feedback": 3}), r'info\["feedback"\] is int'),
+    "whispers a list": (answers("", 0.0, True, False, {"privileged": ["x"]}), r'info\["privileged"\] must be a dict'),
+    "whispers None": (answers("", 0.0, True, False, {"privileged": None}), r'info\["privileged"\] must be a dict'),
+    "whispers numbers": (answers("", 0.0, True, False, {"privileged": {"a": 1}}), r"must be a dict of str to str"),
+    "succeeds in many ways": (answers("", 0.0, True, False, {"success": np.ones(2)}), r"step 1: ValueError"),
+    "says half an emoji": (answers("\ud83d", 0.0, False, False, {}), r"lone surrogate \('\\ud83d'\)"),
+    "whispers half an emoji": (answers("", 0.0, True, False, {"privileged": {"a": "\ud83d"}}), r"lone surrogate"),
+    "says a novel": (answers(HUGE, 0.0, False, False, {}), r"1,000,001 characters; at most 1,000,000"),
+    "feeds back a novel": (answers("", 0.0, True, False, {"feedback": HUGE}), r"1,000,001 characters"),
+}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
+    play, scripted_env, turns_then_end, name, deterministic
+):
+    breaks, reason = BROKEN[name]
+    bad = task(1, split="train").seed
+
+    def sometimes(env, action):
+        return breaks(env, action) if env.seed == bad else turns_then_end(2)(env, action)
+
+    episodes = flat(play(lambda: scripted_env(sometimes), tasks=3, deterministic=deterministic))
+    assert [e.failed is None for e in episodes] == [True, False, True]
+    assert [e.terminated for e in episodes] == [True, False, True]
+    assert re.search(reason, episodes[1].failed), episodes[1].failed
+    assert not episodes[1].success
+    assert len(episodes[1].failed) <= 500
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (raises(OSError("no such table")), "reset: OSError: no such table"),
+        (answers(b"bytes", {}), "reset: EnvError: an observation must be a str"),
+        (answers("Go.", {"tools": "hammer"}), 'reset: EnvError: info["tools"] must be a list'),
+        (answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}), "reset: TypeError: Object of type set"),
+        (answers("Go.", {"tools": [{"type": "function"}]}), 'reset: EnvError: info["tools"] must be a list'),
+        (answers("", {"messages": []}), "prompt of turn 0: the chat template"),
+        (answers("Go.", 3), "reset: AttributeError"),
+    ],
+    ids=["raises", "bytes", "tools as text", "tools not in JSON", "tools without a function", "silence", "no info"],
+)
+def test_an_environment_that_breaks_at_its_reset_fails_before_the_first_turn(
+    play, scripted_env, turns_then_end, make_chat, first, reason
+):
+    bad = task(1, split="train").seed
+
+    def sometimes(env):
+        return first() if env.seed == bad else "Go."
+
+    chat = make_chat("no_tools")
+    episodes = flat(play(lambda: scripted_env(turns_then_end(1), first=sometimes), tasks=3, chat=chat))
+    assert [e.failed is None for e in episodes] == [True, False, True]
+    assert episodes[1].failed.startswith(reason)
+    assert episodes[1].turns == []
+
+
+def test_a_constructor_that_raises_fails_every_episode_and_the_round_still_ends(play):
+    episodes = flat(play(raises(ImportError("no simulator")), tasks=3))
+    assert [e.failed for e in episodes] == ["reset: ImportError: no simulator"] * 3
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_an_environment_that_hangs_is_given_up_and_the_others_go_on(
+    play, scripted_env, turns_then_end, where, deterministic
+):
+    gate, bad = threading.Event(), task(1, split="train").seed
+
+    def hangs(env, *_):
+        if env.seed == bad:
+            gate.wait()
+        return turns_then_end(2)(env, "") if where == "step" else "Go."
+
+    options = {"first": hangs} if where == "reset" else {}
+    since = time.monotonic()
+    episodes = flat(
+        play(
+            lambda: scripted_env(hangs if where == "step" else turns_then_end(2), **options),
+            tasks=4,
+            deterministic=deterministic,
+            step_timeout=0.3,
+            workers=1,
+        )
+    )
+    gate.set()
+    assert time.monotonic() - since < 20
+    assert [e.failed is None for e in episodes] == [True, False, True, True]
+    assert "TimeoutError: no answer within 0.3 s" in episodes[1].failed
+    assert episodes[1].failed.startswith("reset" if where == "reset" else "step 1")
+
+
+def test_roles_that_the_template_refuses_fail_the_episode(play, scripted_env, turns_then_end, make_chat):
+    two = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+
+    def sometimes(env, action):
+        if env.seed == task(0, split="train").seed:
+            return "", 0.0, False, False, two
+        return turns_then_end(2)(env, action)
+
+    episodes = flat(play(lambda: scripted_env(sometimes), tasks=2, chat=make_chat("strict")))
+    assert episodes[0].failed.startswith("prompt of turn 1: the chat template")
+    assert "roles must alternate" in episodes[0].failed
+    assert episodes[1].failed is None
+
+
+def test_broken_environments_are_closed_and_never_used_again(make_scheduler, scripted_env):
+    made = []
+
+    def make():
+        made.append(scripted_env(lambda env, _: 1 / 0 if env.seed % 2 else ("", 0.0, True, False, {})))
+        return made[-1]
+
+    scheduler = make_scheduler(make)
+    tasks = [task(n, split="train") for n in range(12)]
+    for _ in range(2):
+        scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    broken = 2 * sum(t.seed % 2 for t in tasks)
+    assert sum(env.closed for env in made) == broken
+    assert len(made) == broken + 12 - broken // 2
+    scheduler.close()
+    assert all(env.closed for env in made)
+
+
+def test_environments_that_hang_or_raise_when_they_are_closed_do_not_hold_up_the_end(
+    make_scheduler, scripted_env, turns_then_end, caplog
+):
+    gate = threading.Event()
+    closings = iter([lambda: gate.wait(), lambda: 1 / 0])
+
+    def make():
+        env = scripted_env(turns_then_end(1))
+        env.close = next(closings)
+        return env
+
+    scheduler = make_scheduler(make, step_timeout=0.2)
+    scheduler.run([task(n, split="train") for n in range(2)], group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    scheduler.close()
+    gate.set()
+    assert "could not be closed: TimeoutError" in caplog.text
+    assert "could not be closed: ZeroDivisionError" in caplog.text
+
+
+def test_what_an_environment_changes_later_does_not_change_what_was_said(play, scripted_env, make_chat):
+    message = {"role": "user", "content": "first"}
+    tools = [{"type": "function", "function": {"name": "a", "parameters": {}}}]
+    privileged = {"solution": "s"}
+
+    def meddles(env, action):
+        message["content"] = "changed"
+        tools[0]["function"]["name"] = "changed"
+        privileged["solution"] = "changed"
+        return "on", 0.0, env.turn == 2, False, {}
+
+    first = ("", {"messages": [message], "tools": tools, "privileged": privileged})
+    [episode] = flat(play(lambda: scripted_env(meddles, first=first), tasks=1))
+    assert episode.turns[0].messages == [{"role": "user", "content": "first"}]
+    assert episode.tools[0]["function"]["name"] == "a"
+    assert episode.privileged == {"solution": "s"}
+
+
+def test_an_unprepared_teacher_is_an_error_of_the_run_and_not_of_an_episode(play, scripted_env, turns_then_end):
+    with pytest.raises(DataError, match="no solution"):
+        play(lambda: scripted_env(turns_then_end(1)), rewrite=raises(DataError("no solution")))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_round_that_was_interrupted_leaves_nothing_to_the_next(
+    scripted_env, turns_then_end, make_model, make_chat, make_scheduler, deterministic
+):
+    tasks = [task(n, split="train") for n in range(6)]
+
+    def scheduler():
+        return make_scheduler(
+            lambda: scripted_env(jittery(turns_then_end)),
+            model=make_model(stops=True),
+            deterministic=deterministic,
+            concurrency=4,
+        )
+
+    def interrupts(_):
+        raise KeyboardInterrupt
+
+    asked = {"group_size": 1, "sampling": Sampling(temperature=1.0), "seed": 0}
+    interrupted = scheduler()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(tasks, **asked, on_finish=interrupts)
+    texts = [
+        [[t.completion_ids for t in e.turns] for e in flat(one.run(tasks, **asked))]
+        for one in (interrupted, scheduler())
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_every_episode_is_reported_once_when_it_ends(make_scheduler, scripted_env, turns_then_end):
+    reported = []
+    scheduler: RolloutScheduler = make_scheduler(lambda: scripted_env(turns_then_end(2)), concurrency=2)
+    groups = scheduler.run(
+        [task(n, split="train") for n in range(3)],
+        group_size=2,
+        sampling=Sampling(temperature=1.0),
+        seed=0,
+        on_finish=reported.append,
+    )
+    key = [(t.task.index, t.member) for t in reported]
+    assert sorted(key) == [(n, m) for n in range(3) for m in range(2)]
+    assert {id(t.turns) for t in reported} == {id(t.turns) for t in flat(groups)}
