@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from opd.answers import messages_of
 from opd.chat import ChatFormat
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
@@ -30,7 +31,7 @@ from opd.launch.tiny_recipes import RECIPES
 from opd.launch.tiny_tokenizer import END, build_tokenizer
 from opd.modeling import CausalModel
 from opd.privileged import in_first_user_message, with_solution
-from opd.rollout import RolloutScheduler, messages_of, task
+from opd.rollout import RolloutScheduler, task
 
 NAMES = sorted(RECIPES)
 FORMS = [(name, form) for name in NAMES for form in RECIPES[name].forms]
