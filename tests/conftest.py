@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -116,10 +117,13 @@ def make_chat(make_tokenizer):
 def make_model(make_tokenizer):
     """`make_model(...)`: a random Llama with few, large weights, so that its distributions are far from uniform.
 
-    With `stops`, the end-of-turn token is so likely that a good part of the completions stop by themselves.
+    With `stops`, the end-of-turn token is so likely that a good part of the completions stop by themselves; with
+    `lora`, only new adapters train.
     """
 
-    def make(*, dtype=torch.float32, seed=0, stops=False, vocab=None, **config: Any) -> CausalModel:
+    def make(
+        *, dtype=torch.float32, seed=0, stops=False, vocab=None, lora=False, checkpointing=False, **config: Any
+    ) -> CausalModel:
         shape: dict[str, Any] = {
             "vocab_size": vocab or len(make_tokenizer()),
             "hidden_size": 32,
@@ -142,7 +146,11 @@ def make_model(make_tokenizer):
             if stops:  # a constant direction in the last hidden state, which the head reads as "stop"
                 model.model.layers[-1].mlp.down_proj.bias.copy_(4.0 * torch.ones(shape["hidden_size"]).sign())
                 model.lm_head.weight[make_tokenizer().eos_token_id] += 0.15
-        return CausalModel(model.to(dtype)).eval()
+        model.to(dtype)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")) if lora else model
+        return CausalModel(adapted).eval()
 
     return make
 

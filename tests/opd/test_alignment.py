@@ -83,13 +83,12 @@ def test_trained_ids_are_the_sampled_ones_and_teacher_scores_equal_brute_force(
         assert batched == pytest.approx(brute, abs=1e-10)
 
 
+IDS = st.lists(st.sampled_from([*range(60, 80), 256, 257, 260, 271, 272]), max_size=4)  # bytes, merges, markup
+THOUGHT = st.tuples(IDS, IDS).map(lambda parts: [269, *parts[0], 270, *parts[1]])  # makes "forgetful" fork
 TURNS = st.lists(
-    st.tuples(
-        # Bytes, merged pieces and markup: a thought that is closed makes the forgetful template fork.
-        st.lists(st.sampled_from([*range(60, 80), 256, 257, 260, 269, 270, 271, 272]), max_size=5),
-        st.sampled_from(["stop", "cut"]),
-        st.sampled_from(["tool", "user"]),
-    ).filter(lambda turn: turn[0] or turn[1] == "stop"),
+    st.tuples(st.one_of(IDS, THOUGHT), st.sampled_from(["stop", "cut"]), st.sampled_from(["tool", "user"])).filter(
+        lambda turn: turn[0] or turn[1] == "stop"
+    ),
     min_size=1,
     max_size=4,
 )
@@ -98,7 +97,7 @@ TURNS = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(
     episodes=st.lists(st.tuples(TURNS, st.text(alphabet="xyz \n", max_size=30)), min_size=1, max_size=3),
-    template=st.sampled_from(["chatml", "forgetful", "trimming", "no_tools", "strict", "spaced"]),
+    template=st.sampled_from(["chatml", "forgetful", "forgetful", "trimming", "no_tools", "strict", "spaced"]),
     kind=st.sampled_from(["forward_kl", "reverse_kl"]),
 )
 def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_force(
@@ -117,11 +116,13 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
         message = {"role": turns[env.turn - 1][2], "content": "ab12 the"[: env.turn * 3]}
         return "", 0.0, env.turn == len(turns), False, {"messages": [message]}
 
+    engine = scripted_engine(said)
     groups = play(
         lambda: scripted_env(answer, first=first),
         tasks=len(episodes),
-        engine=scripted_engine(said),
+        engine=engine,
         chat=chat,
+        max_tokens=20,
         max_length=4096,
     )
     trajectories = [t for group in groups for t in group.trajectories]
@@ -130,6 +131,15 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
     method = Opsd(OpsdConfig(divergence=kind, clip=None), chat)
     samples = [sample for group in groups for sample in method.annotate(group)]
     assert [i for s in samples for i in s.completion_ids] == [i for turns in said for ids in turns for i in ids]
+    rest = iter(samples)
+    for number, trajectory in enumerate(trajectories):
+        for segment in trajectory.segments():
+            sample = next(rest)
+            question = "Q" * (1 + number) + "\n\nHere is a reference solution"
+            assert chat.tokenizer.decode(sample.teacher_view.token_ids).count(question) == 1
+            ends = [i + 1 for i in range(len(sample.turn)) if sample.turn[i : i + 2] != [sample.turn[i]] * 2]
+            for turn, end in zip(range(segment.start, segment.start + len(ends)), ends, strict=True):
+                assert sample.token_ids[:end] == engine.prompts[number][turn] + said[number][turn]
     # Another model teaches than learns, and the id that ends a turn is the one that pads.
     teacher = Teacher(TeacherConfig(weights="live", rate=None), make_model(dtype=torch.float64, seed=7))
     batch = collate(samples, chat.end_id)
