@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.advantage import chunked_distillation_advantage
+from opd.advantage import chunked_advantages
 from opd.config import ModelConfig
 from opd.divergence import chunked_divergence
 from opd.modeling import CausalModel
@@ -124,11 +124,11 @@ def main() -> None:
         model.zero_grad()
 
     whole = seconds(step, repeats=1)
-    plain = seconds(lambda: chunked_distillation_advantage(*sides, ids))
+    plain = seconds(lambda: chunked_advantages(*sides, ids))
     print(f"\nA step (teacher, student, exact reverse KL, backward) takes {whole:.1f} CPU s; advantages without")
     print(f"a baseline {plain:.2f} s of it ({plain / whole:.1%}). Each baseline adds:\n")
     for name, baseline in BASELINES.items():
-        added = seconds(lambda baseline=baseline: chunked_distillation_advantage(*sides, ids, **baseline)) - plain
+        added = seconds(lambda baseline=baseline: chunked_advantages(*sides, ids, **baseline)) - plain
         print(f"- {name}: {added:.2f} s ({added / whole:.1%})")
 
 

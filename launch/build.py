@@ -10,11 +10,13 @@ import torch
 
 from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
+from opd.config import CorrectionConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs.factory import make
 from opd.intervals import wilson
 from opd.launch.config import Config
+from opd.losses import Correction, Sampler
 from opd.models import Loaded, load
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.teacher import Teacher
@@ -106,18 +108,28 @@ def build(config: Config) -> Run:
     scheduler = partial(RolloutScheduler, engine, chat, config=config.rollout, max_turns=config.env.max_turns)
     rollouts = scheduler(make_env=partial(make, config.env.id, config.env.kwargs))
     held_out = scheduler(make_env=partial(make, config.env.id, {**config.env.kwargs, **config.eval.env_kwargs}))
+    updates = config.train.steps * config.train.updates_per_step
     loop = Loop(
         seed=config.seed,
         method=method,
         student=loaded.model,
         teacher=Teacher(method.teacher, loaded.model),
         rollouts=rollouts,
-        backend=LocalBackend(loaded.model, config.train, total_steps=config.train.steps),
+        backend=LocalBackend(loaded.model, config.train, total_steps=updates),
         rollout=config.rollout,
         train=config.train,
+        sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout.correction)),
+        weighting=config.weighting,
         pad_id=loaded.pad_id,
     )
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out)
+
+
+def _correction(config: CorrectionConfig) -> Correction | None:
+    """None for the embedded engine, which samples from the network that trains, unless one is asked for."""
+    if config.mode == "auto" or config.mode == "none":
+        return None
+    return Correction(mode=config.mode, level=config.level, low=config.low, high=config.high)
 
 
 def _model_name(name: str) -> str:

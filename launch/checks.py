@@ -10,12 +10,13 @@ import netrc
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd.config import EnvConfig, ModelConfig, TrackingConfig
 from opd.errors import OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
+from opd.trainers.base import methods
 
 if TYPE_CHECKING:
     from opd.launch.config import Config
@@ -45,6 +46,7 @@ def check_combinations(config: Config) -> list[Problem]:
                 f"rollout.max_length = {rollout.max_length}. Raise the one or lower the other.",
             )
         )
+    problems += _undistilled(config)
     for name in ("every", "env_kwargs"):
         if getattr(evaluation, name) and not evaluation.tasks:
             problems.append(
@@ -54,6 +56,22 @@ def check_combinations(config: Config) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _undistilled(config: Config) -> list[Problem]:
+    """Settings about a teacher's word, for a method that does not listen to one."""
+    method: Any = methods()[config.method].cls
+    if method(config.section, None).losses.distill is not None:
+        return []
+    weighting = config.weighting
+    asked = {
+        "weighting.entropy": weighting.entropy,
+        "weighting.pass_rate": weighting.pass_rate,
+        "weighting.steps": weighting.steps,
+        "train.variance_every": config.train.variance_every,
+    }
+    text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
+    return [Problem((key,), f"{key} {text}") for key, value in asked.items() if value]
 
 
 def check_model(model: ModelConfig) -> list[Problem]:

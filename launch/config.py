@@ -15,7 +15,16 @@ from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
 import opd
-from opd.config import EnvSetting, EvalConfig, ModelSetting, RolloutConfig, Strict, TrackingConfig, TrainConfig
+from opd.config import (
+    EnvSetting,
+    EvalConfig,
+    ModelSetting,
+    RolloutConfig,
+    Strict,
+    TrackingConfig,
+    TrainConfig,
+    WeightingConfig,
+)
 from opd.errors import ConfigError
 from opd.launch import out
 from opd.launch.checks import check_combinations, check_env, check_model, check_tracking
@@ -43,6 +52,7 @@ class Config(Strict):
     env: EnvSetting
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     backend: Literal["local"] = Field("local", description="What trains: `local` is one process, plain torch.")

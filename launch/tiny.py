@@ -270,8 +270,10 @@ def _supervised(token_ids: list[int], mask: list[int]) -> Sample:
         completion_mask=mask,
         turn=[0] * len(mask),
         sampler_logprobs=[math.nan] * len(mask),
+        policy_weight=nothing,
         distill_weight=nothing,
         ce_weight=[float(m) for m in mask],
+        advantage=nothing,
         route="ce",
     )
 

@@ -7,7 +7,7 @@ in `opd.objective`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
 from opd.head import Head, compute_dtype, logit_blocks, projections
+from opd.logprobs import entropy_of
 
 Scale = Literal["std", "none"]
 Baseline = Literal["full", "top_k", "optimal"]
@@ -151,7 +152,18 @@ def squared_scores(p: Tensor) -> Tensor:
     return 1 - 2 * p + p.square().sum(-1, keepdim=True)
 
 
-def chunked_distillation_advantage(
+class Advantages(NamedTuple):
+    """What the teacher thinks of sampled tokens, and of the states they were sampled in: [N] nats each, detached."""
+
+    values: Tensor
+    """The advantages: less the baseline, clipped."""
+    gap: Tensor
+    """`log student - log teacher` of the sampled tokens."""
+    teacher_entropy: Tensor
+
+
+@torch.no_grad()
+def chunked_advantages(
     student_hidden: Tensor,
     student_head: Head | Tensor,
     teacher_hidden: Tensor,
@@ -164,21 +176,23 @@ def chunked_distillation_advantage(
     top_k: int | None = None,
     renormalise: bool = False,
     clip: float | None = None,
-) -> Tensor:
-    """`distillation_advantage` of hidden states [N, H] and [N, H'], without their logits: [N] nats.
+) -> Advantages:
+    """`distillation_advantage` of hidden states [N, H] and [N, H'], without their logits, and values to log.
 
     `temperature` is the sampling temperature; `chunk_size` as in `opd.divergence.chunked_divergence`.
     """
     student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
     if token_ids.shape != student_hidden.shape[:1]:
         raise DataError(f"{list(token_ids.shape)} token ids for {len(student_hidden)} hidden states")
-    advantages = torch.empty(len(student_hidden), dtype=student.dtype, device=student_hidden.device)
-    with torch.no_grad():
-        for rows, ours, theirs in logit_blocks(student_hidden, student, teacher_hidden, teacher):
-            advantages[rows] = distillation_advantage(
-                ours, theirs, token_ids[rows], baseline=baseline, top_k=top_k, renormalise=renormalise, clip=clip
-            )
-    return advantages
+    result = Advantages(*torch.empty(3, len(student_hidden), dtype=student.dtype, device=student_hidden.device))
+    for rows, *logits in logit_blocks(student_hidden, student, teacher_hidden, teacher):
+        ours, theirs = _logprobs(*logits)
+        result.values[rows] = distillation_advantage(
+            ours, theirs, token_ids[rows], baseline=baseline, top_k=top_k, renormalise=renormalise, clip=clip
+        )
+        result.gap[rows] = (ours - theirs).gather(-1, token_ids[rows, None]).squeeze(-1)
+        result.teacher_entropy[rows] = entropy_of(theirs, theirs.exp())
+    return result
 
 
 def _logprobs(*logits: Tensor) -> list[Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.errors import DataError
 from opd.losses import Losses
-from opd.types import Sample
-
-STREAMS = ("distill_weight", "ce_weight")
+from opd.types import WEIGHTS, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,16 +35,26 @@ class Batch:
     """[N] long: the sampled ids."""
     sampler_logprobs: Tensor
     """[N] float32, natural log, at the sampling temperature."""
+    policy_weight: Tensor
+    """[N] float32, divided by the step's denominator; so are the other weights."""
     distill_weight: Tensor
-    """[N] float32, divided by the step's denominator."""
+    """[N] float32."""
     ce_weight: Tensor
-    """[N] float32, divided by the step's denominator."""
+    """[N] float32."""
+    advantage: Tensor
+    """[N] float32."""
     lengths: list[int]
     """[B] sampled tokens of each sequence; they add up to N."""
     teacher_ids: Tensor | None
-    """[B, T'] long, or None where nothing is distilled."""
+    """[B', T'] long: the views of those sequences that have one; None where none has."""
     teacher_rows: Tensor | None
-    """[N] long: the teacher's rows."""
+    """[M] long: the teacher's rows, of the sampled tokens that it sees."""
+    taught: Tensor | None
+    """[M] long: which of the N tokens these are; None where they are all."""
+    old_logprobs: Tensor | None = None
+    """[N] float32, or None where the student is still what it was when the rollouts were played."""
+    teacher_logprobs: Tensor | None = None
+    """[N] float32, or None where the teacher was not asked before training."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -59,19 +68,24 @@ def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list
     """Divide every weight by its component's denominator, taken over all ranks through `all_sum`.
 
     After this, summing weight times loss over any micro-batches, on any ranks, gives the step's loss.
+    Raises DataError for a token that is to be distilled and that no teacher sees.
     """
-    per_sequence = losses.reduction == "sequence_mean"
-    counts = [[sum(w != 0 for w in getattr(s, name)) for s in samples] for name in STREAMS]
-    local = [float(sum(n > 0 for n in c) if per_sequence else sum(c)) for c in counts]
+    for sample in samples if losses.distill else []:
+        if sample.teacher_view is None and sample.teacher_logprobs is None and any(sample.distill_weight):
+            raise DataError("sample.distill_weight is non-zero, but no teacher sees the sample, or has scored it")
+    by_sequence = losses.reduction != "token_mean"
+    counts = [[sum(w != 0 for w in getattr(s, name)) for s in samples] for name in WEIGHTS]
+    local = [float(sum(n > 0 for n in c) if by_sequence else sum(c)) for c in counts]
     totals = all_sum(local)
     if losses.shared:
         totals = [sum(totals)] * len(totals)
-    coefs = [component.coef if component else 0.0 for component in (losses.distill, losses.ce)]
+    coefs = [part.coef if part else 0.0 for part in (losses.policy, losses.distill, losses.ce)]
     divided = []
     for number, sample in enumerate(samples):
         streams: dict[str, Any] = {}
-        for name, count, total, coef in zip(STREAMS, counts, totals, coefs, strict=True):
-            scale = coef / (total * (count[number] if per_sequence else 1)) if count[number] else 0.0
+        for name, count, total, coef in zip(WEIGHTS, counts, totals, coefs, strict=True):
+            within = {"token_mean": 1, "sequence_mean": count[number], "sequence_sum": losses.length}[losses.reduction]
+            scale = coef / (total * within) if count[number] else 0.0
             streams[name] = [w * scale for w in getattr(sample, name)]
         divided.append(replace(sample, **streams))
     return divided
@@ -85,44 +99,58 @@ def microbatches(samples: Sequence[Sample], token_budget: int) -> list[list[int]
 
     sizes = [(len(s.token_ids), len(s.teacher_view.token_ids) if s.teacher_view else 0) for s in samples]
     batches: list[list[int]] = []
-    widest = (0, 0)
     for index in sorted(range(len(samples)), key=lambda i: sizes[i], reverse=True):
-        own, view = sizes[index]
-        widest = (max(widest[0], own), max(widest[1], view))
-        if not batches or (len(batches[-1]) + 1) * sum(widest) > token_budget:
+        if not batches or _padded([sizes[i] for i in [*batches[-1], index]]) > token_budget:
             batches.append([])
-            widest = (own, view)
         batches[-1].append(index)
     return batches
+
+
+def _padded(sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens that are fed for sequences of these lengths (of the student, of the teacher or 0)."""
+    widest, widest_view = max(own for own, _ in sizes), max(view for _, view in sizes)
+    return len(sizes) * widest + sum(view > 0 for _, view in sizes) * widest_view
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     """Pad one micro-batch. Raises ValueError on an empty one."""
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
-    views = [s.teacher_view for s in samples]
     ids = _pad([s.token_ids for s in samples], pad_id)
-    teacher_ids = teacher_rows = None
-    if any(views):
-        if not all(views):
-            raise ValueError("a micro-batch mixes samples with and without a teacher's view")
-        teacher_ids = _pad([v.token_ids for v in views if v], pad_id)
-        teacher_rows = _flat_rows([v.rows for v in views if v], teacher_ids.shape[1])
+    views = [s.teacher_view for s in samples if s.teacher_view is not None]
+    teacher_ids = teacher_rows = taught = None
+    if views:
+        teacher_ids = _pad([v.token_ids for v in views], pad_id)
+        teacher_rows = _flat_rows([v.rows for v in views], teacher_ids.shape[1])
+    if views and len(views) < len(samples):
+        seen = [s.teacher_view is not None for s in samples for _ in s.rows]
+        taught = torch.tensor(seen).nonzero().squeeze(-1)
 
     def sampled(name: str) -> Tensor:
         picked = ([getattr(s, name)[row + 1] for row in s.rows] for s in samples)
         return torch.tensor(list(chain.from_iterable(picked)), dtype=torch.float32)
+
+    def sampled_or_none(name: str) -> Tensor | None:
+        missing = [getattr(s, name) is None for s in samples]
+        if any(missing) and not all(missing):
+            raise ValueError(f"a micro-batch mixes samples with and without {name}")
+        return None if any(missing) else sampled(name)
 
     return Batch(
         input_ids=ids,
         rows=_flat_rows([s.rows for s in samples], ids.shape[1]),
         targets=torch.tensor([t for s in samples for t in s.completion_ids], dtype=torch.long),
         sampler_logprobs=sampled("sampler_logprobs"),
+        policy_weight=sampled("policy_weight"),
         distill_weight=sampled("distill_weight"),
         ce_weight=sampled("ce_weight"),
+        advantage=sampled("advantage"),
         lengths=[sum(s.completion_mask) for s in samples],
         teacher_ids=teacher_ids,
         teacher_rows=teacher_rows,
+        taught=taught,
+        old_logprobs=sampled_or_none("old_logprobs"),
+        teacher_logprobs=sampled_or_none("teacher_logprobs"),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -94,6 +94,40 @@ class RolloutConfig(Strict):
         description="When the chat template rewrites earlier turns (drops their thinking, say): start a new "
         "training sequence with what the template renders, or keep appending to what was sampled.",
     )
+    correction: CorrectionConfig = Field(
+        default_factory=lambda: CorrectionConfig(), description="For the gap between sampler and trainer."
+    )
+
+    @model_validator(mode="after")
+    def _truncated_sampling_has_no_ratio(self) -> RolloutConfig:
+        if (self.top_p < 1 or self.top_k) and self.correction.mode in ("truncate", "mask"):
+            raise ValueError(
+                f"rollout.correction.mode = {self.correction.mode} with top_p = {self.top_p:g}, top_k = {self.top_k}: "
+                "the sampler's log-probs are then of a truncated distribution, and no ratio to the trainer's "
+                "means anything; set top_p: 1 and top_k: 0, or correction.mode: none"
+            )
+        return self
+
+
+class CorrectionConfig(Strict):
+    """Importance weights for tokens that the sampler drew with another probability than the trainer gives them."""
+
+    mode: Literal["auto", "none", "truncate", "mask"] = Field(
+        "auto",
+        description="truncate: weigh a token by trainer over sampler, at most `high`; mask: drop it outside of `low` "
+        "to `high`; auto: truncate, unless the engine samples from the trainer's own network.",
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="Ratio of each token, or of the whole sequence (the product of its tokens')."
+    )
+    low: float = Field(0.5, ge=0, lt=1, description="mask: the least ratio that is kept.")
+    high: float = Field(2.0, gt=1, description="The greatest weight (truncate) or ratio (mask).")
+
+    @model_validator(mode="after")
+    def _low_belongs_to_mask(self) -> CorrectionConfig:
+        if self.mode != "mask" and self.low != 0.5:
+            raise ValueError(f"rollout.correction.low is used by mask alone, but the mode is {self.mode}; remove it")
+        return self
 
 
 class TrainConfig(Strict):
@@ -104,6 +138,12 @@ class TrainConfig(Strict):
     tokens_per_microbatch: int = Field(
         8192, ge=16, description="Most padded tokens (student and teacher) in one forward pass."
     )
+    updates_per_step: int = Field(
+        1,
+        ge=1,
+        description="Optimiser updates made of one step's episodes, each on its own share of the tasks. Beyond 1 the "
+        "later ones are off-policy: only then are ratios other than 1, and clipped.",
+    )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
@@ -113,6 +153,12 @@ class TrainConfig(Strict):
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only the last.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; by default as torch chooses.")
+    variance_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between measurements of the sampled-token gradient's variance, with and without a "
+        "baseline (methods that distil); 0: never. One costs about two more projections of the head.",
+    )
 
 
 class EvalConfig(Strict):
@@ -135,6 +181,50 @@ class TrackingConfig(Strict):
     rollouts_per_step: int = Field(8, ge=0, description="Episodes of each step written to rollouts.jsonl.")
     plot: bool = Field(True, description="Write curves.png beside the run.")
     console: bool = Field(True, description="Progress bar and tables in the terminal.")
+
+
+class PassRateWeighting(Strict):
+    """PACED: distil most the tasks at the edge of what the student can do."""
+
+    alpha: float = Field(1.0, ge=0, description="Exponent of the share of solved episodes.")
+    beta: float = Field(1.0, ge=0, description="Exponent of the share of unsolved episodes.")
+    normalise: bool = Field(True, description="Divide by the mean over the step, so that the step keeps its size.")
+
+
+class StepWeighting(Strict):
+    """SOD: distil less at turns where the student has left the teacher's ground."""
+
+    epsilon: float = Field(1e-6, gt=0, description="Added to the mean gap of a turn.")
+    most: float = Field(1.2, ge=1, description="Greatest weight of a turn.")
+
+
+class WeightingConfig(Strict):
+    """Which tokens count for more; lies over the weights of any method, on its distilled tokens or on all."""
+
+    entropy: float | None = Field(
+        None,
+        gt=0,
+        description="SRPO: exp(-this * entropy of the teacher) over its mean, on distilled tokens.",
+    )
+    pass_rate: PassRateWeighting | None = Field(None, description="PACED: by the pass rate, on distilled tokens.")
+    steps: StepWeighting | None = Field(None, description="SOD: by the divergence of each turn, on distilled tokens.")
+    turns: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="A weight for each turn, on every component; the last stands for all after it, 0 masks.",
+    )
+
+    @field_validator("turns")
+    @classmethod
+    def _weights_are_weights(cls, turns: list[float] | None) -> list[float] | None:
+        if turns is not None and (min(turns) < 0 or not any(turns)):
+            raise ValueError(f"weighting.turns = {turns}: weights must not be negative, nor all 0")
+        return turns
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the teacher must be asked before the weights are known."""
+        return self.entropy is not None or self.steps is not None
 
 
 class TeacherConfig(Strict):

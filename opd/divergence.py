@@ -27,6 +27,7 @@ from opd.head import (
     tiles,
     weighted_sum,
 )
+from opd.logprobs import entropy_of
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 """`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between."""
@@ -172,36 +173,6 @@ def weighted_divergence(
     return WeightedDivergence(total, _finite(values), *logged)
 
 
-def chunked_logprobs(
-    hidden: Tensor,
-    head: Head | Tensor,
-    token_ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    chunk_size: int | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """Log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
-
-    `weights`, the gradients and their cost: as for `chunked_divergence`. With minus a weight this is the
-    weighted cross-entropy.
-
-    Raises:
-        ConfigError: an option outside its range.
-        DataError: shapes that do not match, or an id outside the vocabulary.
-    """
-    projection = Projection.of(hidden, head, temperature, chunk_size)
-    if token_ids.shape != hidden.shape[:1]:
-        raise DataError(f"{list(token_ids.shape)} token ids for {len(hidden)} hidden states")
-    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < projection.head.vocabulary:
-        least, most = (int(end) for end in token_ids.aminmax())
-        raise DataError(f"token ids from {least} to {most}: a vocabulary of {projection.head.vocabulary} has no such")
-    start = partial(_LogProbTile, token_ids)
-    if weights is None:
-        return per_token(hidden, projection, start)
-    return weighted_sum(hidden, projection, start, weights)[0]
-
-
 @dataclass(frozen=True, slots=True)
 class _Rule:
     """A divergence, entry by entry of the vocabulary or of what is told apart of it."""
@@ -332,8 +303,8 @@ class _DivergenceTile:
             summands.clamp_(max=self.rule.clip)
             slope.masked_fill_(cut, 0)
             noted.clipped.copy_(cut.sum(-1, dtype=p.dtype) / cut.shape[-1])
-        noted.student_entropy.copy_(_entropy(student, p))
-        noted.teacher_entropy.copy_(_entropy(teacher, q))
+        noted.student_entropy.copy_(entropy_of(student, p))
+        noted.teacher_entropy.copy_(entropy_of(teacher, q))
         if weight is not None:
             # The way back through the log-softmax: slope - p * sum(slope).
             torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=logits).mul_(weight)
@@ -349,37 +320,12 @@ class _DivergenceTile:
         student = student.detach()
         p, q = student.exp(), teacher.exp()
         noted.kept.copy_(torch.minimum(p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)))
-        noted.student_entropy.copy_(_entropy(student, p))
-        noted.teacher_entropy.copy_(_entropy(teacher, q))
+        noted.student_entropy.copy_(entropy_of(student, p))
+        noted.teacher_entropy.copy_(entropy_of(teacher, q))
         if weight is not None:
             (gradient,) = torch.autograd.grad(values, leaf, weight.squeeze(-1))
             logits.copy_(gradient)
         return values.detach()
-
-
-def _entropy(logprobs: Tensor, p: Tensor) -> Tensor:
-    """[n, V], [n, V] -> [n] nats."""
-    negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp(min=torch.finfo(p.dtype).min))
-    return -negative
-
-
-class _LogProbTile:
-    """The log-probs of given ids in a tile."""
-
-    def __init__(self, token_ids: Tensor) -> None:
-        self.token_ids = token_ids
-
-    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
-        ids = self.token_ids[rows, None]
-        values = logits.new_empty(len(logits))
-        for part in tiles(len(logits), row_block(logits)):
-            logprobs = logits[part].log_softmax(-1)
-            values[part] = logprobs.gather(-1, ids[part]).squeeze(-1)
-            if weights is not None:
-                weight = weights[part, None]
-                torch.mul(logprobs.exp_(), -weight, out=logits[part])
-                logits[part].scatter_add_(-1, ids[part], weight)
-        return values
 
 
 def _prepare(

@@ -8,6 +8,7 @@ train, with which weight). Only a method turns one into the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -152,6 +153,14 @@ class TeacherView:
         return [self.token_ids[row + 1] for row in self.rows]
 
 
+WEIGHTS = ("policy_weight", "distill_weight", "ce_weight")
+"""The weight streams of a sample, one a component of the loss."""
+STREAMS = (
+    *("completion_mask", "turn", *WEIGHTS, "advantage"),
+    *("sampler_logprobs", "old_logprobs", "teacher_logprobs", "teacher_entropy"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One sequence, ready to train: ids, which of them were sampled, and what each of those costs.
@@ -170,28 +179,52 @@ class Sample:
     completion_mask: list[int]
     turn: list[int]
     sampler_logprobs: list[float]
+    policy_weight: list[float]
     distill_weight: list[float]
     ce_weight: list[float]
+    advantage: list[float]
+    """What `policy_weight` multiplies the log-prob's gradient by; read where that is not 0."""
+    old_logprobs: list[float] | None = None
+    """The trainer's own log-probs before the first update of the step; None where there is but one."""
+    teacher_logprobs: list[float] | None = None
+    """The teacher's, at the sampled ids, where they were scored before training."""
+    teacher_entropy: list[float] | None = None
+    """Nats of the teacher's whole distribution, where it was scored before training."""
     teacher_view: TeacherView | None = None
     task: Task | None = None
     member: int = 0
+    success: bool = False
+    """Whether the episode solved its task, for metrics and weightings."""
     route: str = ""
     """The component that this sample feeds, for metrics."""
     policy_version: int = 0
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
-        for name in ("completion_mask", "turn", "sampler_logprobs", "distill_weight", "ce_weight"):
-            if len(getattr(self, name)) != size:
-                raise DataError(f"sample.{name} has {len(getattr(self, name))} entries for {size} tokens")
+        for name in STREAMS:
+            stream = getattr(self, name)
+            if stream is not None and len(stream) != size:
+                raise DataError(f"sample.{name} has {len(stream)} entries for {size} tokens")
         if self.completion_mask and self.completion_mask[0]:
             raise DataError("the first token of a sample cannot be trained: no row predicts it")
-        for name in ("distill_weight", "ce_weight"):
+        for name in WEIGHTS:
             weights = getattr(self, name)
             if any(w != 0 and not m for w, m in zip(weights, self.completion_mask, strict=True)):
                 raise DataError(f"sample.{name} is non-zero on a token that was not sampled")
         if self.teacher_view is not None and self.teacher_view.targets != self.completion_ids:
             raise DataError("the teacher's view does not hold the sampled ids, in order, at its rows")
+
+    @property
+    def zero_signal(self) -> bool:
+        """Whether nothing can be learned from it: no weight, or no advantage where it has some."""
+        if any(self.distill_weight) or any(self.ce_weight):
+            return False
+        return not any(w * a for w, a in zip(self.policy_weight, self.advantage, strict=True) if w)
+
+    def spread(self, values: Sequence[float]) -> list[float]:
+        """One value for each sampled token, laid out as a stream: [T], nan elsewhere."""
+        rest = iter(values)
+        return [next(rest) if sampled else math.nan for sampled in self.completion_mask]
 
     @property
     def completion_ids(self) -> list[int]:
@@ -208,11 +241,13 @@ def to_sample(
     segment: Segment,
     *,
     view: TeacherView | None = None,
+    policy: float = 0.0,
+    advantage: float = 0.0,
     distill: float = 0.0,
     ce: float = 0.0,
     route: str = "",
 ) -> Sample:
-    """One segment of a trajectory as a sample, each weight the same on every sampled token."""
+    """One segment of a trajectory as a sample, weights and advantage the same on every sampled token."""
     ids: list[int] = []
     mask: list[int] = []
     turn_of: list[int] = []
@@ -231,11 +266,14 @@ def to_sample(
         completion_mask=mask,
         turn=turn_of,
         sampler_logprobs=logprobs,
+        policy_weight=stream(policy),
         distill_weight=stream(distill),
         ce_weight=stream(ce),
+        advantage=stream(advantage),
         teacher_view=view,
         task=trajectory.task,
         member=trajectory.member,
+        success=trajectory.success,
         route=route,
         policy_version=trajectory.policy_version,
     )

@@ -18,7 +18,7 @@ from opd.types import Message, Sample, TrajectoryGroup
 if TYPE_CHECKING:
     from opd.chat import ChatFormat
 
-METHODS = ("opsd",)
+METHODS = ("grpo", "opsd")
 """The modules under `trainers/` that register a method of the same name."""
 
 
@@ -60,6 +60,17 @@ class Method:
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
         """What the teacher reads in place of the task's first messages; also how its own success is measured."""
         return messages
+
+    needs_scores = False
+    """Whether `weigh` reads what the teacher says of each token; it is then asked before training."""
+
+    def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
+        """The step's samples, in the same order, with weights that depend on all of them.
+
+        `all_sum` adds up each value over all ranks. With `needs_scores` the samples that have a teacher's view hold
+        `teacher_logprobs` and `teacher_entropy`.
+        """
+        return samples
 
     def observe(self, groups: list[TrajectoryGroup]) -> None:
         """Learn from finished episodes after the step."""

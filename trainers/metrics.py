@@ -1,14 +1,26 @@
-"""The numbers of a step, from its episodes and its samples."""
+"""The numbers of a step, from its episodes, its samples, and what the objective found out about their tokens.
+
+Names that are not plain: `distill/nats` is the divergence a token (of the sampled token alone: the log-ratio), split by
+whether the episode solved its task and by turn; `distill/kept` the probability that the top k hold; `.../clipped`
+the share of what a clip touched; `policy/ratio_*` quantiles of student over old policy, `sampler/ratio_*` of old
+policy over sampler; `sampler/gap` the mean absolute difference of their log-probs; `signal/zero` the share of
+samples from which nothing can be learned; `variance/*` see `of_variance`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from opd.types import Sample, StopReason, TrajectoryGroup
+
+MOST_TURNS = 8
+"""Turns with a metric of their own; the last one stands for all after it too."""
+QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+Column = np.ndarray
 
 
 def of_groups(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
@@ -35,15 +47,111 @@ def of_groups(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
     return row
 
 
-def of_samples(samples: Sequence[Sample], divergences: Mapping[int, Tensor]) -> dict[str, float]:
-    """How much trains, by which route, and how far the teacher is from the student where it does."""
+def pass_rates(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
+    """The share of a task's episodes that solved it, by task id; tasks of which none was played whole are left out."""
+    return {group.task.id: _mean(t.success for t in group.usable) for group in groups if group.usable}
+
+
+def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
+    """How much trains, and by which route."""
     row = {"tokens/trained": float(sum(sum(s.completion_mask) for s in samples))}
     for route, count in Counter(s.route for s in samples).items():
         row[f"route/{route}"] = float(count)
-    if divergences:
-        nats = torch.cat([divergences[i] for i in sorted(divergences)]).double()
-        row |= {"distill/nats": float(nats.mean()), "distill/nats_max": float(nats.max())}
+    if samples:
+        row["signal/zero"] = _mean(s.zero_signal for s in samples)
     return row
+
+
+def of_tokens(samples: Sequence[Sample], facts: Mapping[int, Mapping[str, Tensor]]) -> dict[str, float]:
+    """What the objective found out, over the tokens that train by the component it is about."""
+    columns = _columns(samples, facts)
+    distilled, policy = columns["distill_weight"] != 0, columns["policy_weight"] != 0
+    trained = distilled | policy | (columns["ce_weight"] != 0)
+    row = _of_distillation({name: column[distilled] for name, column in columns.items()})
+    row |= _means(columns, trained, {"entropy": "entropy/student", "sampler_limited": "sampler/limited"})
+    row |= _means(columns, policy, {"ratio_clipped": "policy/clipped"})
+    row |= _quantiles("policy/ratio", columns, "ratio", policy)
+    row |= _quantiles("sampler/ratio", columns, "sampler_ratio", trained)
+    gap = _known(columns, "sampler_gap", trained)
+    if gap.size:
+        row["sampler/gap"] = float(np.abs(gap).mean())
+    return row | of_variance(columns)
+
+
+def of_variance(columns: Mapping[str, Column]) -> dict[str, float]:
+    """The variance meter: sums over the tokens that the teacher saw.
+
+    `variance/baseline` and `variance/least`: with the method's baseline (or the full one), and with the best that a
+    state can have, over without; `variance/reached`: the share of that reduction which the baseline gets.
+    """
+    everywhere = np.ones(len(columns["turn"]), bool)
+    sums = {
+        name: float(_known(columns, f"variance_{name}", everywhere).sum()) for name in ("plain", "baselined", "least")
+    }
+    if not sums["plain"] > 0:
+        return {}
+    reachable = sums["plain"] - sums["least"]
+    row = {"variance/baseline": sums["baselined"] / sums["plain"], "variance/least": sums["least"] / sums["plain"]}
+    return row | ({"variance/reached": (sums["plain"] - sums["baselined"]) / reachable} if reachable > 0 else {})
+
+
+def _of_distillation(columns: Mapping[str, Column]) -> dict[str, float]:
+    everywhere = np.ones(len(columns["turn"]), bool)
+    row = _means(
+        columns,
+        everywhere,
+        {
+            "nats": "distill/nats",
+            "clipped": "distill/clipped",
+            "kept": "distill/kept",
+            "teacher_entropy": "entropy/teacher",
+        },
+    )
+    if "distill/nats" not in row:
+        return row
+    row["distill/nats_max"] = float(np.nanmax(columns["nats"]))
+    right, turn = columns["right"] != 0, np.minimum(columns["turn"], MOST_TURNS - 1)
+    row |= _means(columns, right, {"nats": "distill/nats_right"}) | _means(
+        columns, ~right, {"nats": "distill/nats_wrong"}
+    )
+    for number in np.unique(turn):
+        row |= _means(columns, turn == number, {"nats": f"distill/nats_turn_{int(number)}"})
+    return row
+
+
+def _columns(samples: Sequence[Sample], facts: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Column]:
+    """One row a sampled token, one column a fact (nan where it has none) or a stream of its sample."""
+    names = sorted({name for own in facts.values() for name in own})
+    columns: dict[str, list[Column]] = {name: [] for name in names}
+    streams = ("turn", "policy_weight", "distill_weight", "ce_weight")
+    columns |= {name: [] for name in (*streams, "right")}
+    for index in sorted(facts):
+        sample, own = samples[index], facts[index]
+        mask = np.array(sample.completion_mask, bool)
+        for name in streams:
+            columns[name].append(np.array(getattr(sample, name), float)[mask])
+        columns["right"].append(np.full(mask.sum(), float(sample.success)))
+        for name in names:
+            columns[name].append(own[name].double().numpy() if name in own else np.full(mask.sum(), np.nan))
+    return {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in columns.items()}
+
+
+def _known(columns: Mapping[str, Column], name: str, where: Column) -> Column:
+    """The values of a fact at some tokens, without those that have none."""
+    values = columns[name][where] if name in columns else np.empty(0)
+    known: Column = values[~np.isnan(values)]
+    return known
+
+
+def _means(columns: Mapping[str, Column], where: Column, names: Mapping[str, str]) -> dict[str, float]:
+    """Means of facts, under the names of their metrics; nothing where no token has any."""
+    values = {metric: _known(columns, fact, where) for fact, metric in names.items()}
+    return {metric: float(known.mean()) for metric, known in values.items() if known.size}
+
+
+def _quantiles(prefix: str, columns: Mapping[str, Column], name: str, where: Column) -> dict[str, float]:
+    values = _known(columns, name, where)
+    return {f"{prefix}_{label}": float(np.quantile(values, q)) for label, q in QUANTILES.items()} if values.size else {}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -188,3 +188,63 @@ def test_three_steps_of_the_example_run_from_yaml_to_export(tmp_path):
     result = opd.train(config)
     assert result.before.rate < 0.7
     assert (result.out / "export" / "model.safetensors").is_file()
+
+
+WEIGHTED = {"entropy": 1.0, "pass_rate": {"alpha": 0.0}, "steps": {}, "turns": [1.0, 0.5]}
+
+
+def test_weightings_and_the_variance_meter_leave_their_marks(settings):
+    out = train(
+        settings("weighted", weighting=WEIGHTED, rollout={"group_size": 3}, train={"steps": 3, "variance_every": 2})
+    ).out
+    rows = read_rows(out / "metrics.jsonl")
+    assert [("variance/baseline" in row) for row in rows] == [True, False, True]
+    assert all(row["variance/least"] <= min(1.0, row["variance/baseline"] + 1e-9) for row in rows[::2])
+    assert all(0 < row["entropy/teacher"] < row["entropy/student"] + 5 for row in rows)
+    assert {"distill/nats_wrong", "distill/nats_turn_0", "signal/zero"} <= rows[0].keys()
+
+
+def test_weights_that_do_not_differ_train_as_if_there_were_none(settings):
+    """Turns of weight one: the teacher is asked before training or while it goes on, to the same bits."""
+    first = train(settings("plain")).out
+    second = train(settings("scored", weighting={"steps": {"epsilon": 1e9}})).out
+    assert_same_bits(weights(first / "checkpoints/step-4"), weights(second / "checkpoints/step-4"))
+
+
+def test_grpo_updates_several_times_a_step_and_only_then_are_ratios_clipped(settings):
+    grpo = {"method": "grpo", "grpo": {"clip_low": 0.01, "clip_high": 0.01}, "rollout": {"group_size": 4}}
+    data = [settings("once", **grpo), settings("twice", **grpo, train={"updates_per_step": 2})]
+    for one in data:
+        del one["opsd"]
+    once, twice = (train(one).out for one in data)
+    first, second = read_rows(once / "metrics.jsonl"), read_rows(twice / "metrics.jsonl")
+    assert all(row["policy/clipped"] == 0 and row["policy/ratio_p01"] == row["policy/ratio_p99"] == 1 for row in first)
+    assert any(row["policy/clipped"] > 0 for row in second)
+    assert any(row["policy/ratio_p99"] > 1 for row in second)
+    assert all(row["sampler/gap"] < 1e-4 for row in first)
+    assert all("distill/nats" not in row and row["time/teacher"] < 0.01 for row in first)
+
+
+def test_a_correction_of_the_embedded_engine_finds_nothing_to_correct(settings):
+    out = train(settings("corrected", rollout={"correction": {"mode": "mask", "low": 0.99, "high": 1.01}})).out
+    for row in read_rows(out / "metrics.jsonl"):
+        assert row["sampler/limited"] == 0
+        assert abs(row["sampler/ratio_p01"] - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rollout": {"top_p": 0.9, "correction": {"mode": "truncate"}}}, "no ratio to the trainer's"),
+        ({"rollout": {"correction": {"low": 0.1}}}, "used by mask alone"),
+        ({"method": "grpo", "weighting": {"entropy": 1.0}}, "weighting.entropy has no effect: method = grpo"),
+        ({"method": "grpo", "train": {"variance_every": 5}}, "train.variance_every has no effect"),
+        ({"method": "grpo", "grpo": {"length": 5}}, "nothing else uses one"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused_before_the_model_loads(settings, changed, message):
+    data = settings("refused", **changed)
+    if data["method"] == "grpo":
+        del data["opsd"]
+    with pytest.raises(ConfigError, match=message):
+        train(data)

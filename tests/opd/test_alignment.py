@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from opd.collate import collate, microbatches
 from opd.config import TeacherConfig
-from opd.divergence import chunked_logprobs
+from opd.logprobs import chunked_logprobs
 from opd.objective import objective
 from opd.privileged import in_first_user_message, with_solution
 from opd.rollout import task
@@ -151,7 +151,7 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
         p, q = (theirs, ours) if kind == "forward_kl" else (ours, theirs)
         brute += (p.exp() * (p - q)).sum(-1).tolist()
     assert len(brute) == sum(len(ids) for turns in said for ids in turns)
-    assert result.divergence.tolist() == pytest.approx(brute, abs=1e-10)
+    assert result.facts["nats"].tolist() == pytest.approx(brute, abs=1e-10)
 
 
 @torch.no_grad()

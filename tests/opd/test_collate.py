@@ -2,16 +2,18 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from opd.collate import collate, microbatches, normalise
+from opd.errors import DataError
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.types import Sample, TeacherView
 
 
-def sample(prompt, completion, *, view=None, distill=1.0, ce=0.0):
+def sample(prompt, completion, *, view=None, policy=0.0, advantage=0.0, distill=1.0, ce=0.0):
     """One turn: `prompt` ids, then `completion` ids; the teacher reads `view` in place of the prompt."""
     mask = [0] * len(prompt) + [1] * len(completion)
     return Sample(
@@ -19,8 +21,10 @@ def sample(prompt, completion, *, view=None, distill=1.0, ce=0.0):
         completion_mask=mask,
         turn=[0] * len(mask),
         sampler_logprobs=[-0.5 * i if m else math.nan for i, m in enumerate(mask)],
+        policy_weight=[policy * m for m in mask],
         distill_weight=[distill * m for m in mask],
         ce_weight=[ce * m for m in mask],
+        advantage=[advantage * m for m in mask],
         teacher_view=None
         if view is None
         else TeacherView(token_ids=view + completion, rows=[len(view) - 1 + i for i in range(len(completion))]),
@@ -65,9 +69,34 @@ def test_a_sequence_in_which_nothing_was_sampled_adds_no_row():
     assert (batch.rows.tolist(), batch.targets.tolist(), batch.lengths) == ([2], [5], [0, 1])
 
 
-def test_a_mixture_of_samples_with_and_without_views_is_refused():
-    with pytest.raises(ValueError, match="mixes samples with and without a teacher's view"):
-        collate([sample([1], [2], view=[3]), sample([1], [2])], pad_id=0)
+def test_where_the_teacher_sees_only_some_samples_its_rows_say_which_tokens_they_are_of():
+    samples = [sample([1], [2, 3]), sample([1], [4], view=[5, 6]), sample([1], [7]), sample([1], [8, 9], view=[5])]
+    batch = collate(samples, pad_id=0)
+    assert batch.taught.tolist() == [2, 4, 5]
+    assert batch.teacher_ids.tolist() == [[5, 6, 4], [5, 8, 9]]
+    assert batch.teacher_rows.tolist() == [1, 3, 4]
+    assert batch.targets[batch.taught].tolist() == [4, 8, 9]
+    assert collate(samples[1:2], pad_id=0).taught is None
+
+
+def test_streams_that_were_computed_for_some_samples_only_are_refused():
+    known = replace(sample([1], [2]), old_logprobs=[math.nan, -1.0])
+    assert collate([known, known], pad_id=0).old_logprobs.tolist() == [-1.0, -1.0]
+    with pytest.raises(ValueError, match="with and without old_logprobs"):
+        collate([known, sample([1], [2])], pad_id=0)
+
+
+def test_a_sequence_sum_divides_by_a_constant_and_by_the_number_of_sequences():
+    samples = [sample([1], [2] * 3, view=[3]), sample([1], [2], view=[3])]
+    scaled = normalise(samples, Losses(distill=DISTILL, reduction="sequence_sum", length=10.0), local)
+    assert [s.distill_weight[1] for s in scaled] == pytest.approx([1 / 20, 1 / 20])
+
+
+def test_views_count_where_they_are_and_not_where_there_are_none():
+    without, within = sample([1] * 6, [2] * 4), sample([1] * 6, [2] * 4, view=[1] * 26)
+    assert len(microbatches([without] * 4, 40)) == 1
+    assert len(microbatches([within, *[without] * 3], 70)) == 1
+    assert len(microbatches([within, *[without] * 3], 69)) == 2
 
 
 def test_an_empty_micro_batch_is_refused():
@@ -168,8 +197,11 @@ def test_the_ratio_of_weights_survives():
         completion_mask=[0, 1, 1],
         turn=[0] * 3,
         sampler_logprobs=[math.nan, 0.0, 0.0],
+        policy_weight=[0.0] * 3,
         distill_weight=[0.0, 3.0, -1.0],
         ce_weight=[0.0] * 3,
+        advantage=[0.0] * 3,
+        teacher_view=TeacherView(token_ids=[4, 2, 3], rows=[0, 1]),
     )
     [scaled] = normalise([one], Losses(distill=DISTILL), local)
     assert scaled.distill_weight == [0.0, 1.5, -0.5]
@@ -184,11 +216,19 @@ def test_denominators_are_taken_over_all_ranks():
         return [10 * s for s in sums]
 
     [scaled] = normalise(samples, Losses(distill=DISTILL), all_sum)
-    assert seen == [[3.0, 0.0]]
+    assert seen == [[0.0, 3.0, 0.0]]
     assert scaled.distill_weight[1:] == pytest.approx([1 / 30] * 3)
 
 
 def test_a_rank_without_samples_still_takes_part_in_the_sum():
     seen = []
     assert normalise([], Losses(distill=DISTILL), lambda sums: seen.append(sums) or sums) == []
-    assert seen == [[0.0, 0.0]]
+    assert seen == [[0.0, 0.0, 0.0]]
+
+
+def test_a_distilled_token_that_no_teacher_sees_is_an_error():
+    unseen = sample([1], [2])
+    with pytest.raises(DataError, match="no teacher sees the sample"):
+        normalise([unseen], Losses(distill=DISTILL), local)
+    known = replace(unseen, teacher_logprobs=[math.nan, -1.0])
+    assert normalise([known], Losses(distill=DISTILL), local)[0].distill_weight == [0.0, 1.0]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.divergence import chunked_divergence, chunked_logprobs, token_divergence, weighted_divergence
+from opd.divergence import chunked_divergence, token_divergence, weighted_divergence
 from opd.errors import ConfigError, DataError
 from opd.head import Head
+from opd.logprobs import chunked_logprobs
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd.divergence import chunked_divergence, chunked_logprobs
+from opd.divergence import chunked_divergence
+from opd.logprobs import chunked_logprobs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
-from opd.divergence import chunked_logprobs
 from opd.errors import ModelError
+from opd.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 
 SMALL = {

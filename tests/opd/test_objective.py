@@ -1,20 +1,26 @@
 """The loss of a step does not depend on how its samples are cut into micro-batches."""
 
+import math
 import random
 
 import pytest
 import torch
 
+from opd.advantage import distillation_advantage
 from opd.collate import collate, microbatches, normalise
 from opd.config import TeacherConfig
-from opd.losses import CrossEntropy, Distill, Losses
+from opd.divergence import token_divergence
+from opd.losses import Correction, CrossEntropy, Distill, Losses, Policy, SampledDistill, Sampler
 from opd.objective import objective
 from opd.teacher import Teacher
 from opd.types import Sample, TeacherView
 
 
-def sample(draw, *, same_prompt=False):
-    """Two turns of random ids behind prompts of random length, and a teacher that reads a longer prompt."""
+def sample(draw, *, same_prompt=False, seen=True, moved=False):
+    """Two turns of random ids behind prompts of random length, and a teacher that reads a longer prompt.
+
+    A sample that is not `seen` has no teacher; one that has `moved` was drawn by an older student.
+    """
 
     def ids(least, most):
         return [draw.randrange(200) for _ in range(draw.randint(least, most))]
@@ -25,25 +31,33 @@ def sample(draw, *, same_prompt=False):
     mask = [0] * len(first) + [1] * len(said) + [0] * len(second) + [1] * len(answer)
     rows = [len(longer) - 1 + i for i in range(len(said))]
     rows += [len(longer) + len(said) + len(second) - 1 + i for i in range(len(answer))]
+    view = TeacherView(token_ids=longer + said + second + answer, rows=rows)
     return Sample(
         token_ids=token_ids,
         completion_mask=mask,
-        turn=[0] * len(mask),
-        sampler_logprobs=[0.0 if m else float("nan") for m in mask],
-        distill_weight=[draw.uniform(0.5, 2) * m for m in mask],
+        turn=[0] * (len(first) + len(said)) + [1] * (len(second) + len(answer)),
+        sampler_logprobs=[draw.uniform(-7, -3) if m else math.nan for m in mask],
+        policy_weight=[1.0 * m for m in mask],
+        distill_weight=[draw.uniform(0.5, 2) * m * seen for m in mask],
         ce_weight=[1.0 * m for m in mask],
-        teacher_view=TeacherView(token_ids=longer + said + second + answer, rows=rows),
+        advantage=[draw.uniform(-2, 2) * m for m in mask],
+        old_logprobs=[draw.uniform(-7, -3) if m else math.nan for m in mask] if moved else None,
+        teacher_view=view if seen else None,
     )
 
 
-def loss_and_gradients(model, teacher, samples, losses, parts):
+SAMPLER = Sampler()
+
+
+def loss_and_gradients(model, teacher, samples, losses, parts, sampler=SAMPLER):
     """Of the whole step, its samples cut into these parts."""
     scaled = normalise(samples, losses, lambda sums: sums)
     model.zero_grad()
     total = 0.0
     for part in parts:
         batch = collate([scaled[i] for i in part], 0)
-        result = objective(model, batch, losses, teacher.teach(batch) if losses.distill else None)
+        taught = teacher.teach(batch) if losses.distill and batch.teacher_ids is not None else None
+        result = objective(model, batch, losses, taught, sampler)
         result.loss.backward()
         total += result.loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -56,19 +70,129 @@ LOSSES = {
     "shared denominator": Losses(
         distill=Distill(kind="forward_kl", temperature=1.0, clip=0.05), ce=CrossEntropy(), shared=True
     ),
+    "top k, bounded ratio": Losses(
+        distill=Distill(kind="jsd", temperature=1.0, top_k=20, support="student", max_ratio=1.5)
+    ),
+    "policy": Losses(policy=Policy()),
+    "policy by sequence, entropy": Losses(
+        policy=Policy(clip_low=0.1, clip_high=0.3, level="sequence", entropy=0.1, coef=0.7),
+        reduction="sequence_sum",
+        length=7.0,
+    ),
+    "routed": Losses(policy=Policy(), distill=Distill(kind="jsd", temperature=1.0), shared=True),
+    "sampled": Losses(distill=SampledDistill(clip=3.0)),
+    "sampled, full baseline": Losses(distill=SampledDistill(baseline="full", max_ratio=1.2)),
+    "sampled, top k": Losses(distill=SampledDistill(baseline="top_k", top_k=10, renormalise=True), policy=Policy()),
+    "k2": Losses(distill=SampledDistill(form="k2", coef=0.5)),
+    "k3": Losses(distill=SampledDistill(form="k3")),
+    "weighted k3": Losses(distill=SampledDistill(form="weighted_k3", max_ratio=2.0), policy=Policy()),
 }
+SAMPLERS = {
+    "as trained": Sampler(),
+    "truncated": Sampler(temperature=0.7, correction=Correction(high=1.5)),
+    "masked by sequence": Sampler(correction=Correction(mode="mask", level="sequence", low=1e-3, high=1e3)),
+}
+
+
+def dense_loss(model, teacher, samples, losses, sampler):
+    """The step's loss one sequence and one token at a time, from full logits and the formulas as they are printed."""
+    total = 0.0
+    for s in normalise(samples, losses, lambda sums: sums):
+        batch = collate([s], 0)
+        student = model.logits(model(batch.input_ids, batch.rows))
+        taught = teacher.teach(batch) if s.teacher_view else None
+        theirs = None if taught is None else taught.hidden @ taught.head.weight.T
+        ids, tokens = batch.targets, range(len(batch.targets))
+        own = (student / sampler.temperature).log_softmax(-1)
+        logprobs = [own[t, ids[t]] for t in tokens]
+        old = [p.detach() for p in logprobs] if s.old_logprobs is None else batch.old_logprobs.double().unbind()
+        trust = [1.0 for _ in tokens]
+        if rule := sampler.correction:
+            gaps = [(old[t] - batch.sampler_logprobs[t].double()).item() for t in tokens]
+            ratios = [math.exp(sum(gaps))] * len(gaps) if rule.level == "sequence" else [math.exp(g) for g in gaps]
+            trust = [min(r, rule.high) if rule.mode == "truncate" else r * (rule.low <= r <= rule.high) for r in ratios]
+        mean_gap = sum((p.detach() - o for p, o in zip(logprobs, old, strict=True)), start=0.0) / len(logprobs)
+        for t in tokens:
+            ratio = (logprobs[t] - old[t]).exp()
+            weight = batch.policy_weight[t].double() * trust[t]
+            if losses.policy:
+                rule, advantage = losses.policy, batch.advantage[t].double()
+                if rule.level == "sequence":
+                    step = (mean_gap + logprobs[t] - logprobs[t].detach()).exp()
+                else:
+                    step = ratio
+                bounded = step.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+                total = total - weight * torch.minimum(step * advantage, bounded * advantage)
+                total = total + weight * rule.entropy * (own[t].exp() * own[t]).sum()
+            weight = batch.distill_weight[t].double() * trust[t]
+            if isinstance(losses.distill, Distill) and theirs is not None:
+                rule = losses.distill
+                bounded = 1.0 if rule.max_ratio is None else ratio.detach().clamp(max=rule.max_ratio)
+                if rule.clip is None:
+                    options = {"beta": rule.beta, "top_k": rule.top_k, "support": rule.support}
+                    value = token_divergence(student[t], theirs[t], rule.kind, temperature=rule.temperature, **options)
+                else:
+                    q, p = theirs[t].log_softmax(-1), student[t].log_softmax(-1)
+                    value = (q.exp() * (q - p)).clamp(max=rule.clip).sum()
+                total = total + weight * bounded * value
+            if isinstance(losses.distill, SampledDistill) and theirs is not None:
+                rule, scaled = losses.distill, theirs[t] / sampler.temperature
+                gap = logprobs[t] - scaled.log_softmax(-1)[ids[t]]
+                bounded = ratio if rule.max_ratio is None else ratio.clamp(max=rule.max_ratio)
+                if rule.form == "policy_gradient":
+                    advantage = distillation_advantage(
+                        student[t] / sampler.temperature,
+                        scaled,
+                        ids[t],
+                        baseline=rule.baseline,
+                        top_k=rule.top_k,
+                        renormalise=rule.renormalise,
+                        clip=rule.clip,
+                    )
+                    value = -bounded.detach() * advantage * logprobs[t]
+                else:
+                    value = gap**2 / 2 if rule.form == "k2" else (-gap).exp() - 1 + gap
+                    value = value * bounded if rule.form == "weighted_k3" else value
+                total = total + weight * value
+            if losses.ce:
+                total = total - batch.ce_weight[t].double() * student[t].log_softmax(-1)[ids[t]]
+    return total
+
+
+def models(make_model, **options):
+    """A student, and a frozen teacher that differs from it."""
+    model = make_model(dtype=torch.float64, **options)
+    teacher = Teacher(TeacherConfig(weights="frozen", rate=None), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return model, teacher
+
+
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_loss_and_its_gradients_are_those_of_the_formulas_token_by_token(make_model, losses, sampler, moved):
+    draw = random.Random(7)
+    samples = [sample(draw, seen=n != 1, moved=moved) for n in range(4)]
+    model, teacher = models(make_model)
+    ours, gradients = loss_and_gradients(model, teacher, samples, losses, [range(4)], sampler)
+    model.zero_grad()
+    dense = dense_loss(model, teacher, samples, losses, sampler)
+    dense.backward()
+    assert ours == pytest.approx(dense.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        # The streams of a batch are float32: their rounding is what differs.
+        scale = parameter.grad.abs().max().clamp(min=1e-12)
+        torch.testing.assert_close(gradients[name] / scale, parameter.grad / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_batch_of_eight_is_two_of_four_and_four_of_two(make_model, losses, tied):
     draw = random.Random(1)
-    samples = [sample(draw) for _ in range(8)]
-    model = make_model(dtype=torch.float64, tie_word_embeddings=tied)
-    teacher = Teacher(TeacherConfig(weights="frozen", rate=None), model)
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that the frozen teacher and the student differ
-            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    samples = [sample(draw, seen=n % 3 != 1, moved=True) for n in range(8)]
+    model, teacher = models(make_model, tie_word_embeddings=tied)
     whole, gradients = loss_and_gradients(model, teacher, samples, losses, [range(8)])
     assert whole != 0
     assert gradients
@@ -86,7 +210,7 @@ def test_the_same_prompt_and_weights_on_both_sides_leave_nothing_to_learn(make_m
     teacher = Teacher(TeacherConfig(weights="live", rate=None), model)
     batch = collate(samples, 0)
     result = objective(model, batch, LOSSES["distill"], teacher.teach(batch))
-    assert result.divergence.abs().max().item() <= 1e-12
+    assert result.facts["nats"].abs().max().item() <= 1e-12
 
 
 def test_a_token_mean_counts_tokens_and_a_sequence_mean_counts_sequences():

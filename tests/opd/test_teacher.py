@@ -37,11 +37,14 @@ def batch_of(model, *, seed=0):
         rows=rows,
         targets=own[:, -4:].flatten(),
         sampler_logprobs=torch.zeros(12),
+        policy_weight=torch.zeros(12),
         distill_weight=weights,
         ce_weight=torch.zeros(12),
+        advantage=torch.zeros(12),
         lengths=[4, 4, 4],
         teacher_ids=views,
         teacher_rows=teacher_rows,
+        taught=None,
     )
 
 

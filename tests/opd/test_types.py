@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opd.errors import DataError
-from opd.types import Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
+from opd.types import STREAMS, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 TASK = Task(index=3, seed=5)
 
@@ -34,8 +34,10 @@ def sample(**fields):
         "completion_mask": [0, 0, 1],
         "turn": [0, 0, 0],
         "sampler_logprobs": [math.nan, math.nan, -1.0],
+        "policy_weight": [0.0, 0.0, 0.0],
         "distill_weight": [0.0, 0.0, 1.0],
         "ce_weight": [0.0, 0.0, 0.0],
+        "advantage": [0.0, 0.0, 0.0],
     }
     return Sample(**{**plain, **fields})
 
@@ -128,13 +130,13 @@ def test_a_sample_refuses_a_view_of_too_few_or_too_many_tokens():
         sample(teacher_view=TeacherView(token_ids=[5, 7], rows=[]))
 
 
-@pytest.mark.parametrize("name", ["completion_mask", "turn", "sampler_logprobs", "distill_weight", "ce_weight"])
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_sample_refuses_a_stream_of_another_length(name):
     with pytest.raises(DataError, match=rf"sample\.{name} has 2 entries for 3 tokens"):
         sample(**{name: [0, 0]})
 
 
-@pytest.mark.parametrize("name", ["distill_weight", "ce_weight"])
+@pytest.mark.parametrize("name", ["policy_weight", "distill_weight", "ce_weight"])
 @pytest.mark.parametrize("weight", [1.0, -1.0, math.nan])
 def test_a_weight_on_a_token_that_was_not_sampled_is_refused(name, weight):
     with pytest.raises(DataError, match=rf"sample\.{name} is non-zero on a token that was not sampled"):

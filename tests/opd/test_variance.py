@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.advantage import chunked_distillation_advantage, distillation_advantage, state_baseline
+from opd.advantage import chunked_advantages, distillation_advantage, state_baseline
 from opd.errors import DataError
 from opd.variance import GradientVariance, chunked_gradient_variance, gradient_variance
 
@@ -97,7 +97,7 @@ def test_from_hidden_states_it_is_the_same(options):
         for ours, theirs in zip(chunked, gradient_variance(*logits, **options), strict=True):
             exactly(ours, theirs)
         exactly(
-            chunked_distillation_advantage(*sides, ids, temperature=1.3, chunk_size=chunk_size, **options),
+            chunked_advantages(*sides, ids, temperature=1.3, chunk_size=chunk_size, **options).values,
             distillation_advantage(*logits, ids, **options),
         )
 
@@ -105,7 +105,7 @@ def test_from_hidden_states_it_is_the_same(options):
 def test_no_tokens_give_no_variances_and_no_advantages():
     sides = (torch.zeros(0, 4), torch.ones(V, 4), torch.zeros(0, 4), torch.ones(V, 4))
     assert chunked_gradient_variance(*sides, "full").plain.shape == (0,)
-    assert chunked_distillation_advantage(*sides, torch.zeros(0, dtype=torch.long)).shape == (0,)
+    assert chunked_advantages(*sides, torch.zeros(0, dtype=torch.long)).values.shape == (0,)
 
 
 def test_sides_that_do_not_belong_together_are_refused():
@@ -114,4 +114,4 @@ def test_sides_that_do_not_belong_together_are_refused():
         gradient_variance(student, teacher[:, :5], "full")
     sides = (torch.zeros(3, 4), torch.ones(V, 4), torch.zeros(3, 4), torch.ones(V, 4))
     with pytest.raises(DataError, match=r"\[2\] token ids for 3 hidden states"):
-        chunked_distillation_advantage(*sides, torch.tensor([1, 2]))
+        chunked_advantages(*sides, torch.tensor([1, 2]))

@@ -1,0 +1,132 @@
+"""Log-probs of given ids, and entropies, from hidden states: the `[N, V]` logits never exist at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd.errors import DataError
+from opd.head import Head, Projection, per_token, row_block, tiles, weighted_sum
+
+
+class Scored(NamedTuple):
+    """What a distribution says of a token, and how sure it is."""
+
+    logprobs: Tensor
+    """[N] nats, with a gradient where the hidden states or the head have one."""
+    entropy: Tensor
+    """[N] nats of the whole distribution, without gradient."""
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    head: Head | Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
+
+    `weights`, the gradients and their cost: as for `opd.divergence.chunked_divergence`. With minus a weight
+    this is the weighted cross-entropy.
+
+    Raises:
+        ConfigError: an option outside its range.
+        DataError: shapes that do not match, or an id outside the vocabulary.
+    """
+    projection = _projection(hidden, head, token_ids, temperature, chunk_size)
+    start = partial(_LogProbTile, token_ids, None)
+    if weights is None:
+        return per_token(hidden, projection, start)
+    return weighted_sum(hidden, projection, start, weights)[0]
+
+
+def chunked_scores(
+    hidden: Tensor,
+    head: Head | Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Scored:
+    """`chunked_logprobs`, and the entropies that the same softmaxes give for next to nothing."""
+    projection = _projection(hidden, head, token_ids, temperature, chunk_size)
+    entropy = torch.empty(len(hidden), dtype=projection.dtype, device=hidden.device)
+    return Scored(per_token(hidden, projection, partial(_LogProbTile, token_ids, entropy)), entropy)
+
+
+def chunked_entropy(
+    hidden: Tensor,
+    head: Head | Tensor,
+    *,
+    weights: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The weighted sum of the entropies after hidden states `[N, H]`: a scalar in nats, with its gradient.
+
+    Raises:
+        ConfigError: an option outside its range.
+        DataError: shapes that do not match.
+    """
+    return weighted_sum(hidden, Projection.of(hidden, head, temperature, chunk_size), _EntropyTile, weights)[0]
+
+
+def entropy_of(logprobs: Tensor, p: Tensor) -> Tensor:
+    """Log-probs and probabilities [n, V], [n, V] -> [n] nats; an excluded entry (-inf) adds nothing."""
+    negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp(min=torch.finfo(p.dtype).min))
+    return -negative
+
+
+def _projection(
+    hidden: Tensor, head: Head | Tensor, token_ids: Tensor, temperature: float, chunk_size: int | None
+) -> Projection:
+    projection = Projection.of(hidden, head, temperature, chunk_size)
+    if token_ids.shape != hidden.shape[:1]:
+        raise DataError(f"{list(token_ids.shape)} token ids for {len(hidden)} hidden states")
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < projection.head.vocabulary:
+        least, most = (int(end) for end in token_ids.aminmax())
+        raise DataError(f"token ids from {least} to {most}: a vocabulary of {projection.head.vocabulary} has no such")
+    return projection
+
+
+class _LogProbTile:
+    """The log-probs of given ids in a tile; notes the entropies in `entropy` [N], if it is there."""
+
+    def __init__(self, token_ids: Tensor, entropy: Tensor | None) -> None:
+        self.token_ids = token_ids
+        self.entropy = entropy
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        ids = self.token_ids[rows, None]
+        values = logits.new_empty(len(logits))
+        for part in tiles(len(logits), row_block(logits)):
+            logprobs = logits[part].log_softmax(-1)
+            values[part] = logprobs.gather(-1, ids[part]).squeeze(-1)
+            if weights is not None:
+                weight = weights[part, None]
+                torch.mul(logprobs.exp_(), -weight, out=logits[part])
+                logits[part].scatter_add_(-1, ids[part], weight)
+            elif self.entropy is not None:
+                self.entropy[rows][part] = entropy_of(logprobs, logprobs.exp())
+        return values
+
+
+class _EntropyTile:
+    """The entropies of a tile. The way back through the log-softmax: minus p times (log p + entropy)."""
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        values = logits.new_empty(len(logits))
+        for part in tiles(len(logits), row_block(logits)):
+            logprobs = logits[part].log_softmax(-1)
+            p = logprobs.exp()
+            values[part] = entropy_of(logprobs, p)
+            if weights is not None:
+                slope = logprobs.clamp_(min=torch.finfo(p.dtype).min).add_(values[part, None])
+                torch.mul(slope.mul_(p), -weights[part, None], out=logits[part])
+        return values

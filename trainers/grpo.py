@@ -1,0 +1,92 @@
+"""GRPO: episodes of one task are compared with each other, and the better ones made likelier. The baseline.
+
+Source: DeepSeekMath (arXiv 2402.03300), section 4, with one advantage for a whole episode of many turns. Its
+variants are settings: no scaling and a constant length (Dr. GRPO, arXiv 2503.20783), a higher bound above and
+the token mean (DAPO, arXiv 2503.14476), one ratio a sequence (GSPO, arXiv 2507.18071), leave-one-out (RLOO).
+
+Left out: the KL to a reference policy, which these variants drop as well.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from opd.config import Strict
+from opd.losses import Losses, Policy
+from opd.trainers.base import Method, register
+from opd.types import Sample, TrajectoryGroup, to_sample
+
+
+class GrpoConfig(Strict):
+    """Settings of `method: grpo`."""
+
+    scale: Literal["std", "none"] = Field(
+        "std", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
+    )
+    leave_one_out: bool = Field(False, description="Compare with the mean of the group's other members (RLOO).")
+    clip_low: float | None = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Ratios below 1 - this lose their gradient; null is off. Idle with one update a step.",
+    )
+    clip_high: float | None = Field(
+        0.2, gt=0, description="Ratios above 1 + this lose their gradient (DAPO: 0.28); null is off."
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="One ratio a token, or the geometric mean of its sequence (GSPO; clips of order 3e-4)."
+    )
+    entropy: float = Field(0.0, ge=0, description="Bonus on the student's entropy, per nat.")
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
+        "token_mean",
+        description="Mean over all sampled tokens of the step (DAPO), first within each sequence (the paper), or the "
+        "sum over a sequence divided by `length` (Dr. GRPO).",
+    )
+    length: float | None = Field(None, gt=0, description="sequence_sum: the constant that divides a sequence's sum.")
+
+    @model_validator(mode="after")
+    def _length_belongs_to_the_sum(self) -> GrpoConfig:
+        if (self.reduction == "sequence_sum") != (self.length is not None):
+            raise ValueError(
+                f"grpo.reduction = {self.reduction} with grpo.length = {self.length}: sequence_sum needs a length "
+                "(Dr. GRPO: the most tokens of a completion), and nothing else uses one"
+            )
+        return self
+
+
+@register("grpo", GrpoConfig)
+class Grpo(Method):
+    """Group-relative policy optimisation from the environment's reward alone (GRPO and its variants)."""
+
+    config: GrpoConfig
+
+    @property
+    def losses(self) -> Losses:
+        config = self.config
+        return Losses(
+            policy=Policy(
+                clip_low=config.clip_low, clip_high=config.clip_high, level=config.ratio, entropy=config.entropy
+            ),
+            reduction=config.reduction,
+            length=config.length or 1.0,
+        )
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        usable = group.usable
+        advantages = self.advantages([t.reward for t in usable])
+        return [
+            to_sample(trajectory, segment, policy=1.0, advantage=advantage, route="policy")
+            for trajectory, advantage in zip(usable, advantages, strict=True)
+            for segment in trajectory.segments()
+        ]
+
+    def advantages(self, rewards: list[float]) -> list[float]:
+        """Of the members of one group; none for none."""
+        from opd.advantage import group_advantage  # late: it needs torch
+
+        if not rewards:
+            return []
+        found = group_advantage(rewards, scale=self.config.scale, leave_one_out=self.config.leave_one_out)
+        return [float(value) for value in found]

@@ -1,0 +1,116 @@
+"""Lays the weightings of a run (`weighting:` in its file) over the weights of a step's samples.
+
+The formulas are in `opd.weighting`; here they meet samples, and means over the whole step and all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from opd.config import WeightingConfig
+from opd.types import WEIGHTS, Sample
+from opd.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
+
+AllSum = Callable[[list[float]], list[float]]
+
+
+def weigh(
+    samples: Sequence[Sample], config: WeightingConfig, pass_rates: Mapping[str, float], all_sum: AllSum
+) -> list[Sample]:
+    """Every weighting that the settings ask for, one after the other.
+
+    `pass_rates` is the share of solved episodes by task id.
+    """
+    weighed = list(samples)
+    if config.entropy is not None:
+        weighed = by_entropy(weighed, config.entropy, all_sum)
+    if config.steps is not None:
+        weighed = by_steps(weighed, epsilon=config.steps.epsilon, most=config.steps.most)
+    if config.pass_rate is not None:
+        rule = config.pass_rate
+        factors = {task: pass_rate_weight(rate, alpha=rule.alpha, beta=rule.beta) for task, rate in pass_rates.items()}
+        weighed = by_task(weighed, factors, all_sum if rule.normalise else None)
+    if config.turns is not None:
+        weighed = by_turn(weighed, config.turns)
+    return weighed
+
+
+def by_entropy(samples: Sequence[Sample], beta: float, all_sum: AllSum) -> list[Sample]:
+    """SRPO's weights on the distilled tokens: `opd.weighting.entropy_weights` over their mean in the step."""
+    factors = [entropy_weights(torch.tensor(_known(s, "teacher_entropy")), beta=beta).tolist() for s in samples]
+    return _times(samples, factors, ("distill_weight",), all_sum)
+
+
+def by_steps(samples: Sequence[Sample], *, epsilon: float, most: float) -> list[Sample]:
+    """SOD's weights on the distilled tokens: less at turns where the student has left the teacher's ground.
+
+    The student's log-probs are those of the policy that sampled. Sequences of one episode (a template that rewrites
+    the past makes several) are weighed together.
+    """
+    factors: list[list[float]] = []
+    for _, own in groupby(samples, key=lambda s: (s.task.id if s.task else None, s.member)):
+        parts = list(own)
+        gaps = [
+            abs(ours - theirs)
+            for s in parts
+            for ours, theirs in zip(
+                _sampled(s, s.sampler_logprobs), _sampled(s, _known(s, "teacher_logprobs")), strict=True
+            )
+        ]
+        turns = [turn for s in parts for turn in _sampled(s, s.turn)]
+        weights = iter(step_weights(torch.tensor(gaps), torch.tensor(turns), epsilon=epsilon, most=most).tolist())
+        factors += [[next(weights) if sampled else 0.0 for sampled in s.completion_mask] for s in parts]
+    return _times(samples, factors, ("distill_weight",))
+
+
+def by_task(samples: Sequence[Sample], factors: Mapping[str, float], all_sum: AllSum | None) -> list[Sample]:
+    """PACED's weights on the distilled tokens: one factor a task; with `all_sum`, over their mean in the step."""
+    rows = [[factors[s.task.id] if s.task else 1.0] * len(s.token_ids) for s in samples]
+    return _times(samples, rows, ("distill_weight",), all_sum)
+
+
+def by_turn(samples: Sequence[Sample], weights: Sequence[float]) -> list[Sample]:
+    """A factor for each turn on every component; the last one stands for all turns after it, 0 masks a turn."""
+    last = len(weights) - 1
+    rows = [turn_weights(torch.tensor(s.turn).clamp(max=last), weights).tolist() for s in samples]
+    return _times(samples, rows, WEIGHTS)
+
+
+def _times(
+    samples: Sequence[Sample],
+    factors: Sequence[Sequence[float]],
+    streams: Sequence[str],
+    all_sum: AllSum | None = None,
+) -> list[Sample]:
+    """Streams times factors [T] a sample; with `all_sum`, factors over their mean where a stream is not 0."""
+    weighed = list(samples)
+    for name in streams:
+        pairs = [
+            [(f, w) for f, w in zip(fs, getattr(s, name), strict=True)] for s, fs in zip(weighed, factors, strict=True)
+        ]
+        scale = 1.0
+        if all_sum is not None:
+            active = [f for row in pairs for f, w in row if w != 0]
+            total, count = all_sum([sum(active), float(len(active))])
+            scale = count / total if total > 0 else 0.0
+        streams_of: list[dict[str, Any]] = [{name: [w * f * scale if w != 0 else 0.0 for f, w in row]} for row in pairs]
+        weighed = [replace(s, **stream) for s, stream in zip(weighed, streams_of, strict=True)]
+    return weighed
+
+
+def _known(sample: Sample, name: str) -> list[float]:
+    """A stream that the teacher filled in; zeros for a sample that no teacher sees, whose weights are 0 as well."""
+    stream: list[float] | None = getattr(sample, name)
+    if stream is None:
+        assert sample.teacher_view is None, f"{name} was not scored before it was needed"
+        return [0.0] * len(sample.token_ids)
+    return stream
+
+
+def _sampled(sample: Sample, stream: Sequence[float]) -> list[float]:
+    return [value for value, sampled in zip(stream, sample.completion_mask, strict=True) if sampled]
