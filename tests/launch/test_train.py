@@ -211,8 +211,31 @@ def test_weights_that_do_not_differ_train_as_if_there_were_none(settings):
     assert_same_bits(weights(first / "checkpoints/step-4"), weights(second / "checkpoints/step-4"))
 
 
-def test_grpo_updates_several_times_a_step_and_only_then_are_ratios_clipped(settings):
-    grpo = {"method": "grpo", "grpo": {"clip_low": 0.01, "clip_high": 0.01}, "rollout": {"group_size": 4}}
+PARITY = """
+import gymnasium
+from opd.envs import TextSpace
+
+class Parity(gymnasium.Env):
+    observation_space, action_space = TextSpace(), TextSpace()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "Say something.", {}
+
+    def step(self, action):
+        return "", float(len(action) % 2), True, False, {}
+"""
+
+
+def test_grpo_updates_several_times_a_step_and_only_then_are_ratios_clipped(settings, tmp_path, monkeypatch):
+    (tmp_path / "parity_env.py").write_text(PARITY)  # so that even a model that knows nothing has good and bad luck
+    monkeypatch.syspath_prepend(tmp_path)
+    grpo = {
+        "method": "grpo",
+        "grpo": {"clip_low": 0.01, "clip_high": 0.01},
+        "rollout": {"group_size": 4},
+        "env": "parity_env:Parity",
+    }
     data = [settings("once", **grpo), settings("twice", **grpo, train={"updates_per_step": 2})]
     for one in data:
         del one["opsd"]
