@@ -20,6 +20,7 @@ from torch import Tensor
 from opd.advantage import chunked_advantages
 from opd.config import ModelConfig
 from opd.divergence import chunked_divergence
+from opd.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 from opd.models import load
 from opd.variance import GradientVariance, chunked_gradient_variance
@@ -124,12 +125,36 @@ def main() -> None:
         model.zero_grad()
 
     whole = seconds(step, repeats=1)
-    plain = seconds(lambda: chunked_advantages(*sides, ids))
-    print(f"\nA step (teacher, student, exact reverse KL, backward) takes {whole:.1f} CPU s; advantages without")
-    print(f"a baseline {plain:.2f} s of it ({plain / whole:.1%}). Each baseline adds:\n")
+    leaf, weight = student.clone().requires_grad_(), head.weight.detach().clone().requires_grad_()
+    weights = torch.full((len(ids),), 1 / len(ids))
+
+    def sampled(**baseline: Any) -> Callable[[], None]:
+        """The sampled-token loss and its gradients: advantage, log-prob, backward."""
+
+        def run() -> None:
+            if baseline:
+                advantage = chunked_advantages(student, head, teacher, head, ids, **baseline).values
+            else:
+                with torch.no_grad():
+                    ours, theirs = (chunked_logprobs(side, head, ids) for side in (student, teacher))
+                advantage = theirs - ours
+            chunked_logprobs(leaf, weight, ids, weights=-advantage * weights).backward()
+
+        return run
+
+    def exact() -> None:
+        chunked_divergence(leaf, weight, teacher, head, "reverse_kl", weights=weights).backward()
+
+    plain = seconds(sampled())
+    print(f"\nA step (teacher, student, exact reverse KL, backward) takes {whole:.1f} CPU s. Of it, the loss:\n")
+    print("| loss | CPU s | more than without a baseline, share of a step | gradient variance / none |")
+    print("| --- | ---: | ---: | ---: |")
+    print(f"| sampled token, no baseline | {plain:.2f} | | 1 |")
     for name, baseline in BASELINES.items():
-        added = seconds(lambda baseline=baseline: chunked_advantages(*sides, ids, **baseline)) - plain
-        print(f"- {name}: {added:.2f} s ({added / whole:.1%})")
+        taken = seconds(sampled(**baseline))
+        print(f"| sampled token, {name} | {taken:.2f} | {(taken - plain) / whole:.1%} | {variances[name].ratio:.3f} |")
+    taken = seconds(exact)
+    print(f"| exact, full vocabulary | {taken:.2f} | {(taken - plain) / whole:.1%} | 0 |")
 
 
 if __name__ == "__main__":

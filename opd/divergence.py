@@ -7,8 +7,9 @@ by is decided elsewhere (`opd.objective`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -32,6 +33,9 @@ from opd.logprobs import entropy_of
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 """`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between."""
 Support = Literal["teacher", "student"]
+
+COMPILE = True
+"""On a GPU, `torch.compile` the work on a tile; False runs it operation by operation, as on a CPU."""
 
 
 class WeightedDivergence(NamedTuple):
@@ -295,20 +299,15 @@ class _DivergenceTile:
 
     def _full(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, noted: _Logged) -> Tensor:
         """Some rows: [n, V], [n, V] -> [n]; `logits` becomes the gradient."""
-        student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-        p, q = student.exp(), teacher.exp()
-        summands, slope = self.rule.summands(student, teacher, p, q)
-        if self.rule.clip is not None:
-            cut = summands > self.rule.clip
-            summands.clamp_(max=self.rule.clip)
-            slope.masked_fill_(cut, 0)
-            noted.clipped.copy_(cut.sum(-1, dtype=p.dtype) / cut.shape[-1])
-        noted.student_entropy.copy_(entropy_of(student, p))
-        noted.teacher_entropy.copy_(entropy_of(teacher, q))
-        if weight is not None:
-            # The way back through the log-softmax: slope - p * sum(slope).
-            torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=logits).mul_(weight)
-        return self.rule.total(summands)
+        work = _fused() if COMPILE and logits.is_cuda else _full_rows
+        found = work(self.rule, logits, teacher_logits, weight)
+        noted.student_entropy.copy_(found.student_entropy)
+        noted.teacher_entropy.copy_(found.teacher_entropy)
+        if found.clipped is not None:
+            noted.clipped.copy_(found.clipped)
+        if found.gradient is not None:
+            logits.copy_(found.gradient)
+        return found.values
 
     def _top_k(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, noted: _Logged) -> Tensor:
         """As `_full`; the way back, through a sort and a tail, is left to autograd."""
@@ -326,6 +325,42 @@ class _DivergenceTile:
             (gradient,) = torch.autograd.grad(values, leaf, weight.squeeze(-1))
             logits.copy_(gradient)
         return values.detach()
+
+
+class _Rows(NamedTuple):
+    """What becomes of some rows: [n] each, but for the gradient by the student's logits, [n, V]."""
+
+    values: Tensor
+    gradient: Tensor | None
+    clipped: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+def _full_rows(rule: _Rule, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None) -> _Rows:
+    """Some rows over the full vocabulary: [n, V], [n, V] and, where a gradient is wanted, [n, 1]."""
+    student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    p, q = student.exp(), teacher.exp()
+    summands, slope = rule.summands(student, teacher, p, q)
+    clipped = gradient = None
+    if rule.clip is not None:
+        cut = summands > rule.clip
+        summands.clamp_(max=rule.clip)
+        slope.masked_fill_(cut, 0)
+        clipped = cut.sum(-1, dtype=p.dtype) / cut.shape[-1]
+    entropies = entropy_of(student, p), entropy_of(teacher, q)
+    values = rule.total(summands)
+    if weight is not None:
+        # The way back through the log-softmax: slope - p * sum(slope).
+        gradient = slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1).mul_(weight)
+    return _Rows(values, gradient, clipped, *entropies)
+
+
+@cache
+def _fused() -> Callable[..., _Rows]:
+    """`_full_rows` in a few kernels, each of which reads the logits once."""
+    fused: Callable[..., _Rows] = torch.compile(_full_rows, dynamic=True)
+    return fused
 
 
 def _prepare(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from opd import divergence
 from opd.divergence import chunked_divergence, token_divergence, weighted_divergence
 from opd.errors import ConfigError, DataError
 from opd.head import Head
-from opd.logprobs import chunked_logprobs
+from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -429,3 +430,55 @@ def test_a_head_that_is_none_is_refused():
         Head(torch.empty(0))
     with pytest.raises(ConfigError, match=r"softcap = 0\.0: must be positive"):
         Head(torch.empty(V, H), softcap=0.0)
+
+
+@pytest.mark.slow  # compiles C++
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize(("kind", "clip"), [("jsd", None), ("forward_kl", 0.05)])
+def test_what_a_gpu_compiles_gives_the_same_values_and_gradients(monkeypatch, kind, clip):
+    case = Case()
+
+    def run() -> tuple[Tensor, ...]:
+        found = weighted_divergence(*case.student, *case.teacher, kind, weights=case.weights, chunk_size=3, clip=clip)
+        gradients = torch.autograd.grad(found.total, (case.hidden, case.weight))
+        return *(value.detach() for value in found), *gradients
+
+    plain = run()
+    compiled = torch.compile(divergence._full_rows, dynamic=True, fullgraph=True)
+    calls = []
+    monkeypatch.setattr(divergence, "_full_rows", lambda *rows: calls.append(0) or compiled(*rows))
+    exactly(run(), plain)
+    assert calls
+
+
+def test_the_gradient_of_the_entropy_is_the_dense_one():
+    case = Case()
+    for chunk_size in (1, 3, None):
+        total = chunked_entropy(*case.student, weights=case.weights, temperature=1.3, chunk_size=chunk_size)
+        logprobs = (case.logits / 1.3).log_softmax(-1)
+        dense = -(logprobs.exp() * logprobs).sum(-1) @ case.weights
+        exactly(total, dense)
+        inputs = (case.hidden, case.weight)
+        exactly(torch.autograd.grad(total, inputs), torch.autograd.grad(dense, inputs))
+
+
+def test_an_entry_that_is_excluded_adds_nothing_to_the_entropy():
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[2] = -torch.inf
+    case = Case()
+    total = chunked_entropy(case.hidden, Head(case.weight, bias=bias), weights=case.weights)
+    (gradient,) = torch.autograd.grad(total, case.weight)
+    assert total.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient[2].abs().max() == 0
+
+
+def test_scores_are_the_log_probs_with_the_entropies_beside_them():
+    case = Case()
+    scored = chunked_scores(*case.student, case.ids, temperature=0.8, chunk_size=3)
+    dense = (case.logits / 0.8).log_softmax(-1)
+    exactly(scored.logprobs, dense[torch.arange(N), case.ids])
+    exactly(scored.entropy, -(dense.exp() * dense).sum(-1).detach())
+    assert not scored.entropy.requires_grad
+    gradient = torch.autograd.grad(scored.logprobs.sum(), case.hidden)
+    exactly(gradient, torch.autograd.grad(dense[torch.arange(N), case.ids].sum(), case.hidden))

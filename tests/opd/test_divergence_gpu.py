@@ -42,6 +42,14 @@ def test_the_gpu_gives_the_float64_values_and_gradients(dtype, kind, chunk_size)
         assert (ours.cpu().double() - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm() + 1e-5
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_compiled_tile_is_the_plain_one(monkeypatch, kind):
+    sides, weights = inputs(torch.bfloat16), torch.linspace(-1, 1, N, device="cuda")
+    compiled = chunked_divergence(*sides, kind, weights=weights, chunk_size=128)
+    monkeypatch.setattr("opd.divergence.COMPILE", False)
+    assert_close(compiled, chunked_divergence(*sides, kind, weights=weights, chunk_size=128), rtol=1e-5, atol=1e-5)
+
+
 def test_the_gpu_gives_the_log_probs_of_the_cpu():
     hidden, head, _, _ = inputs(torch.bfloat16)
     ids = torch.arange(N) % V

@@ -14,6 +14,7 @@ from opd.losses import Correction, CrossEntropy, Distill, Losses, Policy, Sample
 from opd.objective import objective
 from opd.teacher import Teacher
 from opd.types import Sample, TeacherView
+from opd.variance import gradient_variance
 
 
 def sample(draw, *, same_prompt=False, seen=True, moved=False):
@@ -282,3 +283,47 @@ def test_a_live_teacher_follows_the_student(make_model):
             parameter.mul_(1.1)
     assert not torch.allclose(teacher.teach(batch).hidden, before)
     assert teacher.state_dict() == {}
+
+
+def test_a_sequence_in_which_nothing_was_sampled_adds_nothing_and_keeps_the_graph(make_model):
+    draw = random.Random(8)
+    samples = [sample(draw) for _ in range(2)]
+    empty = Sample(
+        token_ids=[5, 6],
+        completion_mask=[0, 0],
+        turn=[0, 0],
+        sampler_logprobs=[math.nan] * 2,
+        policy_weight=[0.0] * 2,
+        distill_weight=[0.0] * 2,
+        ce_weight=[0.0] * 2,
+        advantage=[0.0] * 2,
+        teacher_view=TeacherView(token_ids=[1, 5, 6], rows=[]),
+    )
+    model, teacher = models(make_model)
+    for losses in LOSSES.values():
+        alone, _ = loss_and_gradients(model, teacher, samples, losses, [range(2)])
+        beside, gradients = loss_and_gradients(model, teacher, [*samples, empty], losses, [range(2), [2]])
+        assert beside == pytest.approx(alone, rel=1e-12)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+    only, gradients = loss_and_gradients(model, teacher, [empty], LOSSES["routed"], [[0]])
+    assert only == 0
+    assert gradients  # a rank with nothing to train still takes part
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+def test_the_variance_meter_measures_what_the_teacher_sees(make_model):
+    draw = random.Random(9)
+    samples = [sample(draw), sample(draw, seen=False)]
+    model, teacher = models(make_model)
+    batch = collate(samples, 0)
+    for losses in (LOSSES["distill"], LOSSES["sampled, top k"]):
+        facts = objective(model, batch, losses, teacher.teach(batch), meter=True).facts
+        seen = torch.zeros(len(batch.targets), dtype=torch.bool).index_fill_(0, batch.taught, True)
+        for name in ("variance_plain", "variance_baselined", "variance_least"):
+            assert torch.equal(facts[name].isnan(), ~seen)
+        assert (facts["variance_least"] <= facts["variance_plain"] + 1e-12)[seen].all()
+    hidden = model(batch.input_ids, batch.rows)[batch.taught]
+    taught = teacher.teach(batch)
+    by_hand = gradient_variance(model.logits(hidden), taught.hidden @ taught.head.weight.T, "full")
+    facts = objective(model, batch, LOSSES["distill"], taught, meter=True).facts
+    torch.testing.assert_close(facts["variance_baselined"][batch.taught], by_hand.baselined)
