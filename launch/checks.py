@@ -10,7 +10,7 @@ import netrc
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from opd.config import EnvConfig, ModelConfig, TrackingConfig
 from opd.errors import OpdError
@@ -60,8 +60,8 @@ def check_combinations(config: Config) -> list[Problem]:
 
 def _undistilled(config: Config) -> list[Problem]:
     """Settings about a teacher's word, for a method that does not listen to one."""
-    method: Any = methods()[config.method].cls
-    if method(config.section, None).losses.distill is not None:
+    method = methods()[config.method].cls(config.section, cast(Any, None))
+    if method.losses.distill is not None:
         return []
     weighting = config.weighting
     asked = {

@@ -14,7 +14,7 @@ from opd.config import TeacherConfig
 from opd.launch.checks import wandb_mode
 from opd.launch.config import Config
 from opd.launch.memory import Part, known_size, memory_estimate
-from opd.trainers.base import methods
+from opd.trainers.base import Method, methods
 
 _GIB = 2**30
 
@@ -63,7 +63,10 @@ class Plan:
                 f"at most {self.tokens_per_step:,} sampled tokens ({self.tokens_per_episode:,} an episode)",
             ),
             ("micro-batches", f"at most {train.tokens_per_microbatch:,} padded tokens, student and teacher"),
-            ("updates", f"{train.steps:,} ({train.steps * self.episodes_per_step:,} episodes in all)"),
+            (
+                "updates",
+                f"{train.steps * train.updates_per_step:,} ({train.steps * self.episodes_per_step:,} episodes in all)",
+            ),
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
             ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, checkpoints/, export/)"),
@@ -122,8 +125,14 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None) -> Plan:
 
 
 def teacher_of(config: Config) -> TeacherConfig | None:
-    """Whose weights teach, as the method says; it needs no tokenizer for that."""
-    return methods()[config.method].cls(config.section, cast(Any, None)).teacher
+    """Whose weights teach; None where nobody is listened to."""
+    method = _method(config)
+    return method.teacher if method.losses.distill else None
+
+
+def _method(config: Config) -> Method:
+    """The method as far as its settings go: for that it needs no tokenizer."""
+    return methods()[config.method].cls(config.section, cast(Any, None))
 
 
 def has_gpu() -> bool:
@@ -160,8 +169,12 @@ def _notes(config: Config) -> list[str]:
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    if train.warmup_steps >= train.steps:
-        notes.append(f"train.warmup_steps = {train.warmup_steps} never ends in {train.steps} steps")
+    policy = _method(config).losses.policy
+    if policy and train.updates_per_step == 1 and (policy.clip_low or policy.clip_high):
+        notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
+    updates = train.steps * train.updates_per_step
+    if train.warmup_steps >= updates:
+        notes.append(f"train.warmup_steps = {train.warmup_steps} never ends in {updates} updates")
     tiny = config.model.name.removeprefix("tiny:")
     if tiny != config.model.name and tiny not in config.env.id.lower():
         notes.append(f"the model was warmed up for {tiny}, but acts in {config.env.id}")

@@ -146,7 +146,7 @@ class TrainConfig(Strict):
     )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Updates of linear warm-up.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")

@@ -101,7 +101,7 @@ def test_the_table_shows_every_row(capsys):
             "rollout: {temperature: 1.1}",
             "the loss is taken at opsd.temperature = 1, but rollout.temperature = 1.1",
         ),
-        ("train: {steps: 3, warmup_steps: 3}", "train.warmup_steps = 3 never ends in 3 steps"),
+        ("train: {steps: 3, warmup_steps: 3}", "train.warmup_steps = 3 never ends in 3 updates"),
         ("model: tiny:arithmetic", "the model was warmed up for arithmetic, but acts in opd/Lookup-v0"),
     ],
 )
