@@ -82,7 +82,7 @@ def seconds(run: Callable[[], object], repeats: int = 3) -> float:
 def print_variances(variances: dict[str, GradientVariance], entropy: Tensor) -> None:
     print("| entropy (nats) | states | baseline | variance / none | share of the reachable | raised at |")
     print("| --- | ---: | --- | ---: | ---: | ---: |")
-    for low, high in [*itertools.pairwise(EDGES), (0.0, float("inf"))]:
+    for low, high in [*itertools.pairwise(EDGES), (1.0, float("inf")), (0.0, float("inf"))]:
         inside = (entropy >= low) & (entropy < high)
         for name, variance in variances.items():
             part = GradientVariance(*(values[inside] for values in variance))
@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96, help="most tokens in a completion")
+    parser.add_argument("--no-times", action="store_true", help="only the variances")
     options = parser.parse_args()
     torch.manual_seed(0)
     loaded = load(ModelConfig(name="smollm2"))
@@ -113,6 +114,9 @@ def main() -> None:
     variances = {name: chunked_gradient_variance(*sides, **options) for name, options in BASELINES.items()}
     print(f"{len(ids)} states, mean entropy {entropy.mean():.2f} nats\n")
     print_variances(variances, entropy)
+
+    if options.no_times:
+        return
 
     def step() -> None:
         """Everything of a training step but the rollouts: teacher, student, exact loss, backward."""
