@@ -25,5 +25,9 @@ class EnvError(OpdError, RuntimeError):
     """An environment broke its contract. Inside a rollout this becomes data (a failed trajectory)."""
 
 
+class SandboxError(OpdError, OSError):
+    """A sandbox could not be made or ended; never the fault of the program in it."""
+
+
 class CheckpointError(OpdError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another configuration."""

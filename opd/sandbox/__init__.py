@@ -1,0 +1,11 @@
+"""Untrusted programs, run apart from everything: `docs/sandbox.md` says what is stopped and what is not.
+
+`Sandbox(limits).run(["ls", "-l"], files={"a.txt": "hello"})` gives an `Outcome`; a `Session` keeps a folder from
+one run to the next. Mode "bwrap" is a sandbox; mode "limits" must be asked for by name and is none.
+"""
+
+from opd.sandbox.folder import Entry, Folder
+from opd.sandbox.limits import SandboxLimits
+from opd.sandbox.run import MODES, Outcome, Sandbox, Session
+
+__all__ = ["MODES", "Entry", "Folder", "Outcome", "Sandbox", "SandboxLimits", "Session"]
