@@ -185,8 +185,9 @@ def _watch(process: Process, limits: SandboxLimits) -> tuple[list[str], KilledWh
     deadline = time.monotonic() + limits.seconds
     look = time.monotonic() + _LOOK
     with selectors.DefaultSelector() as selector, os.fdopen(os.pidfd_open(process.popen.pid)) as ended:
-        for readable in (ended, *streams):
-            selector.register(readable, selectors.EVENT_READ)
+        selector.register(ended, selectors.EVENT_READ)
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ)
         while why is None:
             ready = [key.fileobj for key, _ in selector.select(max(0.0, min(deadline, look) - time.monotonic()))]
             if ended in ready:
