@@ -29,4 +29,5 @@ __all__ = [
 
 gymnasium.register("opd/Arithmetic-v0", entry_point="opd.envs.arithmetic:ArithmeticEnv")
 gymnasium.register("opd/Dataset-v0", entry_point="opd.envs.dataset_env:DatasetEnv")
+gymnasium.register("opd/Files-v0", entry_point="opd.envs.files:FilesEnv")
 gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.lookup:LookupEnv")

@@ -238,7 +238,7 @@ def _arguments(limits: SandboxLimits, readable: Sequence[str]) -> list[str]:
     for path in (str(Path(python()).parents[1]), *readable):
         if not Path(path).is_relative_to("/usr"):
             for parent in list(reversed(Path(path).parents))[1:]:
-                arguments += ["--dir", str(parent)]  # made on the way, they would be closed to others
+                arguments += ["--dir", str(parent)]  # as /etc above
             arguments += ["--ro-bind", path, path]
     return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/"]
 
@@ -251,6 +251,7 @@ def _system() -> Iterator[str]:
             yield from ("--symlink", os.readlink(name), name)
         elif os.path.isdir(name):
             yield from ("--ro-bind", name, name)
+    yield from ("--dir", "/etc")  # made on the way, it would be closed to the program
     for name in ("/etc/alternatives", "/etc/ld.so.cache"):
         if os.path.exists(name):
             yield from ("--ro-bind", name, name)

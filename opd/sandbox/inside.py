@@ -20,8 +20,6 @@ def hand_over(number: int) -> None:
     channel.sendmsg([b"r"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)])
     if not channel.recv(1):
         os._exit(1)  # nobody is there any more
-    for descriptor in (number, *folders):
-        os.close(descriptor)
 
 
 def become(user: int, limits: str) -> None:
@@ -41,6 +39,7 @@ def main() -> None:
     channel, user, folder, limits, *program = sys.argv[1:]
     if int(channel) >= 0:
         hand_over(int(channel))
+        os.closerange(3, 1024)  # that socket, those folders, and what bubblewrap left open
     os.chdir(folder)
     os.environ["PWD"] = folder
     become(int(user), limits)

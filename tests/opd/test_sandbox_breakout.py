@@ -259,7 +259,8 @@ def test_the_hosts_files_are_not_there(tmp_path):
     secret.write_text("secret")
     code = f"""
 import os
-for path in ({str(secret)!r}, {str(Path.home() / ".ssh")!r}, {__file__!r}, '/etc/passwd', '/etc/shadow', '/var', '/home'):
+hosts = ('/etc/passwd', '/etc/shadow', '/var', '/home')
+for path in ({str(secret)!r}, {str(Path.home() / ".ssh")!r}, {__file__!r}, *hosts):
     print(os.path.exists(path))
 """
     assert run(code).stdout == "False\n" * 7
@@ -310,7 +311,11 @@ def test_the_hosts_network_is_absent_even_without_the_filter(monkeypatch):
     monkeypatch.setattr(bubblewrap, "seccomp_filter", lambda: permissive)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        code = f"import socket; print([name for _, name in socket.if_nameindex()]); socket.create_connection(('127.0.0.1', {port}), 3)"
+        code = f"""
+import socket
+print([name for _, name in socket.if_nameindex()])
+socket.create_connection(('127.0.0.1', {port}), 3)
+"""
         outcome = run(code)
     assert outcome.stdout == "['lo']\n"
     assert "refused" in outcome.stderr
@@ -359,7 +364,8 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 time.sleep(0.3)
-print([open(f'/proc/{{n}}/cmdline').read().endswith({MARK!r} + chr(0)) for n in os.listdir('/proc') if n.isdigit()].count(True))
+lines = [open(f'/proc/{{n}}/cmdline').read() for n in os.listdir('/proc') if n.isdigit()]
+print(sum(line.endswith({MARK!r} + chr(0)) for line in lines))
 """
 
 
