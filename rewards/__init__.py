@@ -6,16 +6,19 @@ a list of messages when the prompts are messages. Functions written for TRL's tr
 those that need token ids.
 """
 
+from opd.rewards.code import CodeTests, code_tests
 from opd.rewards.functions import contains_answer, exact_match, last_number, number_match
 from opd.rewards.rubric import BUILT_IN, Reward, RewardFunction, Rewards, Rubric, Score, resolve
 
 __all__ = [
     "BUILT_IN",
+    "CodeTests",
     "Reward",
     "RewardFunction",
     "Rewards",
     "Rubric",
     "Score",
+    "code_tests",
     "contains_answer",
     "exact_match",
     "last_number",

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from opd.errors import ConfigError, EnvError
+from opd.rewards.code import code_tests, default_code_tests
 from opd.rewards.functions import Completion, contains_answer, exact_match, number_match
 from opd.types import Message
 
@@ -19,7 +20,7 @@ Reward = str | RewardFunction
 Rewards = Reward | Iterable[Reward] | Mapping[Reward, float]
 """One reward, several that weigh 1 each, or several with their weights."""
 
-BUILT_IN: dict[str, RewardFunction] = {f.__name__: f for f in (exact_match, contains_answer, number_match)}
+BUILT_IN: dict[str, RewardFunction] = {f.__name__: f for f in (exact_match, contains_answer, number_match, code_tests)}
 
 
 def resolve(spec: Reward) -> RewardFunction:
@@ -28,6 +29,8 @@ def resolve(spec: Reward) -> RewardFunction:
     Raises ConfigError when there is none such, naming the nearest built-in, and for an `async` function.
     """
     function = _load(spec) if isinstance(spec, str) else spec
+    if function is code_tests:
+        default_code_tests()  # a missing sandbox is found here, before anything is sampled
     if not callable(function):
         raise ConfigError(f"reward {spec!r} is {type(function).__name__}, not a function")
     if inspect.iscoroutinefunction(function):

@@ -41,7 +41,7 @@ def to_folder(files: Mapping[str, str | bytes | Entry], *, most_bytes: int, most
     folder = {path: _entry(content) for path, content in files.items()}
     for path in folder:
         parts = path.split("/")
-        if not path or "\0" in path or {"", ".", ".."} & set(parts) or len(parts) > _DEPTH:
+        if not path or not _is_name(path) or "\0" in path or {"", ".", ".."} & set(parts) or len(parts) > _DEPTH:
             raise ConfigError(f"files: {path!r} must be a relative path without '..', at most {_DEPTH} deep")
     size = sum(len(entry.data) for entry in folder.values())
     if size > most_bytes or len(folder) > most_files:
@@ -52,10 +52,19 @@ def to_folder(files: Mapping[str, str | bytes | Entry], *, most_bytes: int, most
     return folder
 
 
+def _is_name(path: str) -> bool:
+    """Whether a file may be called so: not with a lone surrogate."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _entry(content: str | bytes | Entry) -> Entry:
     if isinstance(content, Entry):
         return content
-    return Entry(data=content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+    return Entry(data=content.encode("utf-8", "replace") if isinstance(content, str) else content)
 
 
 def write_folder(root: int, folder: Folder, *, owner: int | None) -> None:

@@ -177,15 +177,16 @@ def test_a_function_gives_trl_and_us_the_same_numbers():
     # The call that trl's GRPOTrainer makes, for the built-in functions.
     prompts = [[{"role": "user", "content": "1+1"}]] * 2
     completions = [[{"role": "assistant", "content": text}] for text in ("2", "3")]
+    columns = {"answer": "2", "tests": "assert open('solution.py').read() == '2'"}
     for name in BUILT_IN:
         in_trl = resolve(name)(
             prompts=prompts,
             completions=completions,
             completion_ids=[[5], [6]],
-            answer=["2", "2"],
+            **{column: [value] * 2 for column, value in columns.items()},
             trainer_state=None,
             log_extra=print,
             log_metric=print,
         )
-        ours = [Rubric([name]).score(p, c, {"answer": "2"}).total for p, c in zip(prompts, completions, strict=True)]
+        ours = [Rubric([name]).score(p, c, columns).total for p, c in zip(prompts, completions, strict=True)]
         assert in_trl == ours == [1.0, 0.0]
