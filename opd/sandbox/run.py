@@ -59,6 +59,7 @@ class Sandbox:
         limits: bounds of each run, or a mapping of them.
         mode: "bwrap" (namespaces), or "limits", which protects nothing and warns.
         readable: further files and folders that programs may read, at their own paths; Python imports from them.
+            Where this runs as root, programs do not: what they read must be open to others.
 
     Raises ConfigError when this machine cannot do it, and says how it could.
     """
