@@ -1,5 +1,6 @@
 # `make demo` and `make test` each work alone on a fresh machine with Python 3.11 or newer: they create or
-# reuse .venv and install what they need there. Nothing outside this folder is changed.
+# reuse .venv and install what they need there. Nothing outside this folder is changed, but that `make test` as root
+# installs Debian's bubblewrap where it is missing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,7 +14,7 @@ PINS := -c requirements/tested.txt $(if $(shell command -v nvidia-smi),,-c requi
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
 DECLARED := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo test lint types wheel pytest bench clean
+.PHONY: help demo test lint types wheel pytest sandbox bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +34,12 @@ types: build/site ## mypy, over the installed package
 wheel: build/site ## the built wheel works from another folder
 	bash .ci/check_wheel.sh build/site
 
-pytest: $(VENV)/.dev ## the tests; `make pytest ARGS=tests/launch` for a part
+pytest: $(VENV)/.dev sandbox ## the tests; `make pytest ARGS=tests/launch` for a part
 	$(BIN)/python -m pytest $(ARGS)
+
+# The one thing that lies outside this folder; without it the sandbox's tests fail, and say so.
+sandbox: ## bubblewrap, which runs untrusted code: installed where that needs no question, else how to
+	@command -v bwrap >/dev/null || bash .ci/install_bubblewrap.sh
 
 bench: $(VENV)/.dev ## the benchmarks, each printing a table
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

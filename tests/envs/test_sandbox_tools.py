@@ -1,6 +1,8 @@
 """Tools that run what the model writes: they keep files for an episode, say why a program ended, and stay short."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,19 @@ def test_the_weaker_mode_has_to_be_asked_for_by_name_and_warns():
     with pytest.warns(RuntimeWarning, match="is no sandbox"):
         env = begun(sandbox="limits")
     assert env.step(call("shell", command="cat number"))[0] == env.session.files["number"].decode()
+
+
+def test_the_examples_of_the_page_work():
+    page = Path(__file__).parents[2].joinpath("docs", "sandbox.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    names = {}
+    for example in examples:
+        exec(example, names)
+    _, info = names["WorkshopEnv"]().reset(seed=0)
+    assert info["privileged"] == {"solution": "They add up to 10."}
+    for limit in SandboxLimits.__slots__:
+        assert f"`{limit}`" in page
+    assert f"(`processes`, {SandboxLimits().processes})" in page
+    assert f"(`memory_mb`, {SandboxLimits().memory_mb})" in page
+    assert f"(`folder_mb`, {SandboxLimits().folder_mb}; `files`, {SandboxLimits().files})" in page
