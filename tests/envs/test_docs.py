@@ -68,9 +68,9 @@ def test_the_table_settings_on_the_page_work(tmp_path, monkeypatch):
     assert env.step(number)[1] == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("name", ["exact_match", "contains_answer", "number_match"])
+@pytest.mark.parametrize("name", ["exact_match", "contains_answer", "number_match", "code_tests"])
 def test_the_built_in_rewards_on_the_page_exist(name):
     from opd.rewards import BUILT_IN
 
     assert f"`{name}`" in PAGE
-    assert set(BUILT_IN) == {"exact_match", "contains_answer", "number_match"}
+    assert set(BUILT_IN) == {"exact_match", "contains_answer", "number_match", "code_tests"}
