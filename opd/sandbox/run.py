@@ -193,9 +193,9 @@ def _watch(process: Process, limits: SandboxLimits) -> tuple[list[str], KilledWh
             ready = [key.fileobj for key, _ in selector.select(max(0.0, min(deadline, look) - time.monotonic()))]
             if ended in ready:
                 break
-            for stream in ready:
-                if isinstance(stream, _Stream) and not stream.read():
-                    selector.unregister(stream)
+            for one in ready:
+                if isinstance(one, _Stream) and not one.read():
+                    selector.unregister(one)
             if any(stream.full for stream in streams):
                 why = "output"
             elif time.monotonic() >= deadline:
