@@ -111,7 +111,7 @@ class Bubblewrapped(Process):
             self._init = os.pidfd_open(self._first_pid)
             self.held.callback(os.close, self._init)
             self._receive_folders()
-        except (OSError, ValueError) as error:
+        except (OSError, KeyError, json.JSONDecodeError) as error:
             complaint = self._complaint()
             self.close()
             raise SandboxError(f"bubblewrap could not make a sandbox: {complaint or error}") from error

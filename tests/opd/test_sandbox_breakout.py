@@ -187,6 +187,12 @@ def test_shared_memory_is_bounded():
     assert "No space left" in outcome.stderr
 
 
+def test_the_file_behind_stdin_cannot_be_made_to_hold_more():
+    outcome = run("with open('/proc/self/fd/0', 'r+b') as file:\n    while True: file.write(bytes(1 << 20))", stdin="x")
+    assert outcome.exit_code == 1
+    assert "not permitted" in outcome.stderr
+
+
 def test_sparse_files_do_not_make_more_data_than_the_folder_may_hold():
     code = "for n in range(50):\n    with open(str(n), 'wb') as file: file.truncate(4 << 20)"
     outcome = run(code, files={"a": "kept"})
