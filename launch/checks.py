@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from opd import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, TrackingConfig
 from opd.errors import OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
@@ -55,6 +56,35 @@ def check_combinations(config: Config) -> list[Problem]:
                     f"eval.{name} has no effect while eval.tasks = 0. Set eval.tasks, or remove eval.{name}.",
                 )
             )
+    return problems + _backend(config)
+
+
+def _backend(config: Config) -> list[Problem]:
+    """Whether `backend`, `deepspeed` and `model.dtype` belong together."""
+    data = config.deepspeed
+    if config.backend == "local":
+        if data is None:
+            return []
+        text = "deepspeed has no effect with backend = local. Set backend: deepspeed, or remove it."
+        return [Problem(("deepspeed", "backend"), text)]
+    problems = []
+    if not _installed("deepspeed"):
+        text = "backend = deepspeed needs DeepSpeed: pip install 'opd[deepspeed]'"
+        problems.append(Problem(("backend",), text))
+    if data is None:
+        text = (
+            f"backend = deepspeed needs your DeepSpeed JSON: deepspeed: FILE.json, or one of "
+            f"{', '.join(deepspeed_json.ready())}."
+        )
+        return [*problems, Problem(("deepspeed", "backend"), text)]
+    wanted, given = deepspeed_json.dtype(data), config.model.dtype
+    if wanted is not None and given not in ("auto", wanted):
+        section = {"bfloat16": "bf16", "float16": "fp16"}[wanted]
+        text = f'model.dtype = {given}, but deepspeed.{section}.enabled is true. Set that to "auto", or change the one.'
+        problems.append(Problem(("model.dtype", "deepspeed"), text))
+    if given == "float64":
+        text = "model.dtype = float64 is not known to DeepSpeed. Use float32, or backend: local."
+        problems.append(Problem(("model.dtype", "backend"), text))
     return problems
 
 
