@@ -30,6 +30,15 @@ def held(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined, no-any-return]
 
 
+def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
+    """What `rank` holds of a weight [any shape] that takes the parameter's place; padding is 0."""
+    if not is_sharded(parameter):
+        return full.reshape(parameter.shape)
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    own = full.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(own, (0, size - own.numel()))
+
+
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape that it has when whole."""
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined, no-any-return]
@@ -101,10 +110,7 @@ def blank_copy(model: M, device: torch.device | str) -> M:
 
     Of a model that is held whole. Buffers are copied; nothing in the copy requires a gradient.
     """
-    memo = {
-        id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
-        for p in model.parameters()
-    }  # fmt: skip
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in model.parameters()}
     twin = copy.deepcopy(model, memo)  # type: ignore[arg-type]
     for module in twin.modules():
         for name, buffer in module._buffers.items():
@@ -119,3 +125,15 @@ def fill(twin: nn.Module, model: nn.Module) -> None:
     targets = dict(twin.named_parameters())
     for name, weight in whole_in_turn(model):
         targets[name].copy_(weight)
+
+
+@torch.no_grad()
+def collected(blank: M, model: nn.Module, *, keep: bool) -> M:
+    """The whole model in the CPU's memory, from a `blank_copy` of it; the ranks that do not `keep` it only take part."""
+    if not keep:
+        for _ in whole_in_turn(model):
+            pass
+        return blank
+    twin = blank_copy(blank, "cpu")
+    fill(twin, model)
+    return twin

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opd.collate import Batch
@@ -19,7 +21,8 @@ from opd.config import TeacherConfig
 from opd.errors import CheckpointError
 from opd.head import Head
 from opd.modeling import CausalModel
-from opd.sharding import held, swapped
+from opd.ranks import Ranks
+from opd.sharding import full_shape, held, is_sharded, part_of, swapped
 
 
 class Taught(NamedTuple):
@@ -53,8 +56,14 @@ class Teacher:
             hidden = self.student(batch.teacher_ids, batch.teacher_rows)
             return Taught(hidden, self._head())
 
+    @torch.no_grad()
+    def head(self) -> Head:
+        """The teacher's map from hidden states to logits."""
+        with self._in_place():
+            return self._head()
+
     def _head(self) -> Head:
-        """The head as it is now; what it is made of outlives the swap, and the slices."""
+        """The student's head as it is now; what it is made of outlives the swap."""
         head = self.student.head()
         return Head(
             head.weight.detach(),
@@ -95,6 +104,43 @@ class Teacher:
             )
         for name, weight in state.items():
             self.weights[name].copy_(weight)
+
+    def save(self, folder: Path, ranks: Ranks) -> None:
+        """The own weights as `teacher.safetensors`, or the slices of each rank in a file of its own."""
+        weights = {name: weight.cpu().contiguous() for name, weight in self.weights.items()}
+        if self._sharded:
+            save_file(weights, folder / _slices(ranks.rank))
+        elif ranks.first:
+            save_file(weights, folder / _WHOLE)
+
+    def load(self, folder: Path, ranks: Ranks, *, saved_ranks: int) -> None:
+        """The reverse of `save`, cut anew where there were other ranks. Raises CheckpointError as `load_state_dict`."""
+        if (folder / _WHOLE).is_file():
+            saved = [load_file(folder / _WHOLE)]
+        elif saved_ranks == ranks.world_size:
+            self.load_state_dict(load_file(folder / _slices(ranks.rank)))
+            return
+        else:
+            saved = [load_file(folder / _slices(rank)) for rank in range(saved_ranks)]
+        parameters = _trained(self.student)
+        state = {}
+        for name in saved[0]:
+            if name in parameters:
+                size = full_shape(parameters[name]).numel()
+                full = torch.cat([part[name].flatten() for part in saved])[:size]
+                state[name] = part_of(parameters[name], full, ranks.rank)
+        self.load_state_dict(state if len(state) == len(saved[0]) else saved[0])
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(parameter) for parameter in _trained(self.student).values())
+
+
+_WHOLE = "teacher.safetensors"
+
+
+def _slices(rank: int) -> str:
+    return f"teacher-rank-{rank}.safetensors"
 
 
 def _trained(student: nn.Module) -> dict[str, nn.Parameter]:

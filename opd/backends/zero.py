@@ -9,9 +9,12 @@ micro-batch is over, since its gradient needs a place of its size.
 from __future__ import annotations
 
 import math
+import shutil
+from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from contextlib import ExitStack
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -162,7 +165,41 @@ class ZeroBackend:
 
     def load(self, folder: Path, *, saved_ranks: int) -> None:
         """The reverse of `save`, by way of a universal checkpoint where there were other ranks."""
+        if self._stage == 0 or saved_ranks == self.ranks.world_size:
+            self._load(folder)
+            return
+        aside = folder.with_name(f".{folder.name}.universal")
+        self.ranks.from_first(lambda: _make_universal(folder / _TAG, aside / _TAG))
+        settings = self._engine._config
+        settings.load_universal_checkpoint = True
+        try:
+            self._load(aside)
+        finally:
+            settings.load_universal_checkpoint = False
+        self.ranks.wait()
+        if self.ranks.first:
+            shutil.rmtree(aside)
+
+    def _load(self, folder: Path) -> None:
         try:
             self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        except (RuntimeError, KeyError, OSError) as error:
-            raise CheckpointError(f"{folder / _TAG} cannot be loaded: {error}") from error
+        except (RuntimeError, KeyError, AssertionError, OSError) as error:
+            raise CheckpointError(f"DeepSpeed cannot load {folder / _TAG}: {error}") from error
+
+
+def _make_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own conversion to files that any number of ranks can load; it takes the checkpoint's size on disk."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target.parent, ignore_errors=True)
+    options = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # more would be forked from a process that has threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        ds_to_universal.main(options)
