@@ -94,7 +94,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, out: Path, *, gpu: bool | None = None) -> Plan:
+def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) -> Plan:
     """The plan of a run; `gpu` says whether there is one, by default as far as can be seen without torch."""
     rollout, train = config.rollout, config.train
     episodes = train.tasks_per_step * rollout.group_size

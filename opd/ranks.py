@@ -66,6 +66,16 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def to_first(self, value: T) -> list[T]:
+        """On the first rank what every rank brings; on the others nothing."""
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.world_size if self.first else None
+        dist.gather_object(value, found, dst=0, group=self.group)
+        return found or []
+
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over all ranks, in one order, so that all get the same bits."""
         return [fsum(column) for column in zip(*self.gather(values), strict=True)]
