@@ -82,6 +82,7 @@ def _backend(config: Config) -> list[Problem]:
         section = {"bfloat16": "bf16", "float16": "fp16"}[wanted]
         text = f'model.dtype = {given}, but deepspeed.{section}.enabled is true. Set that to "auto", or change the one.'
         problems.append(Problem(("model.dtype", "deepspeed"), text))
+    problems += _unfilled(config, data)
     if given == "float64":
         text = "model.dtype = float64 is not known to DeepSpeed. Use float32, or backend: local."
         problems.append(Problem(("model.dtype", "backend"), text))
@@ -102,6 +103,16 @@ def _undistilled(config: Config) -> list[Problem]:
     }
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
     return [Problem((key,), f"{key} {text}") for key, value in asked.items() if value]
+
+
+def _unfilled(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Whether every "auto" of the JSON can be filled in."""
+    facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype="float32", hidden_size=1, gpu=True)
+    try:
+        deepspeed_json.fill(data, config.train, facts)
+    except ValueError as error:
+        return [Problem(("deepspeed",), f"deepspeed: {error}")]
+    return []
 
 
 def check_model(model: ModelConfig) -> list[Problem]:

@@ -65,7 +65,8 @@ class Config(Strict):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     backend: Literal["local", "deepspeed"] = Field(
-        "local", description="What trains: `local` is one process, plain torch; `deepspeed` is one or many, ZeRO 0 to 3."
+        "local",
+        description="What trains: `local` is one process, plain torch; `deepspeed` is one or many, ZeRO 0 to 3.",
     )
     deepspeed: DeepSpeedSetting = Field(
         None,
