@@ -59,7 +59,7 @@ def ranks_of(config: Config) -> Ranks:
         return join()
     if started_ranks() > 1:
         raise ConfigError(
-            f"backend = local is one process, but a launcher started {started_ranks()}, which would all train the same. "
+            f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
             "Set backend: deepspeed, or start one."
         )
     return Ranks()

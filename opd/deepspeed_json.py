@@ -181,9 +181,7 @@ def fill(data: Mapping[str, Any], train: TrainConfig, facts: Facts) -> Filled:
         _fill_scheduler(filled, train, facts.total_steps)
     _fill_buckets(filled, facts.hidden_size)
     if left := list(_autos(settings)):
-        raise ValueError(
-            f'{", ".join(left)} cannot be "auto": nothing in the settings of the run says what to put there'
-        )
+        raise ValueError(f'{", ".join(left)} cannot be "auto": no setting of the run says what to put there')
     return filled
 
 

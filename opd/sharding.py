@@ -129,7 +129,7 @@ def fill(twin: nn.Module, model: nn.Module) -> None:
 
 @torch.no_grad()
 def collected(blank: M, model: nn.Module, *, keep: bool) -> M:
-    """The whole model in the CPU's memory, from a `blank_copy` of it; the ranks that do not `keep` it only take part."""
+    """The whole model in the CPU's memory, from a `blank_copy`; the ranks that do not `keep` it only take part."""
     if not keep:
         for _ in whole_in_turn(model):
             pass
