@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from opd import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, TrackingConfig
-from opd.errors import OpdError
+from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
+from opd.ranks import started_ranks
 from opd.trainers.base import methods
 
 if TYPE_CHECKING:
@@ -57,6 +58,15 @@ def check_combinations(config: Config) -> list[Problem]:
                 )
             )
     return problems + _backend(config)
+
+
+def check_started(config: Config) -> None:
+    """Raises ConfigError where a launcher started more processes than the backend can use."""
+    if config.backend == "local" and started_ranks() > 1:
+        raise ConfigError(
+            f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
+            "Set backend: deepspeed, or start one."
+        )
 
 
 def _backend(config: Config) -> list[Problem]:

@@ -12,11 +12,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
 from opd.ranks import Ranks, SharedError, join, started_ranks
+
+if TYPE_CHECKING:
+    from opd.launch.config import Config
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -127,7 +130,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if arguments.ranks and not arguments.dry_run:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: Config.load(arguments.file, overrides))
+    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides)))
     out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
@@ -143,6 +146,13 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
             print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _startable(config: Config) -> Config:
+    from opd.launch.checks import check_started
+
+    check_started(config)
+    return config
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

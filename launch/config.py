@@ -44,7 +44,16 @@ def _read_deepspeed(value: Any) -> Any:
 
 DeepSpeedSetting = Annotated[dict[str, Any] | None, BeforeValidator(_read_deepspeed)]
 
-_MAY_DIFFER = ("out", "eval", "tracking", "train.steps", "train.save_every", "train.keep_last", "train.threads")
+_MAY_DIFFER = (
+    "out",
+    "eval",
+    "tracking",
+    "train.steps",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.threads",
+)
 """What a resumed run may change: nothing that its weights depend on."""
 
 

@@ -5,6 +5,7 @@ python -m opd.launch.train FILE.yaml [the options of `opd train`]
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 
 from opd import checkpoint
-from opd.errors import CheckpointError, ConfigError
+from opd.errors import CheckpointError
 from opd.intervals import paired_difference
 from opd.launch.build import Run, Score, build
+from opd.launch.checks import check_started
 from opd.launch.config import Config
-from opd.ranks import Ranks, join, started_ranks
+from opd.ranks import Ranks, join
 from opd.tracking import NoTracker, Tracker
 from opd.watch import together
 
@@ -55,14 +57,8 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
 
 def ranks_of(config: Config) -> Ranks:
     """The processes that this run is to be trained by. Raises ConfigError where the backend cannot use them."""
-    if config.backend == "deepspeed":
-        return join()
-    if started_ranks() > 1:
-        raise ConfigError(
-            f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
-            "Set backend: deepspeed, or start one."
-        )
-    return Ranks()
+    check_started(config)
+    return join() if config.backend == "deepspeed" else Ranks()
 
 
 def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
@@ -82,12 +78,13 @@ def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
                 done = number + 1
                 interrupted = ranks.any(bool(stopped))
                 last = done == config.train.steps or interrupted
+                score = None
                 if config.eval.tasks and (last or (config.eval.every and done % config.eval.every == 0)):
-                    after = _evaluate(run, tracker, done)
+                    after = score = _evaluate(run, tracker, done)
                 tracker.log(done, row)
                 tracker.log_rollouts(done, [t for group in groups for t in group.trajectories])
                 if last or (config.train.save_every and done % config.train.save_every == 0):
-                    _save(run, out, done, before)
+                    _save(run, out, done, before, score)
                 if last:
                     break
         run.export(out / "export")
@@ -116,7 +113,8 @@ def _evaluate(run: Run, tracker: Tracker | NoTracker, step: int) -> Score:
     return score
 
 
-def _save(run: Run, out: Path, step: int, before: Score | None) -> None:
+def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | None) -> None:
+    """Save after `step`, whose weights were evaluated with `score`, if they were."""
     loop, ranks = run.loop, run.loop.backend.ranks
     root = out / "checkpoints"
     checkpoint.save(
@@ -133,13 +131,24 @@ def _save(run: Run, out: Path, step: int, before: Score | None) -> None:
                 "policy_version": loop.rollouts.engine.policy_version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
+                "success": None if score is None else score.rate,
             },
             "method": run.method.state_dict(),
         },
         ranks=ranks,
     )
     if ranks.first:
-        checkpoint.rotate(root, run.config.train.keep_last)
+        checkpoint.rotate(root, run.config.train.keep_last, keep=_best(root) if run.config.train.keep_best else None)
+
+
+def _best(root: Path) -> Path | None:
+    """The checkpoint whose evaluation was best, the later of two; None where none was evaluated."""
+    scores: list[tuple[float, int, Path]] = []
+    for number, folder in enumerate(checkpoint.step_folders(root)):
+        rate = json.loads((folder / "run.json").read_text())["success"]
+        if rate is not None:
+            scores.append((rate, number, folder))
+    return max(scores)[2] if scores else None
 
 
 def _restore(run: Run, saved: checkpoint.Checkpoint) -> tuple[int, Score | None]:

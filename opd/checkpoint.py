@@ -126,10 +126,11 @@ def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (fr
     raise CheckpointError("; ".join(problems) or f"there is no checkpoint under {root}")
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in step_folders(root)[:-keep]:
-        shutil.rmtree(folder)
+def rotate(root: Path, keep_last: int, *, keep: Path | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and `keep`."""
+    for folder in step_folders(root)[:-keep_last]:
+        if folder != keep:
+            shutil.rmtree(folder)
 
 
 def _files(folder: Path) -> list[Path]:
