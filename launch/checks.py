@@ -92,7 +92,7 @@ def _backend(config: Config) -> list[Problem]:
         section = {"bfloat16": "bf16", "float16": "fp16"}[wanted]
         text = f'model.dtype = {given}, but deepspeed.{section}.enabled is true. Set that to "auto", or change the one.'
         problems.append(Problem(("model.dtype", "deepspeed"), text))
-    problems += _unfilled(config, data)
+    problems += _unfilled(config, data) + _unswappable(config, data)
     if given == "float64":
         text = "model.dtype = float64 is not known to DeepSpeed. Use float32, or backend: local."
         problems.append(Problem(("model.dtype", "backend"), text))
@@ -113,6 +113,27 @@ def _undistilled(config: Config) -> list[Problem]:
     }
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
     return [Problem((key,), f"{key} {text}") for key, value in asked.items() if value]
+
+
+def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
+    method = methods()[config.method].cls(config.section, cast(Any, None))
+    if method.losses.distill is None or method.teacher.weights == "live":
+        return []
+    zero = data.get("zero_optimization") or {}
+    problems = []
+    for key, bad in (
+        ("offload_param.device = nvme", deepspeed_json.offloads(data, "param") == "nvme"),
+        ("zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1) != 1),
+        ("zero_quantized_weights", bool(zero.get("zero_quantized_weights"))),
+    ):
+        if bad:
+            text = (
+                f"deepspeed.zero_optimization.{key} works with a live teacher alone, but "
+                f"{config.method}.teacher.weights = {method.teacher.weights}. Remove the one or change the other."
+            )
+            problems.append(Problem(("deepspeed", f"{config.method}.teacher.weights"), text))
+    return problems
 
 
 def _unfilled(config: Config, data: dict[str, Any]) -> list[Problem]:
