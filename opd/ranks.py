@@ -148,7 +148,7 @@ def _meet() -> Ranks:
 
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if started_ranks() == 1:
+    if "RANK" not in os.environ:  # no launcher, not even of one process
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
