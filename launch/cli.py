@@ -12,10 +12,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
+from opd.ranks import Ranks, SharedError, join, started_ranks
+
+if TYPE_CHECKING:
+    from opd.launch.config import Config
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except OpdError as error:
-        print(textwrap.indent(str(error), "error: "), file=sys.stderr)
+        _print_error(error)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -37,6 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return code
+
+
+def _print_error(error: OpdError) -> None:
+    """Of several processes, whoever has an error prints it with its number; what all have, the first prints."""
+    rank = int(os.environ.get("RANK") or 0)
+    if rank and isinstance(error, SharedError):
+        return
+    prefix = f"error: rank {rank}: " if rank else "error: "
+    print(textwrap.indent(str(error), prefix), file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--ranks", metavar="N", type=_positive, help="with --dry-run: plan for so many processes")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # what the deepspeed launcher adds; LOCAL_RANK says it
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -112,21 +127,32 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
-    config = Config.load(arguments.file, overrides)
-    out = config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite)
-    if arguments.dry_run or config.tracking.console:
-        Console().print(plan(config, out).table())
+    if arguments.ranks and not arguments.dry_run:
+        raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
+    ranks = join() if started_ranks() > 1 else Ranks()
+    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides)))
+    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    if ranks.first and (arguments.dry_run or config.tracking.console):
+        Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
     if arguments.dry_run:
         return 0
     if arguments.overwrite:
-        remove_run(out)
+        ranks.from_first(lambda: remove_run(out))
     from opd.launch.train import train
 
     result = train(config.at(out), resume=arguments.resume)
     if result.interrupted:
-        print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
+        if ranks.first:
+            print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _startable(config: Config) -> Config:
+    from opd.launch.checks import check_started
+
+    check_started(config)
+    return config
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
 import opd
+from opd import deepspeed_json
 from opd.config import (
     EnvSetting,
     EvalConfig,
@@ -35,7 +36,24 @@ from opd.launch.reader import read_settings, to_yaml
 from opd.launch.schema import Setting, describe, walk
 from opd.trainers.base import methods
 
-_MAY_DIFFER = ("out", "eval", "tracking", "train.steps", "train.save_every", "train.keep_last", "train.threads")
+
+def _read_deepspeed(value: Any) -> Any:
+    """The object in place of its path: a run's config.yaml says all that the run depends on."""
+    return value if value is None else deepspeed_json.read(value)
+
+
+DeepSpeedSetting = Annotated[dict[str, Any] | None, BeforeValidator(_read_deepspeed)]
+
+_MAY_DIFFER = (
+    "out",
+    "eval",
+    "tracking",
+    "train.steps",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.threads",
+)
 """What a resumed run may change: nothing that its weights depend on."""
 
 
@@ -55,7 +73,15 @@ class Config(Strict):
     weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-    backend: Literal["local"] = Field("local", description="What trains: `local` is one process, plain torch.")
+    backend: Literal["local", "deepspeed"] = Field(
+        "local",
+        description="What trains: `local` is one process, plain torch; `deepspeed` is one or many, ZeRO 0 to 3.",
+    )
+    deepspeed: DeepSpeedSetting = Field(
+        None,
+        description="backend = deepspeed: your DeepSpeed JSON, as a path, as one of the files that come along "
+        "(zero2, zero3, zero3_offload), or the object itself. Batch sizes and accumulation are auto or absent.",
+    )
 
     @model_validator(mode="before")
     @classmethod

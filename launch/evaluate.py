@@ -10,6 +10,7 @@ from rich.table import Table
 from opd.errors import CheckpointError
 from opd.launch.build import Score, build
 from opd.launch.config import Config
+from opd.launch.train import ranks_of
 
 
 def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
@@ -24,7 +25,9 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
         # An export holds merged weights: adapters would be trained on top of it, not loaded from it.
         model = config.model.model_copy(update={"name": str(export), "lora": None})
         config = config.model_copy(update={"model": model})
-    built = build(config)
+    # Playing needs no gradients: one process will do, whatever trained the run.
+    config = config.model_copy(update={"backend": "local", "deepspeed": None})
+    built = build(config, ranks_of(config))
     try:
         score, groups = built.evaluate()
     finally:

@@ -72,13 +72,15 @@ def memory_estimate(
     copies = {"live": 0, "frozen": trained_width, "ema": max(4, trained_width)}
     # The teacher's view holds the student's sequence, so the student has at most half of a micro-batch.
     tokens = tokens_per_microbatch // 2 if teacher else tokens_per_microbatch
-    tile = min(TILE_BYTES["gpu" if gpu else "cpu"], 4 * tokens * size.vocabulary)
+    tile = tile_bytes(tokens, size.vocabulary, gpu=gpu)
+    # Steps of 16-bit weights are taken on float32 copies of them.
+    optimizer = 12 if trained_width < 4 else 2 * trained_width
     return [
         Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
         Part("gradients", trained * trained_width),
-        Part("AdamW", 2 * trained * trained_width, "two moments for each trained parameter"),
+        Part("AdamW", optimizer * trained, "two moments for each trained parameter"),
         Part("teacher", trained * copies[teacher.weights] if teacher else 0, teacher.weights if teacher else "none"),
-        Part("activations", _activations(size, tokens, width, model.gradient_checkpointing), "rough"),
+        Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
         Part(
             "cache of rollouts",
@@ -88,7 +90,12 @@ def memory_estimate(
     ]
 
 
-def _activations(size: ModelSize, tokens: int, width: int, checkpointing: bool) -> int:
+def tile_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:
+    """The most that a tile of logits takes."""
+    return min(TILE_BYTES["gpu" if gpu else "cpu"], 4 * tokens * vocabulary)
+
+
+def activations(size: ModelSize, tokens: int, width: int, checkpointing: bool) -> int:
     """What a forward pass keeps for the backward pass: about 8 vectors of the hidden width a token and layer
     (norms, queries, keys, values, attention, residuals) and 4 of the MLP's width."""
     layer = tokens * (8 * size.hidden + 4 * size.intermediate) * width

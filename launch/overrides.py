@@ -10,10 +10,14 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from opd import deepspeed_json
 from opd.errors import ConfigError
 from opd.launch.problems import did_you_mean, nearest_key, show
 from opd.launch.reader import parse_yaml
 from opd.launch.schema import Setting
+
+FILES = {"deepspeed": deepspeed_json.read}
+"""Sections that may be written as the name of a file, and what reads it."""
 
 SHORTHAND = {"model": "name", "env": "id"}
 """Sections that may be written as one word, and the setting which that word is."""
@@ -77,6 +81,11 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 def _enter(place: dict[str, Any], section: str) -> dict[str, Any]:
     held = place.get(section)
+    if isinstance(held, str) and section in FILES:
+        try:
+            held = place[section] = FILES[section](held)
+        except ValueError as error:
+            raise ConfigError(f"{section}: {error}") from error
     if isinstance(held, dict):
         return held
     place[section] = {SHORTHAND[section]: held} if section in SHORTHAND and isinstance(held, str) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any, cast
 
 from rich.table import Table
 
+from opd import deepspeed_json
 from opd.config import TeacherConfig
+from opd.launch import scaling
 from opd.launch.checks import wandb_mode
 from opd.launch.config import Config
-from opd.launch.memory import Part, known_size, memory_estimate
+from opd.launch.memory import ModelSize, Part, known_size, memory_estimate
 from opd.trainers.base import Method, methods
 
 _GIB = 2**30
@@ -34,8 +37,15 @@ class Plan:
     parameters: int | None
     """Of the model; None where it is not known without loading or downloading."""
     memory: list[Part]
-    """Empty where `parameters` is None."""
+    """Of one rank's device; empty where `parameters` is None."""
+    ranks: int
+    host: list[Part]
+    """What an offload keeps in the machine's memory for one rank."""
+    traffic: list[Part]
+    """What one rank sends in a step."""
     notes: list[str]
+    filled: list[str]
+    """What the "auto" values of the DeepSpeed JSON became, and what of it counts against our own settings."""
 
     @property
     def memory_bytes(self) -> int:
@@ -69,6 +79,7 @@ class Plan:
             ),
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
+            *self._processes(),
             ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, checkpoints/, export/)"),
             ("wandb", _wandb(config)),
         ]
@@ -87,20 +98,32 @@ class Plan:
     def _memory(self) -> str:
         if not self.memory:
             return "not estimated: the model's size is not known before it is loaded"
-        lines = [f"about {self.memory_bytes / _GIB:.2f} GiB at most"]
-        lines += [
-            f"{part.bytes / _GIB:8.2f}  {part.name}{f' ({part.note})' if part.note else ''}" for part in self.memory
-        ]
-        return "\n".join(lines)
+        where = " on each of them" if self.ranks > 1 else ""
+        return _listed(f"about {self.memory_bytes / _GIB:.2f} GiB at most{where}", self.memory)
+
+    def _processes(self) -> list[tuple[str, str]]:
+        """What there is to say about DeepSpeed and its ranks."""
+        if self.config.deepspeed is None:
+            return []
+        stage = deepspeed_json.stage(self.config.deepspeed)
+        rows = [("backend", f"DeepSpeed, ZeRO-{stage}, {self.ranks} {'process' if self.ranks == 1 else 'processes'}")]
+        if self.host:
+            rows.append(("offloaded", _listed("by each process", self.host)))
+        if self.traffic:
+            total = sum(part.bytes for part in self.traffic) / _GIB
+            rows.append(("traffic", _listed(f"about {total:.2f} GiB sent by each process in a step", self.traffic)))
+        return [*rows, ("deepspeed", "\n".join(self.filled))]
 
 
-def plan(config: Config, out: Path, *, gpu: bool | None = None) -> Plan:
+def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) -> Plan:
     """The plan of a run; `gpu` says whether there is one, by default as far as can be seen without torch."""
     rollout, train = config.rollout, config.train
     episodes = train.tasks_per_step * rollout.group_size
     tokens = min(config.env.max_turns * rollout.max_tokens, rollout.max_length)
     teacher = teacher_of(config)
     size = known_size(config.model.name)
+    gpu = has_gpu() if gpu is None else gpu
+    memory, host, sent = _sizes(config, size, teacher, gpu=gpu, ranks=ranks) if size else ([], [], [])
     return Plan(
         config=config,
         out=out,
@@ -110,18 +133,68 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None) -> Plan:
         tokens_per_step=episodes * tokens,
         evaluations=_evaluations(config),
         parameters=size.parameters if size else None,
-        memory=memory_estimate(
+        memory=memory,
+        ranks=ranks,
+        host=host,
+        traffic=sent,
+        notes=_notes(config),
+        filled=_filled(config, size, gpu=gpu, ranks=ranks),
+    )
+
+
+def _sizes(
+    config: Config, size: ModelSize, teacher: TeacherConfig | None, *, gpu: bool, ranks: int
+) -> tuple[list[Part], list[Part], list[Part]]:
+    """Memory of a device, memory of its machine, and traffic, for one rank."""
+    rollout, train = config.rollout, config.train
+    if config.deepspeed is None:
+        memory = memory_estimate(
             size,
             model=config.model,
             rollout=rollout,
             teacher=teacher,
             tokens_per_microbatch=train.tokens_per_microbatch,
-            gpu=has_gpu() if gpu is None else gpu,
+            gpu=gpu,
         )
-        if size
-        else [],
-        notes=_notes(config),
+        return memory, [], []
+    episodes = train.tasks_per_step * rollout.group_size
+    work = scaling.Work(
+        model=config.model.model_copy(update={"dtype": deepspeed_json.dtype(config.deepspeed) or config.model.dtype}),
+        rollout=rollout,
+        teacher=teacher,
+        tokens_per_microbatch=train.tokens_per_microbatch,
+        episodes=episodes,
+        embedded=rollout.engine == "transformers",
+        gpu=gpu,
     )
+    sharding = scaling.Sharding.of(config.deepspeed, ranks)
+    tokens = (2 if teacher else 1) * episodes * rollout.max_length / ranks / train.updates_per_step
+    microbatches = max(1, math.ceil(tokens / train.tokens_per_microbatch))
+    return (
+        scaling.device_memory(size, work, sharding),
+        scaling.host_memory(size, work, sharding),
+        scaling.traffic(size, work, sharding, microbatches=microbatches, updates=train.updates_per_step),
+    )
+
+
+def _filled(config: Config, size: ModelSize | None, *, gpu: bool, ranks: int) -> list[str]:
+    """What `deepspeed_json.fill` will decide; the run itself asks the model that it has loaded."""
+    if config.deepspeed is None:
+        return []
+    auto = "bfloat16" if gpu else "float32"
+    facts = deepspeed_json.Facts(
+        total_steps=config.train.steps * config.train.updates_per_step,
+        ranks=ranks,
+        dtype=deepspeed_json.dtype(config.deepspeed) or (auto if config.model.dtype == "auto" else config.model.dtype),
+        hidden_size=size.hidden if size else None,
+        gpu=gpu,
+    )
+    return deepspeed_json.fill(config.deepspeed, config.train, facts).notes
+
+
+def _listed(head: str, parts: list[Part]) -> str:
+    lines = [f"{part.bytes / _GIB:8.2f}  {part.name}{f' ({part.note})' if part.note else ''}" for part in parts]
+    return "\n".join([head, *lines])
 
 
 def teacher_of(config: Config) -> TeacherConfig | None:

@@ -77,7 +77,7 @@ def describe(key: str, field: FieldInfo) -> Setting:
         required=required,
         default=None if required else field.get_default(call_default_factory=True, validated_data={}),
         section=section,
-        free=get_origin(field.annotation) is dict,
+        free=any(get_origin(part) is dict for part in (field.annotation, *get_args(field.annotation))),
         choices=_choices(field.annotation),
     )
 
@@ -95,10 +95,10 @@ def allowed(annotation: Any, metadata: list[Any] | None = None) -> str:
         return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
         return "a list of " + ", ".join(allowed(a) for a in arguments)
+    short = "a name or " if any(isinstance(m, BeforeValidator) for m in metadata or []) else ""
     if origin is dict:
-        return "a section with keys of your choice"
+        return f"{short}a section with keys of your choice"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        short = "a name or " if any(isinstance(m, BeforeValidator) for m in metadata or []) else ""
         return f"{short}a section with {', '.join(annotation.model_fields)}"
     return _WORDS.get(annotation, str(annotation)) + _bounds(metadata or [])
 

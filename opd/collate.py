@@ -154,6 +154,31 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     )
 
 
+def empty_batch(pad_id: int) -> Batch:
+    """A micro-batch of one sequence of padding, of which nothing was sampled: N is 0, for student and teacher.
+
+    A forward pass over it reaches every weight, so that its loss of 0 has a graph that does.
+    """
+    ids = torch.full((1, 2), pad_id)
+    nowhere, nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    return Batch(
+        input_ids=ids,
+        rows=nowhere,
+        targets=nowhere,
+        sampler_logprobs=nothing,
+        policy_weight=nothing,
+        distill_weight=nothing,
+        ce_weight=nothing,
+        advantage=nothing,
+        lengths=[0],
+        teacher_ids=ids,
+        teacher_rows=nowhere,
+        taught=None,
+        old_logprobs=nothing,
+        teacher_logprobs=nothing,
+    )
+
+
 def _pad(sequences: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     width = max(map(len, sequences))
     return torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in sequences], dtype=torch.long)

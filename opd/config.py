@@ -152,6 +152,9 @@ class TrainConfig(Strict):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only the last.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    keep_best: bool = Field(
+        False, description="Also keep the checkpoint whose evaluation was best; eval.every says which have one."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; by default as torch chooses.")
     variance_every: int = Field(
         0,

@@ -6,6 +6,7 @@ sequence. Loading from a hub, a folder or a GGUF file is in `opd.models`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ class CausalModel(nn.Module):
         self.model = model
         layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
         self._checkpointed = list(layers)
+        self.gather_head: Callable[[], None] = _nothing
+        """Makes `head_parameters` whole for as long as this micro-batch needs them; set where weights are sharded."""
+        self.release: Callable[[], None] = _nothing
+        """Gives back all that was gathered of sharded weights; set where they are."""
+        linear = self._transformer.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(
+                f"the head of {type(self._transformer).__name__} is a {type(linear).__name__}, but must be a plain "
+                "linear layer (no adapter on it: leave it out of model.lora.targets)"
+            )
+        # In a tuple, which torch does not look into: asking the linear layer for a sharded weight gathers it for good.
+        self._head = (linear.weight, linear.bias)
         self._check_head()
 
     @property
@@ -69,14 +82,15 @@ class CausalModel(nn.Module):
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    def head(self, overrides: dict[str, Tensor] | None = None) -> Head:
-        """The map from hidden states to logits; `overrides` are other weights, by parameter name."""
-        linear = self._transformer.get_output_embeddings()
-        weight, bias = linear.weight, getattr(linear, "bias", None)
-        if overrides:
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            weight = overrides.get(names[id(weight)], weight)
-            bias = None if bias is None else overrides.get(names[id(bias)], bias)
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What `head` is made of: a weight and perhaps a bias."""
+        return [parameter for parameter in self._head if parameter is not None]
+
+    def head(self) -> Head:
+        """The map from hidden states to logits. Of sharded weights: after the decoder's pass, in the same work."""
+        self.gather_head()
+        weight, bias = self._head
         scale = getattr(self.config, "logit_scale", None) or 1.0
         scale /= getattr(self.config, "logits_scaling", None) or 1.0
         return Head(weight, bias=bias, softcap=getattr(self.config, "final_logit_softcapping", None), scale=scale)
@@ -90,12 +104,6 @@ class CausalModel(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         """Our reading of the head must give the model's own logits, or every loss is wrong in silence."""
-        linear = self._transformer.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(
-                f"the head of {type(self._transformer).__name__} is a {type(linear).__name__}, but must be a plain "
-                "linear layer (no adapter on it: leave it out of model.lora.targets)"
-            )
         was_training = self.model.training
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None]
@@ -109,3 +117,7 @@ class CausalModel(nn.Module):
                 f"{type(self._transformer).__name__} computes its logits in a way that is not known here: "
                 f"hidden states times the output embedding differ from them by {gap:.3g} nats"
             )
+
+
+def _nothing() -> None:
+    """A model that is held whole has nothing to gather."""

@@ -54,7 +54,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = _source(config.name)
     options["trust_remote_code"] = config.trust_remote_code
     try:

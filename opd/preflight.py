@@ -23,13 +23,15 @@ def sampler_gap(student: CausalModel, batch: Batch, sampling: Sampling) -> float
     """Mean absolute difference, in nats, between the sampler's log-probs and the student's own.
 
     Raises ModelError beyond the tolerance. Truncated sampling (top-p, top-k) renormalises the sampler's
-    log-probs, so that they cannot be compared; the gap is then nan.
+    log-probs, so that they cannot be compared; the gap is then nan, as it is of a batch without sampled tokens.
     """
     if sampling.top_p < 1 or sampling.top_k:
         return float("nan")
     own = chunked_logprobs(
         student(batch.input_ids, batch.rows), student.head(), batch.targets, temperature=sampling.temperature
     )
+    if not len(own):
+        return float("nan")
     gap = float((own - batch.sampler_logprobs).abs().mean())
     allowed = TOLERANCE[next(student.parameters()).dtype]
     if not gap <= allowed:

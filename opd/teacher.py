@@ -1,23 +1,28 @@
 """Who teaches: the student's own network under other weights, without a second copy of it.
 
 `live` is the student as it is. `frozen` and `ema` are weights by name that take the place of the student's
-for one forward pass (`torch.func.functional_call`): only what trains needs a copy, so that with LoRA a
-frozen teacher costs the adapters' initial values and nothing more.
+for one forward pass: only what trains needs a copy, so that with LoRA a frozen teacher costs the adapters'
+initial values and nothing more. Of sharded weights each rank keeps its own slices, as it does of the student's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from opd.collate import Batch
 from opd.config import TeacherConfig
 from opd.errors import CheckpointError
 from opd.head import Head
 from opd.modeling import CausalModel
+from opd.ranks import Ranks
+from opd.sharding import full_shape, held, is_sharded, part_of, swapped
 
 
 class Taught(NamedTuple):
@@ -38,30 +43,31 @@ class Teacher:
         if config.weights != "live":
             dtype = torch.float32 if config.weights == "ema" else None
             self.weights = {
-                name: parameter.detach().clone().to(dtype=_wider(parameter, dtype))
-                for name, parameter in _trained(student)
+                name: held(parameter).clone().to(dtype=_wider(parameter, dtype))
+                for name, parameter in _trained(student).items()
             }
 
+    @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
         """The teacher's side of a micro-batch. Raises ValueError if the batch holds no teacher's views."""
         if batch.teacher_ids is None or batch.teacher_rows is None:
             raise ValueError("the method distils, but the samples hold no teacher's view")
-        return Taught(self.hidden(batch.teacher_ids, batch.teacher_rows), self.head())
+        with self._in_place():
+            hidden = self.student(batch.teacher_ids, batch.teacher_rows)
+            return Taught(hidden, self._head())
 
     @torch.no_grad()
-    def hidden(self, input_ids: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states at `rows`, never part of a graph: [B, T] ids, [N] rows -> [N, H]."""
-        if not self.weights:
-            return self.student(input_ids, rows)  # type: ignore[no-any-return]
-        return functional_call(self.student, self._in_place(), (input_ids, rows))  # type: ignore[no-any-return]
-
     def head(self) -> Head:
         """The teacher's map from hidden states to logits."""
-        own, head = self.student.head(), self.student.head(self.weights)
-        dtype = own.weight.dtype
+        with self._in_place():
+            return self._head()
+
+    def _head(self) -> Head:
+        """The student's head as it is now; what it is made of outlives the swap."""
+        head = self.student.head()
         return Head(
-            head.weight.detach().to(dtype),
-            bias=None if head.bias is None else head.bias.detach().to(dtype),
+            head.weight.detach(),
+            bias=None if head.bias is None else head.bias.detach(),
             softcap=head.softcap,
             scale=head.scale,
         )
@@ -71,15 +77,22 @@ class Teacher:
         """After an optimiser step: move the average. Frozen and live teachers have nothing to do."""
         if self.config.weights == "ema":
             assert self.config.rate is not None
-            for name, parameter in _trained(self.student):
-                self.weights[name].lerp_(parameter.detach().to(self.weights[name].dtype), self.config.rate)
+            for name, parameter in _trained(self.student).items():
+                self.weights[name].lerp_(held(parameter).to(self.weights[name].dtype), self.config.rate)
 
-    def _in_place(self) -> dict[str, Tensor]:
-        own = dict(_trained(self.student))
-        return {name: weight.to(own[name].dtype) for name, weight in self.weights.items()}
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The student with the teacher's weights."""
+        if not self.weights:
+            yield
+            return
+        self.student.release()  # what was gathered of the student's weights is not the teacher's
+        with swapped(_trained(self.student), self.weights):
+            yield
+            self.student.release()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The teacher's own weights; empty for a live one."""
+        """The teacher's own weights, of sharded ones this rank's slices; empty for a live one."""
         return self.weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -92,9 +105,46 @@ class Teacher:
         for name, weight in state.items():
             self.weights[name].copy_(weight)
 
+    def save(self, folder: Path, ranks: Ranks) -> None:
+        """The own weights as `teacher.safetensors`, or the slices of each rank in a file of its own."""
+        weights = {name: weight.cpu().contiguous() for name, weight in self.weights.items()}
+        if self._sharded:
+            save_file(weights, folder / _slices(ranks.rank))
+        elif ranks.first:
+            save_file(weights, folder / _WHOLE)
 
-def _trained(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+    def load(self, folder: Path, ranks: Ranks, *, saved_ranks: int) -> None:
+        """The reverse of `save`, cut anew where there were other ranks. Raises CheckpointError as `load_state_dict`."""
+        if (folder / _WHOLE).is_file():
+            saved = [load_file(folder / _WHOLE)]
+        elif saved_ranks == ranks.world_size:
+            self.load_state_dict(load_file(folder / _slices(ranks.rank)))
+            return
+        else:
+            saved = [load_file(folder / _slices(rank)) for rank in range(saved_ranks)]
+        parameters = _trained(self.student)
+        state = {}
+        for name in saved[0]:
+            if name in parameters:
+                size = full_shape(parameters[name]).numel()
+                full = torch.cat([part[name].flatten() for part in saved])[:size]
+                state[name] = part_of(parameters[name], full, ranks.rank)
+        self.load_state_dict(state if len(state) == len(saved[0]) else saved[0])
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(parameter) for parameter in _trained(self.student).values())
+
+
+_WHOLE = "teacher.safetensors"
+
+
+def _slices(rank: int) -> str:
+    return f"teacher-rank-{rank}.safetensors"
+
+
+def _trained(student: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def _wider(parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:

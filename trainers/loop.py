@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from opd.backends.local import LocalBackend
-from opd.collate import Batch, collate, microbatches, normalise
+from opd.backends.base import Backend
+from opd.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
 from opd.engines.base import Sampling
 from opd.logprobs import chunked_logprobs, chunked_scores
@@ -25,7 +27,7 @@ from opd.teacher import Taught, Teacher
 from opd.trainers import metrics
 from opd.trainers.base import Method
 from opd.trainers.weighting import weigh
-from opd.types import Sample, Trajectory, TrajectoryGroup
+from opd.types import Sample, Task, Trajectory, TrajectoryGroup
 
 PHASES = ("rollout", "teacher", "train", "sync")
 Facts = dict[int, dict[str, Tensor]]
@@ -56,7 +58,7 @@ class Loop:
     student: CausalModel
     teacher: Teacher
     rollouts: RolloutScheduler
-    backend: LocalBackend
+    backend: Backend
     rollout: RolloutConfig
     train: TrainConfig
     sampler: Sampler
@@ -72,28 +74,38 @@ class Loop:
         return Sampling(temperature=self.rollout.temperature, top_p=self.rollout.top_p, top_k=self.rollout.top_k)
 
     def step(self, number: int) -> tuple[dict[str, float], list[TrajectoryGroup]]:
-        """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes."""
-        clock = Clock()
+        """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes, of all ranks."""
+        clock, ranks = Clock(), self.backend.ranks
         with clock("rollout"):
             groups = self.play(number)
+            everyone = ranks.deal(ranks.gather(groups))
         samples = [sample for group in groups for sample in self.method.annotate(group)]
-        if not self.checked and samples:
+        if not self.checked:
             self.preflight(samples)
-        samples, taught = self.weigh(samples, groups, clock)
-        row, facts = self.update(samples, taught, clock, meter=self._metered(number))
+        samples, taught = self.weigh(samples, everyone, clock)
+        row, facts = self.update(samples, taught, clock, order=[g.task for g in everyone], meter=self._metered(number))
         with clock("sync"):
             self.rollouts.engine.weights_changed()
-        self.method.observe(groups)
-        row |= metrics.of_groups(groups) | metrics.of_samples(samples) | metrics.of_tokens(samples, facts)
+        self.method.observe(everyone)
+        row |= metrics.of_groups(everyone) | self._measured(samples, facts)
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        return row, groups
+        return row, everyone
+
+    def _measured(self, samples: list[Sample], facts: Facts) -> dict[str, float]:
+        """The metrics of samples and tokens, of all ranks; empty but on the first one, which tells them."""
+        shares = self.backend.ranks.to_first((samples, facts))
+        everyone = [sample for own, _ in shares for sample in own]
+        starts = accumulate((len(own) for own, _ in shares), initial=0)
+        known = {start + i: found for start, (_, own) in zip(starts, shares, strict=False) for i, found in own.items()}
+        return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) if shares else {}
 
     def play(self, number: int) -> list[TrajectoryGroup]:
-        """The step's episodes: tasks are addressed by index, so that a restart loses and repeats none."""
+        """This rank's share of the step's episodes: tasks are addressed by index, so that a restart loses and
+        repeats none, and any number of ranks plays the same."""
         first = number * self.train.tasks_per_step
         tasks = [task(first + i, split="train", run_seed=self.seed) for i in range(self.train.tasks_per_step)]
         return self.rollouts.run(
-            tasks,
+            self.backend.ranks.share(tasks),
             group_size=self.rollout.group_size,
             sampling=self.sampling,
             seed=derive_seed("rollout", self.seed, number),
@@ -101,9 +113,16 @@ class Loop:
         )
 
     def preflight(self, samples: list[Sample]) -> None:
-        """Compare the log-probs of the shortest samples with the student's. Raises ModelError if they differ."""
+        """Compare the log-probs of the shortest samples with the student's. Raises ModelError if they differ.
+
+        Done again at the next step where no rank has any sample.
+        """
+        ranks = self.backend.ranks
+        if not ranks.any(bool(samples)):
+            return
         few = sorted(samples, key=lambda s: len(s.token_ids))[:4]
-        sampler_gap(self.student, self._collate(few), self.sampling)
+        batch = self._collate(few) if few else self._empty()
+        ranks.agree(lambda: self.backend.look(lambda: sampler_gap(self.student, batch, self.sampling)))
         self.checked = True
 
     def weigh(
@@ -117,29 +136,38 @@ class Loop:
         if self.method.needs_scores or self.weighting.needs_scores:
             with clock("teacher"):
                 samples, taught = self._scored(samples)
-        samples = self.method.weigh(samples, self.backend.all_sum)
-        return weigh(samples, self.weighting, metrics.pass_rates(groups), self.backend.all_sum), taught
+        all_sum = self.backend.ranks.sum
+        samples = self.method.weigh(samples, all_sum)
+        return weigh(samples, self.weighting, metrics.pass_rates(groups), all_sum), taught
 
     def update(
-        self, samples: list[Sample], taught: dict[int, Tensor], clock: Clock, *, meter: bool = False
+        self,
+        samples: list[Sample],
+        taught: dict[int, Tensor],
+        clock: Clock,
+        *,
+        order: Sequence[Task | None],
+        meter: bool = False,
     ) -> tuple[dict[str, float], Facts]:
-        """The step's optimiser updates, each on its share of the samples. Returns their metrics and the facts."""
-        updates = self.train.updates_per_step
+        """The step's optimiser updates, each on its share of the samples. Returns their metrics and the facts.
+
+        `order` is that of the tasks of all ranks.
+        """
+        updates, ranks = self.train.updates_per_step, self.backend.ranks
         if updates > 1:
             # A teacher that follows the student would change under what it said before the first update.
             taught = {}
             with clock("train"):
                 samples = self._with_old_logprobs(samples)
+        trained = {t for own in ranks.gather({s.task for s in samples}) for t in own}
         losses, norms = [], []
         facts: Facts = {}
-        for share in _shares(samples, updates):
+        for share in _shares(samples, [t for t in order if t in trained], updates):
             total = 0.0
-            for part, result in self._objectives(samples, share, taught, clock, meter=meter):
-                with clock("train"):
-                    self.backend.backward(result.loss)
-                    total += float(result.loss.detach())
+            for part, loss in self._train(samples, share, taught, clock, meter=meter):
+                total += loss
                 facts |= part
-            losses.append(self.backend.all_sum([total])[0])
+            losses.append(ranks.sum([total])[0])
             with clock("train"):
                 lr = self.backend.lr
                 norms.append(self.backend.step())
@@ -153,81 +181,139 @@ class Loop:
         }
         return row, facts
 
-    @torch.no_grad()
     def nats(self, samples: list[Sample]) -> list[Tensor]:
         """How far the teacher is from the student at each sampled token, without training: [tokens] a sample."""
         facts: Facts = {}
-        for part, _ in self._objectives(samples, list(range(len(samples))), {}, Clock()):
-            facts |= part
+        for turn in self._turns(samples, list(range(len(samples))), {}, Clock()):
+            facts |= turn.facts(self.backend.look(turn.objective))
         return [facts[i]["nats"] for i in range(len(samples))]
 
-    def _objectives(
-        self, samples: list[Sample], share: list[int], taught: dict[int, Tensor], clock: Clock, *, meter: bool = False
-    ) -> Iterator[tuple[Facts, Objective]]:
-        """The loss of the samples whose indices are in `share`, a micro-batch at a time."""
-        losses = self.method.losses
-        scaled = normalise([samples[i] for i in share], losses, self.backend.all_sum)
-        for part in microbatches(scaled, self.train.tokens_per_microbatch):
-            batch = self._collate([scaled[i] for i in part])
-            own = [share[i] for i in part]
-            with clock("teacher"):
-                theirs = self._taught(batch, [taught[i] for i in own if i in taught]) if losses.distill else None
+    def _train(
+        self, samples: list[Sample], share: list[int], taught: dict[int, Tensor], clock: Clock, *, meter: bool
+    ) -> Iterator[tuple[Facts, float]]:
+        """Add the gradients of the samples whose indices are in `share`, a micro-batch at a time."""
+        for turn in self._turns(samples, share, taught, clock, meter=meter):
             with clock("train"):
-                result = objective(self.student, batch, losses, theirs, self.sampler, meter=meter)
-            columns = {name: values.cpu().split(batch.lengths) for name, values in result.facts.items()}
-            yield {i: {name: column[n] for name, column in columns.items()} for n, i in enumerate(own)}, result
+                result = self.backend.train(turn.objective, last=turn.last)
+                loss = float(result.loss.detach())
+            yield turn.facts(result), loss
 
-    def _taught(self, batch: Batch, known: list[Tensor]) -> Taught | None:
-        """The teacher's side of a micro-batch: what it said before training, or what it says now."""
-        if batch.teacher_ids is None:
-            return None
-        return Taught(torch.cat(known), self.teacher.head()) if known else self.teacher.teach(batch)
+    def _turns(
+        self, samples: list[Sample], share: list[int], taught: dict[int, Tensor], clock: Clock, *, meter: bool = False
+    ) -> Iterator[_Turn]:
+        """The micro-batches of a share, the same number on all ranks, each with what its teacher says."""
+        losses, ranks = self.method.losses, self.backend.ranks
+        scaled = normalise([samples[i] for i in share], losses, ranks.sum)
+        parts = microbatches(scaled, self.train.tokens_per_microbatch)
+        # Sharded weights are gathered by all ranks together: each asks its teacher if any rank has to.
+        teaches = _longest(ranks.gather([any(scaled[i].teacher_view is not None for i in part) for part in parts]))
+        known = ranks.any(bool(taught))
+        for number, teach in enumerate(teaches):
+            part = parts[number] if number < len(parts) else []
+            own = [share[i] for i in part]
+            batch = self._collate([scaled[i] for i in part]) if part else self._empty()
+            with clock("teacher"):
+                theirs = None
+                if losses.distill and teach:
+                    theirs = self._taught(batch, [taught[i] for i in own if i in taught] if known else None)
+            work = partial(objective, self.student, batch, losses, theirs, self.sampler, meter=meter)
+            yield _Turn(objective=work, indices=own, lengths=batch.lengths, last=number == len(teaches) - 1)
 
-    @torch.no_grad()
+    def _taught(self, batch: Batch, known: list[Tensor] | None) -> Taught | None:
+        """The teacher's side of a micro-batch: what it said before training, or what it says now.
+
+        None where it sees none of this rank's samples, and only takes part for the others' sake.
+        """
+        if known is not None:
+            head = self.backend.look(self.teacher.head)
+            return Taught(torch.cat(known), head) if known else None
+        seen = batch if batch.teacher_ids is not None else self._empty()
+        taught = self.backend.look(lambda: self.teacher.teach(seen))
+        return None if batch.teacher_ids is None else taught
+
     def _scored(self, samples: list[Sample]) -> tuple[list[Sample], dict[int, Tensor]]:
         """The samples with the teacher's log-probs and entropies, and its hidden states by index of the sample."""
-        scored, hidden = list(samples), {}
-        for part in microbatches(samples, self.train.tokens_per_microbatch):
-            seen = [i for i in part if samples[i].teacher_view is not None]
-            if not seen:
-                continue
-            batch = self._collate([samples[i] for i in seen])
+
+        def said(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             taught = self.teacher.teach(batch)
-            said = chunked_scores(*taught, batch.targets, temperature=self.sampler.temperature)
-            columns = (
-                values.split(batch.lengths) for values in (taught.hidden, said.logprobs.cpu(), said.entropy.cpu())
-            )
-            for i, states, logprobs, entropy in zip(seen, *columns, strict=True):
-                hidden[i] = states
+            scores = chunked_scores(*taught, batch.targets, temperature=self.sampler.temperature)
+            return taught.hidden, scores.logprobs.cpu(), scores.entropy.cpu()
+
+        scored, hidden = list(samples), {}
+        viewed = [i for i, s in enumerate(samples) if s.teacher_view is not None]
+        for part, (states, logprobs, entropy) in self._looked(samples, viewed, said):
+            for i, own, likely, unsure in zip(part, states, logprobs, entropy, strict=True):
+                hidden[i] = own
                 scored[i] = replace(
                     samples[i],
-                    teacher_logprobs=samples[i].spread(logprobs.tolist()),
-                    teacher_entropy=samples[i].spread(entropy.tolist()),
+                    teacher_logprobs=samples[i].spread(likely.tolist()),
+                    teacher_entropy=samples[i].spread(unsure.tolist()),
                 )
         return scored, hidden
 
-    @torch.no_grad()
     def _with_old_logprobs(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probs of the student as it is before the first update."""
-        known = list(samples)
-        for part in microbatches(samples, self.train.tokens_per_microbatch):
-            batch = self._collate([samples[i] for i in part])
+
+        def said(batch: Batch) -> tuple[Tensor]:
             hidden = self.student(batch.input_ids, batch.rows)
-            own = chunked_logprobs(hidden, self.student.head(), batch.targets, temperature=self.sampler.temperature)
-            for i, values in zip(part, own.cpu().split(batch.lengths), strict=True):
+            head = self.student.head()
+            return (chunked_logprobs(hidden, head, batch.targets, temperature=self.sampler.temperature).cpu(),)
+
+        known = list(samples)
+        for part, (logprobs,) in self._looked(samples, list(range(len(samples))), said):
+            for i, values in zip(part, logprobs, strict=True):
                 known[i] = replace(samples[i], old_logprobs=samples[i].spread(values.tolist()))
         return known
 
+    def _looked(
+        self, samples: list[Sample], indices: list[int], work: Callable[[Batch], tuple[Tensor, ...]]
+    ) -> Iterator[tuple[list[int], list[Sequence[Tensor]]]]:
+        """What `work`, without training, finds out of each token: columns [N], cut by the samples in a micro-batch."""
+        parts = microbatches([samples[i] for i in indices], self.train.tokens_per_microbatch)
+        for number in range(self.backend.ranks.most(len(parts))):
+            part = [indices[i] for i in parts[number]] if number < len(parts) else []
+            batch = self._collate([samples[i] for i in part]) if part else self._empty()
+            columns = self.backend.look(partial(work, batch))
+            yield part, [column.split(batch.lengths) if part else () for column in columns]
+
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, self.pad_id).to(self.backend.device)
+
+    def _empty(self) -> Batch:
+        """For a rank that has nothing to do while another one does."""
+        return empty_batch(self.pad_id).to(self.backend.device)
 
     def _metered(self, number: int) -> bool:
         every = self.train.variance_every
         return bool(every) and number % every == 0
 
 
-def _shares(samples: list[Sample], count: int) -> list[list[int]]:
-    """Indices cut into `count` shares of about as many tasks each, no task in two of them."""
-    tasks = list(dict.fromkeys(s.task for s in samples))
-    share_of = {task: position * count // len(tasks) for position, task in enumerate(tasks)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """One micro-batch, ready to be trained on."""
+
+    objective: Callable[[], Objective]
+    indices: list[int]
+    """Of its samples."""
+    lengths: list[int]
+    last: bool
+    """Of its update."""
+
+    def facts(self, result: Objective) -> Facts:
+        """What the objective found out, by index of the sample."""
+        columns = {name: values.cpu().split(self.lengths) for name, values in result.facts.items()}
+        return {i: {name: column[n] for name, column in columns.items()} for n, i in enumerate(self.indices)}
+
+
+def _longest(flags: list[list[bool]]) -> list[bool]:
+    """For each number, whether it holds of any list that is so long."""
+    return [any(own[n] for own in flags if n < len(own)) for n in range(max(map(len, flags)))]
+
+
+def _shares(samples: list[Sample], order: Sequence[Task | None], count: int) -> list[list[int]]:
+    """Indices cut into `count` shares of about as many tasks each, no task in two of them; on any ranks alike.
+
+    `order` holds the tasks of all ranks' samples.
+    """
+    share_of = {task: position * count // len(order) for position, task in enumerate(order)}
     return [[i for i, s in enumerate(samples) if share_of[s.task] == n] for n in range(count)]

@@ -1,28 +1,30 @@
-"""One process, plain torch: AdamW, a schedule, clipping. The interface that every backend has.
-
-Gradients of micro-batches are summed, never averaged: weights are already divided by the step's
-denominators (`opd.collate.normalise`).
-"""
+"""One process, plain torch: AdamW, a schedule, clipping."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
 
 from opd.config import TrainConfig
-from opd.errors import ModelError
+from opd.errors import CheckpointError, ModelError
 from opd.modeling import CausalModel
+from opd.objective import Objective
+from opd.ranks import Ranks
+
+T = TypeVar("T")
 
 
 class LocalBackend:
     """Owns the optimiser and the schedule of one model in this process."""
 
-    rank = 0
-    world_size = 1
+    ranks = Ranks()
 
     def __init__(self, model: CausalModel, config: TrainConfig, *, total_steps: int) -> None:
         self.model = model
@@ -51,20 +53,19 @@ class LocalBackend:
     def lr(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
-    def all_sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all ranks."""
-        return values
+    def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
+        """The forward and the backward pass of one micro-batch."""
+        result = work()
+        result.loss.backward()
+        return result
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch."""
-        loss.backward()
+    @torch.no_grad()
+    def look(self, work: Callable[[], T]) -> T:
+        """Use the model without training it."""
+        return work()
 
     def step(self) -> float:
-        """Clip, update, advance the schedule; the gradients' norm before clipping.
-
-        A norm that is not finite leaves weights, optimiser and schedule as they were: one bad batch must not
-        end in a model of nans. It is counted by whoever reads the norm.
-        """
+        """Clip, update, advance the schedule, unless the norm, which is returned, is not finite."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.config.max_grad_norm))
         if math.isfinite(norm):
             self._update()
@@ -83,19 +84,32 @@ class LocalBackend:
             parameter.copy_(master)
             master.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Optimiser and schedule; the model's weights are saved beside it, their float32 copies here."""
-        masters = [m for p, m in zip(self._trained, self._masters, strict=True) if m is not p]
-        return {
+    def save(self, folder: Path) -> None:
+        """The trained weights as `student.safetensors`; optimiser, schedule and float32 copies as `backend.pt`."""
+        weights = {name: p.detach().cpu().contiguous() for name, p in self._named()}
+        save_file(weights, folder / "student.safetensors")
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "masters": masters,
+            "masters": [m for p, m in zip(self._trained, self._masters, strict=True) if m is not p],
         }
+        torch.save(state, folder / "backend.pt")
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+    @torch.no_grad()
+    def load(self, folder: Path, *, saved_ranks: int) -> None:
+        """The reverse of `save`. Raises CheckpointError where the folder holds other weights than this model's."""
+        weights: dict[str, Tensor] = load_file(folder / "student.safetensors")
+        own = dict(self._named())
+        if own.keys() != weights.keys():
+            raise CheckpointError(f"{folder} holds other weights than this model trains")
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+        state: dict[str, Any] = torch.load(folder / "backend.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         masters = [m for p, m in zip(self._trained, self._masters, strict=True) if m is not p]
         for master, saved in zip(masters, state["masters"], strict=True):
             master.copy_(saved)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ query writes lies behind the row's end and is overwritten before anything can se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,13 +106,18 @@ class _Row:
 class TransformersEngine:
     """Samples with `model` itself, so that an update of the weights needs no copy.
 
+    Where the model that trains is cut into slices, `model` is a whole copy, and `refresh` brings it up to date.
+
     A forward pass feeds either new prompts (up to `prefill_tokens` padded ids) or one id for each running
     row. With the same requests in the same order, the same ids come out to the bit.
     """
 
-    def __init__(self, model: CausalModel, *, prefill_tokens: int = 8192) -> None:
+    def __init__(
+        self, model: CausalModel, *, prefill_tokens: int = 8192, refresh: Callable[[], None] = lambda: None
+    ) -> None:
         _check_attention(model.config)
         self.model = model
+        self.refresh = refresh
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
         self._reset()
@@ -158,6 +163,7 @@ class TransformersEngine:
 
     def weights_changed(self) -> None:
         self._check_idle("weights_changed")
+        self.refresh()
         self._reset()
         self.policy_version += 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,6 +148,25 @@ class Tracker:
         self._evals.close()
         if self._wandb is not None:
             self._wandb.finish(0 if self._whole else 1)
+
+
+class NoTracker:
+    """Of a rank that another one speaks for: takes everything, and tells nobody."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None: ...
+
+    def episode_finished(self, _: Trajectory) -> None: ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def summary(self, **_: Any) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,176 @@
+"""What each of many ranks holds and sends when DeepSpeed trains, from a model's shapes alone.
+
+What follows from counting (weights, gradients, optimiser, teacher, cache, traffic) is exact up to padding and what
+torch adds, and is held against real allocations in tests; activations are a rule of thumb. `opd train --dry-run`
+prints it, and the tables of docs/scaling.md come from it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opd import deepspeed_json
+from opd.config import ModelConfig, RolloutConfig, TeacherConfig
+from opd.launch.memory import BYTES, ModelSize, Part, activations, tile_bytes
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`, in elements, where its JSON says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How DeepSpeed cuts a run into ranks."""
+
+    stage: int
+    ranks: int
+    bucket: int | None = None
+    """Elements in a bucket of gradients; None: as wide as the model, squared ("auto")."""
+    optimizer_on: str | None = None
+    """cpu or nvme where the optimiser is offloaded."""
+    weights_on: str | None = None
+
+    @staticmethod
+    def of(data: Mapping[str, Any], ranks: int) -> Sharding:
+        """By a DeepSpeed JSON, on so many ranks."""
+        bucket = (data.get("zero_optimization") or {}).get("reduce_bucket_size", _DEFAULT_BUCKET)
+        return Sharding(
+            stage=deepspeed_json.stage(data),
+            ranks=ranks,
+            bucket=None if bucket == deepspeed_json.AUTO else int(bucket),
+            optimizer_on=deepspeed_json.offloads(data, "optimizer"),
+            weights_on=deepspeed_json.offloads(data, "param"),
+        )
+
+    def share(self, from_stage: int) -> float:
+        """The part of something that one rank holds, if it is cut from this stage on."""
+        return 1 / self.ranks if self.stage >= from_stage else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is trained, as far as sizes depend on it."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    teacher: TeacherConfig | None
+    tokens_per_microbatch: int
+    episodes: int
+    """In a step, on all ranks."""
+    embedded: bool
+    """Whether rollouts are sampled by the embedded engine: with ZeRO-3 it holds a whole copy of the model."""
+    gpu: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        dtype = self.model.dtype
+        return BYTES[dtype if dtype != "auto" else "bfloat16" if self.gpu else "float32"]
+
+    def trained(self, size: ModelSize) -> int:
+        return size.parameters if self.model.lora is None else size.adapters(self.model.lora)
+
+    def weights(self, size: ModelSize) -> int:
+        """Parameters, adapters included."""
+        return size.parameters + (size.adapters(self.model.lora) if self.model.lora else 0)
+
+
+def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]:
+    """The parts of the peak on one rank's device, in bytes; their sum is an upper estimate."""
+    width, trained = work.width, work.trained(size)
+    copies = {"live": 0, "frozen": width, "ema": 4}
+    teaching = work.teacher.weights if work.teacher else "none"
+    tokens = work.tokens_per_microbatch // 2 if work.teacher else work.tokens_per_microbatch
+    tile = tile_bytes(tokens, size.vocabulary, gpu=work.gpu)
+    parts = [
+        Part("weights", _on_device(work.weights(size) * width * sharding.share(3), sharding.weights_on)),
+        Part("gradients", round(trained * width * sharding.share(2))),
+        Part("optimiser", _on_device(_optimizer(work, trained, sharding), sharding.optimizer_on), "float32"),
+        Part("teacher", round(trained * copies.get(teaching, 0) * sharding.share(3)), teaching),
+        Part("gathered", _gathered(size, work, sharding), "layers, heads, the head's gradient, buckets"),
+        Part("activations", activations(size, tokens, width, work.model.gradient_checkpointing), "rough"),
+        Part("logits", tile * (2 if work.teacher else 1), "a tile at a time, never all"),
+        _cache(size, work, sharding),
+    ]
+    if work.embedded and sharding.stage == 3:
+        parts.append(Part("copy for rollouts", work.weights(size) * width, "the embedded engine's, whole"))
+    return parts
+
+
+def host_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]:
+    """What one rank keeps in its machine's memory (or on its disk) for its device: empty without offload."""
+    trained = work.trained(size)
+    parts = []
+    if sharding.optimizer_on:
+        parts.append(Part("optimiser", round(_optimizer(work, trained, sharding)), sharding.optimizer_on))
+    if sharding.weights_on:
+        parts.append(Part("weights", round(work.weights(size) * work.width / sharding.ranks), sharding.weights_on))
+    return parts
+
+
+def traffic(size: ModelSize, work: Work, sharding: Sharding, *, microbatches: int, updates: int = 1) -> list[Part]:
+    """What one rank sends in a step, in bytes, with ring algorithms; `microbatches` on each rank in an update."""
+    if sharding.ranks == 1:
+        return []
+    ring = (sharding.ranks - 1) / sharding.ranks
+    whole = work.weights(size) * work.width * ring
+    trained = work.trained(size) * work.width * ring
+    passes = {0: 2.0, 1: 1.0, 2: float(microbatches), 3: float(microbatches)}[sharding.stage]
+    parts = [Part("gradients", round(updates * passes * trained), "reduced")]
+    if sharding.stage in (1, 2):
+        parts.append(Part("weights", round(updates * trained), "gathered after the update"))
+    if sharding.stage == 3:
+        parts.append(Part("weights", round(updates * microbatches * 2 * whole), "gathered forward and backward"))
+        if work.teacher:
+            parts.append(Part("teacher", round(updates * microbatches * whole), "gathered for its forward pass"))
+        if work.embedded:
+            parts.append(Part("engine", round(whole), "gathered for the rollouts' copy"))
+    return parts
+
+
+def _on_device(size: float, elsewhere: str | None) -> int:
+    return 0 if elsewhere else round(size)
+
+
+def _optimizer(work: Work, trained: int, sharding: Sharding) -> float:
+    """Two moments, and the float32 weights that steps are taken on, which ZeRO-0 in float32 alone does without."""
+    copies = 2 if sharding.stage == 0 and work.width == 4 else 3
+    return copies * 4 * trained * sharding.share(1)
+
+
+def _gathered(size: ModelSize, work: Work, sharding: Sharding) -> int:
+    """What is whole for a moment: the head's gradient in float32; with ZeRO-3 two layers and the heads as well."""
+    head = size.vocabulary * size.hidden
+    gradient = 0 if work.model.lora else 4 * head
+    bucket = (sharding.bucket if sharding.bucket is not None else size.hidden**2) * work.width
+    bucket = 0 if sharding.stage == 0 else min(bucket, work.trained(size) * work.width)
+    if sharding.stage < 3:
+        return gradient + bucket
+    heads = head * work.width * (2 if work.teacher else 1)
+    return gradient + bucket + heads + 2 * largest_layer(size) * work.width
+
+
+def largest_layer(size: ModelSize) -> int:
+    """Parameters of the largest layer, or of the largest weight outside of them."""
+    layers: dict[str, int] = {}
+    for name, shape in size.shapes.items():
+        found = _LAYER.search(name)
+        key = found.group(1) if found else name
+        layers[key] = layers.get(key, 0) + math.prod(shape)
+    return max(layers.values())
+
+
+def _cache(size: ModelSize, work: Work, sharding: Sharding) -> Part:
+    if not work.embedded:
+        return Part("cache of rollouts", 0, "another process's")
+    episodes = min(work.rollout.concurrency, -(-work.episodes // sharding.ranks))
+    tokens = episodes * work.rollout.max_length
+    return Part(
+        "cache of rollouts",
+        tokens * 2 * size.layers * size.key_value_width * work.width,
+        f"at most {episodes} episodes of {work.rollout.max_length} tokens",
+    )

@@ -1,0 +1,205 @@
+"""DeepSpeed: ZeRO 0 to 3, offload, on one machine or many, over `deepspeed.initialize` with the user's own JSON.
+
+What DeepSpeed wraps is a module whose forward pass is whatever work is at hand, so that ZeRO-3, which gathers a
+module's weights when its forward pass is called inside of the wrapped one, finds the decoder's layers there.
+The head is no module that is called: it is gathered when it is asked for, and held until the backward pass of the
+micro-batch is over, since its gradient needs a place of its size.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from opd.config import TrainConfig
+from opd.errors import CheckpointError, ConfigError, ModelError
+from opd.modeling import CausalModel
+from opd.objective import Objective
+from opd.ranks import Ranks
+from opd.sharding import whole
+
+T = TypeVar("T")
+
+_TAG = "deepspeed"
+"""The folder, inside of a checkpoint, of what DeepSpeed writes."""
+
+
+class _Wrapped(nn.Module):
+    """The model, and a forward pass that does the work at hand. Its result stays in `result`."""
+
+    def __init__(self, model: CausalModel) -> None:
+        super().__init__()
+        self.model = model
+        self.work: Callable[[], Any] = lambda: None
+        self.result: Any = None
+
+    def forward(self) -> Tensor:
+        self.result = self.work()
+        loss = self.result.loss if isinstance(self.result, Objective) else None
+        # DeepSpeed's hooks look for tensors among the outputs; work that only looks has none for them.
+        return torch.zeros(()) if loss is None else loss
+
+
+class ZeroBackend:
+    """One rank of the ranks that train `model` together.
+
+    `settings` is a DeepSpeed configuration without "auto" (`opd.deepspeed_json.fill`). The optimiser is
+    DeepSpeed's, by that configuration, and so is the schedule, if there is one in it; else `config` says.
+    """
+
+    def __init__(
+        self, model: CausalModel, config: TrainConfig, settings: dict[str, Any], ranks: Ranks, *, total_steps: int
+    ) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ModelError("no parameter of the model requires a gradient: there is nothing to train")
+        self.model = model
+        self.ranks = ranks
+        self._wrapped = _Wrapped(model)
+        self._waiting = False  # whether gradients wait for a step
+
+        def schedule(optimizer: Any) -> Any:
+            return get_scheduler(
+                config.lr_schedule,
+                optimizer,
+                num_warmup_steps=config.warmup_steps,
+                num_training_steps=total_steps,
+            )
+
+        self._engine, _, _, self._schedule = deepspeed.initialize(
+            model=self._wrapped,
+            model_parameters=trained,
+            config=settings,
+            lr_scheduler=None if "scheduler" in settings else schedule,
+            dist_init_required=False,
+        )
+        if self._engine.dp_world_size != ranks.world_size:
+            raise ConfigError(
+                f"the DeepSpeed settings leave {self._engine.dp_world_size} data-parallel ranks of {ranks.world_size}: "
+                "only data parallelism is supported; remove tensor, sequence and pipeline parallelism"
+            )
+        self._engine.eval()  # no dropout: the loop decides what is recomputed
+        self._stage = int(self._engine.zero_optimization_stage())
+        self._open = ExitStack()
+        if self._stage == 3:
+            model.gather_head, model.release = self._gather_head, self._release
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def lr(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
+        """The forward and the backward pass of one micro-batch; `last` of the step's, on every rank."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._run(work)
+        # DeepSpeed averages the ranks' gradients; ours are to be summed.
+        self._engine.backward(loss * self.ranks.world_size)
+        self._open.close()
+        self._waiting = True
+        return replace(cast(Objective, self._wrapped.result), loss=loss.detach())
+
+    @torch.no_grad()
+    def look(self, work: Callable[[], T]) -> T:
+        """Use the model without training it; on every rank."""
+        self._run(work)
+        self._open.close()
+        result: T = self._wrapped.result
+        self._wrapped.result = None
+        return result
+
+    def _gather_head(self) -> None:
+        self._open.close()
+        self._open.enter_context(whole(self.model.head_parameters))
+
+    def _release(self) -> None:
+        self._open.close()
+        self._engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage, which takes seconds
+
+    def _run(self, work: Callable[[], Any]) -> Tensor:
+        self._wrapped.work = work
+        try:
+            output: Tensor = self._engine()
+        finally:
+            self._wrapped.work = lambda: None  # it holds the batch
+        return output
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule, unless the norm, which is returned, is not finite."""
+        if not self._waiting:  # no rank had anything to train
+            self._schedule.step()
+            return 0.0
+        self._waiting = False
+        norm = self._plain_norm()
+        if norm is not None and not math.isfinite(norm):
+            self._engine.zero_grad()
+            return norm
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _plain_norm(self) -> float | None:
+        """At ZeRO 0 in float32 DeepSpeed neither reports a norm nor stops at one that is not finite."""
+        if self._engine.get_global_grad_norm() is not None or hasattr(self._engine.optimizer, "overflow"):
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint of what trains, in `deepspeed/`; every rank writes its part."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path, *, saved_ranks: int) -> None:
+        """The reverse of `save`, by way of a universal checkpoint where there were other ranks."""
+        if self._stage == 0 or saved_ranks == self.ranks.world_size:
+            self._load(folder)
+            return
+        aside = folder.with_name(f".{folder.name}.universal")
+        self.ranks.from_first(lambda: _make_universal(folder / _TAG, aside / _TAG))
+        settings = self._engine._config
+        settings.load_universal_checkpoint = True
+        try:
+            self._load(aside)
+        finally:
+            settings.load_universal_checkpoint = False
+        self.ranks.wait()
+        if self.ranks.first:
+            shutil.rmtree(aside)
+
+    def _load(self, folder: Path) -> None:
+        try:
+            self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        except (RuntimeError, KeyError, AssertionError, OSError) as error:
+            raise CheckpointError(f"DeepSpeed cannot load {folder / _TAG}: {error}") from error
+
+
+def _make_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own conversion to files that any number of ranks can load; it takes the checkpoint's size on disk."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target.parent, ignore_errors=True)
+    options = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # more would be forked from a process that has threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        ds_to_universal.main(options)

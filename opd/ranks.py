@@ -1,0 +1,163 @@
+"""The processes of a run: which of them this one is, and what they tell each other.
+
+A launcher (`deepspeed`, `torchrun`, SLURM) starts the same program once for each rank, and says in the
+environment who is who. Gradients and weights travel as DeepSpeed sends them; what is here is small (sums of a
+few numbers, finished episodes, errors) and travels between CPUs over gloo, where waiting for a slow rank has
+no short time limit: episodes of different ranks take as long as they take.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from math import fsum
+from typing import Any, TypeVar
+
+from opd.errors import ConfigError, OpdError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=30)
+"""How long a rank waits for the others' news. One that died is noticed by `opd.watch`, at once, not by waiting."""
+
+
+class SharedError(OpdError):
+    """What went wrong on one rank, raised on all of them; whoever prints errors prints it on the first alone."""
+
+
+def started_ranks() -> int:
+    """How many processes a launcher started for this run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among the others. By default it is alone, and every exchange is with itself."""
+
+    rank: int = 0
+    world_size: int = 1
+    group: Any = None
+    """The gloo process group; None when alone."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints, tracks and writes for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every `world_size`-th item from this rank's number on: by index, whatever they cost."""
+        return list(items[self.rank :: self.world_size])
+
+    def deal(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """The reverse of `share`: the shares of all ranks, by rank, back in one order."""
+        total = sum(map(len, shares))
+        return [shares[i % self.world_size][i // self.world_size] for i in range(total)]
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank brings, by rank; the same list on all of them."""
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def to_first(self, value: T) -> list[T]:
+        """On the first rank what every rank brings; on the others nothing."""
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.world_size if self.first else None
+        dist.gather_object(value, found, dst=0, group=self.group)
+        return found or []
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks, in one order, so that all get the same bits."""
+        return [fsum(column) for column in zip(*self.gather(values), strict=True)]
+
+    def most(self, value: int) -> int:
+        """The greatest value of any rank."""
+        return max(self.gather(value))
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds on any rank."""
+        return any(self.gather(value))
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do `work`, here and on every other rank; if it fails on one with an OpdError, it fails on all."""
+        result, error = _attempt(work)
+        errors = self.gather(error)
+        failed = [rank for rank, text in enumerate(errors) if text is not None]
+        if failed:
+            if self.world_size == 1:
+                assert isinstance(result, OpdError)
+                raise result
+            where = "" if failed[0] == 0 else f"rank {failed[0]}: "
+            raise SharedError(f"{where}{errors[failed[0]]}") from (result if isinstance(result, OpdError) else None)
+        return result  # type: ignore[return-value]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What the first rank's `work` returns, on every rank; the others do nothing meanwhile."""
+        mine = self.agree(work if self.first else lambda: None)
+        return self.gather(mine)[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Until every rank has come to this point."""
+        self.gather(None)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | OpdError, str | None]:
+    try:
+        return work(), None
+    except OpdError as error:
+        return error, str(error)
+
+
+_joined: list[Ranks] = []
+
+
+def join() -> Ranks:
+    """Meet the other processes of the launch, once; later calls return the same.
+
+    Without a launcher the group has one member, which DeepSpeed needs all the same. Raises ConfigError where
+    DeepSpeed is not installed.
+    """
+    if not _joined:
+        _joined.append(_meet())
+    return _joined[0]
+
+
+def _meet() -> Ranks:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"several processes, or backend = deepspeed, need DeepSpeed ({error}): pip install 'opd[deepspeed]'"
+        ) from error
+    import logging
+
+    import torch
+    import torch.distributed as dist
+
+    from opd.watch import watch
+
+    if "DS_LOG_LEVEL" not in os.environ:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:  # no launcher, not even of one process
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), group=group)
+    if ranks.world_size > 1:
+        watch(ranks)
+    return ranks

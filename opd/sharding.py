@@ -1,0 +1,139 @@
+"""Weights of which this process may hold only a part: ZeRO-3 leaves every rank a slice of each parameter.
+
+A plain parameter is one that is held whole, so everything here also works without DeepSpeed. What gathers
+talks to the other ranks: all of them must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+GATHER_BYTES = 512 * 2**20
+"""Parameters are gathered together up to this size; a larger one by itself."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether other ranks hold the rest of it (`ds_id` is ZeRO-3's mark)."""
+    return hasattr(parameter, "ds_id")
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this rank holds, detached: the parameter itself, or its slice [numel / ranks, padded]."""
+    return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined, no-any-return]
+
+
+def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
+    """What `rank` holds of a weight [any shape] that takes the parameter's place; padding is 0."""
+    if not is_sharded(parameter):
+        return full.reshape(parameter.shape)
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    own = full.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(own, (0, size - own.numel()))
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape that it has when whole."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined, no-any-return]
+
+
+@contextmanager
+def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within it, the parameters are whole on every rank; for reading."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def whole_in_turn(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by its name, whole and detached, valid until the next is asked for.
+
+    At no time are more than `GATHER_BYTES`, or the largest parameter, gathered. A tied weight comes once. The
+    iteration must be run to its end on every rank.
+    """
+    for batch in _batches(model):
+        with whole(parameter for _, parameter in batch):
+            yield from ((name, parameter.detach()) for name, parameter in batch)
+
+
+def _batches(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    batch: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        own = full_shape(parameter).numel() * parameter.element_size()
+        if batch and size + own > GATHER_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((name, parameter))
+        size += own
+    if batch:
+        yield batch
+
+
+def largest_gather(sizes: Iterable[int]) -> int:
+    """The most bytes that `whole_in_turn` holds beside the shards, for parameters of these sizes in bytes."""
+    listed = list(sizes)
+    return max(min(GATHER_BYTES, sum(listed)), max(listed, default=0))
+
+
+@contextmanager
+def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, the held parts `weights` stand in place of the parameters' own, in their type.
+
+    No data moves: pointers do. Nothing may be gathered when it begins or ends.
+    """
+    stores = {name: p.ds_tensor if is_sharded(p) else p for name, p in parameters.items()}
+    own = {name: stores[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            stores[name].data = weight.to(own[name].dtype)
+        yield
+    finally:
+        for name, data in own.items():
+            stores[name].data = data
+
+
+def blank_copy(model: M, device: torch.device | str) -> M:
+    """The same model on `device` with memory for weights, and no weights yet; on `meta` not even that.
+
+    Of a model that is held whole. Buffers are copied; nothing in the copy requires a gradient.
+    """
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in model.parameters()}
+    twin = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and torch.device(device).type != "meta":
+                module._buffers[name] = buffer.to(device)
+    return twin
+
+
+@torch.no_grad()
+def fill(twin: nn.Module, model: nn.Module) -> None:
+    """Copy all weights of `model`, sharded or not, into its `blank_copy`."""
+    targets = dict(twin.named_parameters())
+    for name, weight in whole_in_turn(model):
+        targets[name].copy_(weight)
+
+
+@torch.no_grad()
+def collected(blank: M, model: nn.Module, *, keep: bool) -> M:
+    """The whole model in the CPU's memory, from a `blank_copy`; the ranks that do not `keep` it only take part."""
+    if not keep:
+        for _ in whole_in_turn(model):
+            pass
+        return blank
+    twin = blank_copy(blank, "cpu")
+    fill(twin, model)
+    return twin

@@ -1,0 +1,100 @@
+"""Real DeepSpeed on real processes over gloo. A launch costs 10 to 20 seconds, so each makes many checks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.launch.tiny import build_tiny
+
+WORKER = Path(__file__).parent / "worker.py"
+SECONDS = 540
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A model that has hardly been warm-started: what it says does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return str(build_tiny("lookup", steps=2, quiet=True))
+
+
+@pytest.fixture(scope="session")
+def untied_folder(tiny_folder, tmp_path_factory):
+    """The same with a head of its own, which ZeRO-3 cuts by itself."""
+    folder = tmp_path_factory.mktemp("untied")
+    tied = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tied.config.tie_word_embeddings = False
+    untied = type(tied)(tied.config)
+    untied.load_state_dict(tied.state_dict())
+    untied.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def replay():
+    """The worker's own `replay`, in this process."""
+    spec = importlib.util.spec_from_file_location("zero_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.replay
+
+
+@pytest.fixture(scope="session")
+def zero_settings(tiny_folder):
+    """`zero_settings(out, stage=3, **sections)`: a run's settings as plain data; stage None is the local backend."""
+
+    def make(out, stage=None, **sections):
+        data = {
+            "method": "opsd",
+            "out": str(out),
+            "model": {"name": tiny_folder},
+            "env": {"id": "opd/Lookup-v0", "max_turns": 3},
+            "rollout": {"max_tokens": 10, "max_length": 256},
+            "train": {"steps": 5, "tasks_per_step": 6, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
+            "tracking": {"wandb": "disabled", "console": False, "plot": False},
+            "opsd": {"privileged": "plan", "clip": None},
+        }
+        for section, values in sections.items():
+            own = data.get(section)
+            data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
+        if stage is not None:
+            zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+            data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+        return {key: value for key, value in data.items() if value is not None}
+
+    return make
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """`launch(cases, launcher, ranks)`: the worker does the cases on so many ranks."""
+
+    def run(cases, launcher=TORCHRUN, ranks=2):
+        folder = tmp_path_factory.mktemp("launch")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        command = [*launcher, str(ranks), str(WORKER), str(folder / "cases.json")]
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(
+                command, env=environment(), stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                code = None
+        assert code == 0, f"exit code {code}:\n{(folder / 'log').read_text()[-6000:]}"
+
+    return run

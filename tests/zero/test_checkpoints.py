@@ -1,0 +1,122 @@
+"""Saving on two ranks, and going on: on two to the bit, on one from a universal checkpoint, and exports."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from opd.checkpoint import Checkpoint
+from opd.launch.config import Config
+from opd.tracking import read_rows
+
+EMA = {"opsd": {"teacher": {"weights": "ema", "rate": 0.2}}}
+CASES = {"zero-2": (2, {}), "zero-3": (3, EMA), "lora-3": (3, EMA | {"model": {"lora": {"r": 4}}})}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, zero_settings, launch):
+    """For each case the folders of: four steps at once; two steps, then four on two ranks; two, then none and two on
+    one rank."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def config(out, case, steps):
+        stage, sections = CASES[case]
+        train = {"steps": steps, "save_every": 2, "tasks_per_step": 3}
+        return zero_settings(out, stage, **{**sections, "train": train})
+
+    def task(out, case, steps, resume=False):
+        return {"do": "train", "config": config(root / out / case, case, steps), "resume": resume}
+
+    launch([
+        *(task("whole", case, 4) for case in CASES),
+        *(task("cut", case, 2) for case in CASES),
+    ])  # fmt: skip
+    for name in ("two", "one", "still"):
+        shutil.copytree(root / "cut", root / name)
+    launch([task("two", case, 4, resume=True) for case in CASES])
+    launch(
+        [
+            *(task("still", case, 2, resume=True) for case in CASES),
+            *(task("one", case, 4, resume=True) for case in CASES),
+        ],
+        ranks=1,
+    )
+    return root
+
+
+def exported(folder):
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def teacher(folder, ranks):
+    """The teacher's slices in one piece."""
+    parts = [load_file(folder / f"teacher-rank-{rank}.safetensors") for rank in range(ranks)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_go_on_to_the_same_bits(runs, case):
+    whole, resumed = exported(runs / "whole" / case), exported(runs / "two" / case)
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    rows = [[_timeless(row) for row in read_rows(runs / out / case / "metrics.jsonl")] for out in ("whole", "two")]
+    assert rows[0] == rows[1]
+
+
+def _timeless(row):
+    return {key: value for key, value in row.items() if not key.startswith("time/")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_begins_with_the_bits_that_two_saved(runs, case):
+    saved, loaded = exported(runs / "cut" / case), exported(runs / "still" / case)
+    assert saved.keys() == loaded.keys()
+    assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_goes_on_as_two_would_have(runs, case):
+    whole, resumed = exported(runs / "whole" / case), exported(runs / "one" / case)
+    moved = exported(runs / "cut" / case)
+    for name in whole:
+        torch.testing.assert_close(
+            resumed[name], whole[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert any(not torch.equal(whole[name], moved[name]) for name in whole)
+    rows = [read_rows(runs / out / case / "metrics.jsonl") for out in ("whole", "one")]
+    assert [row["train/loss"] for row in rows[1]] == pytest.approx([row["train/loss"] for row in rows[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["zero-3", "lora-3"])
+def test_the_teachers_slices_are_saved_and_cut_anew(runs, case):
+    two = teacher(runs / "whole" / case / "checkpoints/step-4", 2)
+    one = teacher(runs / "one" / case / "checkpoints/step-4", 1)
+    assert {weight.dtype for weight in two.values()} == {torch.float32}
+    assert two.keys() == one.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name][: len(weight)], weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_no_weight_that_does_not_train(runs, case):
+    saved = Checkpoint(runs / "whole" / case / "checkpoints/step-4")
+    record = saved.record("run")
+    assert (record["step"], record["ranks"]) == (4, 2)
+    total = sum(path.stat().st_size for path in saved.folder.rglob("*.pt"))
+    base = sum(path.stat().st_size for path in (runs / "whole" / case / "export").glob("*.safetensors"))
+    assert total > 2 * base if case != "lora-3" else total < base
+
+
+def test_an_export_is_a_plain_model_for_transformers(runs):
+    for case in CASES:
+        model = AutoModelForCausalLM.from_pretrained(runs / "whole" / case / "export")
+        assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def test_the_json_is_kept_in_the_runs_own_settings(runs):
+    config = Config.load(runs / "whole" / "zero-3")
+    assert config.deepspeed == {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    json.dumps(config.dump())

@@ -1,0 +1,128 @@
+"""Launchers as users start them, two nodes on the loopback address, and ranks that die."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd.tracking import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, "-m", "torch.distributed.run"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+
+
+def started(command, log, folder):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def stopped(processes):
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, seconds, logs, processes=()):
+    until = time.monotonic() + seconds
+    while not condition():
+        texts = "\n".join(log.read_text()[-3000:] for log in logs)
+        assert all(process.poll() is None for process in processes), f"a launcher ended:\n{texts}"
+        assert time.monotonic() < until, f"not within {seconds} s:\n{texts}"
+        time.sleep(0.2)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_two_nodes_lose_a_rank_name_it_end_and_go_on_under_deepspeeds_launcher(tmp_path, zero_settings):
+    out = tmp_path / "run"
+    settings = zero_settings(out, 3, train={"steps": 1000, "save_every": 1, "tasks_per_step": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    logs = [tmp_path / f"node-{n}.log" for n in range(2)]
+    agents = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    nodes = [
+        started([*RUN, *agents, "--node_rank", n, "-m", "opd.launch.train", "run.yaml"], logs[n], tmp_path)
+        for n in range(2)
+    ]
+    try:
+        wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, 400, logs, nodes)
+        victim = _rank(1, tmp_path / "run.yaml")
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: all(node.poll() is not None for node in nodes), 60, logs)
+    finally:
+        stopped(nodes)
+    said = logs[0].read_text()
+    assert re.search(rf"error: rank 1 \(process {victim} on \S+\) is gone", said), said[-3000:]
+    assert all(node.returncode != 0 for node in nodes)
+
+    done = read_rows(out / "metrics.jsonl")[-1]["step"]
+    settings["train"]["steps"] = done + 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    log = tmp_path / "resumed.log"
+    again = started([*DEEPSPEED, ROOT / "launch" / "train.py", tmp_path / "run.yaml", "--resume"], log, tmp_path)
+    try:
+        wait_for(lambda: again.poll() is not None, 400, [log])
+    finally:
+        stopped([again])
+    assert again.returncode == 0, log.read_text()[-4000:]
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, done + 2))
+    assert (out / "export" / "model.safetensors").is_file()
+
+
+def _rank(rank, path):
+    """The process of a rank, by its environment."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            folder = (entry / "cwd").resolve()
+        except OSError:
+            continue
+        if b"opd.launch.train" in command and f"RANK={rank}".encode() in variables and folder == path.parent:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_launch_of_several_processes_with_the_local_backend_is_refused_once(tmp_path, zero_settings):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(zero_settings(tmp_path / "run")))
+    log = tmp_path / "log"
+    process = started([*RUN, "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path)
+    try:
+        wait_for(lambda: process.poll() is not None, 200, [log])
+    finally:
+        stopped([process])
+    assert process.returncode != 0
+    said = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert said == [
+        "error: backend = local is one process, but a launcher started 2: all would train the same. "
+        "Set backend: deepspeed, or start one."
+    ]
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_two_processes(tmp_path):
+    log = tmp_path / "log"
+    options = ["--steps", 2, "--eval.tasks", 4, "--out", tmp_path / "run", "--tracking.wandb", "disabled"]
+    example = ROOT / "examples" / "opsd_zero3.yaml"
+    process = started([*DEEPSPEED, "--module", "opd.launch.train", example, *options], log, tmp_path)
+    try:
+        wait_for(lambda: process.poll() is not None, 500, [log])
+    finally:
+        stopped([process])
+    assert process.returncode == 0, log.read_text()[-4000:]
+    assert "held-out tasks" in log.read_text()
