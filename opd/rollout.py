@@ -278,6 +278,7 @@ def _apply(episode: _Episode, answer: Answer | BaseException) -> None:
     if answer.success is not None:
         episode.success = answer.success
     if episode.turns:
-        episode.turns[-1] = replace(episode.turns[-1], reward=answer.reward, feedback=answer.feedback)
+        told = {"reward": answer.reward, "feedback": answer.feedback, "rewards": answer.rewards}
+        episode.turns[-1] = replace(episode.turns[-1], **told)
     else:
         episode.tools = answer.tools
