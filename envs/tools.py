@@ -216,13 +216,14 @@ def _model(name: str, fields: dict[str, Any]) -> tuple[type[BaseModel], dict[str
             f"tool {name}: no JSON schema can be made for ({types}): {str(error).splitlines()[0]}"
         ) from error
     definitions = schema.pop("$defs", {})
-    parameters: dict[str, Any] = {"type": "object", "properties": {}} | _inline(name, schema, definitions, ())
-    del parameters["additionalProperties"]
-    return model, parameters
+    return model, {"type": "object", "properties": {}} | _inline(name, schema, definitions, ())
 
 
 def _inline(tool_name: str, part: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> Any:
-    """A schema with its references replaced by what they stand for, and without titles: models read it as it is."""
+    """A schema with its references replaced by what they stand for: models read it as it is.
+
+    Left out is what says nothing to them: titles, which repeat names, and that no other properties are allowed.
+    """
     if isinstance(part, list):
         return [_inline(tool_name, one, definitions, within) for one in part]
     if not isinstance(part, dict):
@@ -234,11 +235,11 @@ def _inline(tool_name: str, part: Any, definitions: dict[str, Any], within: tupl
             if type_name in within:
                 raise ConfigError(f"tool {tool_name}: the type {type_name} holds itself; a tool's schema cannot")
             inlined = _inline(tool_name, definitions[type_name], definitions, (*within, type_name)) | inlined
-        elif key in ("properties", "$defs"):  # names of the user's, not words of JSON schema
+        elif key == "properties":  # names of the user's, not words of JSON schema
             inlined[key] = {name: _inline(tool_name, one, definitions, within) for name, one in value.items()}
-        elif key in ("default", "enum", "const", "examples", "discriminator"):  # data
-            inlined |= {} if key == "discriminator" else {key: value}
-        elif key != "title":
+        elif key in ("default", "enum", "const", "examples"):  # data
+            inlined[key] = value
+        elif key not in ("title", "discriminator") and (key, value) != ("additionalProperties", False):
             inlined[key] = _inline(tool_name, value, definitions, within)
     return inlined
 
