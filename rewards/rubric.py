@@ -39,7 +39,7 @@ Rewards = Reward | Iterable[Reward] | Mapping[Reward, float | Part | Mapping[str
 """One reward, several that weigh 1 each, or several with their weights or whole parts."""
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
-    **{f.__name__: f for f in (exact_match, normalized_match, contains_answer, number_match, f1)},
+    **{f.__name__: f for f in (exact_match, normalized_match, f1, contains_answer, number_match)},
     "math_verify": MathVerify,
     "code_tests": CodeTests,
     "matches": Matches,
