@@ -137,7 +137,7 @@ class _Parser:
             at = self._after_thought(thought.end())
         if at is None:
             return None
-        formats = [self.format]
+        formats: list[str] = [self.format]
         if self.format in _BARE and (bare := _BARE_START.match(self.text, at)):
             at, formats = self._read_bare(bare.end()), []
         elif self.format == "auto":

@@ -89,7 +89,7 @@ def _make(spec: Reward, maker: Callable[..., Any], settings: dict[str, Any]) -> 
         raise ConfigError(
             f"reward {name}: {error}. Its settings: {', '.join(signature.parameters) or 'none'}"
         ) from None
-    made = maker(**settings)
+    made: RewardFunction = maker(**settings)
     if not callable(made):
         raise ConfigError(f"reward {name} takes no settings: called with them it returns no function")
     return made
