@@ -47,7 +47,7 @@ class DatasetEnv(TextEnv):
         answer_column: str | None = None,
         conversational: bool = False,
         success_threshold: float = 1.0,
-        reward_timeout: float = 30.0,
+        reward_timeout: float = 60.0,
         held_out: float = 0.1,
     ) -> None:
         super().__init__()

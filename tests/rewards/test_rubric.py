@@ -14,6 +14,7 @@ import torch
 from opd.errors import ConfigError, EnvError
 from opd.rewards import (
     BUILT_IN,
+    CodeTests,
     Length,
     Matches,
     MathVerify,
@@ -63,7 +64,7 @@ def test_built_ins_are_known_by_their_own_names():
     assert {name: function.__name__ for name, function in BUILT_IN.items() if not isinstance(function, type)} == {
         name: name for name in ("exact_match", "normalized_match", "contains_answer", "number_match", "f1")
     }
-    made = [Matches("a"), Tags("a"), Length(), SoftOverlong(2, 1), MathVerify()]
+    made = [Matches("a"), Tags("a"), Length(), SoftOverlong(2, 1), MathVerify(), CodeTests()]
     assert {function.__name__: type(function) for function in made} == {
         name: maker for name, maker in BUILT_IN.items() if isinstance(maker, type)
     }
@@ -217,7 +218,15 @@ def test_a_function_gives_trl_and_us_the_same_numbers():
     prompts = [[{"role": "user", "content": "1+1"}]] * 2
     completions = [[{"role": "assistant", "content": text}] for text in ("2", "3")]
     columns = {"answer": "2", "tests": "assert open('solution.py').read() == '2'"}
-    for name in ("exact_match", "normalized_match", "f1", "contains_answer", "number_match", "math_verify", "code_tests"):
+    for name in (
+        "exact_match",
+        "normalized_match",
+        "f1",
+        "contains_answer",
+        "number_match",
+        "math_verify",
+        "code_tests",
+    ):
         in_trl = resolve(name)(
             prompts=prompts,
             completions=completions,
