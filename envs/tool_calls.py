@@ -1,21 +1,67 @@
-"""Reading tool calls out of a model's text. Nothing here runs them, and no text makes it raise.
+"""Reading tool calls out of a model's text, and writing them. Nothing here runs a call, and no text makes it raise.
 
-Two forms are read: the one of Hermes and Qwen, any number of `<tool_call>{"name": ..., "arguments": {...}}
-</tool_call>` with free text around them, and one such JSON object as the whole text.
+The formats that are read, by name:
+
+    hermes   any number of `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` with free text around them
+             (Hermes, Qwen 2.5 and 3, and the plain format of templates that know no tools); within the same tags
+             also `<function=NAME><parameter=KEY>text</parameter></function>` (Qwen3-Coder, Qwen 3.5)
+    llama    `{"name": ..., "parameters": {...}}` as the whole text or after `<|python_tag|>`; several with `;`
+    mistral  `[TOOL_CALLS]` before a JSON list of calls, or before each `NAME{...}` (`NAME[ARGS]{...}`)
+    json     one such JSON object, or a list of them, as the whole text
+    auto     whichever of these is there; the first markup that is found decides for the whole text
+
+A thought is never read: neither `<think>...</think>`, nor what stands before a `</think>` whose `<think>` the
+template wrote. What is meant as a call and cannot be read is answered, never guessed: JSON is read strictly, and
+where one call ends is known from the JSON itself, so a `</tool_call>` inside a string ends nothing.
+
+transformers' `parse_response` does this for the templates it knows, for well-formed text. A malformed call makes
+it raise (and trl's wrapper then takes all calls of the turn for plain text), so that nobody can tell the model what
+was wrong; a `</tool_call>` in a string breaks it; of a key that stands twice the last wins; calls in a thought that
+the template opened are run. Hence these.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, get_args
+
+from opd.envs.json_text import JsonError, read_json
+
+ToolFormat = Literal["auto", "hermes", "llama", "mistral", "json"]
+TOOL_FORMATS: tuple[str, ...] = get_args(ToolFormat)
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-FORM = f'{OPEN}{{"name": "...", "arguments": {{...}}}}{CLOSE}'
-"""What a call looks like, for error texts and prompts."""
+FORMS = {
+    "hermes": f'{OPEN}{{"name": "...", "arguments": {{...}}}}{CLOSE}',
+    "llama": '{"name": "...", "parameters": {...}}',
+    "mistral": "[TOOL_CALLS]name{...}",
+    "json": '{"name": "...", "arguments": {...}}',
+}
+"""What a call looks like in each format, for error texts and prompts."""
 
-_BLOCK = re.compile(rf"{OPEN}((?:(?!{OPEN}).)*?)({CLOSE}|(?={OPEN})|\Z)", re.DOTALL)
+_OPENERS = {OPEN: "hermes", "<|python_tag|>": "llama", "[TOOL_CALLS]": "mistral"}
+_BARE = ("auto", "llama", "json")
+"""Formats in which the whole answer may be JSON."""
+_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
+"""Tokens after which a model stops; one that is no stop token of the run stands at the end of the text."""
+
+_SPACE = re.compile(r"\s*+")
+_CALL_END = re.compile(rf"\s*+{CLOSE}")
+_THINK_OPEN = re.compile(r"\s*+<think>")
+_BARE_START = re.compile(r"\s*+(?=\{|\[\s*+\{)")
+_CLOSE_MARK = re.compile(CLOSE)
+_THINK_END = re.compile("</think>")
+_MISTRAL_NAME = re.compile(
+    r"\s*+([^\s\[\]{}]{1,256})\s*+(?:\[CALL_ID\][^\s\[\]{}]{0,256}+)?\s*+(?:\[ARGS\])?\s*+(?=\{)"
+)
+_FUNCTION = re.compile(r"<function=([^\s<>=]{1,256})\s*+>")
+_PARAMETER = re.compile(r"\s*+<parameter=([^\s<>=]{1,256})\s*+>")
+_VALUE_END = re.compile(r"</parameter>(?=\s*+<(?:parameter=|/function>))")
+_FUNCTION_END = re.compile(rf"\s*+</function>\s*+{CLOSE}")
+_FUNCTION_FORM = f"{OPEN}<function=name><parameter=key>value</parameter></function>{CLOSE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +70,8 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    as_text: bool = False
+    """Every argument is the text that the model wrote, since the format has no types; the tool's schema has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,37 +81,256 @@ class MalformedCall:
     error: str
 
 
-def parse_tool_calls(text: str) -> list[ToolCall | MalformedCall]:
-    """Every call in the text, in order; empty when the text does not try to call anything."""
-    if OPEN in text:
-        return [_parse_block(body, closed=end == CLOSE) for body, end in _BLOCK.findall(text)]
-    if text.lstrip().startswith("{"):
-        return [_parse_call(text)]
-    return []
+def parse_tool_calls(
+    text: str, tool_format: ToolFormat = "auto", *, starts_thinking: bool = False
+) -> list[ToolCall | MalformedCall]:
+    """Every call in the text, in order; empty when the text does not try to call anything.
+
+    `starts_thinking` says that the model's template has opened a thought already, so that a text without
+    `</think>` is nothing but thought. Takes time proportional to the text's length.
+    """
+    return _Parser(text, tool_format).parse(starts_thinking=starts_thinking)
 
 
-def _parse_block(body: str, *, closed: bool) -> ToolCall | MalformedCall:
-    if not closed:
-        return MalformedCall(error=f"the tool call is not closed by {CLOSE}")
-    return _parse_call(body)
+def format_call(name: str, arguments: dict[str, Any], tool_format: ToolFormat = "hermes") -> str:
+    """A call as a model would write it, in hermes where the format is auto. Raises ValueError for nan and inf."""
+    if tool_format == "mistral":
+        return f"[TOOL_CALLS]{name}{_dumps(arguments)}"
+    call = _dumps({"name": name, "parameters" if tool_format == "llama" else "arguments": arguments})
+    return call if tool_format in ("llama", "json") else f"{OPEN}{call}{CLOSE}"
 
 
-def _parse_call(body: str) -> ToolCall | MalformedCall:
-    try:
-        call = json.loads(body, parse_constant=_refuse_constant)
-    except RecursionError:
-        return MalformedCall(error="the tool call is nested too deeply")
-    except ValueError as error:  # JSONDecodeError, and an integer of more digits than Python converts
-        return MalformedCall(error=f"the tool call is not valid JSON ({error}); write {FORM}")
-    if not isinstance(call, dict):
-        return MalformedCall(error=f"the tool call must be a JSON object; write {FORM}")
-    name, arguments = call.get("name"), call.get("arguments", {})
+def valid_tool_calls(completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any) -> list[float]:
+    """A reward: 1 for a completion that calls at least one tool and whose every call can be read, else 0."""
+    return [float(_all_valid(c if isinstance(c, str) else str(c[-1]["content"]))) for c in completions]
+
+
+def _all_valid(text: str) -> bool:
+    calls = parse_tool_calls(text)
+    return bool(calls) and all(isinstance(call, ToolCall) for call in calls)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+class _Parser:
+    """One text. Its methods take the position to read from, append to `calls`, and return where to go on."""
+
+    def __init__(self, text: str, tool_format: ToolFormat) -> None:
+        self.text = _without_end(text)
+        self.format = tool_format
+        self.calls: list[ToolCall | MalformedCall] = []
+        self._found: dict[re.Pattern[str], tuple[int, re.Match[str] | None]] = {}
+
+    def parse(self, *, starts_thinking: bool) -> list[ToolCall | MalformedCall]:
+        answer = self._after_thought(0) if starts_thinking else 0
+        while answer is not None:
+            self.calls.clear()  # what was read so far turned out to be a thought
+            answer = self._read_answer(answer)
+        return self.calls
+
+    def _read_answer(self, start: int) -> int | None:
+        """Read up to the end, or up to a `</think>` without a `<think>`: then where the answer begins anew."""
+        at: int | None = start
+        while at is not None and (thought := _THINK_OPEN.match(self.text, at)):
+            at = self._after_thought(thought.end())
+        if at is None:
+            return None
+        formats: list[str] = [self.format]
+        if self.format in _BARE and (bare := _BARE_START.match(self.text, at)):
+            at, formats = self._read_bare(bare.end()), []
+        elif self.format == "auto":
+            formats = list(_OPENERS.values())
+        while mark := _marks(formats).search(self.text, at):
+            if mark[0] == "</think>":
+                return mark.end()
+            if mark[0] == "<think>":
+                after = self._after_thought(mark.end())
+                if after is None:
+                    return None
+                at = after
+            else:
+                formats = [_OPENERS[mark[0]]]
+                at = self._readers[formats[0]](self, mark.end())
+        return None
+
+    def _after_thought(self, at: int) -> int | None:
+        end = self._find(_THINK_END, at)
+        return None if end is None else end.end()
+
+    # -- one format each ------------------------------------------------------------------------------
+
+    def _read_tagged(self, start: int) -> int:
+        """Hermes: what follows an opening tag."""
+        close = self._find(_CLOSE_MARK, start)
+        if close is None:
+            return self._refuse(f"the tool call is not closed by {CLOSE}", start, "hermes")
+        body = self._skip_space(start)
+        if self.text.startswith("<function=", body):
+            return self._read_function(body)
+        try:
+            call, end = self._read_object(body, "hermes")
+        except JsonError as error:
+            return self._refuse(str(error), start, "hermes")
+        if closed := _CALL_END.match(self.text, end):
+            self.calls.append(call)
+            return closed.end()
+        if self.text.startswith(OPEN, self._skip_space(end)):
+            self.calls.append(MalformedCall(error=f"the tool call is not closed by {CLOSE}"))
+            return end
+        return self._refuse(_no_json("there is more after the object", "hermes"), end, "hermes")
+
+    def _read_function(self, start: int) -> int:
+        """Hermes: the form of Qwen3-Coder, whose values are raw text.
+
+        A value ends at the first `</parameter>` that another parameter or the end of the function follows.
+        """
+        name = _FUNCTION.match(self.text, start)
+        if name is None:
+            return self._refuse(f"the tool call cannot be read; write {_FUNCTION_FORM}", start, "hermes")
+        at = name.end()
+        arguments: dict[str, str] = {}
+        while parameter := _PARAMETER.match(self.text, at):
+            at = parameter.end()
+            end = self._find(_VALUE_END, at)
+            if end is None or parameter[1] in arguments:
+                break
+            arguments[parameter[1]] = self.text[at : end.start()].removeprefix("\n").removesuffix("\n")
+            at = end.end()
+        closed = _FUNCTION_END.match(self.text, at)
+        if closed is None:
+            return self._refuse(f"the tool call cannot be read; write {_FUNCTION_FORM}", at, "hermes")
+        self.calls.append(ToolCall(name=name[1], arguments=arguments, as_text=True))
+        return closed.end()
+
+    def _read_llama(self, start: int) -> int:
+        return self._read_objects(start, "llama")
+
+    def _read_bare(self, start: int) -> int:
+        form = "llama" if self.format == "llama" else "json"
+        if self.text[start] == "[":
+            return self._read_list(start, form)
+        return self._read_objects(start, form)
+
+    def _read_mistral(self, start: int) -> int:
+        body = self._skip_space(start)
+        if self.text.startswith("[", body):
+            return self._read_list(body, "mistral")
+        name = _MISTRAL_NAME.match(self.text, body)
+        if name is None:
+            return self._refuse(f"the tool call cannot be read; write {FORMS['mistral']}", body, "mistral")
+        try:
+            arguments, end = read_json(self.text, name.end())
+        except JsonError as error:
+            return self._refuse(_no_json(str(error), "mistral"), body, "mistral")
+        return self._accept([ToolCall(name=name[1], arguments=arguments)], end, "mistral")
+
+    _readers: ClassVar[dict[str, Callable[[_Parser, int], int]]] = {
+        "hermes": _read_tagged,
+        "llama": _read_llama,
+        "mistral": _read_mistral,
+    }
+
+    # -- parts that formats share ---------------------------------------------------------------------
+
+    def _read_objects(self, start: int, form: str) -> int:
+        """Objects one after another, with semicolons between them."""
+        calls: list[ToolCall | MalformedCall] = []
+        at = start
+        while True:
+            try:
+                call, at = self._read_object(self._skip_space(at), form)
+            except JsonError as error:
+                return self._refuse(str(error), start, form)
+            calls.append(call)
+            at = self._skip_space(at)
+            if not self.text.startswith(";", at):
+                return self._accept(calls, at, form)
+            at += 1
+
+    def _read_list(self, start: int, form: str) -> int:
+        try:
+            values, end = read_json(self.text, start)
+        except JsonError as error:
+            return self._refuse(_no_json(str(error), form), start, form)
+        if not values:
+            return self._refuse(f"the list of tool calls is empty; write {FORMS[form]}", start, form)
+        return self._accept([_call(value, form) for value in values], end, form)
+
+    def _accept(self, calls: Sequence[ToolCall | MalformedCall], end: int, form: str) -> int:
+        """Take calls that reach up to `end`, if nothing but the next call or a thought follows."""
+        after = self._skip_space(end)
+        follows = ("[TOOL_CALLS]",) if form == "mistral" else ()
+        if after < len(self.text) and not self.text.startswith((*follows, "<think>", "</think>"), after):
+            return self._refuse(_no_json("there is more after the call", form), end, form)
+        self.calls += calls
+        return after
+
+    def _read_object(self, start: int, form: str) -> tuple[ToolCall | MalformedCall, int]:
+        if not self.text.startswith("{", start):
+            raise JsonError(f"the tool call is not a JSON object; write {FORMS[form]}")
+        try:
+            value, end = read_json(self.text, start)
+        except JsonError as error:
+            raise JsonError(_no_json(str(error), form)) from None
+        return _call(value, form), end
+
+    def _refuse(self, error: str, at: int, form: str) -> int:
+        """Note a call that cannot be read; nothing is run up to where it ends, or the thought that it is part of.
+
+        Only tags say where that is; without them it is the end of the text.
+        """
+        self.calls.append(MalformedCall(error=error))
+        ends = [thought.start()] if (thought := self._find(_THINK_END, at)) else [len(self.text)]
+        if form == "hermes" and (close := self._find(_CLOSE_MARK, at)):
+            ends.append(close.end())
+        return min(ends)
+
+    def _skip_space(self, at: int) -> int:
+        space = _SPACE.match(self.text, at)
+        return at if space is None else space.end()
+
+    def _find(self, pattern: re.Pattern[str], at: int) -> re.Match[str] | None:
+        """`pattern.search` from a position on, remembered: many searches together pass over the text once."""
+        since, found = self._found.get(pattern, (len(self.text) + 1, None))
+        if not since <= at or (found is not None and found.start() < at):
+            found = pattern.search(self.text, at)
+            self._found[pattern] = (at, found)
+        return found
+
+
+def _marks(formats: Sequence[str]) -> re.Pattern[str]:
+    openers = [opener for opener, name in _OPENERS.items() if name in formats]
+    return re.compile("|".join(map(re.escape, (*openers, "<think>", "</think>"))))
+
+
+def _call(value: Any, form: str) -> ToolCall | MalformedCall:
+    """The call that a JSON value describes."""
+    if not isinstance(value, dict):
+        return MalformedCall(error=f"the tool call is not a JSON object; write {FORMS[form]}")
+    name = value.get("name")
     if not isinstance(name, str) or not name:
-        return MalformedCall(error=f'the tool call has no "name"; write {FORM}')
+        return MalformedCall(error=f'the tool call has no "name"; write {FORMS[form]}')
+    given = [key for key in ("arguments", "parameters") if key in value]
+    if unknown := sorted(set(value) - {"name", "id", "type", *given}):
+        return MalformedCall(error=f"the tool call has the unknown key {unknown[0][:80]!r}; write {FORMS[form]}")
+    if len(given) == 2:
+        return MalformedCall(error=f'the tool call has both "arguments" and "parameters"; write {FORMS[form]}')
+    arguments = value[given[0]] if given else {}
     if not isinstance(arguments, dict):
-        return MalformedCall(error=f'"arguments" must be a JSON object; write {FORM}')
+        return MalformedCall(error=f'"{given[0]}" must be a JSON object; write {FORMS[form]}')
     return ToolCall(name=name, arguments=arguments)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def _no_json(reason: str, form: str) -> str:
+    return f"the tool call is not valid JSON ({reason}); write {FORMS[form]}"
+
+
+def _without_end(text: str) -> str:
+    """The text without the token that ended it."""
+    text = text.rstrip()
+    for token in _ENDS:
+        if text.endswith(token):
+            return text.removesuffix(token)
+    return text

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
+from itertools import groupby
 from traceback import format_exception_only
 from typing import Any
 
 import numpy as np
 
+from opd.background import Background
 from opd.envs.text_env import Reply, Start, TextEnv
-from opd.envs.tool_calls import MalformedCall, ToolCall, parse_tool_calls
-from opd.envs.tools import Tool, ToolError, marked_tools, tool
-from opd.errors import ConfigError
+from opd.envs.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolCall, ToolFormat, parse_tool_calls
+from opd.envs.tools import Tool, ToolError, marked_tools, to_text, tool
+from opd.errors import ConfigError, EnvError
 from opd.types import Message
 
 __all__ = ["ToolEnv", "ToolError", "tool"]
@@ -23,17 +28,42 @@ __all__ = ["ToolEnv", "ToolError", "tool"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One call of an action, and what becomes of it."""
+
+    call: ToolCall | MalformedCall
+    tool: Tool | None
+    """None where there is none of that name."""
+    text: str = ""
+    failed: bool = False
+    ending: Reply | None = None
+    settled: bool = False
+
+
+_RUNNING: ContextVar[_Run | None] = ContextVar("opd_running_call", default=None)
+"""The call that the code at hand runs for, on whatever thread or task: `finish` ends the episode with it."""
+
+
 class ToolEnv(TextEnv):
     """A multi-turn environment of tools.
 
-    A subclass defines `start`, and its tools as methods marked with `@tool`; functions may be passed too. The
-    calls of one action run in order, and each becomes a message of role `tool`. A tool that ends the episode
-    calls `self.finish(...)` and returns; the calls after it are not run. A call that is malformed, names no
-    tool, has wrong arguments, or raises is answered with a short error text, which is also that turn's
-    feedback; an exception other than `ToolError` is logged besides, since it may be a bug in the tool.
+    A subclass defines `start`, and its tools as methods marked with `@tool`; functions may be passed too. What a
+    tool remembers of an episode stands in the environment's attributes, which `start` sets anew.
+
+    Each call of an action becomes a message of role `tool`. Calls run in order; `async` tools that stand next to each
+    other run at the same time. A tool that ends the episode calls `self.finish(...)` and returns; the calls after
+    it (after its neighbours, where it is async) are not run. A call that is malformed, names no tool, has wrong
+    arguments, takes too long, or raises is answered with a short error text, which is also that turn's feedback;
+    an exception other than `ToolError` is logged besides, since it may be a bug in the tool.
 
     Args:
         tools: functions to offer beside the marked methods.
+        tool_format: how the model writes calls (see `opd.envs.tool_calls`): auto, hermes, llama, mistral or json.
+        starts_thinking: the model's template opens a thought before the model speaks, so that a text without
+            `</think>` is all thought and calls nothing.
+        call_timeout: seconds that a call of an async tool may take. A plain function has only the limit of the
+            whole step (`rollout.step_timeout`), since Python cannot stop it.
         max_result_chars: a longer result is cut, with a notice.
         max_calls: calls of one action beyond this many are not run, and a last message says so.
         max_steps: see `TextEnv`.
@@ -43,14 +73,31 @@ class ToolEnv(TextEnv):
         self,
         tools: Sequence[Callable[..., Any]] = (),
         *,
+        tool_format: ToolFormat = "auto",
+        starts_thinking: bool = False,
+        call_timeout: float = 30.0,
         max_result_chars: int = 4096,
         max_calls: int = 16,
         max_steps: int | None = None,
     ) -> None:
         super().__init__(max_steps=max_steps)
+        if tool_format not in TOOL_FORMATS:
+            near = get_close_matches(str(tool_format), TOOL_FORMATS, n=1)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
+            raise ConfigError(f"tool_format = {tool_format!r} is unknown. Allowed: {', '.join(TOOL_FORMATS)}.{hint}")
+        for name, value in (
+            ("call_timeout", call_timeout),
+            ("max_result_chars", max_result_chars),
+            ("max_calls", max_calls),
+        ):
+            if not value > 0:
+                raise ConfigError(f"{name} = {value!r} must be more than 0")
+        self.tool_format: ToolFormat = tool_format
+        self.starts_thinking = starts_thinking
+        self.call_timeout = call_timeout
         self.max_result_chars = max_result_chars
         self.max_calls = max_calls
-        self._ending: Reply | None = None
+        self._background = Background()
         self._tools: dict[str, Tool] = {}
         for made in map(Tool, [*marked_tools(self), *tools]):
             if made.name in self._tools:
@@ -63,61 +110,122 @@ class ToolEnv(TextEnv):
 
     def no_call(self, action: str) -> Reply:
         """Reply to an action that calls no tool; by default the turn is used up and the model reminded."""
-        text = f"Call a tool. The tools are: {', '.join(self._tools)}."
+        form = "" if self.tool_format == "auto" else f", in the form {FORMS[self.tool_format]}"
+        text = f"Call a tool{form}. The tools are: {', '.join(self._tools)}."
         return Reply(messages=[{"role": "user", "content": text}], feedback=text)
 
-    def finish(self, reward: float, *, success: bool, feedback: str | None = None) -> None:
-        """End the episode after the running tool returns; for use inside a tool."""
-        self._ending = Reply(reward=reward, terminated=True, success=success, feedback=feedback)
+    def finish(
+        self,
+        reward: float,
+        *,
+        success: bool,
+        feedback: str | None = None,
+        rewards: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """End the episode after the running tool returns; for use inside a tool.
+
+        `rewards` names the parts that the reward is made of, for the logs. Raises EnvError outside a tool, and in
+        one that was given up.
+        """
+        run = _RUNNING.get()
+        if run is None or run.settled:
+            raise EnvError(f"{type(self).__name__}.finish was called outside a running tool; call it inside one")
+        run.ending = Reply(
+            reward=reward, terminated=True, success=success, feedback=feedback, rewards=dict(rewards or {})
+        )
 
     def tool_schemas(self) -> list[dict[str, Any]]:
         return [made.schema() for made in self._tools.values()]
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        self._ending = None
-        return super().reset(seed=seed, options=options)
+    def close(self) -> None:
+        """Stop what async tools left running."""
+        self._background.close()
+        super().close()
 
     def respond(self, action: str) -> Reply:
-        calls = parse_tool_calls(action)
+        calls = parse_tool_calls(action, self.tool_format, starts_thinking=self.starts_thinking)
         if not calls:
             return self.no_call(action)
-        messages: list[Message] = []
-        errors: list[str] = []
         if len(calls) > self.max_calls:
             calls[self.max_calls :] = [MalformedCall(error=f"only {self.max_calls} calls are run in one turn")]
-        for call in calls:
-            message, failed = self._run(call)
-            messages.append(message)
-            errors += [message["content"]] if failed else []
-            if self._ending is not None:
-                break
-        reply = self._ending or Reply()
-        feedback = "\n".join(errors) or None if reply.feedback is None else reply.feedback
-        return replace(reply, messages=messages, feedback=feedback)
+        runs = self._run_all([_Run(call=call, tool=self._tools.get(getattr(call, "name", ""))) for call in calls])
+        reply = next((run.ending for run in runs if run.ending is not None), Reply())
+        errors = "\n".join(run.text for run in runs if run.failed)
+        feedback = errors or None if reply.feedback is None else reply.feedback
+        return replace(reply, messages=[_message(run) for run in runs], feedback=feedback)
 
-    def _run(self, call: ToolCall | MalformedCall) -> tuple[Message, bool]:
-        """The message that answers a call, and whether the call failed."""
-        if isinstance(call, MalformedCall):
-            return {"role": "tool", "content": self._fit(f"Error: {call.error}")}, True
+    def _run_all(self, runs: Sequence[_Run]) -> list[_Run]:
+        """Run the calls up to the one that ends the episode; those that were run."""
+        done: list[_Run] = []
+        for is_async, neighbours in groupby(runs, key=lambda run: run.tool is not None and run.tool.is_async):
+            for batch in [list(neighbours)] if is_async else [[run] for run in neighbours]:
+                for run, outcome in zip(batch, self._together(batch) if is_async else self._one(batch[0]), strict=True):
+                    self._settle(run, outcome)
+                done += batch
+                if any(run.ending is not None for run in batch):
+                    return done
+        return done
+
+    def _one(self, run: _Run) -> list[str | BaseException]:
+        token = _RUNNING.set(run)
         try:
-            result, failed = self._tool(call.name)(call.arguments), False
-        except ToolError as error:
-            result, failed = f"Error: {error}", True
-        except (Exception, SystemExit) as error:  # a tool that calls exit() must not end the run
-            logger.warning("tool %s raised", call.name, exc_info=True)
-            result, failed = f"Error: {call.name} failed: {format_exception_only(error)[-1].strip()}", True
-        name = {"name": call.name} if call.name in self._tools else {}
-        return {"role": "tool", **name, "content": self._fit(result)}, failed
+            made, arguments = self._prepared(run)
+            result = made.function(**arguments)
+            if inspect.isawaitable(result):  # an async function behind a plain decorator
+                return self._background.run([partial(_text_of, result)], time_limit=self.call_timeout)
+            return [to_text(result)]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a tool that calls exit() must not end the run
+            return [error]
+        finally:
+            _RUNNING.reset(token)
 
-    def _tool(self, name: str) -> Tool:
-        if name in self._tools:
-            return self._tools[name]
-        near = get_close_matches(name[:80], self._tools, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ToolError(f"there is no tool {name[:80]!r}. The tools are: {', '.join(self._tools)}.{hint}")
+    def _together(self, batch: Sequence[_Run]) -> list[str | BaseException]:
+        return self._background.run([partial(self._one_async, run) for run in batch], time_limit=self.call_timeout)
+
+    async def _one_async(self, run: _Run) -> str:
+        _RUNNING.set(run)  # in a context of its own: this is a task
+        made, arguments = self._prepared(run)
+        return to_text(await made.function(**arguments))
+
+    def _prepared(self, run: _Run) -> tuple[Tool, dict[str, Any]]:
+        """The tool and its arguments. Raises ToolError for a call that cannot be run."""
+        if isinstance(run.call, MalformedCall):
+            raise ToolError(run.call.error)
+        if run.tool is None:
+            near = get_close_matches(run.call.name[:80], self._tools, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ToolError(f"there is no tool {run.call.name[:80]!r}. The tools are: {', '.join(self._tools)}.{hint}")
+        return run.tool, run.tool.checked(run.call.arguments, as_text=run.call.as_text)
+
+    def _settle(self, run: _Run, outcome: str | BaseException) -> None:
+        """Write what a call gave or raised into its run; nothing that it does later counts."""
+        run.settled = True
+        if isinstance(outcome, str):
+            run.text = self._fit(outcome)
+            return
+        run.failed = True
+        if isinstance(outcome, ToolError):
+            run.text = self._fit(f"Error: {outcome}")
+            return
+        name = run.tool.name if run.tool is not None else "the call"
+        logger.warning("tool %s raised", name, exc_info=outcome)
+        run.text = self._fit(f"Error: {name} failed: {format_exception_only(outcome)[-1].strip()}")
+        if isinstance(outcome, TimeoutError):
+            run.ending = None  # whether it came to finish() before the limit is a matter of luck
 
     def _fit(self, text: str) -> str:
         """The text, cut to the limit with a notice."""
         if len(text) <= self.max_result_chars:
             return text
         return f"{text[: self.max_result_chars]}\n[cut: {self.max_result_chars} of {len(text)} characters shown]"
+
+
+async def _text_of(result: Any) -> str:
+    return to_text(await result)
+
+
+def _message(run: _Run) -> Message:
+    name = {} if run.tool is None else {"name": run.tool.name}
+    return {"role": "tool", **name, "content": run.text}

@@ -1,20 +1,27 @@
 """Typed, documented Python functions as tools: their JSON schemas, and calls with checked arguments.
 
-transformers' `get_json_schema` makes such schemas too, but imports torch to do so and checks no arguments.
+transformers' `get_json_schema` makes such schemas too, and where it can, with the same result (a test compares
+them). It knows no enums, typed dicts, dataclasses or pydantic models (they become `{"type": "object"}` without a
+word about their fields), drops defaults, needs a description for every argument, imports torch, and checks no
+arguments. Pydantic does all of this.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
 import typing
+import warnings
 from collections.abc import Callable
+from enum import Enum
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.json_schema import GenerateJsonSchema, PydanticJsonSchemaWarning
 
 from opd.errors import ConfigError, EnvError
 
@@ -28,7 +35,7 @@ class ToolError(EnvError):
 
 def tool(function: F) -> F:
     """Mark a method of a `ToolEnv` as a tool. Its name, annotations and docstring become the schema."""
-    setattr(function, _MARK, True)
+    setattr(_plain_function(function), _MARK, True)
     return function
 
 
@@ -36,24 +43,35 @@ def marked_tools(obj: object) -> list[Callable[..., Any]]:
     """The bound methods marked with `@tool`, in the order in which they are defined, base classes first."""
     names: dict[str, None] = {}
     for cls in reversed(type(obj).__mro__):
-        names.update(dict.fromkeys(name for name, value in vars(cls).items() if hasattr(value, _MARK)))
+        marked = (name for name, value in vars(cls).items() if hasattr(_plain_function(value), _MARK))
+        names.update(dict.fromkeys(marked))
     methods = [getattr(obj, name) for name in names]
     return [method for method in methods if hasattr(method, _MARK)]  # an override without the mark is no tool
 
 
-class Tool:
-    """One callable tool.
+def _plain_function(function: Any) -> Any:
+    """What a bound, static or class method wraps."""
+    return getattr(function, "__func__", function)
 
-    The docstring's first paragraph describes the tool, lines `name: text` under `Args:` its arguments.
-    Raises ConfigError when an argument has no annotation, there is no docstring, or it documents an
+
+class Tool:
+    """One callable tool, sync or async.
+
+    The docstring's first paragraph describes the tool, lines `name: text` under `Args:` its arguments. Arguments
+    may be of any type that pydantic can check: numbers, `str`, `bool`, `Optional`, `Literal`, enums, `list[...]`,
+    `dict[...]`, typed dicts, dataclasses, pydantic models. Raises ConfigError when an argument has no annotation or
+    none that JSON can express, takes any number of values (`*args`), there is no docstring, or it documents an
     argument that does not exist.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not hasattr(function, "__name__"):
+            raise ConfigError(f"a tool must be a function; {function!r:.80} has no name of its own")
         self.function = function
         self.name: str = function.__name__
+        self.is_async = inspect.iscoroutinefunction(function)
         # By the plain function: binding a method to each new environment must not build its model again.
-        self._signature = _signature(getattr(function, "__func__", function))
+        self._signature = _signature(_plain_function(function), bound=inspect.ismethod(function))
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema in OpenAI's form; a fresh copy at each call."""
@@ -62,14 +80,21 @@ class Tool:
         return {"type": "function", "function": schema}
 
     def __call__(self, arguments: dict[str, Any]) -> str:
-        """Check and coerce the arguments, call the function, and give its result as text.
+        """Check and coerce the arguments, call the function, and give its result as text; for a sync tool.
 
         Raises ToolError when the arguments do not fit, and whatever the function raises.
         """
-        return to_text(self.function(**self._checked(arguments)))
+        return to_text(self.function(**self.checked(arguments)))
 
-    def _checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        _, model, _ = self._signature
+    def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
+        """The arguments as the function takes them. Raises ToolError when they do not fit.
+
+        With `as_text` each is text as the model wrote it, and its type in the schema says how to read that.
+        """
+        _, model, parameters = self._signature
+        if as_text:
+            types = json.loads(parameters)["properties"]
+            arguments = {name: _from_text(text, types.get(name, {})) for name, text in arguments.items()}
         try:
             checked = model.model_validate(arguments)
         except ValidationError as error:
@@ -79,14 +104,63 @@ class Tool:
 
 
 def to_text(result: object) -> str:
-    """A tool's result as the model reads it: text as it is, anything else as JSON."""
+    """A tool's result as the model reads it: text as it is, `None` as "(no output)", data as JSON.
+
+    Bytes are read as UTF-8, arrays become lists, dataclasses and models objects; what JSON has no form for, its `str`.
+    """
     if result is None:
         return "(no output)"
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    if not isinstance(result, str | int | float | list | tuple | dict):
+        result = _plain(result)
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """One step towards what JSON knows."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "replace")
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)  # not in the order of hashes, which differs from run to run
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}: {value}"
+    to_list = getattr(value, "tolist", None)  # numpy's and torch's arrays and scalars
+    return to_list() if callable(to_list) else str(value)
+
+
+def _from_text(text: Any, schema: dict[str, Any]) -> Any:
+    """An argument of a format without types: text stays text where the schema takes it, else it is read as JSON.
+
+    `True`, `False` and `None` are read too: that is how the templates of such models write them.
+    """
+    if not isinstance(text, str) or _takes_text(schema):
+        return text
+    if text in _PYTHON:
+        return _PYTHON[text]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # the check of the arguments says what is wrong with it
+
+
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
+def _takes_text(schema: dict[str, Any]) -> bool:
+    if any(isinstance(value, str) for value in (*schema.get("enum", ()), schema.get("const"))):
+        return True
+    if "anyOf" in schema:
+        return any(map(_takes_text, schema["anyOf"]))
+    return "enum" not in schema and "const" not in schema and schema.get("type", "string") == "string"
 
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:
-    path = ".".join(str(part) for part in location)
+    path = ".".join(str(part)[:80] for part in location)
     return f"{path}: {message[:1].lower()}{message[1:]}"
 
 
@@ -98,17 +172,15 @@ class _Untitled(GenerateJsonSchema):
 
 
 @lru_cache(maxsize=1024)
-def _signature(function: Callable[..., Any]) -> tuple[str, type[BaseModel], str]:
+def _signature(function: Callable[..., Any], *, bound: bool) -> tuple[str, type[BaseModel], str]:
     """Description, model of the arguments, and its JSON schema as text, from a plain function."""
     name = getattr(function, "__qualname__", repr(function))
     description, documented = _read_docstring(inspect.getdoc(function) or "")
     if not description:
         raise ConfigError(f"tool {name} has no docstring; its first paragraph is what the model reads")
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = _hints(name, function)
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "self":
-            continue
+    for parameter in [*inspect.signature(function).parameters.values()][bound:]:
         if parameter.name not in hints or parameter.kind not in _NAMED:
             raise ConfigError(f"tool {name}: argument {parameter.name} must be a named one with a type annotation")
         default = ... if parameter.default is parameter.empty else parameter.default
@@ -119,12 +191,57 @@ def _signature(function: Callable[..., Any]) -> tuple[str, type[BaseModel], str]
         )
     if documented:
         raise ConfigError(f"tool {name}: the docstring describes {sorted(documented)}, which are no arguments")
-    config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-    model: type[BaseModel] = create_model(name, __config__=config, **fields)
-    schema = model.model_json_schema(schema_generator=_Untitled)
-    parameters = {"type": "object", "properties": {}} | schema
-    del parameters["title"], parameters["additionalProperties"]
+    model, parameters = _model(name, fields)
     return description, model, json.dumps(parameters)
+
+
+def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"tool {name}: its annotations cannot be read: {error}") from error
+
+
+def _model(name: str, fields: dict[str, Any]) -> tuple[type[BaseModel], dict[str, Any]]:
+    """What checks the arguments, and their JSON schema with nothing but itself to refer to."""
+    config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PydanticJsonSchemaWarning)  # a default that JSON cannot hold
+            model: type[BaseModel] = create_model(name, __config__=config, **fields)
+            schema = model.model_json_schema(schema_generator=_Untitled)
+    except (PydanticUserError, PydanticSchemaGenerationError, PydanticJsonSchemaWarning) as error:
+        types = ", ".join(f"{info.alias}: {inspect.formatannotation(hint)}" for hint, info in fields.values())
+        raise ConfigError(
+            f"tool {name}: no JSON schema can be made for ({types}): {str(error).splitlines()[0]}"
+        ) from error
+    definitions = schema.pop("$defs", {})
+    return model, {"type": "object", "properties": {}} | _inline(name, schema, definitions, ())
+
+
+def _inline(tool_name: str, part: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> Any:
+    """A schema with its references replaced by what they stand for: models read it as it is.
+
+    Left out is what says nothing to them: titles, which repeat names, and that no other properties are allowed.
+    """
+    if isinstance(part, list):
+        return [_inline(tool_name, one, definitions, within) for one in part]
+    if not isinstance(part, dict):
+        return part
+    inlined: dict[str, Any] = {}
+    for key, value in part.items():
+        if key == "$ref":
+            type_name = value.removeprefix("#/$defs/")
+            if type_name in within:
+                raise ConfigError(f"tool {tool_name}: the type {type_name} holds itself; a tool's schema cannot")
+            inlined = _inline(tool_name, definitions[type_name], definitions, (*within, type_name)) | inlined
+        elif key == "properties":  # names of the user's, not words of JSON schema
+            inlined[key] = {name: _inline(tool_name, one, definitions, within) for name, one in value.items()}
+        elif key in ("default", "enum", "const", "examples"):  # data
+            inlined[key] = value
+        elif key not in ("title", "discriminator") and (key, value) != ("additionalProperties", False):
+            inlined[key] = _inline(tool_name, value, definitions, within)
+    return inlined
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -21,6 +21,8 @@ MOST_CHARACTERS = 1_000_000
 """What one answer of an environment may hold; a longer one is a fault that would stall everybody's tokenizer."""
 MOST_REWARD = 1e30
 """The size of a reward beyond which sums and float32 overflow."""
+MOST_PARTS = 64
+"""How many named parts a reward may have: each becomes a metric of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Answer:
     feedback: str | None
     success: bool | None
     tools: list[dict[str, Any]] | None
+    rewards: dict[str, float | None]
     seconds: float
     reward: float = 0.0
     terminated: bool = False
@@ -121,7 +124,20 @@ def _told(info: dict[str, Any]) -> dict[str, Any]:
         "privileged": dict(privileged),
         "tools": json.loads(json.dumps(tools)),
         "success": bool(info["success"]) if "success" in info else None,
+        "rewards": _parts(info.get("rewards", {})),
     }
+
+
+def _parts(rewards: Any) -> dict[str, float | None]:
+    """The named parts of a reward, checked and copied; raises EnvError."""
+    if not isinstance(rewards, dict) or len(rewards) > MOST_PARTS:
+        raise EnvError(f'info["rewards"] must be a dict of at most {MOST_PARTS} parts; got {rewards!r:.200}')
+    for name, value in rewards.items():
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 100:
+            raise EnvError(f'info["rewards"]: a name must be 1 to 100 printable characters; got {name!r:.200}')
+        if value is not None and (isinstance(value, str) or not abs(value) < MOST_REWARD):
+            raise EnvError(f'info["rewards"][{name!r}] is {value!r:.200}; it must be a finite number or None')
+    return {name: None if value is None else float(value) for name, value in rewards.items()}
 
 
 def _is_tool(schema: Any) -> bool:

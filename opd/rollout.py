@@ -278,6 +278,7 @@ def _apply(episode: _Episode, answer: Answer | BaseException) -> None:
     if answer.success is not None:
         episode.success = answer.success
     if episode.turns:
-        episode.turns[-1] = replace(episode.turns[-1], reward=answer.reward, feedback=answer.feedback)
+        last = episode.turns[-1]
+        episode.turns[-1] = replace(last, reward=answer.reward, feedback=answer.feedback, rewards=answer.rewards)
     else:
         episode.tools = answer.tools

@@ -61,6 +61,8 @@ class Turn:
     reward: float = 0.0
     feedback: str | None = None
     """What the environment said about this action's failure, if it did. For a teacher's eyes only."""
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """The parts of the reward by name, where the environment says; None where a part abstained. For the logs only."""
     forked: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +106,14 @@ class Trajectory:
     def reward(self) -> float:
         """The sum of the rewards of the steps."""
         return math.fsum(turn.reward for turn in self.turns)
+
+    @property
+    def reward_parts(self) -> dict[str, float | None]:
+        """Each named part of the reward, summed over the turns like the reward; None if it abstained throughout."""
+        parts: dict[str, float | None] = {}
+        for name, value in (item for turn in self.turns for item in turn.rewards.items()):
+            parts[name] = parts.get(name) if value is None else (parts.get(name) or 0.0) + value
+        return parts
 
     @property
     def completion_tokens(self) -> int:

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from opd.errors import ConfigError, DataError
-from opd.rewards.functions import Completion, _text
+from opd.rewards.functions import Completion, text_of
 from opd.sandbox import Sandbox, SandboxLimits
 
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(?:python\d?|py)?[ \t]*\n(.*?)^[ \t]*```", re.M | re.S | re.I)
@@ -118,7 +118,7 @@ def default_code_tests() -> CodeTests:
 
 
 def _code(completion: Completion) -> str:
-    text = _text(completion)
+    text = text_of(completion)
     blocks = _FENCED.findall(text)
     return str(blocks[-1]) if blocks else text
 

@@ -1,9 +1,14 @@
-"""The built-in reward functions. Each compares completions with the `answer` column: 1.0 right, 0.0 wrong."""
+"""The built-in rewards that compare an answer with the `answer` column: 1.0 right, 0.0 wrong.
+
+A thought is not part of an answer: what stands up to the last `</think>` of a completion is left out.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -13,20 +18,43 @@ Completion = str | list[Message]
 
 # No digit of a word (`v2`) and no second half of `1.5.2`; the minus of `47-38` is an operator, not a sign.
 _NUMBER = re.compile(r"(?<![^\W_])(?<!\d\.)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """Whether the completion is the answer, white space at the ends aside."""
     return [
-        float(_text(completion).strip() == str(right).strip())
+        float(answer_of(completion) == str(right).strip())
         for completion, right in zip(completions, answer, strict=True)
     ]
+
+
+def normalized_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+    """Whether the completion is the answer once both are normalised (`normalize`).
+
+    Where the answer is a list, any of its texts will do. None: no answer has a word.
+    """
+    return [
+        _best(answer_of(completion), right, lambda given, gold: float(given == gold))
+        for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def f1(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+    """The F1 of the words of the completion and of the answer, both normalised; from 0 to 1.
+
+    Where the answer is a list, the best of its texts counts. None: no answer has a word. Source: SQuAD
+    (arXiv 1606.05250), section 6.1.
+    """
+    return [_best(answer_of(completion), right, _f1) for completion, right in zip(completions, answer, strict=True)]
 
 
 def contains_answer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """Whether the answer stands in the completion as whole words, in any case. None: the answer is empty."""
     return [
-        _contains(_text(completion), str(right).strip()) for completion, right in zip(completions, answer, strict=True)
+        _contains(answer_of(completion), str(right).strip())
+        for completion, right in zip(completions, answer, strict=True)
     ]
 
 
@@ -36,7 +64,7 @@ def number_match(completions: Sequence[Completion], answer: Sequence[Any], **kwa
     So GSM8K's `answer` column works as it is. None: the answer holds no number.
     """
     return [
-        None if (right := last_number(str(expected))) is None else float(last_number(_text(completion)) == right)
+        None if (right := last_number(str(expected))) is None else float(last_number(answer_of(completion)) == right)
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
@@ -47,14 +75,37 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, no English articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_NO_PUNCTUATION)).split())
+
+
+def text_of(completion: Completion) -> str:
+    """What the assistant wrote: the string itself, or the contents of the messages."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message["content"]) for message in completion)
+
+
+def answer_of(completion: Completion) -> str:
+    """What the assistant wrote after its last thought, white space at the ends aside."""
+    return text_of(completion).rpartition("</think>")[2].strip()
+
+
 def _contains(text: str, answer: str) -> float | None:
     if not answer:
         return None
     return float(re.search(rf"(?<!\w){re.escape(answer.casefold())}(?!\w)", text.casefold()) is not None)
 
 
-def _text(completion: Completion) -> str:
-    """What the assistant wrote: the string itself, or the contents of the messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message["content"]) for message in completion)
+def _best(completion: str, answer: Any, score: Callable[[str, str], float]) -> float | None:
+    """The score against the best of the answers that have a word; None where none has."""
+    golds = [normalize(str(one)) for one in (answer if isinstance(answer, list | tuple) else [answer])]
+    given = normalize(completion)
+    return max((score(given, gold) for gold in golds if gold), default=None)
+
+
+def _f1(given: str, gold: str) -> float:
+    words, right = Counter(given.split()), Counter(gold.split())
+    shared = (words & right).total()
+    return 2 * shared / (words.total() + right.total())

@@ -1,4 +1,4 @@
-"""Reward functions by name or import path, and their weighted sum. The sum follows TRL's: None abstains."""
+"""Named, weighted reward functions, called batch by batch. The sum follows TRL's: None abstains."""
 
 from __future__ import annotations
 
@@ -6,35 +6,61 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+from opd.background import Background, call_within
 from opd.errors import ConfigError, EnvError
-from opd.rewards.code import code_tests, default_code_tests
-from opd.rewards.functions import Completion, contains_answer, exact_match, number_match
+from opd.rewards.code import CodeTests
+from opd.rewards.functions import Completion, contains_answer, exact_match, f1, normalized_match, number_match
+from opd.rewards.mathematics import MathVerify
+from opd.rewards.shape import Length, Matches, SoftOverlong, Tags
 from opd.types import Message
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
+"""Called as TRL does; returns a list with a number or None for each completion, or is async and does so later."""
 Reward = str | RewardFunction
-Rewards = Reward | Iterable[Reward] | Mapping[Reward, float]
-"""One reward, several that weigh 1 each, or several with their weights."""
-
-BUILT_IN: dict[str, RewardFunction] = {f.__name__: f for f in (exact_match, contains_answer, number_match, code_tests)}
 
 
-def resolve(spec: Reward) -> RewardFunction:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of a rubric, where a weight alone does not say enough. In YAML, a mapping with these keys."""
+
+    reward: Reward | None = None
+    """A function, built-in name or import path; by default the name of the part is that too."""
+    weight: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of what makes the function: a class, or a function that returns one (`trl.rewards:get_...`)."""
+
+
+Rewards = Reward | Iterable[Reward] | Mapping[Reward, float | Part | Mapping[str, Any]]
+"""One reward, several that weigh 1 each, or several with their weights or whole parts."""
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    **{f.__name__: f for f in (exact_match, normalized_match, f1, contains_answer, number_match)},
+    "math_verify": MathVerify,
+    "code_tests": CodeTests,
+    "matches": Matches,
+    "tags": Tags,
+    "length": Length,
+    "soft_overlong": SoftOverlong,
+}
+"""Functions, and classes that make one from settings."""
+
+
+def resolve(spec: Reward, settings: Mapping[str, Any] | None = None) -> RewardFunction:
     """The function that a built-in name or an import path `package.module:function` stands for.
 
-    Raises ConfigError when there is none such, naming the nearest built-in, and for an `async` function.
+    With `settings`, and for a class, what the name stands for is called with them and returns the function. Raises
+    ConfigError when there is none such, naming the nearest built-in, or when the settings do not fit.
     """
     function = _load(spec) if isinstance(spec, str) else spec
-    if function is code_tests:
-        default_code_tests()  # a missing sandbox is found here, before anything is sampled
     if not callable(function):
         raise ConfigError(f"reward {spec!r} is {type(function).__name__}, not a function")
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"reward {spec!r} is an async function; pass a plain one")
+    if settings or inspect.isclass(function):
+        function = _make(spec, function, dict(settings or {}))
     return function
 
 
@@ -54,13 +80,38 @@ def _load(spec: str) -> Any:
         raise ConfigError(f"reward {spec!r} cannot be imported: {error}") from error
 
 
+def _make(spec: Reward, maker: Callable[..., Any], settings: dict[str, Any]) -> RewardFunction:
+    name = spec if isinstance(spec, str) else _name(spec)
+    signature = inspect.signature(maker)
+    try:
+        signature.bind(**settings)
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {name}: {error}. Its settings: {', '.join(signature.parameters) or 'none'}"
+        ) from None
+    made: RewardFunction = maker(**settings)
+    if not callable(made):
+        raise ConfigError(f"reward {name} takes no settings: called with them it returns no function")
+    return made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """What a rubric makes of one completion."""
 
     total: float
     parts: dict[str, float | None]
-    """Each function's own number, before its weight; None where it abstained."""
+    """Each part's own number, before its weight; None where it abstained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A part that can be called."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+    is_async: bool
 
 
 class Rubric:
@@ -68,73 +119,150 @@ class Rubric:
 
     Args:
         rewards: a function, built-in name or import path; a list of them, which weighs each 1; or a mapping from
-            them to their weights.
+            them to their weights. In a mapping a `Part` (or a dict with its keys) may stand for a weight, and
+            then the key may be any name.
+        time_limit: seconds that a call of one function may take.
+
+    A part that raises, takes longer than the limit, or returns nan, inf, or not one number for each completion
+    breaks the score (EnvError): the episode counts as failed and is never trained. A part that cannot tell says so
+    with None; it is counted (`reward/abstained/<name>`), and its weight adds nothing.
     """
 
-    def __init__(self, rewards: Rewards) -> None:
+    def __init__(self, rewards: Rewards, *, time_limit: float = 60.0) -> None:
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
-        weights = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
-        if not weights:
+        parts = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
+        if not parts:
             raise ConfigError("rewards is empty; name at least one reward function")
-        self.functions = [resolve(spec) for spec in weights]
-        self.weights = list(weights.values())
-        if wrong := [weight for weight in self.weights if not isinstance(weight, int | float)]:
-            raise ConfigError(f"rewards: the weight {wrong[0]!r} must be a number")
-        self.names = [spec if isinstance(spec, str) else _name(spec) for spec in weights]
+        self.parts = [_ready(key, value) for key, value in parts.items()]
+        self.names = [part.name for part in self.parts]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"two reward functions have the same name: {', '.join(self.names)}; rename one")
+        if not time_limit > 0:
+            raise ConfigError(f"time_limit = {time_limit!r} of the rewards must be more than 0 (seconds)")
+        self.time_limit = time_limit
+        self._background = Background()
 
     def require(self, columns: Iterable[str]) -> None:
         """Raise ConfigError when a function needs an argument that is none of these columns."""
-        offered = {"prompts", "completions", *columns}
-        for name, function in zip(self.names, self.functions, strict=True):
-            needed = [p.name for p in _parameters(function) if p.default is p.empty and p.kind in _BY_NAME]
+        offered = {"prompts", "completions", *columns, *_OF_THE_TRAINER}
+        for part in self.parts:
+            needed = [p.name for p in _parameters(part.function) if p.default is p.empty and p.kind in _BY_NAME]
             missing = [parameter for parameter in needed if parameter not in offered]
             if missing:
-                columns_text = ", ".join(sorted(offered - {"prompts", "completions"}))
+                columns_text = ", ".join(sorted(columns))
                 near = get_close_matches(missing[0], offered, n=1)
                 hint = f' Did you mean "{near[0]}"?' if near else ""
-                raise ConfigError(f"reward {name} needs the column {missing[0]!r}. There are: {columns_text}.{hint}")
+                raise ConfigError(
+                    f"reward {part.name} needs the column {missing[0]!r}. There are: {columns_text}.{hint}"
+                )
 
     def score(self, prompt: str | list[Message], completion: Completion, columns: Mapping[str, Any]) -> Score:
-        """Score one completion. A function that returns None abstains, and its weight adds nothing.
+        """Score one completion: `score_batch` of one."""
+        [score] = self.score_batch([prompt], [completion], {name: [value] for name, value in columns.items()})
+        return score
 
-        Raises EnvError when a function raises or returns no finite number, or all of them abstain.
+    def score_batch(
+        self,
+        prompts: Sequence[str | list[Message]],
+        completions: Sequence[Completion],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[Score]:
+        """Score completions, each function called once with all of them: plain ones in order, async ones together.
+
+        Raises EnvError when a function fails (see the class), or all of them abstain from a completion.
         """
-        offered = {"prompts": [prompt], "completions": [completion], **{k: [v] for k, v in columns.items()}}
-        parts = {
-            name: _call(name, function, offered) for name, function in zip(self.names, self.functions, strict=True)
-        }
-        terms = [w * part for w, part in zip(self.weights, parts.values(), strict=True) if part is not None]
+        offered = {"prompts": list(prompts), "completions": list(completions)}
+        offered |= {name: list(values) for name, values in columns.items()}
+        calls = {part.name: partial(part.function, **_accepted(part.function, offered)) for part in self.parts}
+        outcomes: dict[str, Any] = {part.name: self._call(calls[part.name]) for part in self.parts if not part.is_async}
+        if together := [part.name for part in self.parts if part.is_async]:
+            results = self._background.run([calls[name] for name in together], time_limit=self.time_limit)
+            outcomes |= dict(zip(together, results, strict=True))
+        numbers = {name: _numbers(name, outcomes[name], completions) for name in self.names}
+        return [self._sum({name: column[row] for name, column in numbers.items()}) for row in range(len(completions))]
+
+    def close(self) -> None:
+        """End what async functions left running."""
+        self._background.close()
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        """What a plain function returned, or raised."""
+        try:
+            return call_within(self.time_limit, call)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() in a reward function must not end the run
+            return error
+
+    def _sum(self, parts: dict[str, float | None]) -> Score:
+        values = zip(self.parts, parts.values(), strict=True)
+        terms = [part.weight * value for part, value in values if value is not None]
         if not terms:
             raise EnvError(f"every reward function abstained (returned None): {', '.join(self.names)}")
         return Score(total=math.fsum(terms), parts=parts)
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_OF_THE_TRAINER: dict[str, Any] = {
+    "trainer_state": None,
+    "log_extra": lambda column, values: None,
+    "log_metric": lambda name, value: None,
+}
+"""What TRL's trainer passes besides: given to functions that cannot do without, and led nowhere."""
+
+
+def _ready(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Ready:
+    """The part that an entry of the mapping describes. Raises ConfigError."""
+    name = key if isinstance(key, str) else _name(key)
+    if isinstance(value, Mapping):
+        known = [one.name for one in fields(Part)]
+        if unknown := [word for word in value if word not in known]:
+            near = get_close_matches(str(unknown[0]), known, n=1)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
+            raise ConfigError(f"reward {name} has no {unknown[0]!r}. Allowed: {', '.join(known)}.{hint}")
+        value = Part(**value)
+    part = value if isinstance(value, Part) else Part(weight=value)
+    if isinstance(part.weight, bool) or not isinstance(part.weight, int | float) or not math.isfinite(part.weight):
+        raise ConfigError(f"rewards: the weight {part.weight!r} of {name} must be a finite number")
+    function = resolve(key if part.reward is None else part.reward, part.settings)
+    return _Ready(name=name, function=function, weight=part.weight, is_async=_is_async(function))
+
+
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
-def _call(name: str, function: RewardFunction, offered: dict[str, list[Any]]) -> float | None:
+def _accepted(function: RewardFunction, offered: dict[str, list[Any]]) -> dict[str, Any]:
+    """The arguments that a function takes: all of them if it says `**kwargs`, else those that it names."""
     parameters = _parameters(function)
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        accepted = {p.name for p in parameters}
-        offered = {key: value for key, value in offered.items() if key in accepted}
-    try:
-        [value] = function(**offered)
-        number = None if value is None else float(value)
-    except Exception as error:
-        form = type(offered.get("completions", [""])[0]).__name__
+    wanted = {p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME}
+    trainer = {name: value for name, value in _OF_THE_TRAINER.items() if name in wanted - set(offered)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return {**offered, **trainer}
+    return {p.name: offered[p.name] for p in parameters if p.name in offered} | trainer
+
+
+def _numbers(name: str, outcome: Any, completions: Sequence[Completion]) -> list[float | None]:
+    """What a function returned, as one finite number or None for each completion. Raises EnvError."""
+    form = type(completions[0]).__name__ if completions else "str"
+    if isinstance(outcome, BaseException):
         raise EnvError(
-            f"reward {name} raised {type(error).__name__}: {error} (a completion was given as {form})"
-        ) from error
-    if number is not None and not math.isfinite(number):
-        raise EnvError(f"reward {name} returned {number}; a reward must be finite, or None to abstain")
-    return number
+            f"reward {name} raised {type(outcome).__name__}: {outcome} (a completion was given as {form})"
+        ) from outcome
+    try:
+        values = [None if value is None else float(value) for value in outcome]
+    except Exception as error:
+        raise EnvError(f"reward {name} returned {outcome!r:.200}; it must return a list of numbers or None") from error
+    if len(values) != len(completions):
+        raise EnvError(f"reward {name} returned {len(values)} numbers for {len(completions)} completions")
+    if wrong := [value for value in values if value is not None and not math.isfinite(value)]:
+        raise EnvError(f"reward {name} returned {wrong[0]}; a reward must be finite, or None to abstain")
+    return values
 
 
 def _name(function: RewardFunction) -> str:

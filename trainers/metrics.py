@@ -4,7 +4,8 @@ Names that are not plain: `distill/nats` is the divergence a token (of the sampl
 whether the episode solved its task and by turn; `distill/kept` the probability that the top k hold; `.../clipped`
 the share of what a clip touched; `policy/ratio_*` quantiles of student over old policy, `sampler/ratio_*` of old
 policy over sampler; `sampler/gap` the mean absolute difference of their log-probs; `signal/zero` the share of
-samples from which nothing can be learned; `variance/*` see `of_variance`.
+samples from which nothing can be learned; `variance/*` see `of_variance`. `reward/part/NAME` is a named part of the
+reward before its weight, `reward/abstained/NAME` the number of episodes that it could not tell of.
 """
 
 from __future__ import annotations
@@ -41,9 +42,21 @@ def of_groups(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
             "rollout/turns": _mean(len(t.turns) for t in whole),
             "rollout/truncated": _mean(t.truncated for t in whole),
             "rollout/tokens_per_episode": _mean(t.completion_tokens for t in whole),
+            **_of_parts([t.reward_parts for t in whole]),
         }
     if turns:
         row["rollout/cut_completions"] = _mean(turn.stop_reason is StopReason.LENGTH for turn in turns)
+    return row
+
+
+def _of_parts(episodes: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each named part of the reward where it told, and how many episodes it abstained from."""
+    row: dict[str, float] = {}
+    for name in dict.fromkeys(name for parts in episodes for name in parts):
+        told = [parts[name] for parts in episodes if name in parts]
+        numbers = [value for value in told if value is not None]
+        row |= {f"reward/part/{name}": _mean(numbers)} if numbers else {}
+        row |= {f"reward/abstained/{name}": float(len(told) - len(numbers))} if len(numbers) < len(told) else {}
     return row
 
 

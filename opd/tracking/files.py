@@ -117,6 +117,7 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
         "rewards": [_finite(turn.reward) for turn in turns],
+        "reward_parts": trajectory.reward_parts,
         "stop_reasons": [str(turn.stop_reason) for turn in turns],
         "feedback": [turn.feedback for turn in turns],
         "policy_version": trajectory.policy_version,

@@ -104,7 +104,7 @@ class BadInfo(Good):
         return obs, {"privileged": {"solution": 3}, "messages": ["hi"], "tools": [{"name": "get"}]}
 
     def step(self, action):
-        return "", 0.0, True, False, {"success": "yes", "feedback": None}
+        return "", 0.0, True, False, {"success": "yes", "feedback": None, "rewards": {"a": float("nan")}}
 
 
 class BadTasks(Good):
@@ -160,6 +160,7 @@ def test_a_good_environment_gets_a_note_on_its_speed_and_nothing_else(name):
         ("BadInfo", "error", 'reset: info["tools"] must be a list of {"type": "function"'),
         ("BadInfo", "error", "step: info[\"success\"] = 'yes' must be a bool"),
         ("BadInfo", "error", 'step: info["feedback"] = None must be a str'),
+        ("BadInfo", "error", "step: info[\"rewards\"] = {'a': nan} must be a dict of str to finite numbers or None"),
         ("BadTasks", "error", 'metadata["tasks"]["train"] = 0 must be a number of tasks, or None for unlimited'),
         ("Unreachable", "error", "an episode raised LookupError: no row 3"),
         ("Unseeded", "error", "gymnasium's check_env: "),

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from opd.config import EnvConfig
-from opd.envs import validate_id
+from opd.envs import format_call, parse_tool_calls, validate_id
+from opd.envs.tool_calls import TOOL_FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
@@ -68,9 +69,42 @@ def test_the_table_settings_on_the_page_work(tmp_path, monkeypatch):
     assert env.step(number)[1] == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("name", ["exact_match", "contains_answer", "number_match", "code_tests"])
-def test_the_built_in_rewards_on_the_page_exist(name):
-    from opd.rewards import BUILT_IN
+def test_the_async_environment_on_the_page_looks_at_every_shelf_at_once_and_can_be_solved():
+    [block] = [block for block in blocks("python") if "class LibraryEnv" in block]
+    names: dict = {}
+    exec(block, names)
+    env = names["LibraryEnv"]()
+    env.reset(seed=0)
+    shelves = ["oak", "elm", "ash"]
+    *_, info = env.step("".join(format_call("look", {"shelf": shelf}) for shelf in shelves))
+    found = shelves[[message["content"] for message in info["messages"]].index("true")]
+    _, reward, terminated, _, info = env.step(format_call("answer", {"shelf": found}))
+    assert (reward, terminated, info["rewards"]) == (1.0, True, {"right": 1.0, "thrift": 0.0})
+    env.close()
 
-    assert f"`{name}`" in PAGE
-    assert set(BUILT_IN) == {"exact_match", "contains_answer", "number_match", "code_tests"}
+
+def test_every_format_on_the_page_is_read_as_it_is_shown():
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| (.*?) \| [^|]*\|$", PAGE.replace("\\|", "¦"), re.MULTILINE)
+    shown = {name: text.replace("¦", "|") for name, text in rows if name in TOOL_FORMATS}
+    assert set(shown) == set(TOOL_FORMATS)
+    del shown["auto"]
+    for name, text in shown.items():
+        forms = [form for form in re.findall(r"`([^`]+)`", text) if "peek" in form]
+        assert forms
+        for form in forms:
+            marked = f"[TOOL_CALLS]{form}" if name == "mistral" else form
+            marked = f"<tool_call>{form}</tool_call>" if form.startswith("<function") else marked
+            for tool_format in (name, "auto"):
+                [call] = parse_tool_calls(marked, tool_format)
+                assert (call.name, {key: int(value) for key, value in call.arguments.items()}) == (
+                    "peek",
+                    {"position": 0},
+                )
+
+
+def test_the_plain_format_on_the_page_is_what_the_prompt_says(make_chat):
+    schema = {"type": "function", "function": {"name": "get", "description": "Get.", "parameters": {"type": "object"}}}
+    chat = make_chat("no_tools")
+    prompt = chat.tokenizer.decode(chat.start([{"role": "user", "content": "Go."}], [schema]))
+    [quoted] = re.findall(r'after the words "(.*?)"', PAGE)
+    assert quoted.replace("`", "") in prompt

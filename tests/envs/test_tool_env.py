@@ -1,15 +1,19 @@
 """A tool environment answers every action: with results, or with a short text that says what was wrong."""
 
+import asyncio
+import gc
 import json
 import logging
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.envs import Reply, Start, TextSpace, ToolEnv, ToolError, tool
-from opd.errors import ConfigError
+from opd.envs import Reply, Start, TextSpace, ToolEnv, ToolError, format_call, tool
+from opd.errors import ConfigError, EnvError
 
 
 class SafeEnv(ToolEnv):
@@ -217,7 +221,12 @@ _values = st.recursive(
 )
 _arguments = st.dictionaries(st.sampled_from(["digit", "code", "text", "times", "x"]), _values, max_size=3)
 _calls = st.builds(lambda name, arguments: call(name, **arguments), _tools, _arguments)
-_scraps = st.sampled_from(["<tool_call>", "</tool_call>", "{", "}", '{"name": "peek"', '"arguments": {', "[" * 99_999])
+_scraps = st.sampled_from(
+    [
+        *("<tool_call>", "</tool_call>", "<think>", "[TOOL_CALLS]", "<|python_tag|>", "{", "}"),
+        *('{"name": "peek"', '"arguments": {', "[" * 99_999),
+    ]
+)
 _actions = st.lists(_calls | _scraps | st.text(st.characters(codec=None)), max_size=5).map("".join)
 
 
@@ -247,3 +256,301 @@ def test_calls_beyond_the_limit_are_not_run_and_the_model_is_told():
     assert contents(info)[2:] == ["Error: only 2 calls are run in one turn"]
     *_, info = env.step(call("peek", digit=0) * 2)
     assert len(info["messages"]) == 2
+
+
+# -- formats --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool_format", ["auto", "hermes", "llama", "mistral", "json"])
+def test_an_environment_reads_calls_in_its_format(tool_format):
+    env = SafeEnv(tool_format=tool_format)
+    env.reset(seed=0)
+    assert env.step(format_call("peek", {"digit": 0}, tool_format))[0] == str(env.code)[0]
+
+
+def test_an_environment_of_one_format_takes_others_for_text_and_says_which_it_reads():
+    env = SafeEnv(tool_format="mistral")
+    env.reset(seed=0)
+    obs, *_ = env.step(call("peek", digit=0))
+    assert obs.startswith("Call a tool, in the form [TOOL_CALLS]name{...}. The tools are: peek, ")
+
+
+def test_a_call_in_a_thought_is_not_run(env):
+    env.step(f"<think>{call('peek', digit=1)}</think>{call('peek', digit=2)}")
+    assert env.log == [2]
+    thinking = SafeEnv(starts_thinking=True)
+    thinking.reset(seed=0)
+    thinking.step(call("peek", digit=1))
+    assert thinking.log == []
+
+
+def test_arguments_that_come_as_text_get_the_types_of_the_tool(env):
+    env.step("<tool_call>\n<function=peek>\n<parameter=digit>\n2\n</parameter>\n</function>\n</tool_call>")
+    assert env.log == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"tool_format": "hermse"},
+            "tool_format = 'hermse' is unknown. Allowed: auto, hermes.*Did you mean \"hermes\"",
+        ),
+        ({"call_timeout": 0}, "call_timeout = 0 must be more than 0"),
+        ({"max_calls": 0}, "max_calls = 0 must be more than 0"),
+        ({"max_result_chars": -1}, "max_result_chars = -1 must be more than 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, reason):
+    with pytest.raises(ConfigError, match=reason):
+        SafeEnv(**settings)
+
+
+# -- async tools ----------------------------------------------------------------------------------------
+
+
+class AsyncEnv(ToolEnv):
+    """Async tools beside plain ones; `log` tells the order of what happened."""
+
+    def start(self, rng, split, index):
+        self.log = []
+        self.here = 0
+        self.lock = asyncio.Lock()
+        return Start(prompt="Go.")
+
+    @tool
+    async def meet(self, others: int) -> str:
+        """Wait until as many others are here."""
+        self.here += 1
+        for _ in range(1000):
+            if self.here > others:
+                self.log.append("met")
+                return "met"
+            await asyncio.sleep(0.005)
+        return "alone"
+
+    @tool
+    async def slow(self, seconds: float) -> str:
+        """Take a while."""
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self.log.append("cancelled")
+            raise
+        self.log.append("slow")
+        return "done"
+
+    @tool
+    async def stubborn(self) -> str:
+        """Go on when cancelled, then end the episode."""
+        while self.log != ["let go"]:
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        try:
+            self.finish(1.0, success=True)
+        except EnvError:
+            self.log.append("refused")
+        return "late"
+
+    @tool
+    async def block(self) -> None:
+        """Block the loop."""
+        time.sleep(5)
+
+    @tool
+    def plain(self) -> str:
+        """Do something at once."""
+        self.log.append("plain")
+        return "plain"
+
+    @tool
+    async def end(self, reward: float, wait: float = 0.0) -> str:
+        """End the episode."""
+        await asyncio.sleep(wait)
+        self.finish(reward, success=reward > 0, rewards={"speed": 0.5, "taste": None})
+        return "ended"
+
+    @tool
+    async def leave(self) -> None:
+        """Leave the interpreter."""
+        sys.exit(3)
+
+    @tool
+    async def cancel(self) -> None:
+        """Cancel itself."""
+        raise asyncio.CancelledError
+
+    @tool
+    async def locked(self) -> str:
+        """Use a lock that lives as long as the episode."""
+        async with self.lock:
+            await asyncio.sleep(0.01)
+        return "unlocked"
+
+    @tool
+    async def refuse(self) -> None:
+        """Refuse."""
+        raise ToolError("not today")
+
+
+@pytest.fixture
+def async_env():
+    env = AsyncEnv(call_timeout=0.3)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def test_neighbouring_async_calls_run_at_the_same_time(async_env):
+    *_, info = async_env.step(call("meet", others=2) * 3)
+    assert contents(info) == ["met"] * 3
+
+
+def test_plain_calls_keep_their_place_between_async_ones(async_env):
+    *_, info = async_env.step(call("slow", seconds=0.05) + call("plain") + call("slow", seconds=0.0))
+    assert async_env.log == ["slow", "plain", "slow"]
+    assert contents(info) == ["done", "plain", "done"]
+
+
+def test_an_async_call_that_is_late_is_cancelled_and_the_others_are_answered(async_env):
+    since = time.monotonic()
+    *_, info = async_env.step(call("slow", seconds=60) + call("slow", seconds=0) + call("plain"))
+    assert contents(info) == ["Error: slow failed: TimeoutError: no answer within 0.3 s", "done", "plain"]
+    assert info["feedback"] == "Error: slow failed: TimeoutError: no answer within 0.3 s"
+    assert async_env.log == ["slow", "cancelled", "plain"]
+    assert time.monotonic() - since < 5
+
+
+def test_a_call_that_ignores_its_cancellation_cannot_end_the_episode_later(async_env):
+    assert async_env.step(call("stubborn"))[2] is False
+    async_env.log.append("let go")
+    deadline = time.monotonic() + 10
+    while len(async_env.log) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert async_env.log == ["let go", "refused"]
+    assert async_env.step(call("plain"))[1:3] == (0.0, False)
+
+
+def test_a_call_that_blocks_the_loop_is_given_up_and_the_next_has_a_loop_of_its_own(async_env):
+    since = time.monotonic()
+    obs, *_ = async_env.step(call("block"))
+    assert obs == "Error: block failed: TimeoutError: no answer within 0.3 s"
+    assert async_env.step(call("slow", seconds=0))[0] == "done"
+    assert time.monotonic() - since < 4.5
+
+
+@pytest.mark.parametrize(
+    ("action", "answer"),
+    [
+        (call("leave"), "Error: leave failed: SystemExit: 3"),
+        (call("cancel"), "Error: cancel failed: asyncio.exceptions.CancelledError: it was cancelled"),
+        (call("refuse"), "Error: not today"),
+        (call("slow"), "Error: wrong arguments for slow: seconds: field required"),
+    ],
+)
+def test_an_async_call_that_fails_is_answered_and_the_loop_goes_on(async_env, action, answer):
+    assert async_env.step(action)[0] == answer
+    assert async_env.step(call("slow", seconds=0))[0] == "done"
+
+
+def test_of_async_calls_that_end_the_episode_the_first_counts_whoever_is_faster(async_env):
+    _, reward, terminated, _, info = async_env.step(
+        call("end", reward=1.0, wait=0.1) + call("end", reward=2.0) + call("plain")
+    )
+    assert (reward, terminated, info["success"]) == (1.0, True, True)
+    assert contents(info) == ["ended", "ended"]
+    assert async_env.log == []
+
+
+def test_what_an_async_tool_opened_can_be_used_in_the_next_turn(async_env):
+    for _ in range(3):
+        assert contents(async_env.step(call("locked") * 2)[4]) == ["unlocked"] * 2
+
+
+def test_an_async_function_behind_a_plain_decorator_is_awaited():
+    async def inner() -> int:
+        return 7
+
+    def outer() -> object:
+        """Give a coroutine."""
+        return inner()
+
+    env = SafeEnv(tools=[outer])
+    env.reset(seed=0)
+    assert env.step(call("outer"))[0] == "7"
+    env.close()
+
+
+def test_a_loop_is_started_when_it_is_needed_and_leaves_with_its_environment():
+    others = set(threading.enumerate())  # loops that earlier tests blocked, say
+
+    def loops():
+        return [one for one in threading.enumerate() if one.name == "opd-async" and one not in others]
+
+    env = AsyncEnv()
+    env.reset(seed=0)
+    env.step(call("plain"))
+    assert len(loops()) == 0
+    for _ in range(3):
+        env.step(call("slow", seconds=0))
+    assert len(loops()) == 1
+    env.close()
+    assert len(loops()) == 0
+    env.reset(seed=0)
+    env.step(call("slow", seconds=0))
+    [loop] = loops()
+    del env
+    gc.collect()
+    loop.join(20)
+    assert not loop.is_alive()
+
+
+def test_the_parts_of_a_reward_are_told_when_an_episode_ends(async_env):
+    *_, info = async_env.step(call("end", reward=1.0))
+    assert info["rewards"] == {"speed": 0.5, "taste": None}
+
+
+def test_finish_is_for_tools_alone(env):
+    with pytest.raises(EnvError, match=r"SafeEnv\.finish was called outside a running tool"):
+        env.finish(1.0, success=True)
+
+
+# -- results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (b"\xff" * 100, "\N{REPLACEMENT CHARACTER}" * 20 + "\n[cut: 20 of 100 characters shown]"),
+        (list(range(1000)), "[0, 1, 2, 3, 4, 5, 6\n[cut: 20 of 4890 characters shown]"),
+        ("x" * 10_000_000, "x" * 20 + "\n[cut: 20 of 10000000 characters shown]"),
+        (None, "(no output)"),
+        ("\ud83d", "?"),
+    ],
+)
+def test_any_result_is_shown_within_the_limit(result, shown):
+    def give() -> object:
+        """Give it."""
+        return result
+
+    env = SafeEnv(tools=[give], max_result_chars=20)
+    env.reset(seed=0)
+    assert env.step(call("give"))[0] == shown
+
+
+def test_an_exception_of_a_megabyte_is_cut_too():
+    def fail() -> None:
+        """Fail."""
+        raise ValueError("x" * 1_000_000)
+
+    env = SafeEnv(tools=[fail], max_result_chars=30)
+    env.reset(seed=0)
+    assert env.step(call("fail"))[0].startswith("Error: fail failed: ValueError\n[cut: 30 of ")
+
+
+def test_what_a_tool_remembers_is_forgotten_at_reset(env):
+    env.step(call("peek", digit=0))
+    env.reset(seed=1)
+    assert env.log == []

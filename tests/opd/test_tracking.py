@@ -169,6 +169,7 @@ def test_an_episode_is_written_as_the_conversation_that_took_place(tmp_path):
     assert row == {
         "step": 4, "task": "train/3", "seed": 7, "member": 1, "reward": 0.5, "success": True,
         "terminated": True, "truncated": False, "failed": None, "tokens": 2, "rewards": [0.0, 0.5],
+        "reward_parts": {},
         "stop_reasons": ["stop", "stop"], "feedback": [None, None], "policy_version": 0,
         "privileged": {"plan": "look"},
         "messages": [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.rewards import contains_answer, exact_match, last_number, number_match
+from opd.rewards import contains_answer, exact_match, f1, last_number, normalized_match, number_match
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,58 @@ def test_an_answer_may_hold_signs_that_patterns_use():
     assert contains_answer(["it is (a+b)*", "it is aab"], answer=["(a+b)*", "a+b"]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("function", [exact_match, contains_answer, number_match])
+@pytest.mark.parametrize("function", [exact_match, normalized_match, contains_answer, number_match, f1])
 def test_messages_count_as_their_contents(function):
     assert function([[{"role": "assistant", "content": "12"}]], answer=["12"]) == [1.0]
 
 
-@pytest.mark.parametrize("function", [exact_match, contains_answer, number_match])
+@pytest.mark.parametrize("function", [exact_match, normalized_match, contains_answer, number_match, f1])
 def test_lists_of_different_lengths_are_refused(function):
     with pytest.raises(ValueError, match="zip"):
         function(["1", "2"], answer=["1"])
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("The  Eiffel-Tower!", "eiffeltower", 1.0),
+        ("the cat", "A cat.", 1.0),
+        ("STRASSE", "straße", 1.0),
+        ("cats", "cat", 0.0),
+        ("theatre", "atre", 0.0),
+        ("Rome", ["Paris", "Rome"], 1.0),
+        ("Rome", ["Paris", "Oslo"], 0.0),
+        ("42", 42, 1.0),
+        ("anything", "the ...", None),
+        ("anything", [], None),
+    ],
+)
+def test_a_normalised_match_ignores_case_articles_and_punctuation(completion, answer, right):
+    assert normalized_match([completion], answer=[answer]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("the quick brown fox", "A quick fox!", 0.8),  # 2 of 3 words, 2 of 2
+        ("fox fox", "fox", 2 / 3),
+        ("fox", "fox fox", 2 / 3),
+        ("dog", "fox", 0.0),
+        ("", "fox", 0.0),
+        ("fox", ["dog", "the red fox"], 2 / 3),
+        ("fox", "the", None),
+    ],
+)
+def test_f1_counts_the_words_that_both_have(completion, answer, score):
+    assert f1([completion], answer=[answer]) == [pytest.approx(score) if score is not None else None]
+
+
+@given(st.text(), st.text())
+def test_f1_is_a_share_that_does_not_depend_on_who_is_right(one, other):
+    forwards, backwards = f1([one], answer=[other])[0], f1([other], answer=[one])[0]
+    assert None in (forwards, backwards) or (forwards == backwards and 0 <= forwards <= 1)
+
+
+@pytest.mark.parametrize("function", [exact_match, normalized_match, contains_answer, number_match, f1])
+def test_a_thought_is_no_part_of_the_answer(function):
+    assert function(["<think>12</think> 13", "12</think>13", "<think>13</think>12"], answer=["12"] * 3) == [0, 0, 1]

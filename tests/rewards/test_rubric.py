@@ -1,11 +1,30 @@
 """Reward functions by name, their weighted sum, and TRL's own functions used as they are."""
 
+import asyncio
+import logging
 import math
+import sys
+import threading
+import time
 
+import numpy as np
 import pytest
+import torch
 
 from opd.errors import ConfigError, EnvError
-from opd.rewards import BUILT_IN, Rubric, exact_match, resolve
+from opd.rewards import (
+    BUILT_IN,
+    CodeTests,
+    Length,
+    Matches,
+    MathVerify,
+    Part,
+    Rubric,
+    SoftOverlong,
+    Tags,
+    exact_match,
+    resolve,
+)
 
 
 def length(completions, **kwargs):
@@ -17,10 +36,6 @@ def abstain(completions, **kwargs):
 
 
 def needs_ids(completions, completion_ids):
-    return [0.0]
-
-
-async def slow(completions, **kwargs):
     return [0.0]
 
 
@@ -38,7 +53,6 @@ def test_a_name_a_path_and_a_function_resolve():
         ("opd.rewards:nothing", "'opd.rewards:nothing' cannot be imported: .*no attribute 'nothing'"),
         ("opd.rewards:", "cannot be imported|not a function"),
         ("opd.rewards:BUILT_IN", "is dict, not a function"),
-        (slow, "is an async function; pass a plain one"),
     ],
 )
 def test_what_cannot_be_a_reward_is_refused(spec, reason):
@@ -47,7 +61,13 @@ def test_what_cannot_be_a_reward_is_refused(spec, reason):
 
 
 def test_built_ins_are_known_by_their_own_names():
-    assert all(function.__name__ == name for name, function in BUILT_IN.items())
+    assert {name: function.__name__ for name, function in BUILT_IN.items() if not isinstance(function, type)} == {
+        name: name for name in ("exact_match", "normalized_match", "contains_answer", "number_match", "f1")
+    }
+    made = [Matches("a"), Tags("a"), Length(), SoftOverlong(2, 1), MathVerify(), CodeTests()]
+    assert {function.__name__: type(function) for function in made} == {
+        name: maker for name, maker in BUILT_IN.items() if isinstance(maker, type)
+    }
 
 
 def test_a_list_weighs_each_function_once():
@@ -62,8 +82,9 @@ def test_one_reward_needs_no_list(one):
 
 
 def test_a_weight_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match="the weight 'high' must be a number"):
-        Rubric({"exact_match": "high"})
+    for weight in ("high", None, True, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"the weight {weight!r} of exact_match must be a finite number"):
+            Rubric({"exact_match": weight})
 
 
 def test_a_mapping_gives_the_weights_and_parts_stay_unweighted():
@@ -105,13 +126,32 @@ def test_a_reward_that_is_not_finite_is_an_error(value):
         Rubric([broken]).score("q", "abc", {})
 
 
-@pytest.mark.parametrize("output", [[], [1.0, 2.0], 1.0, ["high"]])
-def test_a_reward_of_the_wrong_form_is_an_error(output):
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ([], "returned 0 numbers for 1 completions"),
+        ([1.0, 2.0], "returned 2 numbers for 1 completions"),
+        (1.0, "returned 1.0; it must return a list of numbers or None"),
+        (["high"], r"returned \['high'\]; it must return a list"),
+        (None, "returned None; it must return a list"),
+    ],
+)
+def test_a_reward_of_the_wrong_form_is_an_error(output, reason):
     def broken(completions, **kwargs):
         return output
 
-    with pytest.raises(EnvError, match="reward broken raised"):
+    with pytest.raises(EnvError, match=f"reward broken {reason}"):
         Rubric([broken]).score("q", "abc", {})
+
+
+def test_arrays_and_tensors_are_lists_of_numbers():
+    def array(completions):
+        return np.array([0.5], dtype=np.float32)
+
+    def tensor(completions):
+        return torch.tensor([2])
+
+    assert Rubric([array, tensor]).score("q", "a", {}).parts == {"array": 0.5, "tensor": 2.0}
 
 
 def test_an_exception_is_told_with_the_form_of_the_completion():
@@ -178,7 +218,15 @@ def test_a_function_gives_trl_and_us_the_same_numbers():
     prompts = [[{"role": "user", "content": "1+1"}]] * 2
     completions = [[{"role": "assistant", "content": text}] for text in ("2", "3")]
     columns = {"answer": "2", "tests": "assert open('solution.py').read() == '2'"}
-    for name in BUILT_IN:
+    for name in (
+        "exact_match",
+        "normalized_match",
+        "f1",
+        "contains_answer",
+        "number_match",
+        "math_verify",
+        "code_tests",
+    ):
         in_trl = resolve(name)(
             prompts=prompts,
             completions=completions,
@@ -190,3 +238,170 @@ def test_a_function_gives_trl_and_us_the_same_numbers():
         )
         ours = [Rubric([name]).score(p, c, columns).total for p, c in zip(prompts, completions, strict=True)]
         assert in_trl == ours == [1.0, 0.0]
+
+
+# -- batches, time, and functions that answer later -------------------------------------------------------
+
+
+def test_a_batch_is_scored_by_one_call_and_row_by_row():
+    sizes = []
+
+    def counting(prompts, completions, answer, **kwargs):
+        sizes.append((len(prompts), len(completions), len(answer)))
+        return [
+            None if prompt == "c" else float(len(completion))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    rubric = Rubric({counting: 1.0, "exact_match": 10.0})
+    scores = rubric.score_batch(["a", "b", "c"], ["x", "yy", "z"], {"answer": ["x", "y", "z"]})
+    assert sizes == [(3, 3, 3)]
+    assert [score.total for score in scores] == [11.0, 2.0, 10.0]
+    assert [score.parts["counting"] for score in scores] == [1.0, 2.0, None]
+
+
+def test_async_functions_work_as_they_are_and_wait_at_the_same_time():
+    both = {"there": 0, "most": 0}
+
+    async def meet(completions, **kwargs):
+        both["there"] += 1
+        for _ in range(200):
+            both["most"] = max(both["most"], both["there"])
+            await asyncio.sleep(0.005)
+            if both["most"] == 2:
+                return [1.0]
+        return [0.0]
+
+    class Judge:
+        async def __call__(self, completions, answer):
+            return [(await meet(completions))[0] + answer[0]]
+
+    rubric = Rubric({meet: 1.0, Judge(): 10.0})
+    rubric.require(["answer"])
+    assert rubric.score("q", "a", {"answer": 2}).parts == {"meet": 1.0, "Judge": 3.0}
+    rubric.close()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_an_async_function_that_hangs_is_an_error_in_time(blocks):
+    async def hang(completions):
+        if blocks:
+            time.sleep(6)
+        await asyncio.sleep(600)
+
+    rubric = Rubric(hang, time_limit=0.2)
+    since = time.monotonic()
+    with pytest.raises(EnvError, match=r"reward hang raised TimeoutError: no answer within 0.2 s") as caught:
+        rubric.score("q", "a", {})
+    assert time.monotonic() - since < 5
+    assert isinstance(caught.value.__cause__, TimeoutError)  # how the scheduler tells it from a bug
+
+
+def test_a_plain_function_that_hangs_is_an_error_in_time():
+    release = threading.Event()
+
+    def hang(completions):
+        release.wait(60)
+        return [1.0]
+
+    with pytest.raises(EnvError, match=r"reward hang raised TimeoutError: no answer within 0.2 s"):
+        Rubric(hang, time_limit=0.2).score("q", "a", {})
+    release.set()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_async_reward_that_is_not_finite_is_an_error_too(value):
+    async def broken(completions):
+        return [value]
+
+    with pytest.raises(EnvError, match=f"reward broken returned {value}; a reward must be finite"):
+        Rubric(broken).score("q", "a", {})
+
+
+def test_a_function_that_leaves_the_interpreter_is_an_error():
+    def leave(completions):
+        sys.exit(3)
+
+    async def leave_later(completions):
+        sys.exit(4)
+
+    for function in (leave, leave_later):
+        with pytest.raises(EnvError, match=f"reward {function.__name__} raised SystemExit: [34]"):
+            Rubric(function).score("q", "a", {})
+
+
+# -- parts with settings ------------------------------------------------------------------------------------
+
+
+def test_a_part_has_a_name_a_weight_and_settings_of_its_own():
+    rubric = Rubric(
+        {
+            "brief": {"reward": "length", "weight": 0.5, "settings": {"maximum": 3}},
+            "long": Part(reward=Length(minimum=4), weight=0.25),
+            "tags": {"settings": {"tags": ["a"]}},
+        }
+    )
+    assert rubric.score("q", "<a></a>", {}).parts == {"brief": 0.0, "long": 1.0, "tags": 1.0}
+    assert rubric.score("q", "abc", {}).total == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        ("length", None),
+        ("matches", "reward matches: missing a required argument: 'pattern'. Its settings: pattern"),
+        (
+            {"length": {"settings": {"max": 3}}},
+            "reward length: got an unexpected keyword argument 'max'. Its settings: ",
+        ),
+        ({"length": {"setings": {}}}, r"reward length has no 'setings'. Allowed: .*Did you mean \"settings\"\?"),
+        ({"exact_match": {"settings": {"answer": [], "completions": []}}}, "reward exact_match takes no settings"),
+        ({"soft_overlong": {"settings": {"maximum": 10, "cache": 11}}}, "cache = 11 must be more than 0 and at most"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_before_anything_runs(rewards, reason):
+    if reason is None:
+        Rubric(rewards)
+        return
+    with pytest.raises(ConfigError, match=reason):
+        Rubric(rewards)
+
+
+def test_a_time_limit_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="time_limit = 0 of the rewards must be more than 0"):
+        Rubric("exact_match", time_limit=0)
+
+
+# -- TRL's own --------------------------------------------------------------------------------------------------
+
+
+def test_trls_accuracy_and_reasoning_rewards_work_as_they_are():
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its signals do not work in threads
+    rubric = Rubric(["trl.rewards:accuracy_reward", "trl.rewards:reasoning_accuracy_reward"])
+    rubric.require(["solution"])
+    prompt = [{"role": "user", "content": "1/2?"}]
+    completion = [{"role": "assistant", "content": r"<think>hm</think> \boxed{\frac{2}{4}}"}]
+    assert rubric.score(prompt, completion, {"solution": "$0.5$"}).parts == {
+        "trl.rewards:accuracy_reward": 1.0,
+        "trl.rewards:reasoning_accuracy_reward": 1.0,
+    }
+
+
+def test_a_reward_of_trl_that_is_made_from_settings_is_made_and_its_need_of_token_ids_told():
+    part = {
+        "reward": "trl.rewards:get_soft_overlong_punishment",
+        "settings": {"max_completion_len": 10, "soft_punish_cache": 5},
+    }
+    with pytest.raises(ConfigError, match="reward overlong needs the column 'completion_ids'"):
+        Rubric({"overlong": part}).require(["answer"])
+
+
+def test_what_trls_trainer_passes_besides_is_given_to_who_cannot_do_without():
+    def demanding(completions, trainer_state, log_extra, log_metric, **kwargs):
+        log_extra("column", completions)
+        log_metric("metric", 1.0)
+        return [1.0 if trainer_state is None else 0.0]
+
+    rubric = Rubric(demanding)
+    rubric.require([])
+    assert rubric.score("q", "a", {}).total == 1.0

@@ -1,0 +1,76 @@
+"""Reading one JSON value that stands somewhere in a text, strictly, and in time that grows with its length."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+MOST_DEPTH = 64
+"""How deeply brackets may be nested: far beyond any tool's arguments, far below Python's recursion limit."""
+
+# What may stand between strings and brackets (`json.loads` is stricter), then a string or a bracket. Possessive
+# throughout, so that nothing is looked at twice. `<` is in neither: no tag can be read as a part of JSON.
+_FILLER = re.compile(r"[\s\w,:.+-]*+")
+_PIECE = re.compile(r'[\s\w,:.+-]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}])', re.DOTALL)
+
+
+class JsonError(ValueError):
+    """What a text holds is no JSON. `str(error)` says why."""
+
+
+def read_json(text: str, start: int) -> tuple[Any, int]:
+    """The value that begins at `start`, where a bracket or brace stands, and where it ends.
+
+    Strict: no single quotes, comments, trailing commas, NaN, numbers beyond a float's range, or keys that stand
+    twice in an object. Raises JsonError.
+    """
+    # The extent first: what `json` says of an error takes time that grows with all the text it was given.
+    end = _extent(text, start)
+    try:
+        return _DECODER.decode(text[start:end]), end
+    except ValueError as error:  # JSONDecodeError, our own, and an integer of more digits than Python converts
+        raise JsonError(str(error)) from None
+
+
+def _extent(text: str, start: int) -> int:
+    """Where the brackets that open at `start` are closed; else one past the character that breaks the value."""
+    depth, at = 0, start
+    while piece := _PIECE.match(text, at):
+        at = piece.end()
+        last = text[at - 1]
+        if last in "[{":
+            depth += 1
+            if depth > MOST_DEPTH:
+                raise JsonError("it is nested too deeply")
+        elif last in "]}":
+            depth -= 1
+            if depth == 0:
+                return at
+    filler = _FILLER.match(text, at)
+    return (at if filler is None else filler.end()) + 1
+
+
+def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:80]!r} stands twice")
+        made[key] = value
+    return made
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:20]} is out of range")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant)
