@@ -18,7 +18,7 @@ from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.errors import DataError
 from opd.rollout import RolloutScheduler, derive_seed, task
-from opd.types import StopReason
+from opd.types import Fault, StopReason
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]
 
@@ -416,29 +416,41 @@ def answers(*result):
     return lambda *_: result
 
 
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError
+
+
 HUGE = "x" * (MOST_CHARACTERS + 1)
 BROKEN = {
     "raises": (raises(ValueError("no luck")), r"step 1: ValueError: no luck"),
     "exits": (raises(SystemExit(3)), r"step 1: SystemExit: 3"),
     "raises what is no Exception": (raises(KeyboardInterrupt()), r"step 1: KeyboardInterrupt"),
-    "says bytes": (answers(b"hm", 0.0, False, False, {}), r"step 1: EnvError: an observation must be a str.*b'hm'"),
+    "says bytes": (answers(b"hm", 0.0, False, False, {}), r"step 1: BadAnswer: an observation must be a str.*b'hm'"),
     "says None": (answers(None, 0.0, False, False, {}), r"an observation must be a str.*None"),
-    "pays nan": (answers("", math.nan, True, False, {}), r"step 1: EnvError: the reward is nan"),
+    "pays nan": (answers("", math.nan, True, False, {}), r"step 1: BadAnswer: the reward is nan"),
     "pays infinity": (answers("", -math.inf, True, False, {}), r"the reward is -inf"),
     "pays what overflows a sum": (answers("", 1e308, False, False, {}), r"the reward is 1e\+308"),
-    "pays words": (answers("", "much", True, False, {}), r"step 1: TypeError"),
-    "pays nothing": (answers("", None, True, False, {}), r"step 1: TypeError"),
-    "returns too little": (answers("", 0.0, True, {}), r"step 1: ValueError: not enough values"),
-    "returns None": (lambda *_: None, r"step 1: TypeError"),
-    "has no info": (answers("", 0.0, True, False, None), r"step 1: AttributeError"),
+    "pays words": (answers("", "much", True, False, {}), r"the reward is 'much'"),
+    "pays nothing": (answers("", None, True, False, {}), r"step must return .* bad operand type"),
+    "returns too little": (answers("", 0.0, True, {}), r"step must return \(observation, .*; it returned .*not enough values"),
+    "returns None": (lambda *_: None, r"step must return .*; it returned None"),
+    "has no info": (answers("", 0.0, True, False, None), r"step must return .*AttributeError"),
     "says numbers": (answers("", 0.0, False, False, {"messages": [{"role": "user", "content": 3}]}), r"must be a str"),
     "speaks without a role": (answers("", 0.0, False, False, {"messages": [{"content": "x"}]}), r"must be a str"),
-    "speaks in no list": (answers("", 0.0, False, False, {"messages": 3}), r"step 1: TypeError"),
+    "speaks in no list": (answers("", 0.0, False, False, {"messages": 3}), r"step must return .*'int' object is not iterable"),
     "feeds back a number": (answers("", 0.0, True, False, {"feedback": 3}), r'info\["feedback"\] is int'),
     "whispers a list": (answers("", 0.0, True, False, {"privileged": ["x"]}), r'info\["privileged"\] must be a dict'),
     "whispers None": (answers("", 0.0, True, False, {"privileged": None}), r'info\["privileged"\] must be a dict'),
     "whispers numbers": (answers("", 0.0, True, False, {"privileged": {"a": 1}}), r"must be a dict of str to str"),
-    "succeeds in many ways": (answers("", 0.0, True, False, {"success": np.ones(2)}), r"step 1: ValueError"),
+    "succeeds in many ways": (answers("", 0.0, True, False, {"success": np.ones(2)}), r"step must return .*ValueError"),
+    "ends in words": (answers("", 0.0, "False", False, {}), r"terminated is 'False'; it must be a bool"),
+    "succeeds in words": (answers("", 0.0, True, False, {"success": "no"}), r"success.* is 'no'; it must be a bool"),
+    "attaches a novel": (
+        answers("", 0.0, False, False, {"messages": [{"role": "user", "content": "", "x": HUGE * 9}]}),
+        r"messages.* holds 9,000,0\d\d characters",
+    ),
+    "cannot even say what broke": (raises(Speechless()), r"step 1: Speechless$"),
     "says half an emoji": (answers("\ud83d", 0.0, False, False, {}), r"lone surrogate \('\\ud83d'\)"),
     "whispers half an emoji": (answers("", 0.0, True, False, {"privileged": {"a": "\ud83d"}}), r"lone surrogate"),
     "says a novel": (answers(HUGE, 0.0, False, False, {}), r"1,000,001 characters; at most 1,000,000"),
@@ -469,12 +481,12 @@ def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
     ("first", "reason"),
     [
         (raises(OSError("no such table")), "reset: OSError: no such table"),
-        (answers(b"bytes", {}), "reset: EnvError: an observation must be a str"),
-        (answers("Go.", {"tools": "hammer"}), 'reset: EnvError: info["tools"] must be a list'),
-        (answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}), "reset: TypeError: Object of type set"),
-        (answers("Go.", {"tools": [{"type": "function"}]}), 'reset: EnvError: info["tools"] must be a list'),
+        (answers(b"bytes", {}), "reset: BadAnswer: an observation must be a str"),
+        (answers("Go.", {"tools": "hammer"}), r'reset: BadAnswer: info\["tools"\] must be a list'),
+        (answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}), "reset: BadAnswer: reset must return .*Object of type set"),
+        (answers("Go.", {"tools": [{"type": "function"}]}), r'reset: BadAnswer: info\["tools"\] must be a list'),
         (answers("", {"messages": []}), "prompt of turn 0: the chat template"),
-        (answers("Go.", 3), "reset: AttributeError"),
+        (answers("Go.", 3), "reset: BadAnswer: reset must return .*AttributeError"),
     ],
     ids=["raises", "bytes", "tools as text", "tools not in JSON", "tools without a function", "silence", "no info"],
 )
@@ -489,7 +501,7 @@ def test_an_environment_that_breaks_at_its_reset_fails_before_the_first_turn(
     chat = make_chat("no_tools")
     episodes = flat(play(lambda: scripted_env(turns_then_end(1), first=sometimes), tasks=3, chat=chat))
     assert [e.failed is None for e in episodes] == [True, False, True]
-    assert episodes[1].failed.startswith(reason)
+    assert re.match(reason, episodes[1].failed), episodes[1].failed
     assert episodes[1].turns == []
 
 
@@ -518,13 +530,15 @@ def test_an_environment_that_hangs_is_given_up_and_the_others_go_on(
             tasks=4,
             deterministic=deterministic,
             step_timeout=0.3,
+            reset_timeout=0.3,
             workers=1,
         )
     )
     gate.set()
     assert time.monotonic() - since < 20
     assert [e.failed is None for e in episodes] == [True, False, True, True]
-    assert "TimeoutError: no answer within 0.3 s" in episodes[1].failed
+    assert f"TimeoutError: no answer within 0.3 s (rollout.{where}_timeout)" in episodes[1].failed
+    assert episodes[1].fault is Fault.TIMEOUT
     assert episodes[1].failed.startswith("reset" if where == "reset" else "step 1")
 
 

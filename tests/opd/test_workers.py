@@ -8,7 +8,18 @@ import time
 
 import pytest
 
-from opd.workers import Workers
+from opd.workers import Limits, Workers
+
+
+class Limited(Workers):
+    """Workers whose calls have one limit, unless a call says its own."""
+
+    def __init__(self, size, *, time_limit):
+        super().__init__(size)
+        self.limits = Limits(call=time_limit, grading=time_limit)
+
+    def start(self, key, call, **options):
+        super().start(key, call, **{"limits": self.limits, **options})
 
 
 @pytest.fixture
@@ -16,7 +27,7 @@ def pool():
     made = []
 
     def make(size, *, time_limit=10.0):
-        made.append(Workers(size, time_limit=time_limit))
+        made.append(Limited(size, time_limit=time_limit))
         return made[-1]
 
     yield make
@@ -64,7 +75,7 @@ def test_a_call_that_hangs_is_given_up_and_its_thread_replaced(pool):
     workers.start(2, lambda: "behind it")
     answers = dict(workers.finished(wait="all"))
     assert isinstance(answers[1], TimeoutError)
-    assert str(answers[1]) == "no answer within 0.1 s"
+    assert str(answers[1]) == "no answer within 0.1 s (the limit)"
     assert answers[2] == "behind it"
     gate.set()
 
@@ -151,9 +162,9 @@ def test_closing_lets_every_thread_go(pool):
 def test_a_hung_call_does_not_keep_the_process_alive():
     program = (
         "import time\n"
-        "from opd.workers import Workers\n"
-        "workers = Workers(2, time_limit=0.1)\n"
-        "workers.start(1, lambda: time.sleep(600))\n"
+        "from opd.workers import Limits, Workers\n"
+        "workers = Workers(2)\n"
+        "workers.start(1, lambda: time.sleep(600), limits=Limits(call=0.1, grading=1.0))\n"
         "print(type(workers.finished(wait='all')[0][1]).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
