@@ -123,7 +123,9 @@ class RolloutConfig(Strict):
         1, ge=1, description="on_failure: retry and keep: a group with fewer members left is dropped."
     )
     stall_warning: float = Field(
-        120.0, gt=0, description="Seconds without an answer or a completion after which the log says who waits for what."
+        120.0,
+        gt=0,
+        description="Seconds without an answer or a completion after which the log says who waits for what.",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template, such as `enable_thinking: false`."

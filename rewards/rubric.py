@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from opd.errors import ConfigError, EnvError
+from opd.grading import grading
 from opd.rewards.code import code_tests, default_code_tests
 from opd.rewards.functions import Completion, contains_answer, exact_match, number_match
 from opd.types import Message
@@ -97,6 +98,7 @@ class Rubric:
                 hint = f' Did you mean "{near[0]}"?' if near else ""
                 raise ConfigError(f"reward {name} needs the column {missing[0]!r}. There are: {columns_text}.{hint}")
 
+    @grading()
     def score(self, prompt: str | list[Message], completion: Completion, columns: Mapping[str, Any]) -> Score:
         """Score one completion. A function that returns None abstains, and its weight adds nothing.
 

@@ -81,7 +81,7 @@ def gone(pids, seconds=5.0):
     """Whether all of them end within that time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if not any(Path(f"/proc/{pid}").exists() and "Z" != _state(pid) for pid in pids):
+        if not any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in pids):
             return True
         time.sleep(0.05)
     return False

@@ -12,7 +12,19 @@ from opd.launch.train import train
 from opd.types import Fault
 
 STEPS = 50
-WAYS = ["raise", *["refuse", "hang"] * 2, "bytes", "none", "huge", "nan", "sys.exit", "exit", "segfault", "kill", "scribble"]
+WAYS = [
+    "raise",
+    *["refuse", "hang"] * 2,
+    "bytes",
+    "none",
+    "huge",
+    "nan",
+    "sys.exit",
+    "exit",
+    "segfault",
+    "kill",
+    "scribble",
+]
 
 
 def descendants_of_this_process():
