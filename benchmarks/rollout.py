@@ -94,7 +94,7 @@ def look_up(page: str) -> str:
     raise NotImplementedError(page)  # the environments below answer in its place
 
 
-SCHEMA = Tool(look_up).schema
+SCHEMA = Tool(look_up).schema()
 
 
 class SlowEnv(gymnasium.Env[str, str]):
@@ -267,19 +267,16 @@ def measure(setting: Setting) -> dict[str, Clock]:
 
 
 def print_table(setting: Setting, clocks: dict[str, Clock]) -> None:
-    bounds = [clocks.pop("pure generation").generation, clocks.pop("the longest episode").wall]
+    generation, longest = clocks.pop("pure generation").generation, clocks.pop("the longest episode").wall
+    bound, reference = max(generation, longest), clocks["ours"].wall
     tokens = setting.episodes * setting.turns * setting.tokens
-    reference = clocks["ours"].wall
     print("| loop | wall time | to ours | outside generation | tokens/s |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, clock in clocks.items():
-        outside = clock.wall - clock.generation
-        print(
-            f"| {name} | {clock.wall:.1f} s | {clock.wall / reference:.2f} | {outside:.1f} s | {tokens / clock.wall:.0f} |"
-        )
-    print(f"| lower bound | {max(bounds):.1f} s | {max(bounds) / reference:.2f} | | {tokens / max(bounds):.0f} |")
+    rows = [(name, clock.wall, f"{clock.wall - clock.generation:.1f} s") for name, clock in clocks.items()]
+    for name, wall, outside in [*rows, ("lower bound", bound, "")]:
+        print(f"| {name} | {wall:.1f} s | {wall / reference:.2f} | {outside} | {tokens / wall:.0f} |")
     print(
-        f"\nThe bound is the slower of pure generation ({bounds[0]:.1f} s) and of the longest episode ({bounds[1]:.1f} s)."
+        f"\nThe bound is the slower of pure generation ({generation:.1f} s) and the longest episode ({longest:.1f} s)."
     )
 
 
@@ -302,8 +299,8 @@ def main() -> None:
     setting = Setting(latencies=latencies, turns=options.turns, tokens=options.tokens)
     print(
         f"{options.episodes} episodes of {options.turns} turns of {options.tokens} tokens; a step takes "
-        f"{latencies.mean():.2f} s on average, {np.median(latencies):.2f} s in the median, {latencies.max():.1f} s at most; "
-        f"{torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
+        f"{latencies.mean():.2f} s on average, {latencies.max():.1f} s at most, {latencies.sum(1).max():.1f} s in the "
+        f"longest episode; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"
     )
     print_table(setting, measure(setting))
 

@@ -292,7 +292,7 @@ def test_a_factory_that_cannot_be_sent_is_refused_with_the_mend():
 
 def test_a_factory_that_fails_there_says_why(start):
     _, remote = start("ActsOut")  # its arguments are missing
-    with pytest.raises(Failure, match="ConfigError: env.kwargs: .*missing") as caught:
+    with pytest.raises(Failure, match=r"ConfigError: env\.kwargs: .*missing") as caught:
         remote().reset(task(0, split="train"))
     assert caught.value.fault is Fault.RAISED
 

@@ -669,7 +669,7 @@ def test_every_episode_is_reported_once_when_it_ends(make_scheduler, scripted_en
 # -- what becomes of a failure ---------------------------------------------------------------------------
 
 
-def breaks_on(attempts, turns_then_end, error=ValueError("no luck")):
+def breaks_on(attempts, turns_then_end):
     """A play that raises at its first step, in the given attempts at the second task's first member."""
     seen = itertools.count()
     bad = task(1, split="train").seed
@@ -678,7 +678,7 @@ def breaks_on(attempts, turns_then_end, error=ValueError("no luck")):
         if env.seed == bad and env.turn == 1 and not hasattr(env, "tried"):
             env.tried = next(seen)
             if env.tried in attempts:
-                raise error
+                raise ValueError("no luck")
         return turns_then_end(2)(env, action)
 
     return play
@@ -690,10 +690,10 @@ def outcome(groups):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_retry_plays_a_failed_episode_again_in_a_fresh_environment(play, scripted_env, turns_then_end, deterministic):
-    made = []
+    made, broken = [], breaks_on({0}, turns_then_end)
 
-    def make(play=breaks_on({0}, turns_then_end)):
-        made.append(scripted_env(play))
+    def make():
+        made.append(scripted_env(broken))
         return made[-1]
 
     groups = play(make, tasks=3, on_failure="retry", deterministic=deterministic, concurrency=1)
@@ -711,7 +711,7 @@ def test_a_retry_changes_nobody_elses_draws_and_not_its_own(play, scripted_env, 
         options = {"tasks": 5, "group_size": 2, "model": model, "concurrency": 3, "deterministic": deterministic}
         calm = flat(play(lambda: scripted_env(turns_then_end(2)), **options))
         broken = breaks_on({0}, turns_then_end)
-        groups = play(lambda play=broken: scripted_env(play), on_failure="retry", **options)
+        groups = play(lambda broken=broken: scripted_env(broken), on_failure="retry", **options)
         assert sum(len(g.replaced) for g in groups) == 1
         assert [[t.completion_ids for t in e.turns] for e in flat(groups)] == [
             [t.completion_ids for t in e.turns] for e in calm
@@ -730,9 +730,8 @@ def test_waves_of_first_attempts_are_the_same_to_the_bit_whatever_is_played_agai
 
 
 def test_retries_are_bounded_and_the_last_failure_counts(play, scripted_env, turns_then_end):
-    groups = play(
-        lambda play=breaks_on(range(9), turns_then_end): scripted_env(play), tasks=3, on_failure="retry", retries=3
-    )
+    broken = breaks_on(range(9), turns_then_end)
+    groups = play(lambda: scripted_env(broken), tasks=3, on_failure="retry", retries=3)
     assert outcome(groups) == [[True], [False], [True]]
     assert [len(g.replaced) for g in groups] == [0, 3, 0]
     assert [g.dropped for g in groups] == [False, True, False]
@@ -740,20 +739,18 @@ def test_retries_are_bounded_and_the_last_failure_counts(play, scripted_env, tur
 
 def test_keep_trains_on_the_members_that_are_left_unless_they_are_too_few(play, scripted_env, turns_then_end):
     options = {"tasks": 2, "group_size": 3, "on_failure": "keep"}
-    for broken, least, dropped in (({0}, 2, False), ({0, 1}, 2, True), ({0}, 3, True), ({0, 1}, 1, False)):
-        groups = play(
-            lambda play=breaks_on(broken, turns_then_end): scripted_env(play), min_group_size=least, **options
-        )
+    for attempts, least, dropped in (({0}, 2, False), ({0, 1}, 2, True), ({0}, 3, True), ({0, 1}, 1, False)):
+        broken = breaks_on(attempts, turns_then_end)
+        groups = play(lambda broken=broken: scripted_env(broken), min_group_size=least, **options)
         assert [g.dropped for g in groups] == [False, dropped]
         assert len(groups[0].usable) == 3
-        assert len(groups[1].usable) == (0 if dropped else 3 - len(broken))
+        assert len(groups[1].usable) == (0 if dropped else 3 - len(attempts))
         assert groups[1].replaced == []
 
 
 def test_drop_trains_on_no_member_of_a_group_in_which_one_failed(play, scripted_env, turns_then_end):
-    groups = play(
-        lambda play=breaks_on({0}, turns_then_end): scripted_env(play), tasks=3, group_size=3, on_failure="drop"
-    )
+    broken = breaks_on({0}, turns_then_end)
+    groups = play(lambda: scripted_env(broken), tasks=3, group_size=3, on_failure="drop")
     assert [len(g.usable) for g in groups] == [3, 0, 3]
     assert sum(outcome(groups)[1]) == 2
 

@@ -12,7 +12,8 @@ from opd.launch.train import train
 from opd.types import Fault
 
 STEPS = 50
-WAYS = [
+WAYS = [*["refuse", "hang"] * 2, "raise", "sys.exit", "exit", "segfault", "kill", "scribble"]
+WAYS += ["bytes", "none", "huge", "nan"]
     "raise",
     *["refuse", "hang"] * 2,
     "bytes",
