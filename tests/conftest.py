@@ -271,7 +271,7 @@ def play(make_scheduler):
     """`play(make_env, tasks=..., ...)`: the groups of one round of rollouts."""
 
     def run(make_env, *, tasks=2, group_size=1, temperature=1.0, seed=0, rewrite=None, **options: Any):
-        scheduler = make_scheduler(make_env, **options)
+        scheduler = make_scheduler(make_env, group_size=group_size, **options)
         return scheduler.run(
             [task(n, split="train") for n in range(tasks)],
             group_size=group_size,

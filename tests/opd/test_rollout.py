@@ -701,7 +701,7 @@ def test_retry_plays_a_failed_episode_again_in_a_fresh_environment(play, scripte
     assert [len(g.replaced) for g in groups] == [0, 1, 0]
     assert groups[1].replaced[0].failed == "step 1: ValueError: no luck"
     assert len(groups[1].attempts) == 2
-    assert len(made) == 2  # the idle one that was left is not fresh enough for a retry
+    assert len(made) == (3 if deterministic else 2)  # an idle one is not fresh enough for a retry
     assert made[0].closed
 
 

@@ -14,18 +14,6 @@ from opd.types import Fault
 STEPS = 50
 WAYS = [*["refuse", "hang"] * 2, "raise", "sys.exit", "exit", "segfault", "kill", "scribble"]
 WAYS += ["bytes", "none", "huge", "nan"]
-    "raise",
-    *["refuse", "hang"] * 2,
-    "bytes",
-    "none",
-    "huge",
-    "nan",
-    "sys.exit",
-    "exit",
-    "segfault",
-    "kill",
-    "scribble",
-]
 
 
 def descendants_of_this_process():
