@@ -62,13 +62,15 @@ def step(env: Any, action: str) -> Answer:
         seconds = time.perf_counter() - since
         with _reading("step", said, "(observation, reward, terminated, truncated, info)"):
             observation, reward, terminated, truncated, info = said
+            over = _flag("terminated", terminated)
             return Answer(
                 messages=messages_of(observation, info),
                 **_told(info),
                 seconds=seconds,
                 reward=_reward(reward),
-                terminated=_flag("terminated", terminated),
-                truncated=_flag("truncated", truncated),
+                terminated=over,
+                truncated=_flag("truncated", truncated)
+                and not over,  # gymnasium's TimeLimit says both at its last step
             )
 
 
