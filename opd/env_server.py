@@ -74,6 +74,7 @@ def play(connection: socket.socket) -> None:
     factory = read_frame(connection) or b""
     while (frame := read_frame(connection)) is not None:
         request = json.loads(frame)
+        reply: dict[str, Any]
         try:
             with listening(lambda begins: _send(connection, {"grading": begins})):
                 match request["call"]:
