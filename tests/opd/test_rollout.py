@@ -6,6 +6,7 @@ Not covered: an environment that holds the interpreter's lock while it hangs (no
 import dataclasses
 import itertools
 import math
+import os
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from opd.answers import MOST_CHARACTERS
+from opd.config import EnvConfig, RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.errors import DataError
@@ -781,6 +783,30 @@ def test_a_round_with_failures_says_so_once_with_the_reasons(play, scripted_env,
     play(lambda: scripted_env(broken), tasks=3, group_size=3)
     [record] = caplog.records
     assert record.getMessage() == "2 of 9 episodes failed (2 attempts): 2 x step 1: ValueError: no luck"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"on_failure": "keep", "retries": 2}, "rollout.retries is used by retry alone, but on_failure = keep"),
+        ({"on_failure": "drop", "min_group_size": 2, "group_size": 4}, "rollout.min_group_size has no effect with"),
+        ({"min_group_size": 3, "group_size": 2}, "rollout.min_group_size = 3 is more than group_size = 2"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_is_refused(settings, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        RolloutConfig(**settings)
+
+
+def test_processes_are_refused_where_there_is_no_fork(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ValueError, match=r"env\.workers = processes needs fork"):
+        EnvConfig(id="opd/Lookup-v0", workers="processes")
+
+
+def test_terminated_and_truncated_at_once_is_terminated(play, scripted_env):
+    [episode] = flat(play(lambda: scripted_env(lambda *_: ("", 1.0, True, True, {})), tasks=1))
+    assert (episode.terminated, episode.truncated) == (True, False)
 
 
 # -- limits of time --------------------------------------------------------------------------------------

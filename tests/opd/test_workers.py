@@ -5,9 +5,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
+from opd.grading import grading
 from opd.workers import Limits, Workers
 
 
@@ -169,3 +171,55 @@ def test_a_hung_call_does_not_keep_the_process_alive():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "TimeoutError\n"), done.stderr
+
+
+def test_a_call_that_is_given_up_is_told_so_once_and_no_other(pool):
+    workers, gate, told = pool(2, time_limit=0.1), threading.Event(), []
+    workers.start(1, gate.wait, give_up=lambda: told.append(1))
+    workers.start(2, lambda: "quick", give_up=lambda: told.append(2))
+    workers.finished(wait="all")
+    time.sleep(0.2)
+    workers.finished(wait="none")
+    gate.set()
+    assert told == [1]
+
+
+def test_what_runs_is_told_by_its_key_and_what_waits_for_a_thread_is_not(pool):
+    workers, gate, begun = pool(2), threading.Event(), threading.Barrier(3)
+
+    def works(grades):
+        with grading() if grades else nullcontext():
+            begun.wait(timeout=5)
+            gate.wait()
+
+    workers.start(1, lambda: works(False))
+    workers.start(2, lambda: works(True))
+    workers.start(3, lambda: None)
+    begun.wait(timeout=5)
+    assert workers.running() == {1: "call", 2: "grading"}
+    gate.set()
+    workers.finished(wait="all")
+    assert workers.running() == {}
+
+
+def test_grading_stops_the_clock_of_the_call_and_starts_its_own(pool):
+    workers = pool(3)
+
+    def works(before, graded, after):
+        time.sleep(before)
+        with grading(), grading():
+            time.sleep(graded)
+        time.sleep(after)
+
+    limits = Limits(call=0.6, grading=1.2, name="rollout.step_timeout")
+    for key, parts in enumerate([(0.2, 0.9, 0.1), (0.0, 20.0, 0.0), (0.5, 0.2, 20.0)]):
+        workers.start(key, lambda parts=parts: works(*parts), limits=limits)
+    answers = dict(workers.finished(wait="all"))
+    assert answers[0] is None
+    assert str(answers[1]) == "no answer within 1.2 s (rollout.grading_timeout)"
+    assert str(answers[2]) == "no answer within 0.6 s (rollout.step_timeout)"
+
+
+def test_grading_outside_of_any_worker_does_nothing():
+    with grading(), grading():
+        pass
