@@ -44,11 +44,15 @@ class _Episode:
 
     task: str
     """All that is told of the task at reset: equal for equal tasks."""
+    told: list[str]
+    """What each step answered: equal for equal tasks and actions."""
     privileged: dict[str, str]
     seen: list[str]
     """Every text that reaches the student's prompt: observations and messages."""
     seconds: list[float]
     problems: list[str]
+    ends_twice: bool
+    """Terminated and truncated at once."""
 
 
 def check(env_id: str, kwargs: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -96,6 +100,21 @@ def _contract_findings(first: gymnasium.Env[str, str], second: gymnasium.Env[str
         if one.task != other.task:
             yield Finding("error", f"reset(seed={seed}, options={options}) gave two different tasks")
             break
+        if one.told != other.told:
+            pairs = zip(one.told, other.told, strict=False)
+            step = next((n for n, (a, b) in enumerate(pairs, start=1) if a != b), len(one.told))
+            yield Finding(
+                "error",
+                f"after reset(seed={seed}, options={options}) the same actions had other answers (step {step}); draw "
+                "with self.np_random alone, and start from nothing at each reset",
+            )
+            break
+    if any(episode.ends_twice for episode in episodes):
+        yield Finding(
+            "warning",
+            "a step said terminated and truncated at once, and is taken for terminated: the task is over. truncated is "
+            "for a limit that cut it short",
+        )
     yield from _split_findings(addresses, episodes)
     yield from _leaks(episodes)
     yield from _speed(episodes)
@@ -131,18 +150,27 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
     seconds = [time.perf_counter() - started]
     seen, problems = _texts(obs, info), list(_info_problems(info, "reset"))
     task = repr([obs, *(info.get(key) for key in ("messages", "tools", "privileged"))])
-    privileged = info.get("privileged", {})
+    privileged, told = info.get("privileged", {}), []
     for step in range(_STEPS):
         started = time.perf_counter()
         obs, reward, terminated, truncated, info = env.step(env.action_space.sample() if step else "")
         seconds.append(time.perf_counter() - started)
         seen += _texts(obs, info)
+        told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
         if terminated or truncated:
             break
     if not _is_text_dict(privileged):  # which is among the problems
         privileged = {}
-    return _Episode(task=task, privileged=privileged, seen=seen, seconds=seconds, problems=problems)
+    return _Episode(
+        task=task,
+        told=told,
+        privileged=privileged,
+        seen=seen,
+        seconds=seconds,
+        problems=problems,
+        ends_twice=bool(terminated and truncated),
+    )
 
 
 def _texts(obs: Any, info: dict[str, Any]) -> list[str]:

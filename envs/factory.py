@@ -47,6 +47,14 @@ def validate_id(env_id: str) -> None:
         )
 
 
+def module_of(env_id: str) -> str:
+    """The module that making this environment imports; `opd.envs` where that cannot be told from its id."""
+    module, _, name = env_id.rpartition(":")
+    if not module and env_id in gymnasium.registry:
+        module, _, name = str(gymnasium.registry[env_id].entry_point).rpartition(":")
+    return module if _IN_MODULE.fullmatch(f"{module}:{name}") else "opd.envs"
+
+
 def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[str, str]:
     """An environment whose observations and actions are text.
 

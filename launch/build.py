@@ -16,7 +16,7 @@ from opd.chat import ChatFormat
 from opd.config import CorrectionConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
-from opd.envs.factory import make
+from opd.envs.factory import make, module_of
 from opd.errors import ConfigError
 from opd.intervals import wilson
 from opd.launch.config import Config
@@ -124,7 +124,15 @@ def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen
     method = spec.cls(config.section, chat)
     blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
     backend, engine = _backend(config, loaded.model, ranks)
-    scheduler = partial(RolloutScheduler, engine, chat, config=config.rollout, max_turns=config.env.max_turns)
+    scheduler = partial(
+        RolloutScheduler,
+        engine,
+        chat,
+        config=config.rollout,
+        max_turns=config.env.max_turns,
+        workers=config.env.workers,
+        preload=["opd.envs.factory", module_of(config.env.id)],
+    )
     rollouts = scheduler(make_env=partial(make, config.env.id, config.env.kwargs))
     held_out = scheduler(make_env=partial(make, config.env.id, {**config.env.kwargs, **config.eval.env_kwargs}))
     loop = Loop(

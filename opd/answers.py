@@ -1,13 +1,14 @@
 """What an environment says, checked: the only place where one is called.
 
-The contract is in `docs/environments.md`. Whatever breaks it becomes an exception here, on a worker's thread,
-and data in `opd.rollout`; what comes through is plain text and numbers that the environment cannot change later.
+The contract is in `docs/environments.md`. Whatever breaks it becomes an exception here, on a worker's thread or
+in an environment's process, and data in `opd.rollout`; what comes through is plain text and numbers that the
+environment cannot change later.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,11 +26,14 @@ MOST_PARTS = 64
 """How many named parts a reward may have: each becomes a metric of the run."""
 
 
+class BadAnswer(EnvError):
+    """An environment answered, and its answer breaks the contract."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What an environment said to a reset or a step, checked and copied."""
+    """What an environment said to a reset or a step, checked and copied: text and numbers alone, as JSON has them."""
 
-    env: Any
     messages: list[Message]
     privileged: dict[str, str]
     feedback: str | None
@@ -43,34 +47,64 @@ class Answer:
 
 
 def reset(env: Any, goal: Task) -> Answer:
-    """Begin an episode of a task. Raises whatever the environment raises, and EnvError for a broken contract."""
+    """Begin an episode of a task. Raises whatever the environment raises, and BadAnswer for a broken contract."""
     since = time.perf_counter()
     with _closed_on_error(env):
-        observation, info = env.reset(seed=goal.seed, options=_address(env, goal))
-        return Answer(
-            env=env,
-            messages=messages_of(observation, info),
-            **_told(info),
-            seconds=time.perf_counter() - since,
-        )
+        said = env.reset(seed=goal.seed, options=_address(env, goal))
+        seconds = time.perf_counter() - since
+        with _reading("reset", said, "(observation, info)"):
+            observation, info = said
+            return Answer(messages=messages_of(observation, info), **_told(info), seconds=seconds)
 
 
 def step(env: Any, action: str) -> Answer:
     """Hand a completion's text over. Raises as `reset` does."""
     since = time.perf_counter()
     with _closed_on_error(env):
-        observation, reward, terminated, truncated, info = env.step(action)
-        if not abs(reward) < MOST_REWARD:  # a nan is not smaller either
-            raise EnvError(f"the reward is {reward}")
-        return Answer(
-            env=env,
-            messages=messages_of(observation, info),
-            **_told(info),
-            seconds=time.perf_counter() - since,
-            reward=float(reward),
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-        )
+        said = env.step(action)
+        seconds = time.perf_counter() - since
+        with _reading("step", said, "(observation, reward, terminated, truncated, info)"):
+            observation, reward, terminated, truncated, info = said
+            over = _flag("terminated", terminated)
+            return Answer(
+                messages=messages_of(observation, info),
+                **_told(info),
+                seconds=seconds,
+                reward=_reward(reward),
+                terminated=over,
+                truncated=_flag("truncated", truncated)
+                and not over,  # gymnasium's TimeLimit says both at its last step
+            )
+
+
+@contextmanager
+def _reading(call: str, said: Any, form: str) -> Iterator[None]:
+    """Whatever goes wrong while an answer is read is the answer's fault."""
+    try:
+        yield
+    except BadAnswer:
+        raise
+    except Exception as error:
+        raise BadAnswer(
+            f"{call} must return {form}; it returned {_shown(said)} ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, without asking a megabyte or a broken `__repr__` for all of it."""
+    return f"{reprlib.repr(value):.200}"
+
+
+def _reward(value: Any) -> float:
+    if isinstance(value, str | bytes) or not abs(value) < MOST_REWARD:  # a nan is not smaller either
+        raise BadAnswer(f"the reward is {_shown(value)}; it must be a finite number")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value not in (True, False):  # numpy's are equal to Python's; the text "False" is true
+        raise BadAnswer(f"{name} is {_shown(value)}; it must be a bool")
+    return bool(value)
 
 
 def _address(env: Any, goal: Task) -> dict[str, Any] | None:
@@ -95,49 +129,58 @@ def _closed_on_error(env: Any) -> Iterator[None]:
 
 
 def messages_of(observation: Any, info: dict[str, Any]) -> list[Message]:
-    """The messages of an observation, copied; raises EnvError where they are not text."""
+    """The messages of an observation, copied; raises BadAnswer where they are not text."""
     messages = info.get("messages")
     if messages is None:
         messages = [{"role": "user", "content": observation}]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise EnvError(
+            raise BadAnswer(
                 'an observation must be a str, or info["messages"] a list of {"role", "content"}; '
-                f"got {message!r:.200}"
+                f"got {_shown(message)}"
             )
     _check_text("an observation", [message["content"] for message in messages])
-    return copy.deepcopy(list(messages))
+    copied: list[Message] = _copy('info["messages"]', messages)
+    return copied
 
 
 def _told(info: dict[str, Any]) -> dict[str, Any]:
-    """What the rest of an environment's info says, checked and copied; raises EnvError."""
+    """What the rest of an environment's info says, checked and copied; raises BadAnswer."""
     feedback, privileged, tools = info.get("feedback"), info.get("privileged", {}), info.get("tools")
     if not isinstance(feedback, str | None):
-        raise EnvError(f'info["feedback"] is {type(feedback).__name__}; it must be a str')
+        raise BadAnswer(f'info["feedback"] is {type(feedback).__name__}; it must be a str')
     if not isinstance(privileged, dict) or not all(isinstance(x, str) for pair in privileged.items() for x in pair):
-        raise EnvError(f'info["privileged"] must be a dict of str to str; got {privileged!r:.200}')
+        raise BadAnswer(f'info["privileged"] must be a dict of str to str; got {_shown(privileged)}')
     if tools is not None and not (isinstance(tools, list) and all(map(_is_tool, tools))):
-        raise EnvError(f'info["tools"] must be a list of {{"type", "function": {{...}}}} schemas; got {tools!r:.200}')
+        raise BadAnswer(f'info["tools"] must be a list of {{"type", "function": {{...}}}} schemas; got {_shown(tools)}')
     _check_text('info["feedback"] and info["privileged"]', [feedback or "", *privileged.values()])
     return {
         "feedback": feedback,
-        "privileged": dict(privileged),
-        "tools": json.loads(json.dumps(tools)),
-        "success": bool(info["success"]) if "success" in info else None,
+        "privileged": _copy('info["privileged"]', privileged),
+        "tools": _copy('info["tools"]', tools),
+        "success": None if info.get("success") is None else _flag('info["success"]', info["success"]),
         "rewards": _parts(info.get("rewards", {})),
     }
 
 
 def _parts(rewards: Any) -> dict[str, float | None]:
-    """The named parts of a reward, checked and copied; raises EnvError."""
+    """The named parts of a reward, checked and copied; raises BadAnswer."""
     if not isinstance(rewards, dict) or len(rewards) > MOST_PARTS:
-        raise EnvError(f'info["rewards"] must be a dict of at most {MOST_PARTS} parts; got {rewards!r:.200}')
+        raise BadAnswer(f'info["rewards"] must be a dict of at most {MOST_PARTS} parts; got {_shown(rewards)}')
     for name, value in rewards.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 100:
-            raise EnvError(f'info["rewards"]: a name must be 1 to 100 printable characters; got {name!r:.200}')
+            raise BadAnswer(f'info["rewards"]: a name must be 1 to 100 printable characters; got {_shown(name)}')
         if value is not None and (isinstance(value, str) or not abs(value) < MOST_REWARD):
-            raise EnvError(f'info["rewards"][{name!r}] is {value!r:.200}; it must be a finite number or None')
+            raise BadAnswer(f'info["rewards"][{name!r}] is {_shown(value)}; it must be a finite number or None')
     return {name: None if value is None else float(value) for name, value in rewards.items()}
+
+
+def _copy(what: str, value: Any) -> Any:
+    """As JSON has it: a copy that shares nothing, and that a pipe or a file can hold."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) > 8 * MOST_CHARACTERS:  # a control character takes six
+        raise BadAnswer(f"{what} holds {len(text):,} characters as JSON; at most {8 * MOST_CHARACTERS:,} are taken")
+    return json.loads(text)
 
 
 def _is_tool(schema: Any) -> bool:
@@ -146,8 +189,8 @@ def _is_tool(schema: Any) -> bool:
 
 def _check_text(what: str, texts: Sequence[str]) -> None:
     if (size := sum(map(len, texts))) > MOST_CHARACTERS:
-        raise EnvError(f"{what}: {size:,} characters; at most {MOST_CHARACTERS:,} are taken. Cut long results")
+        raise BadAnswer(f"{what}: {size:,} characters; at most {MOST_CHARACTERS:,} are taken. Cut long results")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
-        raise EnvError(f"{what} holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None
+        raise BadAnswer(f"{what} holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None

@@ -6,6 +6,7 @@ file under `trainers/`; `opd.launch.config` joins the two and reads YAML.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -57,6 +58,18 @@ class EnvConfig(Strict):
     id: str = Field(description="A registered id (`opd envs list`), or `my_package.my_module:MyEnv`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment's constructor.")
     max_turns: int = Field(8, ge=1, description="Turns after which an episode is truncated.")
+    workers: Literal["threads", "processes"] = Field(
+        "threads",
+        description="Where environments live. threads: in this process. processes: each in one of its own, which is "
+        "killed if it hangs and takes nobody along if it crashes; for those that compute much, too.",
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _can_fork(cls, workers: str) -> str:
+        if workers == "processes" and not hasattr(os, "fork"):
+            raise ValueError("env.workers = processes needs fork(), which this system lacks; use threads")
+        return workers
 
 
 def _env_from_id(value: Any) -> Any:
@@ -84,8 +97,36 @@ class RolloutConfig(Strict):
         description="Fix who shares a batch by episode and turn, so that a run is a function of its seed to the "
         "bit. false: whoever has finished a turn goes on at once, which is faster with slow environments.",
     )
-    step_timeout: float = Field(60.0, gt=0, description="Seconds that a reset or a step of an environment may take.")
-    workers: int = Field(8, ge=1, description="Threads that step environments.")
+    workers: int = Field(
+        64,
+        ge=1,
+        description="Environments that are reset or stepped at once, each by a thread (which waits, if env.workers = "
+        "processes). As many as concurrency where they wait for something; as many as cores where they compute.",
+    )
+    reset_timeout: float = Field(120.0, gt=0, description="Seconds that a reset (and making the environment) may take.")
+    step_timeout: float = Field(60.0, gt=0, description="Seconds that a step may take, and closing an environment.")
+    grading_timeout: float = Field(
+        120.0, gt=0, description="Seconds that scoring an episode may take; they do not count as the step's."
+    )
+    episode_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which an episode is truncated: no turn is begun, a running step is given up.",
+    )
+    on_failure: Literal["retry", "keep", "drop"] = Field(
+        "retry",
+        description="When an environment fails. retry: play the episode again in a fresh one, with the same draws, "
+        "then as keep. keep: train on the group's other members. drop: train on none of the group.",
+    )
+    retries: int = Field(1, ge=1, description="on_failure: retry: how often one episode is played again.")
+    min_group_size: int = Field(
+        1, ge=1, description="on_failure: retry and keep: a group with fewer members left is dropped."
+    )
+    stall_warning: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds without an answer or a completion after which the log says who waits for what.",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template, such as `enable_thinking: false`."
     )
@@ -97,6 +138,19 @@ class RolloutConfig(Strict):
     correction: CorrectionConfig = Field(
         default_factory=lambda: CorrectionConfig(), description="For the gap between sampler and trainer."
     )
+
+    @model_validator(mode="after")
+    def _policy_is_whole(self) -> RolloutConfig:
+        if self.on_failure != "retry" and self.retries != 1:
+            raise ValueError(f"rollout.retries is used by retry alone, but on_failure = {self.on_failure}; remove it")
+        if self.on_failure == "drop" and self.min_group_size != 1:
+            raise ValueError("rollout.min_group_size has no effect with on_failure = drop; remove it, or use keep")
+        if self.min_group_size > self.group_size:
+            raise ValueError(
+                f"rollout.min_group_size = {self.min_group_size} is more than group_size = {self.group_size}: every "
+                "group would be dropped. Lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _truncated_sampling_has_no_ratio(self) -> RolloutConfig:

@@ -2,6 +2,7 @@
 
 The scheduler plays any gymnasium environment with text observations and actions. Whatever an environment
 does wrong (`opd.answers` sees it) becomes data: a trajectory with `failed` set, counted and never trained.
+What then becomes of it and its group is `rollout.on_failure`'s to say. `docs/rollouts.md` explains the whole.
 """
 
 from __future__ import annotations
@@ -9,27 +10,33 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
-from opd import answers
 from opd.answers import Answer
 from opd.chat import ChatFormat, Prompt
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
 from opd.errors import ModelError
-from opd.types import Message, Task, Trajectory, TrajectoryGroup, Turn
-from opd.workers import Workers
+from opd.faults import MOST_CHARACTERS, explain
+from opd.hosts import Host, Local
+from opd.processes import Processes, Remote
+from opd.types import Fault, Message, Task, Trajectory, TrajectoryGroup, Turn
+from opd.watchdog import Watchdog
+from opd.workers import Limits, Workers
 
 logger = logging.getLogger(__name__)
 
 EnvFactory = Callable[[], Any]
 PromptRewrite = Callable[[list[Message], dict[str, str]], list[Message]]
 """What the acting model reads in place of the first messages, given the privileged texts."""
+
+_Limit = Literal["reset_timeout", "step_timeout"]
 
 # Seeds of the splits lie in ranges of their own, so that no evaluation task is ever trained on by seed.
 _SPLIT_BASE = {"train": 0, "eval": 1 << 29, "warm": 1 << 30}
@@ -49,12 +56,14 @@ def task(index: int, *, split: str, run_seed: int = 0) -> Task:
 
 @dataclass(slots=True)
 class _Episode:
-    """An episode on its way. Only the scheduler's own thread touches it."""
+    """An episode on its way. Only the scheduler's own thread changes it."""
 
     number: int
     task: Task
     member: int
-    env: Any = None
+    attempt: int = 0
+    """How often it was tried before."""
+    host: Host | None = None
     turns: list[Turn] = field(default_factory=list)
     history: list[Message] = field(default_factory=list)
     """The conversation up to and with the last completion."""
@@ -69,9 +78,38 @@ class _Episode:
     terminated: bool = False
     truncated: bool = False
     failed: str | None = None
+    fault: Fault | None = None
+    broken: bool = False
+    """The environment raised or did not answer: it is not used again."""
     policy_version: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"env": 0.0, "engine": 0.0})
+    until: float = math.inf
+    """When `episode_timeout` ends it."""
+    waits_for: Literal["env", "engine"] = "env"
     since: float = 0.0
+    """Since when it waits for that."""
+
+    @property
+    def over(self) -> bool:
+        return self.terminated or self.truncated or self.failed is not None
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.perf_counter() > self.until
+
+    @property
+    def stage(self) -> str:
+        return f"step {len(self.turns)}" if self.turns else "reset"
+
+    def wait_for(self, what: Literal["env", "engine"]) -> None:
+        self.waits_for, self.since = what, time.perf_counter()
+
+    def fail(self, fault: Fault, stage: str, reason: str) -> None:
+        self.failed, self.fault = f"{stage}: {reason}"[:MOST_CHARACTERS], fault
+
+    def again(self) -> _Episode:
+        """The same episode from the start: the same task, the same draws."""
+        return _Episode(number=self.number, task=self.task, member=self.member, attempt=self.attempt + 1)
 
     def trajectory(self) -> Trajectory:
         solved = self.success
@@ -87,6 +125,7 @@ class _Episode:
             terminated=self.terminated,
             truncated=self.truncated,
             failed=self.failed,
+            fault=self.fault,
             policy_version=self.policy_version,
             seconds=self.seconds,
         )
@@ -100,26 +139,42 @@ class RolloutScheduler:
     """
 
     def __init__(
-        self, engine: RolloutEngine, chat: ChatFormat, make_env: EnvFactory, config: RolloutConfig, *, max_turns: int
+        self,
+        engine: RolloutEngine,
+        chat: ChatFormat,
+        make_env: EnvFactory,
+        config: RolloutConfig,
+        *,
+        max_turns: int,
+        workers: Literal["threads", "processes"] = "threads",
+        preload: Sequence[str] = (),
     ) -> None:
+        """`workers` says where environments live; `preload` names the modules that their processes share.
+
+        Raises ConfigError when `make_env` cannot be sent to a process.
+        """
         self.engine = engine
         self.chat = chat
         self.config = config
         self.max_turns = max_turns
+        self._processes = Processes(make_env, preload=preload) if workers == "processes" else None
         self._make_env = make_env
-        self._idle: list[Any] = []
-        self._workers = Workers(config.workers, time_limit=config.step_timeout)
+        self._idle: list[Host] = []
+        self._workers = Workers(min(config.workers, config.concurrency))
 
     def close(self) -> None:
         """Close the idle environments, each within the time limit of a step, and let the workers go."""
-        closers = Workers(self.config.workers, time_limit=self.config.step_timeout)
-        while self._idle:
-            closers.start(len(self._idle), self._idle.pop().close)
+        closers = Workers(min(self.config.workers, max(1, len(self._idle))))
+        for number, host in enumerate(self._idle):
+            closers.start(number, host.close, limits=self._limits("step_timeout"), give_up=host.kill)
+        self._idle.clear()
         for _, answer in closers.finished(wait="all"):
             if isinstance(answer, BaseException):
-                logger.warning("an environment could not be closed: %s: %s", type(answer).__name__, answer)
+                logger.warning("an environment could not be closed: %s", explain(answer)[1])
         closers.close()
         self._workers.close()
+        if self._processes is not None:
+            self._processes.close()
 
     def run(
         self,
@@ -137,27 +192,32 @@ class RolloutScheduler:
         `rewrite` shows the acting model other first messages (a teacher that acts with its context).
         """
         copies = [(t, member) for t in tasks for member in range(group_size)]
-        episodes = [_Episode(number=n, task=t, member=member) for n, (t, member) in enumerate(copies)]
-        waiting = list(reversed(episodes))
+        waiting = deque(_Episode(number=n, task=t, member=member) for n, (t, member) in enumerate(copies))
         active: dict[int, _Episode] = {}
+        ended: list[list[Trajectory]] = [[] for _ in copies]  # every attempt at each
         sampled = 0  # completions in flight
         self.engine.begin(sampling, self.chat.stop_ids)
-        with self._abandoned_on_error(active):
+        dog = Watchdog(self.config.stall_warning, lambda: self._waited_for(list(active.values()), len(waiting)))
+        with self._abandoned_on_error(active), dog:
             while waiting or active:
                 self._admit(waiting, active)
                 for episode in self._answered(active, idle=sampled == 0):
+                    dog.progress()
                     if self._ask(episode, seed, rewrite):
                         sampled += 1
-                    else:
-                        self._retire(active.pop(episode.number))
-                        on_finish(episode.trajectory())
+                        continue
+                    self._retire(active.pop(episode.number))
+                    ended[episode.number].append(episode.trajectory())
+                    if not self._retry(episode, waiting):
+                        on_finish(ended[episode.number][-1])
                 for completion in self._completions(sampled):
+                    dog.progress()
                     sampled -= 1
                     self._record(active[completion.session], completion)
-        groups = [episodes[i : i + group_size] for i in range(0, len(episodes), group_size)]
+        _report_failures(ended)
         return [
-            TrajectoryGroup(task=t, trajectories=[e.trajectory() for e in group])
-            for t, group in zip(tasks, groups, strict=True)
+            self._group(t, ended[i : i + group_size])
+            for t, i in zip(tasks, range(0, len(copies), group_size), strict=True)
         ]
 
     @contextmanager
@@ -167,17 +227,45 @@ class RolloutScheduler:
             yield
         except BaseException:
             self._workers.forget()
-            for number in active:
+            for number, episode in active.items():
                 self.engine.release(number)
+                if episode.host is not None:
+                    episode.host.kill()
             raise
 
-    def _admit(self, waiting: list[_Episode], active: dict[int, _Episode]) -> None:
+    def _admit(self, waiting: deque[_Episode], active: dict[int, _Episode]) -> None:
+        """Start episodes while there is room. Deterministic ones come in waves, and a wave never mixes attempts:
+        whom an episode that is played again would join, would share its batch with another."""
         if self.config.deterministic and active:
             return  # the next wave starts when this one is over
+        wave = waiting[0].attempt if waiting else 0
         while waiting and len(active) < self.config.concurrency:
-            episode = waiting.pop()
+            if self.config.deterministic and waiting[0].attempt != wave:
+                return
+            episode = waiting.popleft()
             active[episode.number] = episode
-            self._workers.start(episode.number, partial(self._begin, episode.task))
+            if self.config.episode_timeout is not None:
+                episode.until = time.perf_counter() + self.config.episode_timeout
+            episode.host = self._host(fresh=episode.attempt > 0)
+            self._call(episode, partial(episode.host.reset, episode.task), "reset_timeout")
+
+    def _host(self, *, fresh: bool) -> Host:
+        if self._idle and not fresh:
+            return self._idle.pop()
+        return Local(self._make_env) if self._processes is None else Remote(self._processes)
+
+    def _call(self, episode: _Episode, call: Callable[[], Answer], limit: _Limit) -> None:
+        """Have a worker call the environment, within that limit and until the episode's own end."""
+        assert episode.host is not None
+        episode.wait_for("env")
+        limits = self._limits(limit)
+        if (left := max(0.0, episode.until - episode.since)) < limits.call:
+            limits = replace(limits, call=left, name="rollout.episode_timeout")
+        self._workers.start(episode.number, call, limits=limits, give_up=episode.host.kill)
+
+    def _limits(self, name: _Limit) -> Limits:
+        config = self.config
+        return Limits(call=getattr(config, name), grading=config.grading_timeout, name=f"rollout.{name}")
 
     def _answered(self, active: dict[int, _Episode], *, idle: bool) -> list[_Episode]:
         """Episodes that their environment has answered, or that it lost, in the order of their number."""
@@ -193,32 +281,24 @@ class RolloutScheduler:
             done += self.engine.step()
         return sorted(done, key=lambda completion: completion.session)
 
-    def _begin(self, goal: Task) -> Answer:
-        """On a worker's thread: a reset of an idle environment, or of a new one."""
-        try:
-            env = self._idle.pop()
-        except IndexError:  # several threads may reach for the last one
-            env = self._make_env()
-        return answers.reset(env, goal)
-
     def _ask(self, episode: _Episode, seed: int, rewrite: PromptRewrite | None) -> bool:
         """Ask the engine for the next completion; False if the episode is over or a limit ends it."""
-        if episode.terminated or episode.truncated or episode.failed is not None:
+        if episode.over:
             return False
         if rewrite is not None and not episode.turns:
             episode.fresh = rewrite(episode.fresh, episode.privileged)
         try:
             episode.prompt = self._prompt(episode)
         except ModelError as error:  # roles in an order that the template refuses, say
-            episode.failed = f"prompt of turn {len(episode.turns)}: {error}"[:500]
+            episode.fail(Fault.INVALID, f"prompt of turn {len(episode.turns)}", str(error))
             return False
         sequence = [] if episode.prompt.forked else episode.token_ids
         episode.token_ids = sequence + episode.prompt.token_ids
         room = self.config.max_length - len(episode.token_ids)
-        if len(episode.turns) >= self.max_turns or room < 1:
+        if len(episode.turns) >= self.max_turns or room < 1 or episode.out_of_time:
             episode.truncated = True
             return False
-        episode.since = time.perf_counter()
+        episode.wait_for("engine")
         self.engine.submit(
             Request(
                 session=episode.number,
@@ -254,23 +334,76 @@ class RolloutScheduler:
         episode.token_ids = episode.token_ids + completion.token_ids
         episode.history = [*conversation, {"role": "assistant", "content": text}]
         episode.policy_version = completion.policy_version
-        self._workers.start(episode.number, partial(answers.step, episode.env, text))
+        assert episode.host is not None
+        self._call(episode, partial(episode.host.step, text), "step_timeout")
 
     def _retire(self, episode: _Episode) -> None:
         self.engine.release(episode.number)
-        # An environment that broke, or may still be at work on a lost thread, is not used again.
-        if episode.env is not None and episode.failed is None:
-            self._idle.append(episode.env)
-        episode.env = None
+        assert episode.host is not None
+        if episode.broken or episode.failed is not None:  # or may still be at work on a lost thread
+            episode.host.kill()
+        else:
+            self._idle.append(episode.host)
+        episode.host = None
+
+    def _retry(self, episode: _Episode, waiting: deque[_Episode]) -> bool:
+        """Queue a failed episode once more, where the policy says so."""
+        if episode.failed is None or self.config.on_failure != "retry" or episode.attempt >= self.config.retries:
+            return False
+        if self.config.deterministic:
+            waiting.append(episode.again())  # behind the first attempts, whose waves stay as they are
+        else:
+            waiting.appendleft(episode.again())  # its group waits for it already
+        return True
+
+    def _group(self, goal: Task, members: list[list[Trajectory]]) -> TrajectoryGroup:
+        """The last attempt of each member; whether the others may train without those that failed."""
+        last = [attempts[-1] for attempts in members]
+        alive = sum(t.failed is None for t in last)
+        least = len(last) if self.config.on_failure == "drop" else min(self.config.min_group_size, len(last))
+        replaced = [t for attempts in members for t in attempts[:-1]]
+        return TrajectoryGroup(task=goal, trajectories=last, replaced=replaced, dropped=alive < least)
+
+    def _waited_for(self, active: list[_Episode], waiting: int) -> str:
+        """Which episodes wait for what, for how long; called on the watchdog's thread."""
+        running, now = self._workers.running(), time.perf_counter()
+        lines = []
+        for episode in sorted(active, key=lambda e: e.since):
+            if episode.waits_for == "engine":
+                what = f"the engine (turn {len(episode.turns)})"
+            else:
+                doing = {"call": "", "grading": ", grading"}.get(running.get(episode.number, ""), ", no worker is free")
+                what = f"its environment ({episode.stage}{doing})"
+            lines.append(f"{episode.task.id} member {episode.member}: {what} since {now - episode.since:.0f} s")
+        more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        not_begun = [f"{waiting} not begun"] if waiting else []
+        return "; ".join([*lines[:_MOST_LINES], *more, *not_begun])
+
+
+_MOST_LINES = 8
+"""Episodes that a warning names."""
+
+
+def _report_failures(ended: list[list[Trajectory]]) -> None:
+    """One warning a round, with the reasons that come most often."""
+    reasons = Counter(t.failed for attempts in ended for t in attempts if t.failed is not None)
+    if not reasons:
+        return
+    lost = sum(attempts[-1].failed is not None for attempts in ended)
+    listed = "; ".join(f"{count} x {reason:.200}" for reason, count in reasons.most_common(3))
+    logger.warning("%d of %d episodes failed (%d attempts): %s", lost, len(ended), reasons.total(), listed)
 
 
 def _apply(episode: _Episode, answer: Answer | BaseException) -> None:
     """Write an environment's answer, or its failure, into the episode."""
     if isinstance(answer, BaseException):
-        stage = f"step {len(episode.turns)}" if episode.turns else "reset"
-        episode.failed = f"{stage}: {type(answer).__name__}: {answer}"[:500]
+        episode.broken = True
+        if isinstance(answer, TimeoutError) and episode.out_of_time:
+            episode.truncated = True  # a limit of ours, and no fault of the environment
+            return
+        fault, reason = explain(answer)
+        episode.fail(fault, episode.stage, reason)
         return
-    episode.env = answer.env
     episode.fresh = answer.messages
     episode.seconds["env"] += answer.seconds
     episode.terminated, episode.truncated = answer.terminated, answer.truncated

@@ -28,6 +28,25 @@ class StopReason(StrEnum):
     """The token limit cut the completion; the chat format closes the turn with untrained ids."""
 
 
+class Fault(StrEnum):
+    """What kind of failure ended an episode: the infrastructure's, or the environment's own."""
+
+    TIMEOUT = "timeout"
+    """A reset, a step or a grading overran its limit, or something that the environment asked did."""
+    CONNECTION = "connection"
+    """A server or a pipe could not be reached."""
+    DIED = "died"
+    """The environment's process ended: killed, out of memory, a crash in native code."""
+    RAISED = "raised"
+    """The environment raised something else."""
+    INVALID = "invalid"
+    """It answered what the contract does not allow: a wrong type, nan, megabytes."""
+
+    @property
+    def of_infrastructure(self) -> bool:
+        return self in (Fault.TIMEOUT, Fault.CONNECTION, Fault.DIED)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One task of an environment, addressed by number: the same task always has the same seed."""
@@ -94,9 +113,11 @@ class Trajectory:
     terminated: bool = False
     """The environment ended the episode."""
     truncated: bool = False
-    """A limit on turns or tokens ended it: neither a success nor a fault of the environment."""
+    """A limit on turns, tokens or time ended it: neither a success nor a fault of the environment."""
     failed: str | None = None
     """Why the environment or the engine broke; such a trajectory is counted and never trained."""
+    fault: Fault | None = None
+    """Which kind of failure that was."""
     policy_version: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -132,10 +153,21 @@ class TrajectoryGroup:
 
     task: Task
     trajectories: list[Trajectory]
+    replaced: list[Trajectory] = field(default_factory=list)
+    """Attempts that failed and were played again: counted, never trained."""
+    dropped: bool = False
+    """Too few members survived for the others to train (`rollout.on_failure`)."""
+
+    @property
+    def attempts(self) -> list[Trajectory]:
+        """Everything that was played."""
+        return [*self.trajectories, *self.replaced]
 
     @property
     def usable(self) -> list[Trajectory]:
         """Those that may train: the environment did not break, and something was sampled."""
+        if self.dropped:
+            return []
         return [t for t in self.trajectories if t.failed is None and t.completion_tokens > 0]
 
 

@@ -10,21 +10,62 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from opd.grading import listening
+
 _POLL = 0.2  # seconds between looks for calls that overran
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Seconds that a call may take; what it spends on grading (`opd.grading`) counts apart."""
+
+    call: float
+    grading: float
+    name: str = "the limit"
+    """Which setting `call` is, for the message."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Job:
+    """A call and its clock, which shows what it does now: the call itself, or grading."""
+
+    key: int
+    call: Callable[[], Any]
+    limits: Limits
+    give_up: Callable[[], None]
+    since: float = 0.0
+    grades: bool = False
+    spent: float = 0.0
+    """Seconds of the call itself before it began to grade."""
+
+    def begin(self) -> None:
+        self.since = time.monotonic()
+
+    def grading(self, begins: bool) -> None:
+        now = time.monotonic()
+        if begins:
+            self.spent = now - self.since
+        self.since, self.grades = (now if begins else now - self.spent), begins
+
+    def overrun(self, now: float) -> str | None:
+        """What took too long, if anything did."""
+        limits = self.limits
+        limit, name = (limits.grading, "rollout.grading_timeout") if self.grades else (limits.call, limits.name)
+        return f"no answer within {limit:g} s ({name})" if now - self.since > limit else None
 
 
 class Workers:
     """Runs calls concurrently; each key has at most one call at a time. Used from one thread."""
 
-    def __init__(self, size: int, *, time_limit: float) -> None:
-        self.time_limit = time_limit
+    def __init__(self, size: int) -> None:
         self._size = size
-        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[int, _Job] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._key_of: dict[int, int] = {}  # ticket -> key, for every call that somebody still waits for
-        self._started: dict[int, float] = {}  # ticket -> when, for every call that runs and is not given up
+        self._running: dict[int, _Job] = {}  # by ticket: every call that runs and is not given up
         self._tickets = 0
         for _ in range(size):
             self._hire()
@@ -33,24 +74,31 @@ class Workers:
         threading.Thread(target=self._work, name="opd-env", daemon=True).start()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            ticket, call = job
-            self._started[ticket] = time.monotonic()
+        while (taken := self._jobs.get()) is not None:
+            ticket, job = taken
+            job.begin()
+            self._running[ticket] = job
             try:
-                result = call()
+                with listening(job.grading):
+                    result = job.call()
             except BaseException as error:  # whatever an environment raises is an answer, sys.exit() too
                 result = error
             # Whoever takes the ticket away, this thread or `_overdue`, decides what becomes of the call.
-            if self._started.pop(ticket, None) is None:
+            if self._running.pop(ticket, None) is None:
                 return  # given up meanwhile, and replaced
             self._results.put((ticket, result))
-            del job, call, result  # an idle thread must not keep the last environment alive
+            del taken, job, result  # an idle thread must not keep the last environment alive
 
-    def start(self, key: int, call: Callable[[], Any]) -> None:
-        """Queue a call; its result, or the exception it raised, comes out of `finished` under `key`."""
+    def start(
+        self, key: int, call: Callable[[], Any], *, limits: Limits, give_up: Callable[[], None] = lambda: None
+    ) -> None:
+        """Queue a call; its result, or the exception it raised, comes out of `finished` under `key`.
+
+        Should it overrun, `give_up` is called (to kill a process, say) and a TimeoutError comes out.
+        """
         self._tickets += 1
         self._key_of[self._tickets] = key
-        self._jobs.put((self._tickets, call))
+        self._jobs.put((self._tickets, _Job(key=key, call=call, limits=limits, give_up=give_up)))
 
     def finished(self, *, wait: str) -> list[tuple[int, Any]]:
         """(key, result or exception) of calls that ended; a TimeoutError for each that overran.
@@ -70,6 +118,11 @@ class Workers:
             if ticket in self._key_of:
                 done.append((self._key_of.pop(ticket), result))
 
+    def running(self) -> dict[int, str]:
+        """What the calls that run at the moment do, by key: "call" or "grading". From any thread."""
+        jobs = self._running.copy().items()
+        return {job.key: "grading" if job.grades else "call" for ticket, job in jobs if ticket in self._key_of}
+
     def forget(self) -> None:
         """Nobody waits any more for the calls that are still open: their results never come out."""
         self._key_of.clear()
@@ -82,10 +135,11 @@ class Workers:
     def _overdue(self) -> list[tuple[int, Any]]:
         now = time.monotonic()
         overdue: list[tuple[int, Any]] = []
-        for ticket, since in self._started.copy().items():
-            if now - since > self.time_limit and self._started.pop(ticket, None) is not None:
+        for ticket, job in self._running.copy().items():
+            late = job.overrun(now)
+            if late is not None and self._running.pop(ticket, None) is not None:
                 self._hire()
+                job.give_up()
                 if ticket in self._key_of:
-                    error = TimeoutError(f"no answer within {self.time_limit:g} s")
-                    overdue.append((self._key_of.pop(ticket), error))
+                    overdue.append((self._key_of.pop(ticket), TimeoutError(late)))
         return overdue

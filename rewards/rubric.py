@@ -13,6 +13,7 @@ from typing import Any
 
 from opd.background import Background, call_within
 from opd.errors import ConfigError, EnvError
+from opd.grading import grading
 from opd.rewards.code import CodeTests
 from opd.rewards.functions import Completion, contains_answer, exact_match, f1, normalized_match, number_match
 from opd.rewards.mathematics import MathVerify
@@ -157,6 +158,7 @@ class Rubric:
                     f"reward {part.name} needs the column {missing[0]!r}. There are: {columns_text}.{hint}"
                 )
 
+    @grading()
     def score(self, prompt: str | list[Message], completion: Completion, columns: Mapping[str, Any]) -> Score:
         """Score one completion: `score_batch` of one."""
         [score] = self.score_batch([prompt], [completion], {name: [value] for name, value in columns.items()})

@@ -249,11 +249,14 @@ def make_scheduler(make_chat, make_model):
     """`make_scheduler(make_env, ...)`: the real engine on a random model, quick limits; close it after use."""
     made: list[RolloutScheduler] = []
 
-    def make(make_env, *, model=None, chat=None, max_turns=4, engine=None, **config: Any) -> RolloutScheduler:
-        settings = {"max_tokens": 6, "max_length": 512, "step_timeout": 20.0, "workers": 4, **config}
+    def make(
+        make_env, *, model=None, chat=None, max_turns=4, engine=None, hosts="threads", **config: Any
+    ) -> RolloutScheduler:
+        settings = {"max_tokens": 6, "max_length": 512, "step_timeout": 20.0, "workers": 4, "on_failure": "keep"}
+        settings |= config
         engine = engine or TransformersEngine(model or make_model(stops=True))
         scheduler = RolloutScheduler(
-            engine, chat or make_chat(), make_env, RolloutConfig(**settings), max_turns=max_turns
+            engine, chat or make_chat(), make_env, RolloutConfig(**settings), max_turns=max_turns, workers=hosts
         )
         made.append(scheduler)
         return scheduler
@@ -268,7 +271,7 @@ def play(make_scheduler):
     """`play(make_env, tasks=..., ...)`: the groups of one round of rollouts."""
 
     def run(make_env, *, tasks=2, group_size=1, temperature=1.0, seed=0, rewrite=None, **options: Any):
-        scheduler = make_scheduler(make_env, **options)
+        scheduler = make_scheduler(make_env, group_size=group_size, **options)
         return scheduler.run(
             [task(n, split="train") for n in range(tasks)],
             group_size=group_size,

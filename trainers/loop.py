@@ -25,6 +25,7 @@ from opd.preflight import sampler_gap
 from opd.rollout import RolloutScheduler, derive_seed, task
 from opd.teacher import Taught, Teacher
 from opd.trainers import metrics
+from opd.trainers.accounts import account
 from opd.trainers.base import Method
 from opd.trainers.weighting import weigh
 from opd.types import Sample, Task, Trajectory, TrajectoryGroup
@@ -83,21 +84,30 @@ class Loop:
         if not self.checked:
             self.preflight(samples)
         samples, taught = self.weigh(samples, everyone, clock)
-        row, facts = self.update(samples, taught, clock, order=[g.task for g in everyone], meter=self._metered(number))
+        row, facts, skipped = self.update(
+            samples, taught, clock, order=[g.task for g in everyone], meter=self._metered(number)
+        )
         with clock("sync"):
             self.rollouts.engine.weights_changed()
         self.method.observe(everyone)
-        row |= metrics.of_groups(everyone) | self._measured(samples, facts)
+        row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         return row, everyone
 
-    def _measured(self, samples: list[Sample], facts: Facts) -> dict[str, float]:
+    def _measured(
+        self, groups: list[TrajectoryGroup], samples: list[Sample], facts: Facts, skipped: set[int]
+    ) -> dict[str, float]:
         """The metrics of samples and tokens, of all ranks; empty but on the first one, which tells them."""
-        shares = self.backend.ranks.to_first((samples, facts))
-        everyone = [sample for own, _ in shares for sample in own]
-        starts = accumulate((len(own) for own, _ in shares), initial=0)
-        known = {start + i: found for start, (_, own) in zip(starts, shares, strict=False) for i, found in own.items()}
-        return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) if shares else {}
+        shares = self.backend.ranks.to_first((samples, facts, skipped))
+        if not shares:
+            return {}
+        everyone = [sample for own, _, _ in shares for sample in own]
+        starts = list(accumulate((len(own) for own, _, _ in shares), initial=0))[:-1]
+        known = {n + i: found for n, (_, own, _) in zip(starts, shares, strict=True) for i, found in own.items()}
+        lost = {n + i for n, (_, _, own) in zip(starts, shares, strict=True) for i in own}
+        trained = [sample for i, sample in enumerate(everyone) if i not in lost]
+        accounts = account(groups, trained, skipped=[everyone[i] for i in lost])
+        return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) | accounts
 
     def play(self, number: int) -> list[TrajectoryGroup]:
         """This rank's share of the step's episodes: tasks are addressed by index, so that a restart loses and
@@ -148,8 +158,10 @@ class Loop:
         *,
         order: Sequence[Task | None],
         meter: bool = False,
-    ) -> tuple[dict[str, float], Facts]:
-        """The step's optimiser updates, each on its share of the samples. Returns their metrics and the facts.
+    ) -> tuple[dict[str, float], Facts, set[int]]:
+        """The step's optimiser updates, each on its share of the samples.
+
+        Returns their metrics, the facts, and the indices of samples whose update was skipped.
 
         `order` is that of the tasks of all ranks.
         """
@@ -162,6 +174,7 @@ class Loop:
         trained = {t for own in ranks.gather({s.task for s in samples}) for t in own}
         losses, norms = [], []
         facts: Facts = {}
+        skipped: set[int] = set()
         for share in _shares(samples, [t for t in order if t in trained], updates):
             total = 0.0
             for part, loss in self._train(samples, share, taught, clock, meter=meter):
@@ -172,6 +185,8 @@ class Loop:
                 lr = self.backend.lr
                 norms.append(self.backend.step())
                 self.teacher.update()
+            if not math.isfinite(norms[-1]):
+                skipped |= set(share)
         finite = [norm for norm in norms if math.isfinite(norm)]
         row = {
             "train/loss": sum(losses) / updates,
@@ -179,7 +194,7 @@ class Loop:
             "train/grad_norm": sum(finite) / len(finite) if finite else norms[-1],
             "train/skipped": float(updates - len(finite)),
         }
-        return row, facts
+        return row, facts, skipped
 
     def nats(self, samples: list[Sample]) -> list[Tensor]:
         """How far the teacher is from the student at each sampled token, without training: [tokens] a sample."""

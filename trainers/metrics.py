@@ -24,17 +24,25 @@ QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
 Column = np.ndarray
 
 
-def of_groups(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
-    """Rewards, ends and sizes of the episodes. Means are over the episodes whose environment did not break."""
+def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """Rewards, ends and sizes of the episodes. Means are over the episodes whose environment did not break.
+
+    Failures are counted over all attempts, those included that were played again.
+    """
     episodes = [t for group in groups for t in group.trajectories]
     whole = [t for t in episodes if t.failed is None]
     turns = [turn for t in episodes for turn in t.turns]
     row = {
         "rollout/episodes": float(len(episodes)),
         "rollout/failed": float(len(episodes) - len(whole)),
+        "rollout/retried": float(sum(len(group.replaced) for group in groups)),
+        "rollout/groups_dropped": float(sum(group.dropped for group in groups)),
         "rollout/forks": float(sum(turn.forked for turn in turns)),
-        "tokens/sampled": float(sum(t.completion_tokens for t in episodes)),
     }
+    faults = Counter(t.fault for group in groups for t in group.attempts if t.fault is not None)
+    row["failures/infrastructure"] = float(sum(n for fault, n in faults.items() if fault.of_infrastructure))
+    row["failures/environment"] = float(faults.total()) - row["failures/infrastructure"]
+    row |= {f"failures/{fault}": float(count) for fault, count in faults.items()}
     if whole:
         row |= {
             "reward/mean": _mean(t.reward for t in whole),
@@ -66,10 +74,8 @@ def pass_rates(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
 
 
 def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
-    """How much trains, and by which route."""
-    row = {"tokens/trained": float(sum(sum(s.completion_mask) for s in samples))}
-    for route, count in Counter(s.route for s in samples).items():
-        row[f"route/{route}"] = float(count)
+    """What trains, by which route."""
+    row = {f"route/{route}": float(count) for route, count in Counter(s.route for s in samples).items()}
     if samples:
         row["signal/zero"] = _mean(s.zero_signal for s in samples)
     return row

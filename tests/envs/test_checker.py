@@ -76,6 +76,21 @@ class Forgetful(Good):
         return f"{obs} Task {self.count}.", info
 
 
+class Moody(Good):
+    """The task follows from the seed; what a step answers, from how often one was taken."""
+
+    count = 0
+
+    def step(self, action):
+        type(self).count += 1
+        return f"{self.count}", 0.0, True, False, {}
+
+
+class EndsTwice(Good):
+    def step(self, action):
+        return "", 0.0, True, True, {}
+
+
 class SharedSplits(Good):
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=seed)
@@ -151,6 +166,8 @@ def test_a_good_environment_gets_a_note_on_its_speed_and_nothing_else(name):
         ("RareLeak", "error", 'info["privileged"]["solution"] stands in the observations of'),
         ("ShortLeak", "error", 'info["privileged"]["answer"] stands in the observations'),
         ("Forgetful", "error", "gave two different tasks"),
+        ("Moody", "error", "the same actions had other answers (step 1); draw with self.np_random alone"),
+        ("EndsTwice", "warning", "a step said terminated and truncated at once, and is taken for terminated"),
         ("SharedSplits", "error", "the splits train and eval share tasks, such as"),
         ("OneTask", "warning", "the 24 tasks of the train split that were looked at are one task"),
         ("IntFlag", "error", "step returned terminated = 1; it must be a bool"),

@@ -6,6 +6,7 @@ Not covered: an environment that holds the interpreter's lock while it hangs (no
 import dataclasses
 import itertools
 import math
+import os
 import re
 import threading
 import time
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 
 from opd.answers import MOST_CHARACTERS
+from opd.config import EnvConfig, RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.errors import DataError
+from opd.grading import grading
+from opd.rewards import Rubric
 from opd.rollout import RolloutScheduler, derive_seed, task
-from opd.types import StopReason
+from opd.types import Fault, StopReason
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]
 
@@ -416,29 +420,47 @@ def answers(*result):
     return lambda *_: result
 
 
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError
+
+
 HUGE = "x" * (MOST_CHARACTERS + 1)
 BROKEN = {
     "raises": (raises(ValueError("no luck")), r"step 1: ValueError: no luck"),
     "exits": (raises(SystemExit(3)), r"step 1: SystemExit: 3"),
     "raises what is no Exception": (raises(KeyboardInterrupt()), r"step 1: KeyboardInterrupt"),
-    "says bytes": (answers(b"hm", 0.0, False, False, {}), r"step 1: EnvError: an observation must be a str.*b'hm'"),
+    "says bytes": (answers(b"hm", 0.0, False, False, {}), r"step 1: BadAnswer: an observation must be a str.*b'hm'"),
     "says None": (answers(None, 0.0, False, False, {}), r"an observation must be a str.*None"),
-    "pays nan": (answers("", math.nan, True, False, {}), r"step 1: EnvError: the reward is nan"),
+    "pays nan": (answers("", math.nan, True, False, {}), r"step 1: BadAnswer: the reward is nan"),
     "pays infinity": (answers("", -math.inf, True, False, {}), r"the reward is -inf"),
     "pays what overflows a sum": (answers("", 1e308, False, False, {}), r"the reward is 1e\+308"),
-    "pays words": (answers("", "much", True, False, {}), r"step 1: TypeError"),
-    "pays nothing": (answers("", None, True, False, {}), r"step 1: TypeError"),
-    "returns too little": (answers("", 0.0, True, {}), r"step 1: ValueError: not enough values"),
-    "returns None": (lambda *_: None, r"step 1: TypeError"),
-    "has no info": (answers("", 0.0, True, False, None), r"step 1: AttributeError"),
+    "pays words": (answers("", "much", True, False, {}), r"the reward is 'much'"),
+    "pays nothing": (answers("", None, True, False, {}), r"step must return .* bad operand type"),
+    "returns too little": (
+        answers("", 0.0, True, {}),
+        r"step must return \(observation, .*; it returned .*not enough values",
+    ),
+    "returns None": (lambda *_: None, r"step must return .*; it returned None"),
+    "has no info": (answers("", 0.0, True, False, None), r"step must return .*AttributeError"),
     "says numbers": (answers("", 0.0, False, False, {"messages": [{"role": "user", "content": 3}]}), r"must be a str"),
     "speaks without a role": (answers("", 0.0, False, False, {"messages": [{"content": "x"}]}), r"must be a str"),
-    "speaks in no list": (answers("", 0.0, False, False, {"messages": 3}), r"step 1: TypeError"),
+    "speaks in no list": (
+        answers("", 0.0, False, False, {"messages": 3}),
+        r"step must return .*'int' object is not iterable",
+    ),
     "feeds back a number": (answers("", 0.0, True, False, {"feedback": 3}), r'info\["feedback"\] is int'),
     "whispers a list": (answers("", 0.0, True, False, {"privileged": ["x"]}), r'info\["privileged"\] must be a dict'),
     "whispers None": (answers("", 0.0, True, False, {"privileged": None}), r'info\["privileged"\] must be a dict'),
     "whispers numbers": (answers("", 0.0, True, False, {"privileged": {"a": 1}}), r"must be a dict of str to str"),
-    "succeeds in many ways": (answers("", 0.0, True, False, {"success": np.ones(2)}), r"step 1: ValueError"),
+    "succeeds in many ways": (answers("", 0.0, True, False, {"success": np.ones(2)}), r"step must return .*ValueError"),
+    "ends in words": (answers("", 0.0, "False", False, {}), r"terminated is 'False'; it must be a bool"),
+    "succeeds in words": (answers("", 0.0, True, False, {"success": "no"}), r"success.* is 'no'; it must be a bool"),
+    "attaches a novel": (
+        answers("", 0.0, False, False, {"messages": [{"role": "user", "content": "", "x": HUGE * 9}]}),
+        r"messages.* holds 9,000,0\d\d characters",
+    ),
+    "cannot even say what broke": (raises(Speechless()), r"step 1: Speechless$"),
     "says half an emoji": (answers("\ud83d", 0.0, False, False, {}), r"lone surrogate \('\\ud83d'\)"),
     "whispers half an emoji": (answers("", 0.0, True, False, {"privileged": {"a": "\ud83d"}}), r"lone surrogate"),
     "says a novel": (answers(HUGE, 0.0, False, False, {}), r"1,000,001 characters; at most 1,000,000"),
@@ -469,12 +491,15 @@ def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
     ("first", "reason"),
     [
         (raises(OSError("no such table")), "reset: OSError: no such table"),
-        (answers(b"bytes", {}), "reset: EnvError: an observation must be a str"),
-        (answers("Go.", {"tools": "hammer"}), 'reset: EnvError: info["tools"] must be a list'),
-        (answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}), "reset: TypeError: Object of type set"),
-        (answers("Go.", {"tools": [{"type": "function"}]}), 'reset: EnvError: info["tools"] must be a list'),
+        (answers(b"bytes", {}), "reset: BadAnswer: an observation must be a str"),
+        (answers("Go.", {"tools": "hammer"}), r'reset: BadAnswer: info\["tools"\] must be a list'),
+        (
+            answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}),
+            "reset: BadAnswer: reset must return .*Object of type set",
+        ),
+        (answers("Go.", {"tools": [{"type": "function"}]}), r'reset: BadAnswer: info\["tools"\] must be a list'),
         (answers("", {"messages": []}), "prompt of turn 0: the chat template"),
-        (answers("Go.", 3), "reset: AttributeError"),
+        (answers("Go.", 3), "reset: BadAnswer: reset must return .*AttributeError"),
     ],
     ids=["raises", "bytes", "tools as text", "tools not in JSON", "tools without a function", "silence", "no info"],
 )
@@ -489,7 +514,7 @@ def test_an_environment_that_breaks_at_its_reset_fails_before_the_first_turn(
     chat = make_chat("no_tools")
     episodes = flat(play(lambda: scripted_env(turns_then_end(1), first=sometimes), tasks=3, chat=chat))
     assert [e.failed is None for e in episodes] == [True, False, True]
-    assert episodes[1].failed.startswith(reason)
+    assert re.match(reason, episodes[1].failed), episodes[1].failed
     assert episodes[1].turns == []
 
 
@@ -518,13 +543,15 @@ def test_an_environment_that_hangs_is_given_up_and_the_others_go_on(
             tasks=4,
             deterministic=deterministic,
             step_timeout=0.3,
+            reset_timeout=0.3,
             workers=1,
         )
     )
     gate.set()
     assert time.monotonic() - since < 20
     assert [e.failed is None for e in episodes] == [True, False, True, True]
-    assert "TimeoutError: no answer within 0.3 s" in episodes[1].failed
+    assert f"TimeoutError: no answer within 0.3 s (rollout.{where}_timeout)" in episodes[1].failed
+    assert episodes[1].fault is Fault.TIMEOUT
     assert episodes[1].failed.startswith("reset" if where == "reset" else "step 1")
 
 
@@ -639,3 +666,287 @@ def test_every_episode_is_reported_once_when_it_ends(make_scheduler, scripted_en
     key = [(t.task.index, t.member) for t in reported]
     assert sorted(key) == [(n, m) for n in range(3) for m in range(2)]
     assert {id(t.turns) for t in reported} == {id(t.turns) for t in flat(groups)}
+
+
+# -- what becomes of a failure ---------------------------------------------------------------------------
+
+
+def breaks_on(attempts, turns_then_end):
+    """A play that raises at its first step, in the given attempts at the second task's first member."""
+    seen = itertools.count()
+    bad = task(1, split="train").seed
+
+    def play(env, action):
+        if env.seed == bad and env.turn == 1 and not hasattr(env, "tried"):
+            env.tried = next(seen)
+            if env.tried in attempts:
+                raise ValueError("no luck")
+        return turns_then_end(2)(env, action)
+
+    return play
+
+
+def outcome(groups):
+    return [[t.failed is None for t in g.trajectories] for g in groups]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_retry_plays_a_failed_episode_again_in_a_fresh_environment(play, scripted_env, turns_then_end, deterministic):
+    made, broken = [], breaks_on({0}, turns_then_end)
+
+    def make():
+        made.append(scripted_env(broken))
+        return made[-1]
+
+    groups = play(make, tasks=3, on_failure="retry", deterministic=deterministic, concurrency=1)
+    assert outcome(groups) == [[True]] * 3
+    assert [len(g.replaced) for g in groups] == [0, 1, 0]
+    assert groups[1].replaced[0].failed == "step 1: ValueError: no luck"
+    assert len(groups[1].attempts) == 2
+    assert len(made) == (3 if deterministic else 2)  # an idle one is not fresh enough for a retry
+    assert made[0].closed
+
+
+def test_a_retry_changes_nobody_elses_draws_and_not_its_own(play, scripted_env, turns_then_end, make_model):
+    model = make_model(stops=True)
+    for deterministic in (True, False):
+        options = {"tasks": 5, "group_size": 2, "model": model, "concurrency": 3, "deterministic": deterministic}
+        calm = flat(play(lambda: scripted_env(turns_then_end(2)), **options))
+        broken = breaks_on({0}, turns_then_end)
+        groups = play(lambda broken=broken: scripted_env(broken), on_failure="retry", **options)
+        assert sum(len(g.replaced) for g in groups) == 1
+        assert [[t.completion_ids for t in e.turns] for e in flat(groups)] == [
+            [t.completion_ids for t in e.turns] for e in calm
+        ]
+
+
+def test_waves_of_first_attempts_are_the_same_to_the_bit_whatever_is_played_again(
+    play, scripted_env, turns_then_end, make_model
+):
+    model = make_model(stops=True)
+    options = {"tasks": 6, "model": model, "concurrency": 2, "on_failure": "retry"}
+    calm = told(play(lambda: scripted_env(turns_then_end(2)), **options))
+    broken = breaks_on({0}, turns_then_end)
+    wild = told(play(lambda: scripted_env(broken), **options))
+    assert wild[2:] == calm[2:]  # the failed one was in the first wave, with the first
+
+
+def test_retries_are_bounded_and_the_last_failure_counts(play, scripted_env, turns_then_end):
+    broken = breaks_on(range(9), turns_then_end)
+    groups = play(lambda: scripted_env(broken), tasks=3, on_failure="retry", retries=3)
+    assert outcome(groups) == [[True], [False], [True]]
+    assert [len(g.replaced) for g in groups] == [0, 3, 0]
+    assert [g.dropped for g in groups] == [False, True, False]
+
+
+def test_keep_trains_on_the_members_that_are_left_unless_they_are_too_few(play, scripted_env, turns_then_end):
+    options = {"tasks": 2, "group_size": 3, "on_failure": "keep"}
+    for attempts, least, dropped in (({0}, 2, False), ({0, 1}, 2, True), ({0}, 3, True), ({0, 1}, 1, False)):
+        broken = breaks_on(attempts, turns_then_end)
+        groups = play(lambda broken=broken: scripted_env(broken), min_group_size=least, **options)
+        assert [g.dropped for g in groups] == [False, dropped]
+        assert len(groups[0].usable) == 3
+        assert len(groups[1].usable) == (0 if dropped else 3 - len(attempts))
+        assert groups[1].replaced == []
+
+
+def test_drop_trains_on_no_member_of_a_group_in_which_one_failed(play, scripted_env, turns_then_end):
+    broken = breaks_on({0}, turns_then_end)
+    groups = play(lambda: scripted_env(broken), tasks=3, group_size=3, on_failure="drop")
+    assert [len(g.usable) for g in groups] == [3, 0, 3]
+    assert sum(outcome(groups)[1]) == 2
+
+
+def test_truncated_episodes_are_no_failures_to_any_policy(play, scripted_env, turns_then_end):
+    for policy in ("retry", "keep", "drop"):
+        [group] = play(lambda: scripted_env(turns_then_end(9)), tasks=1, group_size=2, max_turns=2, on_failure=policy)
+        assert [t.truncated for t in group.usable] == [True, True]
+        assert (group.dropped, group.replaced) == (False, [])
+
+
+def test_episodes_that_are_played_again_are_reported_once(make_scheduler, scripted_env, turns_then_end):
+    reported = []
+    broken = breaks_on({0}, turns_then_end)
+    make_scheduler(lambda: scripted_env(broken), on_failure="retry").run(
+        [task(n, split="train") for n in range(2)],
+        group_size=2,
+        sampling=Sampling(temperature=1.0),
+        seed=0,
+        on_finish=reported.append,
+    )
+    assert len(reported) == 4
+    assert all(t.failed is None for t in reported)
+
+
+def test_a_round_with_failures_says_so_once_with_the_reasons(play, scripted_env, turns_then_end, caplog):
+    broken = breaks_on({0, 1}, turns_then_end)
+    play(lambda: scripted_env(broken), tasks=3, group_size=3)
+    [record] = caplog.records
+    assert record.getMessage() == "2 of 9 episodes failed (2 attempts): 2 x step 1: ValueError: no luck"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"on_failure": "keep", "retries": 2}, "rollout.retries is used by retry alone, but on_failure = keep"),
+        ({"on_failure": "drop", "min_group_size": 2, "group_size": 4}, "rollout.min_group_size has no effect with"),
+        ({"min_group_size": 3, "group_size": 2}, "rollout.min_group_size = 3 is more than group_size = 2"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_is_refused(settings, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        RolloutConfig(**settings)
+
+
+def test_processes_are_refused_where_there_is_no_fork(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ValueError, match=r"env\.workers = processes needs fork"):
+        EnvConfig(id="opd/Lookup-v0", workers="processes")
+
+
+def test_terminated_and_truncated_at_once_is_terminated(play, scripted_env):
+    [episode] = flat(play(lambda: scripted_env(lambda *_: ("", 1.0, True, True, {})), tasks=1))
+    assert (episode.terminated, episode.truncated) == (True, False)
+
+
+# -- limits of time --------------------------------------------------------------------------------------
+
+
+def test_an_episode_whose_time_is_over_is_truncated_and_its_environment_not_used_again(
+    play, scripted_env, turns_then_end
+):
+    gate, bad, made = threading.Event(), task(1, split="train").seed, []
+
+    def hangs(env, action):
+        if env.seed == bad and env.turn == 2:
+            gate.wait()
+        return turns_then_end(3)(env, action)
+
+    def make():
+        made.append(scripted_env(hangs))
+        return made[-1]
+
+    for deterministic in (True, False):
+        episodes = flat(
+            play(make, tasks=3, episode_timeout=1.5, concurrency=1, deterministic=deterministic, on_failure="retry")
+        )
+        assert [(e.terminated, e.truncated, e.failed) for e in episodes] == [
+            (True, False, None),
+            (False, True, None),
+            (True, False, None),
+        ]
+        assert len(episodes[1].turns) == 2
+    gate.set()
+    assert len(made) == 4
+
+
+def test_no_turn_is_begun_once_the_time_of_an_episode_is_over(play, scripted_env, turns_then_end):
+    def slow(env, action):
+        time.sleep(0.4)
+        return turns_then_end(9)(env, action)
+
+    [episode] = flat(play(lambda: scripted_env(slow), tasks=1, episode_timeout=1.0, max_turns=9))
+    assert (episode.truncated, episode.failed) == (True, None)
+    assert 1 <= len(episode.turns) <= 3
+
+
+def test_grading_has_a_limit_of_its_own(play, scripted_env):
+    def grades(seconds):
+        def play(env, action):
+            with grading():
+                time.sleep(seconds)
+            return "", 1.0, True, False, {}
+
+        return play
+
+    [fine] = flat(play(lambda: scripted_env(grades(0.6)), tasks=1, step_timeout=0.2, grading_timeout=20.0))
+    assert fine.terminated
+    [late] = flat(play(lambda: scripted_env(grades(30.0)), tasks=1, step_timeout=20.0, grading_timeout=0.3))
+    assert late.failed == "step 1: TimeoutError: no answer within 0.3 s (rollout.grading_timeout)"
+
+
+def test_time_after_grading_counts_to_the_step_again(play, scripted_env):
+    def dawdles(env, action):
+        with grading(), grading():
+            time.sleep(0.5)
+        time.sleep(30.0)
+
+    [late] = flat(play(lambda: scripted_env(dawdles), tasks=1, step_timeout=0.3, grading_timeout=20.0))
+    assert late.failed == "step 1: TimeoutError: no answer within 0.3 s (rollout.step_timeout)"
+
+
+def test_rubrics_count_as_grading(play, scripted_env):
+    def slow(prompts, completions):
+        time.sleep(0.6)
+        return [1.0]
+
+    def graded(env, action):
+        return "", Rubric(slow).score("", action, {}).total, True, False, {}
+
+    [episode] = flat(play(lambda: scripted_env(graded), tasks=1, step_timeout=0.2))
+    assert episode.reward == 1.0
+
+
+# -- the watchdog ----------------------------------------------------------------------------------------
+
+
+def stalls(caplog):
+    return [r.getMessage() for r in caplog.records if "nothing has finished" in r.getMessage()]
+
+
+def test_a_stall_names_which_episodes_wait_for_their_environment_and_for_how_long(
+    play, scripted_env, turns_then_end, caplog
+):
+    gate = threading.Event()
+
+    def waits(env, action):
+        if env.turn == 2 and env.seed == task(1, split="train").seed:
+            gate.wait(2.3)
+        return turns_then_end(2)(env, action)
+
+    play(lambda: scripted_env(waits), tasks=2, deterministic=False, stall_warning=0.5, workers=1, concurrency=1)
+    gate.set()
+    said = stalls(caplog)
+    assert 2 <= len(said) <= 5  # once an interval, and not more
+    assert re.search(r"waiting for train/1 member 0: its environment \(step 2\) since [01] s", said[0])
+    idle = [float(re.search(r"for (\d+) s", line)[1]) for line in said]
+    assert idle == sorted(idle)
+
+
+def test_a_stall_tells_episodes_that_find_no_free_worker_grade_or_have_not_begun(
+    make_scheduler, scripted_env, turns_then_end, caplog
+):
+    def grades(env, action):
+        with grading():
+            time.sleep(1.2)
+        return "", 0.0, True, False, {}
+
+    play = make_scheduler(lambda: scripted_env(grades), stall_warning=0.5, workers=1, concurrency=2)
+    play.run([task(n, split="train") for n in range(3)], group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    text = "\n".join(stalls(caplog))
+    assert "its environment (step 1, grading)" in text
+    assert "its environment (step 1, no worker is free)" in text
+    assert "1 not begun" in text
+
+
+def test_a_stall_of_the_engine_is_called_that(play, scripted_env, scripted_engine, turns_then_end, caplog):
+    engine = scripted_engine([[[5]]])
+    step = engine.step
+
+    def slow():
+        time.sleep(1.2)
+        return step()
+
+    engine.step = slow
+    play(lambda: scripted_env(turns_then_end(1)), tasks=1, engine=engine, stall_warning=0.5)
+    assert "train/0 member 0: the engine (turn 0) since" in stalls(caplog)[0]
+
+
+def test_a_round_that_goes_on_warns_of_nothing(play, scripted_env, turns_then_end, caplog):
+    def slow(env, action):
+        time.sleep(0.15)
+        return turns_then_end(8)(env, action)
+
+    play(lambda: scripted_env(slow), tasks=1, max_turns=9, stall_warning=1.0)
+    assert stalls(caplog) == []
+    assert not [t for t in threading.enumerate() if t.name == "opd-watchdog"]

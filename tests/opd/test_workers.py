@@ -5,10 +5,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
-from opd.workers import Workers
+from opd.grading import grading
+from opd.workers import Limits, Workers
+
+
+class Limited(Workers):
+    """Workers whose calls have one limit, unless a call says its own."""
+
+    def __init__(self, size, *, time_limit):
+        super().__init__(size)
+        self.limits = Limits(call=time_limit, grading=time_limit)
+
+    def start(self, key, call, **options):
+        super().start(key, call, **{"limits": self.limits, **options})
 
 
 @pytest.fixture
@@ -16,7 +29,7 @@ def pool():
     made = []
 
     def make(size, *, time_limit=10.0):
-        made.append(Workers(size, time_limit=time_limit))
+        made.append(Limited(size, time_limit=time_limit))
         return made[-1]
 
     yield make
@@ -64,7 +77,7 @@ def test_a_call_that_hangs_is_given_up_and_its_thread_replaced(pool):
     workers.start(2, lambda: "behind it")
     answers = dict(workers.finished(wait="all"))
     assert isinstance(answers[1], TimeoutError)
-    assert str(answers[1]) == "no answer within 0.1 s"
+    assert str(answers[1]) == "no answer within 0.1 s (the limit)"
     assert answers[2] == "behind it"
     gate.set()
 
@@ -151,10 +164,62 @@ def test_closing_lets_every_thread_go(pool):
 def test_a_hung_call_does_not_keep_the_process_alive():
     program = (
         "import time\n"
-        "from opd.workers import Workers\n"
-        "workers = Workers(2, time_limit=0.1)\n"
-        "workers.start(1, lambda: time.sleep(600))\n"
+        "from opd.workers import Limits, Workers\n"
+        "workers = Workers(2)\n"
+        "workers.start(1, lambda: time.sleep(600), limits=Limits(call=0.1, grading=1.0))\n"
         "print(type(workers.finished(wait='all')[0][1]).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "TimeoutError\n"), done.stderr
+
+
+def test_a_call_that_is_given_up_is_told_so_once_and_no_other(pool):
+    workers, gate, told = pool(2, time_limit=0.1), threading.Event(), []
+    workers.start(1, gate.wait, give_up=lambda: told.append(1))
+    workers.start(2, lambda: "quick", give_up=lambda: told.append(2))
+    workers.finished(wait="all")
+    time.sleep(0.2)
+    workers.finished(wait="none")
+    gate.set()
+    assert told == [1]
+
+
+def test_what_runs_is_told_by_its_key_and_what_waits_for_a_thread_is_not(pool):
+    workers, gate, begun = pool(2), threading.Event(), threading.Barrier(3)
+
+    def works(grades):
+        with grading() if grades else nullcontext():
+            begun.wait(timeout=5)
+            gate.wait()
+
+    workers.start(1, lambda: works(False))
+    workers.start(2, lambda: works(True))
+    workers.start(3, lambda: None)
+    begun.wait(timeout=5)
+    assert workers.running() == {1: "call", 2: "grading"}
+    gate.set()
+    workers.finished(wait="all")
+    assert workers.running() == {}
+
+
+def test_grading_stops_the_clock_of_the_call_and_starts_its_own(pool):
+    workers = pool(3)
+
+    def works(before, graded, after):
+        time.sleep(before)
+        with grading(), grading():
+            time.sleep(graded)
+        time.sleep(after)
+
+    limits = Limits(call=0.6, grading=1.2, name="rollout.step_timeout")
+    for key, parts in enumerate([(0.2, 0.9, 0.1), (0.0, 20.0, 0.0), (0.5, 0.2, 20.0)]):
+        workers.start(key, lambda parts=parts: works(*parts), limits=limits)
+    answers = dict(workers.finished(wait="all"))
+    assert answers[0] is None
+    assert str(answers[1]) == "no answer within 1.2 s (rollout.grading_timeout)"
+    assert str(answers[2]) == "no answer within 0.6 s (rollout.step_timeout)"
+
+
+def test_grading_outside_of_any_worker_does_nothing():
+    with grading(), grading():
+        pass

@@ -1,0 +1,56 @@
+"""Which kind of failure an exception is: a broken infrastructure, or a broken environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd.answers import BadAnswer
+from opd.errors import EnvError
+from opd.types import Fault
+
+MOST_CHARACTERS = 500
+"""What is kept of a reason: it is written beside every episode."""
+
+# Clients of HTTP and sockets have roots of their own (httpx, aiohttp, urllib3, websockets, openai, grpc), and none
+# of them is installed with this package: they are known by name.
+_CONNECTION = ("Connect", "Network", "Transport", "RemoteProtocol", "Disconnected", "URLError", "gaierror", "EOFError")
+
+
+class Failure(EnvError):
+    """A failure whose kind is known already, because it comes from another process."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+def explain(error: BaseException) -> tuple[Fault, str]:
+    """An exception's kind and a short reason. Never raises, whatever class the exception is of."""
+    try:
+        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+    except Exception:  # somebody else's __str__
+        reason = type(error).__name__
+    return _fault(error), reason.encode(errors="replace").decode()[:MOST_CHARACTERS]
+
+
+def _fault(error: BaseException) -> Fault:
+    if isinstance(error, Failure):
+        return error.fault
+    if isinstance(error, BadAnswer):
+        return Fault.INVALID
+    for cause in _causes(error):
+        names = [cls.__name__ for cls in type(cause).__mro__]
+        if any("Timeout" in name for name in names):
+            return Fault.TIMEOUT
+        if any(word in name for name in names for word in _CONNECTION) or isinstance(cause, BrokenPipeError):
+            return Fault.CONNECTION
+    return Fault.RAISED
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, and those it was raised from; at most ten, since they may form a ring."""
+    for _ in range(10):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__

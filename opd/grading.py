@@ -1,0 +1,48 @@
+"""The clock of grading: what scores an episode may take longer than a step, and has a limit of its own.
+
+Whoever runs an environment's calls under a time limit listens; whoever grades says when that begins and ends.
+Where nobody listens (an environment used by itself) `grading` does nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Listener = Callable[[bool], None]
+"""Told True when grading begins on its thread, and False when it ends."""
+
+_here = threading.local()
+
+
+@contextmanager
+def grading() -> Iterator[None]:
+    """Wrap what scores an episode (or decorate it: `@grading()`): `rollout.grading_timeout` counts inside."""
+    outermost = not getattr(_here, "inside", False)
+    if outermost:
+        _here.inside = True
+        notify(True)
+    try:
+        yield
+    finally:
+        if outermost:
+            _here.inside = False
+            notify(False)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Hear of the grading that happens on this thread."""
+    _here.listener = listener
+    try:
+        yield
+    finally:
+        del _here.listener
+
+
+def notify(begins: bool) -> None:
+    """Tell this thread's listener, if there is one."""
+    listener: Listener | None = getattr(_here, "listener", None)
+    if listener is not None:
+        listener(begins)

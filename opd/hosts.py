@@ -1,0 +1,49 @@
+"""Where an environment lives: in this process, stepped by a worker's thread, or in one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from opd import answers
+from opd.answers import Answer
+from opd.types import Task
+
+
+class Host(Protocol):
+    """One environment. `opd.processes.Remote` is the other kind."""
+
+    def reset(self, goal: Task) -> Answer:
+        """Begin an episode; at the first, the environment is made. Raises what `opd.faults` explains."""
+
+    def step(self, action: str) -> Answer:
+        """Hand a completion's text over."""
+
+    def close(self) -> None:
+        """Close the environment."""
+
+    def kill(self) -> None:
+        """Have done with an environment that broke or does not answer, as far as that can be done."""
+
+
+class Local:
+    """An environment in this process. Nothing can stop one that hangs; its thread is given up."""
+
+    def __init__(self, make_env: Callable[[], Any]) -> None:
+        self._make_env = make_env
+        self._env: Any = None
+
+    def reset(self, goal: Task) -> Answer:
+        if self._env is None:
+            self._env = self._make_env()
+        return answers.reset(self._env, goal)
+
+    def step(self, action: str) -> Answer:
+        return answers.step(self._env, action)
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+
+    def kill(self) -> None:
+        """Nothing to do: `opd.answers` has closed an environment that broke."""

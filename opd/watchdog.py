@@ -1,0 +1,45 @@
+"""A thread that says what a round waits for, when nothing has happened for long."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Used as a context around what may stall: logs `describe()` once for each `interval` without `progress()`."""
+
+    def __init__(self, interval: float, describe: Callable[[], str]) -> None:
+        self._interval = interval
+        self._describe = describe
+        self._over = threading.Event()
+        self._last = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="opd-watchdog", daemon=True)
+
+    def progress(self) -> None:
+        """Something has ended that others may have waited for."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        said = 0
+        wait = self._interval
+        while not self._over.wait(wait):
+            idle = time.monotonic() - self._last
+            due = int(idle / self._interval)
+            if due > 0 and due != said:
+                logger.warning("nothing has finished for %.0f s; waiting for %s", idle, self._describe())
+            said = due
+            wait = (due + 1) * self._interval - idle
