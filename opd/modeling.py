@@ -36,7 +36,7 @@ class CausalModel(nn.Module):
                 "linear layer (no adapter on it: leave it out of model.lora.targets)"
             )
         # In a tuple, which torch does not look into: asking the linear layer for a sharded weight gathers it for good.
-        self._head = (linear.weight, linear.bias)
+        self._head: tuple[nn.Parameter, nn.Parameter | None] = (linear.weight, linear.bias)
         self._check_head()
 
     @property

@@ -27,7 +27,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def held(parameter: Tensor) -> Tensor:
     """What this rank holds, detached: the parameter itself, or its slice [numel / ranks, padded]."""
-    return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined, no-any-return]
+    return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined]
 
 
 def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
@@ -41,7 +41,7 @@ def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape that it has when whole."""
-    return parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined, no-any-return]
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor
 
     No data moves: pointers do. Nothing may be gathered when it begins or ends.
     """
-    stores = {name: p.ds_tensor if is_sharded(p) else p for name, p in parameters.items()}
+    stores = {name: p.ds_tensor if is_sharded(p) else p for name, p in parameters.items()}  # type: ignore[attr-defined]
     own = {name: stores[name].data for name in weights}
     try:
         for name, weight in weights.items():
@@ -111,7 +111,7 @@ def blank_copy(model: M, device: torch.device | str) -> M:
     Of a model that is held whole. Buffers are copied; nothing in the copy requires a gradient.
     """
     memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in model.parameters()}
-    twin = copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and torch.device(device).type != "meta":

@@ -121,3 +121,26 @@ def test_a_hidden_gpu_is_no_gpu(monkeypatch):
     assert has_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not has_gpu()
+
+
+def test_a_plan_for_many_ranks_says_what_each_holds_and_sends_and_how_the_json_was_filled():
+    made = plan(
+        config("backend: deepspeed\ndeepspeed: {zero_optimization: {stage: 3}, gradient_clipping: 0.5}"),
+        Path("runs/a"),
+        gpu=True,
+        ranks=4,
+    )
+    rows = dict(made.rows())
+    assert rows["backend"] == "DeepSpeed, ZeRO-3, 4 processes"
+    assert "on each of them" in rows["memory"]
+    assert "sent by each process in a step" in rows["traffic"]
+    assert "gradient_clipping = 0.5 (as your JSON says; train.max_grad_norm: 1.0 is not used)" in rows["deepspeed"]
+    assert "optimizer.params.lr = 1e-05 (train.lr)" in rows["deepspeed"]
+
+
+def test_an_offload_moves_the_optimiser_from_the_device_to_the_machine():
+    text = "backend: deepspeed\ndeepspeed: {zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}"
+    made = plan(config(text), Path("runs/a"), gpu=True, ranks=2)
+    assert {part.name: part.bytes for part in made.memory}["optimiser"] == 0
+    assert [part.name for part in made.host] == ["optimiser"]
+    assert made.host[0].bytes == 12 * made.parameters // 2

@@ -118,9 +118,9 @@ def test_wrapping_leaves_training_mode_and_weights_alone(make_model):
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"lora": True}], ids=["plain", "tied", "lora"])
-def test_overrides_replace_the_heads_weight_where_it_is_named(make_model, options):
+def test_the_head_is_gathered_before_its_weight_is_handed_out(make_model, options):
     model = make_model(**options)
-    name = next((n for n, p in model.named_parameters() if p is model.head().weight), None)
-    other = torch.zeros_like(model.head().weight)
-    assert model.head({name: other}).weight is other
-    assert model.head({"another": other}).weight is model.head().weight
+    gathered = []
+    model.gather_head = lambda: gathered.append(len(model.head_parameters))
+    assert model.head().weight is model.head_parameters[0]
+    assert gathered == [1]

@@ -1,7 +1,7 @@
 """Saving on two ranks, and going on: on two to the bit, on one from a universal checkpoint, and exports."""
 
 import json
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.checkpoint import Checkpoint
+from opd.config import ModelConfig, RolloutConfig, TeacherConfig
 from opd.launch.config import Config
+from opd.launch.memory import size_of_folder
+from opd.launch.scaling import Sharding, Work, device_memory
 from opd.tracking import read_rows
 
 EMA = {"opsd": {"teacher": {"weights": "ema", "rate": 0.2}}}
+SIZES = {"zero-2": (2, "float32"), "zero-3": (3, "float32"), "zero-3-bf16": (3, "bfloat16")}
 CASES = {"zero-2": (2, {}), "zero-3": (3, EMA), "lora-3": (3, EMA | {"model": {"lora": {"r": 4}}})}
 
 
@@ -30,17 +34,29 @@ def runs(tmp_path_factory, zero_settings, launch):
     def task(out, case, steps, resume=False):
         return {"do": "train", "config": config(root / out / case, case, steps), "resume": resume}
 
-    launch([
-        *(task("whole", case, 4) for case in CASES),
-        *(task("cut", case, 2) for case in CASES),
-    ])  # fmt: skip
-    for name in ("two", "one", "still"):
-        shutil.copytree(root / "cut", root / name)
-    launch([task("two", case, 4, resume=True) for case in CASES])
+    def measured(ranks):
+        found = []
+        for name, (stage, dtype) in SIZES.items():
+            sections = {"model": {"dtype": dtype}, "train": {"tasks_per_step": 2}}
+            config = zero_settings(root / "unused", stage, **sections)
+            found.append({"do": "measure", "config": config, "out": str(root / f"{name}-on-{ranks}.json")})
+        return found
+
+    copies = [{"do": "copy", "source": str(root / "cut"), "to": str(root / to)} for to in ("two", "one", "still")]
+    launch(
+        [
+            *(task("whole", case, 4) for case in CASES),
+            *(task("cut", case, 2) for case in CASES),
+            *copies,
+            *(task("two", case, 4, resume=True) for case in CASES),
+            *measured(2),
+        ]
+    )
     launch(
         [
             *(task("still", case, 2, resume=True) for case in CASES),
             *(task("one", case, 4, resume=True) for case in CASES),
+            *measured(1),
         ],
         ranks=1,
     )
@@ -120,3 +136,36 @@ def test_the_json_is_kept_in_the_runs_own_settings(runs):
     config = Config.load(runs / "whole" / "zero-3")
     assert config.deepspeed == {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     json.dumps(config.dump())
+
+
+@pytest.mark.parametrize("name", ["zero-3", "zero-3-bf16"])
+def test_two_ranks_hold_half_of_the_weights_and_the_optimiser_each(runs, name):
+    one, two = (_sizes(runs, name, ranks) for ranks in (1, 2))
+    assert two["weights"] + two["optimiser"] <= 0.55 * (one["weights"] + one["optimiser"])
+    assert two["teacher"] <= 0.55 * one["teacher"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_plan_counts_what_is_really_held(runs, tiny_folder, name, ranks):
+    stage, dtype = SIZES[name]
+    work = Work(
+        model=ModelConfig(name="x", dtype=dtype),
+        rollout=RolloutConfig(),
+        teacher=TeacherConfig(weights="frozen", rate=None),
+        tokens_per_microbatch=512,
+        episodes=2,
+        embedded=True,
+        gpu=False,
+    )
+    parts = device_memory(size_of_folder(Path(tiny_folder)), work, Sharding(stage=stage, ranks=ranks))
+    counted = {part.name: part.bytes for part in parts}
+    real = _sizes(runs, name, ranks)
+    for part in ("weights", "optimiser", "teacher"):
+        assert counted[part] == pytest.approx(real[part], rel=0.01), part
+    if stage == 3:
+        assert counted["copy for rollouts"] == pytest.approx(real["copy for rollouts"], rel=0.01)
+
+
+def _sizes(runs, name, ranks):
+    return json.loads((runs / f"{name}-on-{ranks}.json").read_text())

@@ -92,7 +92,7 @@ def results(tmp_path_factory, zero_settings, recorded, launch, replay, untied_fo
 
 def _result(path):
     weights, engine = (load_file(path.with_suffix(suffix)) for suffix in (".safetensors", ".engine.safetensors"))
-    return json.loads(path.read_text()) | {"weights": weights, "engine": engine}
+    return {"rows": json.loads(path.read_text()), "weights": weights, "engine": engine}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,11 +1,12 @@
 """What the ranks of a test do: started as a script by a launcher, with a JSON file that says what.
 
-`replay` trains each case on recorded rollouts, and writes its metrics and weights; `train` makes whole runs with
-`opd.train`, one after the other.
+`replay` trains on recorded rollouts, and writes metrics and weights; `train` makes a whole run with `opd.train`;
+`measure` makes one step and writes what the first rank holds then; `copy` copies a folder.
 """
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
+from opd.ranks import join
 from opd.sharding import held, whole_in_turn
 from opd.watch import together
 
@@ -38,37 +40,50 @@ def replay(case):
     rows = [run.loop.step(number)[0] for number in range(config.train.steps)]
     weights = {name: w.clone() for name, w in whole_in_turn(run.loop.student)}
     sampling = {name: w.clone() for name, w in whole_in_turn(rollouts.engine.model)}
-    facts = {"rows": rows, "trained": bytes_of_training(run.loop)}
-    facts["sizes"] = ranks.gather(facts["trained"])
     if ranks.first:
         out = Path(case["out"])
         save_file({name: w.contiguous() for name, w in weights.items()}, out.with_suffix(".safetensors"))
         save_file({name: w.contiguous() for name, w in sampling.items()}, out.with_suffix(".engine.safetensors"))
-        out.write_text(json.dumps(facts))
+        out.write_text(json.dumps(rows))
     run.close()
 
 
-def bytes_of_training(loop):
-    """What this rank holds of weights, float32 copies and moments, in bytes of distinct storage."""
-    if not hasattr(loop.backend, "_engine"):
-        return 0
-    tensors = [held(p) for p in loop.student.parameters()]
-    optimizer = loop.backend._engine.optimizer
-    for name in ("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"):
-        tensors += getattr(optimizer, name, [])
-    inner = getattr(optimizer, "optimizer", optimizer)
-    tensors += [t for state in inner.state.values() for t in state.values() if hasattr(t, "untyped_storage")]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def measure(case):
+    """What the first rank holds after a step, in bytes of distinct storage."""
+    run = build(Config.from_dict(case["config"]), join())
+    run.loop.step(0)
+    optimizer = run.loop.backend._engine.optimizer
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO-3, of ZeRO-1 and 2
+    masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
+    moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
+    sizes = {
+        "weights": size(map(held, run.loop.student.parameters())),
+        "optimiser": size([*masters, *moments]),
+        "teacher": size(run.loop.teacher.weights.values()),
+        "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
+    }
+    if run.loop.backend.ranks.first:
+        Path(case["out"]).write_text(json.dumps(sizes))
+    run.close()
+
+
+def copy(case):
+    join().from_first(lambda: shutil.copytree(case["source"], case["to"]))
+
+
+def size(tensors):
+    stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(stores.values())
 
 
 def main():
     cases = json.loads(Path(sys.argv[-1]).read_text())
     with together():
         for case in cases:
-            if case["do"] == "replay":
-                replay(case)
-            else:
+            if case["do"] == "train":
                 train(Config.from_dict(case["config"]), resume=case["resume"])
+            else:
+                {"replay": replay, "measure": measure, "copy": copy}[case["do"]](case)
 
 
 if __name__ == "__main__":
