@@ -36,3 +36,4 @@ gymnasium.register("opd/Arithmetic-v0", entry_point="opd.envs.arithmetic:Arithme
 gymnasium.register("opd/Dataset-v0", entry_point="opd.envs.dataset_env:DatasetEnv")
 gymnasium.register("opd/Files-v0", entry_point="opd.envs.files:FilesEnv")
 gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.lookup:LookupEnv")
+gymnasium.register("opd/Sokoban-v0", entry_point="opd.envs.sokoban:SokobanEnv")

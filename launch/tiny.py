@@ -188,6 +188,7 @@ class EpisodeWriter:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.rng = np.random.default_rng(derive_seed("warm start", seed))
         self._env: Any = recipe.env()
+        self._practised = recipe.practised
         self._forms = list(recipe.forms)
         self._shares = np.array(list(recipe.forms.values())) / sum(recipe.forms.values())
         self._seed = seed
@@ -204,9 +205,12 @@ class EpisodeWriter:
     def sample(self, form: str | None = None) -> Sample:
         """The next task's perfect episode, in a context of this form, or of one drawn by its share."""
         form = form or str(self.rng.choice(self._forms, p=self._shares))
-        goal = task(self.written, split="warm", run_seed=self._seed)
-        self.written += 1
-        first, tools, texts = self._reset(goal)
+        while True:
+            goal = task(self.written, split="warm", run_seed=self._seed)
+            self.written += 1
+            first, tools, texts = self._reset(goal)
+            if form != "plain" or self._practised(self._env):
+                break
         right = self._play(self._env.oracle())
         seen = in_first_user_message(first, lambda prompt: self._in_context(prompt, form, goal, texts, right))
         ids = self._chat.start(seen, tools)
@@ -225,6 +229,7 @@ class EpisodeWriter:
         if form in texts:
             return with_solution(prompt, texts[form])
         if form == "skill":
+            self._reset(goal)
             return with_skill(prompt, self._env.skill(self.rng))
         if form == "demonstration":
             return with_demonstration(prompt, right.text)

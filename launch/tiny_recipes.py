@@ -17,6 +17,8 @@ import numpy as np
 from opd import privileged
 from opd.envs.arithmetic import ArithmeticEnv
 from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
+from opd.envs.sokoban import SokobanEnv, call
+from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
 
 
@@ -49,6 +51,8 @@ class Recipe:
     `demonstration`, `feedback`, `attempt_right`, `attempt_wrong` or `skill`."""
     steps: int
     batch: int = 16
+    practised: Callable[[TextEnv], bool] = lambda _: True
+    """Which tasks are also played plain, without any privileged text."""
 
 
 def privileged_phrases() -> list[str]:
@@ -117,6 +121,68 @@ class WarmArithmetic(ArithmeticEnv):
         return [str(self.result + int(rng.choice([-11, -10, -9, -1, 1, 9, 10, 11])))]
 
 
+class WarmSokoban(SokobanEnv):
+    """Sokoban, with mistakes and notes to learn from."""
+
+    def blunder(self, rng: np.random.Generator) -> list[str]:
+        """Random pushes until the puzzle is lost, one a turn; of a long game the beginning in one turn."""
+        state, pushes = self.state, list[list[str]]()
+        while state in self.costs:
+            ways = [way for way in self._ways_to_push(state) if self._after(state, way).boxes != self.room.goals]
+            if not ways or len(pushes) > 8:  # only the right push is left: begin again
+                state, pushes = self.state, []
+                continue
+            pushes.append(ways[rng.integers(len(ways))])
+            state = self._after(state, pushes[-1])
+        early, late = pushes[:-3], pushes[-3:]
+        return [call(moves) for moves in ([sum(early, []), *late] if early else late)]
+
+    def _after(self, state: State, moves: Sequence[str]) -> State:
+        for direction in moves:
+            state = self.room.after(state, direction)
+        return state
+
+    def _ways_to_push(self, state: State) -> list[list[str]]:
+        """The shortest moves that end in a push, for each push that can be made."""
+        ways: list[list[str]] = []
+        seen, queue = {state}, [(state, list[str]())]
+        for here, moves in queue:
+            for direction in DIRECTIONS:
+                there = self.room.move(here, direction)
+                if there is None or there in seen:
+                    continue
+                seen.add(there)
+                if there.boxes == here.boxes:
+                    queue.append((there, [*moves, direction]))
+                else:
+                    ways.append([*moves, direction])
+        return ways
+
+    def skill(self, rng: np.random.Generator) -> str:
+        notes = {self._offset(): [push.direction for push in self.pushes(self.state)]}
+        while len(notes) < 3:
+            vertical, sideways = rng.integers(-3, 4, size=2).tolist()
+            where = _offset_text(vertical, sideways)
+            pushes = ["up" if vertical < 0 else "down"] * abs(vertical) + ["left" if sideways < 0 else "right"] * abs(sideways)
+            if where and where not in notes and len(pushes) <= 3:
+                notes[where] = rng.permutation(pushes).tolist()
+        lines = [f"Goal {where} of the box: push {', '.join(pushes)}." for where, pushes in notes.items()]
+        return "\n".join(str(line) for line in rng.permutation(lines))
+
+    def _offset(self) -> str:
+        [box], [goal] = self.state.boxes, self.room.goals
+        return _offset_text(goal // self.room.width - box // self.room.width, goal % self.room.width - box % self.room.width)
+
+
+def _offset_text(vertical: int, sideways: int) -> str:
+    parts = []
+    if vertical:
+        parts.append(f"{abs(vertical)} {'up' if vertical < 0 else 'down'}")
+    if sideways:
+        parts.append(f"{abs(sideways)} {'left' if sideways < 0 else 'right'}")
+    return ", ".join(parts)
+
+
 LOOKUP = Recipe(
     env=SlangLookup,
     words=[*PEOPLE, *MEANING, *FIELDS, *(value for values in VALUES.values() for value in values)],
@@ -153,4 +219,26 @@ ARITHMETIC = Recipe(
     steps=700,
 )
 
-RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC}
+SOKOBAN = Recipe(
+    env=WarmSokoban,
+    words=[*DIRECTIONS, "Goal", "of", "the", "box", "Error", "way", "is", "blocked", "moves", "was", "were", "made"],
+    phrases=[
+        "Solve this puzzle:\n", "######\n#", "#\n#", "#\n######", "\n> ######\n#", ", ", "move ", "\nmove ",
+        "push the box at row ", ", column ", "Lost: the box at row ", " must not be pushed ", ".", ".\n",
+        "Goal ", " of the box: push ", "Error: the way ", " is blocked", "\n", " ",
+    ],
+    forms={
+        "plain": 0.30,
+        "plan": 0.12,
+        "solution": 0.16,
+        "demonstration": 0.08,
+        "feedback": 0.08,
+        "attempt_right": 0.06,
+        "attempt_wrong": 0.08,
+        "skill": 0.12,
+    },
+    steps=700,
+    practised=lambda env: len(env.pushes(env.state)) == 1,
+)  # fmt: skip
+
+RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC, "sokoban": SOKOBAN}
