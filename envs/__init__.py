@@ -39,4 +39,5 @@ gymnasium.register("opd/Dataset-v0", entry_point="opd.envs.dataset_env:DatasetEn
 gymnasium.register("opd/Files-v0", entry_point="opd.envs.files:FilesEnv")
 gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.lookup:LookupEnv")
 gymnasium.register("opd/Sokoban-v0", entry_point="opd.envs.sokoban:SokobanEnv")
+gymnasium.register("opd/SokobanPush-v0", entry_point="opd.envs.sokoban:SokobanPushEnv")
 gymnasium.register("opd/Sql-v0", entry_point="opd.envs.sql:SqlEnv")

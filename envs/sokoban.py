@@ -1,6 +1,7 @@
 """Sokoban in text: push every box onto a goal. A world in which a wrong push can lose the game for good.
 
-The agent sees the board, makes one or several moves in a call, and sees the board again. The solver behind it
+The agent sees the board, acts, and sees the board again. In `SokobanEnv` it walks, one or several moves in a call;
+in `SokobanPushEnv` it names a push, and the way behind the box is found for it. The solver behind both
 (`sokoban_board`) knows the best solution of every state, so it tells at once when a push was one too many.
 """
 
@@ -8,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -31,10 +33,10 @@ from opd.envs.tool_calls import CLOSE, OPEN
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
 
-SYSTEM = (
+RULES = (
     "Push every box onto a goal. The board: # wall, _ floor, . goal, $ box, * box on a goal, @ you, + you on a goal. "
-    "Walk up, down, left or right; walking into a box pushes it, if the cell behind it is free. "
-    "You cannot pull a box, so one that is pushed into a corner is lost."
+    "A box can be pushed, if the cell behind it is free, but not pulled, so one in a corner with no goal is lost. "
+    "Rows and columns count from 1 at the top left."
 )
 
 _DRAWS = 2_000
@@ -86,24 +88,15 @@ class Push(NamedTuple):
     direction: str
 
 
-class SokobanEnv(ToolEnv):
-    """Push every box onto a goal. Reward 1 when solved, else 0, or a part of `partial`.
-
-    A push after which nothing can be solved any more ends the episode, and the feedback names it. Privileged
-    are `solution` (the moves, a line for each push) and `plan` (the pushes alone). No board is in two splits,
-    nor is one a rotation or a mirror image of one in another.
-
-    Args:
-        level: 1 to 4 (`LEVELS`), or the fields of a `Level`, such as `{size: 7, boxes: 2, walls: 2, pushes: [3, 6]}`.
-        partial: reward for all boxes on goals, but for one: an unsolved episode ends with `partial` times the
-            share of boxes on goals; as they come and go, so do their rewards, step by step.
-        max_steps: truncate after this many turns; by default two more than the most pushes of the level.
-    """
+class _Puzzle(ToolEnv):
+    """What both worlds share: the puzzles, the rewards, and the end of an episode."""
 
     metadata: dict[str, Any] = {  # noqa: RUF012  (gymnasium's own declaration)
         "render_modes": [],
         "tasks": {"train": None, "eval": None, "warm": None},
     }
+    acting: ClassVar[str]
+    """How to act, for the system message."""
 
     def __init__(
         self, *, level: int | Mapping[str, Any] = 1, partial: float = 0.0, max_steps: int | None = None
@@ -121,34 +114,19 @@ class SokobanEnv(ToolEnv):
         low, high = self.level.pushes
         number = int(rng.integers(high - low + 1)) if index is None else index
         self.room, self.state, self.costs = _draw(rng, self.level, low + number % (high - low + 1), split)
-        lines = [f"move {', '.join(moves)}" for moves in self.by_push(self.state)]
         return Start(
-            prompt=f"Solve this puzzle:\n{self.room.draw(self.state)}",
-            system=SYSTEM,
-            privileged={"plan": self._plan(), "solution": "\n".join(lines)},
+            prompt=f"Solve this puzzle:\n{self.board}",
+            system=f"{RULES} {self.acting}",
+            privileged={"plan": self._plan(), "solution": "\n".join(self.solution())},
         )
 
-    @tool
-    def move(self, directions: str) -> str:
-        """Make one or several moves, in order, and see the board.
+    @abstractmethod
+    def solution(self) -> list[str]:
+        """What to do from here on, in words, a line for each push."""
 
-        Args:
-            directions: up, down, left or right, or several of them with commas between
-        """
-        moves = _read_directions(directions)
-        for number, direction in enumerate(moves):
-            following = self.room.move(self.state, direction)
-            if following is None:
-                made = f"; of {len(moves)} moves {number} {'was' if number == 1 else 'were'} made"
-                raise ToolError(f"the way {direction} is blocked{made if len(moves) > 1 else ''}\n{self.board}")
-            self.state = following
-            if self.state.boxes == self.room.goals:
-                self.finish(0.0, success=True)  # `respond` knows the reward
-                return self.board
-            if self.state not in self.costs:
-                self.finish(0.0, success=False, feedback=self._explain(Push(following.player, direction)))
-                return f"{self.board}\nThis can no longer be solved."
-        return self.board
+    @abstractmethod
+    def oracle(self) -> list[str]:
+        """The actions of a perfect episode from here on, one for each push."""
 
     @property
     def board(self) -> str:
@@ -164,9 +142,17 @@ class SokobanEnv(ToolEnv):
             return 1.0
         return self.partial * len(self.state.boxes & self.room.goals) / len(self.room.goals)
 
-    def oracle(self) -> list[str]:
-        """The actions of a perfect episode from here on, one for each push."""
-        return [call(moves) for moves in self.by_push(self.state)]
+    def _step(self, following: State, direction: str) -> bool:
+        """Go on to a state one move further; whether that ended the episode."""
+        self.state = following
+        if following.boxes == self.room.goals:
+            self.finish(0.0, success=True)  # `respond` knows the reward
+            return True
+        if following in self.costs:
+            return False
+        where = self.room.place(following.player)  # the player now stands where the box was
+        self.finish(0.0, success=False, feedback=f"Lost: the box at {where} must not be pushed {direction}.")
+        return True
 
     def by_push(self, state: State) -> list[list[str]]:
         """The best moves from a state, cut after each push. Raises EnvError when it cannot be solved."""
@@ -189,7 +175,7 @@ class SokobanEnv(ToolEnv):
         for moves in self.by_push(state):
             for direction in moves:
                 state = self.room.after(state, direction)
-            found.append(Push(state.player, moves[-1]))  # the player now stands where the box was
+            found.append(Push(state.player, moves[-1]))
         return found
 
     def _plan(self) -> str:
@@ -204,13 +190,95 @@ class SokobanEnv(ToolEnv):
             at = self.room.ahead(box, direction)
         return "\n".join(lines)
 
-    def _explain(self, push: Push) -> str:
-        return f"Lost: the box at {self.room.place(push.box)} must not be pushed {push.direction}."
+
+class SokobanEnv(_Puzzle):
+    """Walk, and push every box onto a goal. Reward 1 when solved, else 0, or a part of `partial`.
+
+    A push after which nothing can be solved any more ends the episode, and the feedback names it. Privileged
+    are `solution` (the moves, a line for each push) and `plan` (the pushes alone). No board is in two splits,
+    nor is one a rotation or a mirror image of one in another.
+
+    Args:
+        level: 1 to 4 (`LEVELS`), or the fields of a `Level`, such as `{size: 7, boxes: 2, walls: 2, pushes: [3, 6]}`.
+        partial: reward for all boxes on goals, but for one: an unsolved episode ends with `partial` times the
+            share of boxes on goals; as they come and go, so do their rewards, step by step.
+        max_steps: truncate after this many turns; by default two more than the most pushes of the level.
+    """
+
+    acting = "Walk up, down, left or right; walking into a box pushes it."
+
+    @tool
+    def move(self, directions: str) -> str:
+        """Make one or several moves, in order, and see the board.
+
+        Args:
+            directions: up, down, left or right, or several of them with commas between
+        """
+        moves = _read_directions(directions)
+        for number, direction in enumerate(moves):
+            following = self.room.move(self.state, direction)
+            if following is None:
+                made = f"; of {len(moves)} moves {number} {'was' if number == 1 else 'were'} made"
+                raise ToolError(f"the way {direction} is blocked{made if len(moves) > 1 else ''}\n{self.board}")
+            if self._step(following, direction):
+                break
+        return self.board
+
+    def solution(self) -> list[str]:
+        return [f"move {', '.join(moves)}" for moves in self.by_push(self.state)]
+
+    def oracle(self) -> list[str]:
+        return [_call("move", directions=", ".join(moves)) for moves in self.by_push(self.state)]
 
 
-def call(moves: Sequence[str]) -> str:
-    """The action that makes these moves."""
-    return f"{OPEN}{json.dumps({'name': 'move', 'arguments': {'directions': ', '.join(moves)}})}{CLOSE}"
+class SokobanPushEnv(_Puzzle):
+    """Name a box and a direction to push it; the way behind it is found. Otherwise as `SokobanEnv`.
+
+    Planning without walking: episodes are short, and each turn decides something. `solution` has a line for each
+    push.
+    """
+
+    acting = "Name the box to push by its row and column, and a direction."
+
+    @tool
+    def push(self, row: int, column: int, direction: str) -> str:
+        """Walk behind a box, push it one cell, and see the board.
+
+        Args:
+            row: the row of the box
+            column: the column of the box
+            direction: up, down, left or right
+        """
+        [direction, *more] = _read_directions(direction)
+        if more:
+            raise ToolError("one direction at a time")
+        box = (row - 1) * self.room.width + column - 1
+        inside = 1 <= row <= self.room.height and 1 <= column <= self.room.width
+        if not inside or box not in self.state.boxes:
+            raise ToolError(f"there is no box at row {row}, column {column}\n{self.board}")
+        behind = self.room.walk(self.state, 2 * box - self.room.ahead(box, direction))
+        if behind is None:
+            raise ToolError(f"no way leads behind that box\n{self.board}")
+        following = self.room.move(behind, direction)
+        if following is None:
+            raise ToolError(f"the way {direction} is blocked\n{self.board}")
+        self._step(following, direction)
+        return self.board
+
+    def solution(self) -> list[str]:
+        return [f"push {self.room.place(box)} {direction}" for box, direction in self.pushes(self.state)]
+
+    def oracle(self) -> list[str]:
+        return [self.call(push) for push in self.pushes(self.state)]
+
+    def call(self, push: Push) -> str:
+        """The action that makes a push."""
+        row, column = divmod(push.box, self.room.width)
+        return _call("push", row=str(row + 1), column=str(column + 1), direction=push.direction)
+
+
+def _call(name: str, **arguments: str) -> str:
+    return f"{OPEN}{json.dumps({'name': name, 'arguments': arguments})}{CLOSE}"
 
 
 def _level(level: int | Mapping[str, Any]) -> Level:

@@ -73,6 +73,15 @@ class Room:
         assert following is not None, f"{direction} is blocked"
         return following
 
+    def walk(self, state: State, to: int) -> State | None:
+        """The state with the player in another cell, or None where no way leads there without a push."""
+        seen, edge = set[int](), {state.player}
+        while edge:
+            seen |= edge
+            edge = {self.ahead(cell, direction) for cell in edge for direction in DIRECTIONS}
+            edge = (edge & self.floor) - state.boxes - seen
+        return State(to, state.boxes) if to in seen else None
+
     def place(self, cell: int) -> str:
         """A cell in words; rows and columns count from 1 at the top left."""
         return f"row {cell // self.width + 1}, column {cell % self.width + 1}"

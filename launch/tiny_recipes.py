@@ -17,7 +17,7 @@ import numpy as np
 from opd import privileged
 from opd.envs.arithmetic import ArithmeticEnv
 from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
-from opd.envs.sokoban import SokobanEnv, call
+from opd.envs.sokoban import Push, SokobanPushEnv
 from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
 
@@ -121,41 +121,30 @@ class WarmArithmetic(ArithmeticEnv):
         return [str(self.result + int(rng.choice([-11, -10, -9, -1, 1, 9, 10, 11])))]
 
 
-class WarmSokoban(SokobanEnv):
+class WarmSokoban(SokobanPushEnv):
     """Sokoban, with mistakes and notes to learn from."""
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        """Random pushes until the puzzle is lost, one a turn; of a long game the beginning in one turn."""
-        state, pushes = self.state, list[list[str]]()
+        """Random pushes until the puzzle is lost, begun again when too many were made or only the right one is left."""
+        state, actions = self.state, list[str]()
         while state in self.costs:
-            ways = [way for way in self._ways_to_push(state) if self._after(state, way).boxes != self.room.goals]
-            if not ways or len(pushes) > 8:  # only the right push is left: begin again
-                state, pushes = self.state, []
+            ways = self._ways(state)
+            if not ways or len(actions) == self.max_steps:
+                state, actions = self.state, []
                 continue
-            pushes.append(ways[rng.integers(len(ways))])
-            state = self._after(state, pushes[-1])
-        early, late = pushes[:-3], pushes[-3:]
-        return [call(moves) for moves in ([sum(early, []), *late] if early else late)]
+            push, state = ways[rng.integers(len(ways))]
+            actions.append(self.call(push))
+        return actions
 
-    def _after(self, state: State, moves: Sequence[str]) -> State:
-        for direction in moves:
-            state = self.room.after(state, direction)
-        return state
-
-    def _ways_to_push(self, state: State) -> list[list[str]]:
-        """The shortest moves that end in a push, for each push that can be made."""
-        ways: list[list[str]] = []
-        seen, queue = {state}, [(state, list[str]())]
-        for here, moves in queue:
+    def _ways(self, state: State) -> list[tuple[Push, State]]:
+        """Every push that can be made and does not solve the puzzle, and where it leads."""
+        ways = []
+        for box in sorted(state.boxes):
             for direction in DIRECTIONS:
-                there = self.room.move(here, direction)
-                if there is None or there in seen:
-                    continue
-                seen.add(there)
-                if there.boxes == here.boxes:
-                    queue.append((there, [*moves, direction]))
-                else:
-                    ways.append([*moves, direction])
+                behind = self.room.walk(state, 2 * box - self.room.ahead(box, direction))
+                after = behind and self.room.move(behind, direction)
+                if after is not None and after.boxes != self.room.goals:
+                    ways.append((Push(box, direction), after))
         return ways
 
     def skill(self, rng: np.random.Generator) -> str:
@@ -221,11 +210,12 @@ ARITHMETIC = Recipe(
 
 SOKOBAN = Recipe(
     env=WarmSokoban,
-    words=[*DIRECTIONS, "Goal", "of", "the", "box", "Error", "way", "is", "blocked", "moves", "was", "were", "made"],
+    words=DIRECTIONS,
     phrases=[
-        "Solve this puzzle:\n", "######\n#", "#\n#", "#\n######", "\n> ######\n#", ", ", "move ", "\nmove ",
+        "Solve this puzzle:\n", "######\n#", "#\n#", "#\n######", "\n> ######\n#", ", ", "push row ", "\npush row ",
         "push the box at row ", ", column ", "Lost: the box at row ", " must not be pushed ", ".", ".\n",
-        "Goal ", " of the box: push ", "Error: the way ", " is blocked", "\n", " ",
+        "Goal ", " of the box: push ", "\n", " ", "Error: the way ", " is blocked\n######\n#",
+        "Error: there is no box at row ", "Error: no way leads behind that box\n######\n#",
     ],
     forms={
         "plain": 0.30,
