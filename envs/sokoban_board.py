@@ -120,7 +120,7 @@ def read(text: str) -> tuple[Room, State]:
     symbols = "".join(rows).replace(" ", FLOOR)
     if len(symbols) != width * len(rows) or set(symbols) - set(SYMBOLS):
         raise DataError(f"a board has rows of one length, of the symbols # _ . $ * @ +; got {text!r:.200}")
-    border = rows[0] + rows[-1] + "".join(row[0] + row[-1] for row in rows)
+    border = rows[0] + rows[-1] + "".join(row[:1] + row[-1:] for row in rows)
     where = {s: frozenset(n for n, symbol in enumerate(symbols) if symbol == s) for s in SYMBOLS}
     goals, boxes = where[GOAL] | where[BOX_ON_GOAL] | where[PLAYER_ON_GOAL], where[BOX] | where[BOX_ON_GOAL]
     players = where[PLAYER] | where[PLAYER_ON_GOAL]
