@@ -39,7 +39,7 @@ EXPRESSION_SYSTEM = (
 )
 _VERBS = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
 _TASKS: dict[str, Any] = {"render_modes": [], "tasks": {"train": None, "eval": None, "warm": None}}
-_DRAWS = 20_000
+_DRAWS = 5_000
 
 
 class _Puzzles:

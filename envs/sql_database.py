@@ -50,7 +50,10 @@ class Database:
     def __init__(self, *, time_limit: float = 2.0) -> None:
         self.time_limit = time_limit
         self.read: set[tuple[str, str]] = set()
-        self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        # A statement from the cache would not be authorised again, nor its columns remembered.
+        self._connection = sqlite3.connect(
+            ":memory:", isolation_level=None, check_same_thread=False, cached_statements=0
+        )
         self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         self._sealed = False
         self._steps = 0
