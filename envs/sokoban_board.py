@@ -17,6 +17,8 @@ from opd.errors import DataError
 
 SYMBOLS = WALL, FLOOR, GOAL, BOX, BOX_ON_GOAL, PLAYER, PLAYER_ON_GOAL = tuple("#_.$*@+")
 DIRECTIONS = ("up", "down", "left", "right")
+_DOWN = {"up": -1, "down": 1, "left": 0, "right": 0}
+_RIGHT = {"up": 0, "down": 0, "left": -1, "right": 1}
 MOST_STATES = 250_000
 """What a search may visit; a few seconds."""
 
@@ -53,7 +55,7 @@ class Room:
         return count_states(len(self.floor), len(self.goals))
 
     def ahead(self, cell: int, direction: str) -> int:
-        return cell + {"up": -self.width, "down": self.width, "left": -1, "right": 1}[direction]
+        return cell + _DOWN[direction] * self.width + _RIGHT[direction]
 
     def move(self, state: State, direction: str) -> State | None:
         """The state after one step of the player, or None where a wall or a box that cannot move is in the way."""

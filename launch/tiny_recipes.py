@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from opd import privileged
 from opd.envs.arithmetic import ArithmeticEnv
+from opd.envs.countdown import CountdownEnv
+from opd.envs.countdown import call as combining
+from opd.envs.countdown_solver import OPERATORS, Numbers, apply, steps
 from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
 from opd.envs.sokoban import Push, SokobanPushEnv
 from opd.envs.sokoban_board import DIRECTIONS, State
@@ -51,8 +54,8 @@ class Recipe:
     `demonstration`, `feedback`, `attempt_right`, `attempt_wrong` or `skill`."""
     steps: int
     batch: int = 16
-    practised: Callable[[TextEnv], bool] = lambda _: True
-    """Which tasks are also played plain, without any privileged text."""
+    plain: Callable[[Any, np.random.Generator], list[str]] = lambda env, _: list(env.oracle())
+    """The actions of an episode without privileged text: what the student can do by itself."""
 
 
 def privileged_phrases() -> list[str]:
@@ -122,13 +125,24 @@ class WarmArithmetic(ArithmeticEnv):
 
 
 class WarmSokoban(SokobanPushEnv):
-    """Sokoban, with mistakes and notes to learn from."""
+    """Sokoban, played plain by somebody who sees one push ahead: the push that solves the puzzle, or any push.
+
+    So the student learns the rules and no plans; only privileged text shows it what to do from further away.
+    """
+
+    def wander(self, rng: np.random.Generator) -> list[str]:
+        state, actions = self.state, list[str]()
+        while state in self.costs and state.boxes != self.room.goals and len(actions) < self.level.pushes[1] + 2:
+            ways = self._ways(state)
+            push, state = next((w for w in ways if w[1].boxes == self.room.goals), ways[rng.integers(len(ways))])
+            actions.append(self.call(push))
+        return actions
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        """Random pushes until the puzzle is lost, begun again when too many were made or only the right one is left."""
+        """Random pushes until the puzzle is lost; begun again when too many were made or only the right one is left."""
         state, actions = self.state, list[str]()
         while state in self.costs:
-            ways = self._ways(state)
+            ways = [way for way in self._ways(state) if way[1].boxes != self.room.goals]
             if not ways or len(actions) == self.max_steps:
                 state, actions = self.state, []
                 continue
@@ -137,39 +151,56 @@ class WarmSokoban(SokobanPushEnv):
         return actions
 
     def _ways(self, state: State) -> list[tuple[Push, State]]:
-        """Every push that can be made and does not solve the puzzle, and where it leads."""
+        """Every push that can be made, and where it leads."""
         ways = []
         for box in sorted(state.boxes):
             for direction in DIRECTIONS:
                 behind = self.room.walk(state, 2 * box - self.room.ahead(box, direction))
                 after = behind and self.room.move(behind, direction)
-                if after is not None and after.boxes != self.room.goals:
+                if after is not None:
                     ways.append((Push(box, direction), after))
         return ways
 
     def skill(self, rng: np.random.Generator) -> str:
-        notes = {self._offset(): [push.direction for push in self.pushes(self.state)]}
+        notes = {self.offset(): [push.direction for push in self.pushes(self.state)]}
         while len(notes) < 3:
-            vertical, sideways = rng.integers(-3, 4, size=2).tolist()
-            where = _offset_text(vertical, sideways)
-            pushes = ["up" if vertical < 0 else "down"] * abs(vertical) + ["left" if sideways < 0 else "right"] * abs(sideways)
-            if where and where not in notes and len(pushes) <= 3:
-                notes[where] = rng.permutation(pushes).tolist()
+            down, right = rng.integers(-3, 4, size=2).tolist()
+            ways = ["up" if down < 0 else "down"] * abs(down) + ["left" if right < 0 else "right"] * abs(right)
+            if 0 < len(ways) <= 3:
+                notes.setdefault(_offset(down, right), rng.permutation(ways).tolist())
         lines = [f"Goal {where} of the box: push {', '.join(pushes)}." for where, pushes in notes.items()]
         return "\n".join(str(line) for line in rng.permutation(lines))
 
-    def _offset(self) -> str:
+    def offset(self) -> str:
+        """Where the goal lies as seen from the box."""
         [box], [goal] = self.state.boxes, self.room.goals
-        return _offset_text(goal // self.room.width - box // self.room.width, goal % self.room.width - box % self.room.width)
+        width = self.room.width
+        return _offset(goal // width - box // width, goal % width - box % width)
 
 
-def _offset_text(vertical: int, sideways: int) -> str:
-    parts = []
-    if vertical:
-        parts.append(f"{abs(vertical)} {'up' if vertical < 0 else 'down'}")
-    if sideways:
-        parts.append(f"{abs(sideways)} {'left' if sideways < 0 else 'right'}")
-    return ", ".join(parts)
+def _offset(down: int, right: int) -> str:
+    parts = [f"{abs(down)} {'up' if down < 0 else 'down'}", f"{abs(right)} {'left' if right < 0 else 'right'}"]
+    return ", ".join(part for part, distance in zip(parts, (down, right), strict=True) if distance)
+
+
+class WarmCountdown(CountdownEnv):
+    """Countdown, played plain by somebody who sees one step ahead: the last one, if it is right, or any step."""
+
+    def wander(self, rng: np.random.Generator) -> list[str]:
+        return self._random(rng, lambda after: after == (self.target,))
+
+    def blunder(self, rng: np.random.Generator) -> list[str]:
+        return self._random(rng, lambda after: after != (self.target,))
+
+    def _random(self, rng: np.random.Generator, prefer: Callable[[Numbers], bool]) -> list[str]:
+        """Random steps, of those that lead where it is preferred as long as there are such."""
+        left, actions = self.left, list[str]()
+        while len(left) > 1:
+            ways = [(step, apply(left, step)) for step in steps(left)]
+            ways = [way for way in ways if prefer(way[1])] or ways
+            step, left = ways[rng.integers(len(ways))]
+            actions.append(combining(step))
+        return actions
 
 
 LOOKUP = Recipe(
@@ -218,17 +249,37 @@ SOKOBAN = Recipe(
         "Error: there is no box at row ", "Error: no way leads behind that box\n######\n#",
     ],
     forms={
-        "plain": 0.30,
+        "plain": 0.24,
         "plan": 0.12,
-        "solution": 0.16,
-        "demonstration": 0.08,
+        "solution": 0.18,
+        "demonstration": 0.10,
         "feedback": 0.08,
-        "attempt_right": 0.06,
+        "attempt_right": 0.08,
         "attempt_wrong": 0.08,
         "skill": 0.12,
     },
     steps=700,
-    practised=lambda env: len(env.pushes(env.state)) == 1,
+    plain=WarmSokoban.wander,
 )  # fmt: skip
 
-RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC, "sokoban": SOKOBAN}
+COUNTDOWN = Recipe(
+    env=WarmCountdown,
+    words=("multiply", "add", "subtract", "divide"),
+    phrases=[
+        "Numbers: ", ". Target: ", ".", ", ", ", then ", ". Left: ", *(f" {op} " for op in OPERATORS), " = ", "\n", "> ",
+        " is not ", ": after ", " it was out of reach.",
+    ],
+    forms={
+        "plain": 0.30,
+        "plan": 0.12,
+        "solution": 0.20,
+        "demonstration": 0.10,
+        "feedback": 0.08,
+        "attempt_right": 0.08,
+        "attempt_wrong": 0.12,
+    },
+    steps=700,
+    plain=WarmCountdown.wander,
+)  # fmt: skip
+
+RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC, "sokoban": SOKOBAN, "countdown": COUNTDOWN}
