@@ -123,8 +123,8 @@ def expression(taken: Sequence[Combination]) -> str:
 def evaluate(text: str) -> tuple[int, list[int]]:
     """The value of an expression and the numbers in it, in the order in which they stand.
 
-    Whole numbers, `+ - * /` (or `× ÷`) and brackets are all it may hold, and every value on the way keeps the rules of the
-    game. The text is parsed, never run. Raises DataError, with the reason in words, for anything else.
+    Whole numbers, `+ - * /` (or `× ÷`) and brackets are all it may hold, and every value on the way keeps the rules
+    of the game. The text is parsed, never run. Raises DataError, with the reason in words, for anything else.
     """
     if len(text) > MOST_CHARACTERS:
         raise DataError(f"the expression has {len(text):,} characters; at most {MOST_CHARACTERS} are read")

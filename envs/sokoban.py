@@ -284,7 +284,8 @@ def _call(name: str, **arguments: str) -> str:
 def _level(level: int | Mapping[str, Any]) -> Level:
     if isinstance(level, int):
         if level not in LEVELS:
-            raise ConfigError(f"level = {level} is unknown. Allowed: {', '.join(map(str, LEVELS))}, or a level's fields")
+            known = ", ".join(map(str, LEVELS))
+            raise ConfigError(f"level = {level} is unknown. Allowed: {known}, or the fields of a level")
         return LEVELS[level]
     names = [field.name for field in fields(Level)]
     if set(level) != set(names):
@@ -311,10 +312,8 @@ def _read_directions(text: str) -> list[str]:
     return words
 
 
-def _draw(
-    rng: np.random.Generator, level: Level, pushes: int, split: str
-) -> tuple[Room, State, dict[State, Cost]]:
-    """A room and a state in it that takes this many pushes and can be lost, no box on a goal yet, of a board of this split."""
+def _draw(rng: np.random.Generator, level: Level, pushes: int, split: str) -> tuple[Room, State, dict[State, Cost]]:
+    """A room, and a state in it that takes this many pushes, can be lost, and whose board is of this split."""
     for _ in range(_DRAWS):
         room = _draw_room(rng, level)
         if room is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ _MOST_LENGTH = 2_000  # of a query, a text or a row, so that a row of a runaway 
 
 # Whatever is not here cannot be called: what reads files or loads code, what makes huge texts,
 # what is random or tells the time (a run is a function of its seed).
-_FUNCTIONS = frozenset(
-    "abs avg ceil ceiling coalesce concat concat_ws count cume_dist dense_rank first_value floor glob group_concat "
-    "ifnull iif instr lag last_value lead length like lower ltrim max min mod nth_value ntile nullif percent_rank pow "
-    "power rank replace round row_number rtrim sign sqrt string_agg substr substring sum total trim typeof unicode "
-    "upper".split()
-)
+_HARMLESS = """
+    abs avg ceil ceiling coalesce concat concat_ws count cume_dist dense_rank first_value floor glob group_concat
+    ifnull iif instr lag last_value lead length like lower ltrim max min mod nth_value ntile nullif percent_rank pow
+    power rank replace round row_number rtrim sign sqrt string_agg substr substring sum total trim typeof unicode upper
+"""
+_FUNCTIONS = frozenset(_HARMLESS.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,10 @@ WORLDS: dict[str, dict[str, Table]] = {
         ),
         "maker": Table(
             "maker", "makers", ("makers", "suppliers"), 4,
-            (Column("country", ("country", "nation"), _COUNTRIES), Column("staff", ("staff", "employees"), (5, 400), _TOTAL)),
+            (
+                Column("country", ("country", "nation"), _COUNTRIES),
+                Column("staff", ("staff", "employees"), (5, 400), _TOTAL),
+            ),
             titles=("Acme", "Borealis", "Corvo", "Delta", "Elm", "Fjord"),
         ),
         "city": _CITY,
@@ -136,7 +139,10 @@ WORLDS: dict[str, dict[str, Table]] = {
         ),
         "ward": Table(
             "ward", "wards", ("wards", "departments"), 4,
-            (Column("floor", ("floor", "level"), (1, 6), ("min", "max")), Column("number of beds", ("beds", "bed_count"), (4, 60), _TOTAL)),
+            (
+                Column("floor", ("floor", "level"), (1, 6), ("min", "max")),
+                Column("number of beds", ("beds", "bed_count"), (4, 60), _TOTAL),
+            ),
             titles=("Cardiology", "Surgery", "Oncology", "Neurology", "Paediatrics"),
         ),
         "city": _CITY,

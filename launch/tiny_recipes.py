@@ -266,8 +266,8 @@ COUNTDOWN = Recipe(
     env=WarmCountdown,
     words=("multiply", "add", "subtract", "divide"),
     phrases=[
-        "Numbers: ", ". Target: ", ".", ", ", ", then ", ". Left: ", *(f" {op} " for op in OPERATORS), " = ", "\n", "> ",
-        " is not ", ": after ", " it was out of reach.",
+        "Numbers: ", ". Target: ", ".", ", ", ", then ", ". Left: ", *(f" {op} " for op in OPERATORS), " = ", "\n",
+        "> ", " is not ", ": after ", " it was out of reach.",
     ],
     forms={
         "plain": 0.30,

@@ -12,7 +12,8 @@ from opd.envs import list_envs, make
 from opd.envs.sokoban import LEVELS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "worlds.md").read_text(encoding="utf-8")
-EPISODES = re.findall(r"```yaml\n(.*?)```\n\n```text\nseed (\d+), task (\d+) of the (\w+) split\n(.*?)\n```", PAGE, re.DOTALL)
+EPISODE = r"```yaml\n(.*?)```\n\n```text\nseed (\d+), task (\d+) of the (\w+) split\n(.*?)\n```"
+EPISODES = re.findall(EPISODE, PAGE, re.DOTALL)
 
 
 def as_call(env, action):
@@ -42,7 +43,9 @@ def test_an_episode_on_the_page_goes_as_it_is_shown(settings, seed, index, split
 
 def test_the_page_shows_an_episode_of_three_worlds_and_names_all():
     assert len(EPISODES) == 3
-    assert set(re.findall(r"`(opd/\w+-v0)`", PAGE)) >= {env for env in list_envs() if "Sokoban" in env or "Count" in env}
+    worlds = {env for env in list_envs() if re.match("opd/(Sokoban|Countdown|Sql)", env)}
+    assert len(worlds) == 5
+    assert set(re.findall(r"`(opd/\w+-v0)`", PAGE)) >= worlds
 
 
 def test_the_levels_of_sokoban_are_those_of_the_table():
