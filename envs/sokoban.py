@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,11 +22,11 @@ from opd.envs.sokoban_board import (
     Cost,
     Room,
     State,
+    best_moves,
     can_be_lost,
     count_states,
     distances,
     same_under_symmetry,
-    solution,
 )
 from opd.envs.text_env import Reply, Start, task_split
 from opd.envs.tool_calls import CLOSE, OPEN
@@ -142,7 +142,7 @@ class _Puzzle(ToolEnv):
             return 1.0
         return self.partial * len(self.state.boxes & self.room.goals) / len(self.room.goals)
 
-    def _step(self, following: State, direction: str) -> bool:
+    def _go(self, following: State, direction: str) -> bool:
         """Go on to a state one move further; whether that ended the episode."""
         self.state = following
         if following.boxes == self.room.goals:
@@ -156,7 +156,7 @@ class _Puzzle(ToolEnv):
 
     def by_push(self, state: State) -> list[list[str]]:
         """The best moves from a state, cut after each push. Raises EnvError when it cannot be solved."""
-        moves = solution(self.room, state, self.costs)
+        moves = best_moves(self.room, state, self.costs)
         if moves is None:
             raise EnvError("this state cannot be solved")
         cut: list[list[str]] = []
@@ -220,7 +220,7 @@ class SokobanEnv(_Puzzle):
             if following is None:
                 made = f"; of {len(moves)} moves {number} {'was' if number == 1 else 'were'} made"
                 raise ToolError(f"the way {direction} is blocked{made if len(moves) > 1 else ''}\n{self.board}")
-            if self._step(following, direction):
+            if self._go(following, direction):
                 break
         return self.board
 
@@ -262,7 +262,7 @@ class SokobanPushEnv(_Puzzle):
         following = self.room.move(behind, direction)
         if following is None:
             raise ToolError(f"the way {direction} is blocked\n{self.board}")
-        self._step(following, direction)
+        self._go(following, direction)
         return self.board
 
     def solution(self) -> list[str]:
@@ -275,6 +275,23 @@ class SokobanPushEnv(_Puzzle):
         """The action that makes a push."""
         row, column = divmod(push.box, self.room.width)
         return _call("push", row=str(row + 1), column=str(column + 1), direction=push.direction)
+
+
+def offset(room: Room, state: State) -> tuple[int, int]:
+    """How far below and to the right of its one box the goal of a room lies. Raises ValueError where there are more."""
+    [box], [goal] = state.boxes, room.goals
+    return goal // room.width - box // room.width, goal % room.width - box % room.width
+
+
+def note(down: int, right: int, pushes: Sequence[str]) -> str:
+    """What to remember of a puzzle with one box: where the goal lay as seen from the box, and what solved it.
+
+    >>> note(-1, 2, ["right", "right", "up"])
+    'Goal 1 up, 2 right of the box: push right, right, up.'
+    """
+    vertical, sideways = "up" if down < 0 else "down", "left" if right < 0 else "right"
+    where = [f"{abs(n)} {word}" for n, word in ((down, vertical), (right, sideways)) if n]
+    return f"Goal {', '.join(where)} of the box: push {', '.join(pushes)}."
 
 
 def _call(name: str, **arguments: str) -> str:

@@ -129,7 +129,7 @@ def read(text: str) -> tuple[Room, State]:
     if set(border) != {WALL} or len(players) != 1 or len(boxes) != len(goals) or not boxes:
         raise DataError(f"a board has walls all around, one player, and as many boxes as goals; got {text!r:.200}")
     floor = frozenset(range(len(symbols))) - where[WALL]
-    return Room(width, len(rows), floor, goals), State(*players, boxes)
+    return Room(width, len(rows), floor, goals), State(min(players), boxes)
 
 
 def distances(room: Room, *, shortest: Shortest = "pushes") -> dict[State, Cost]:
@@ -166,15 +166,13 @@ def _before(room: Room, state: State) -> Iterator[tuple[State, int]]:
         behind = 2 * state.player - ahead
         if behind not in room.floor or behind in state.boxes:
             continue
-        # A solved state is the end of an episode: nobody walks on in it.
-        if state.boxes != room.goals:
-            yield State(behind, state.boxes), 0
+        yield State(behind, state.boxes), 0
         if ahead in state.boxes:
             yield State(behind, state.boxes - {ahead} | {state.player}), 1
 
 
-def solution(room: Room, state: State, costs: dict[State, Cost]) -> list[str] | None:
-    """The moves that solve it at the cost that `distances` found, or None when nothing does.
+def best_moves(room: Room, state: State, costs: dict[State, Cost]) -> list[str] | None:
+    """The moves that solve a state at the cost that `distances` found, or None when nothing does.
 
     Of equally good moves the first of up, down, left, right is taken: like states have like solutions.
     """
@@ -213,7 +211,7 @@ def can_be_lost(room: Room, state: State, costs: dict[State, Cost]) -> bool:
 def solve(board: str, *, shortest: Shortest = "pushes") -> list[str] | None:
     """The best moves for a board in text, or None when it cannot be solved. Raises DataError as above."""
     room, state = read(board)
-    return solution(room, state, distances(room, shortest=shortest))
+    return best_moves(room, state, distances(room, shortest=shortest))
 
 
 def same_under_symmetry(board: str) -> str:

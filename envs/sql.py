@@ -151,7 +151,7 @@ class SqlEnv(ToolEnv):
 
     def _answer_to(self, question: Question) -> str | int | float | None:
         """The one right answer, or None where it is empty, shared by two, or the same without the conditions."""
-        found = self._first(question.query(self.schema))
+        found: str | int | float | None = self._first(question.query(self.schema))
         if found in (None, 0) or found == self._first(replace(question, filters=()).query(self.schema)):
             return None
         if question.how == "most":

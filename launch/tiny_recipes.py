@@ -20,7 +20,7 @@ from opd.envs.countdown import CountdownEnv
 from opd.envs.countdown import call as combining
 from opd.envs.countdown_solver import OPERATORS, Numbers, apply, steps
 from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
-from opd.envs.sokoban import Push, SokobanPushEnv
+from opd.envs.sokoban import Push, SokobanPushEnv, note, offset
 from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
 
@@ -125,21 +125,22 @@ class WarmArithmetic(ArithmeticEnv):
 
 
 class WarmSokoban(SokobanPushEnv):
-    """Sokoban, played plain by somebody who sees one push ahead: the push that solves the puzzle, or any push.
+    """Sokoban, played plain by somebody who knows what a push is and makes any.
 
-    So the student learns the rules and no plans; only privileged text shows it what to do from further away.
+    So the student learns the rules and no plans; only privileged text makes it play to win.
     """
 
     def wander(self, rng: np.random.Generator) -> list[str]:
+        """Random pushes, until the puzzle is solved or lost, or the turns are used up."""
         state, actions = self.state, list[str]()
-        while state in self.costs and state.boxes != self.room.goals and len(actions) < self.level.pushes[1] + 2:
+        while state in self.costs and state.boxes != self.room.goals and len(actions) != self.max_steps:
             ways = self._ways(state)
-            push, state = next((w for w in ways if w[1].boxes == self.room.goals), ways[rng.integers(len(ways))])
+            push, state = ways[rng.integers(len(ways))]
             actions.append(self.call(push))
         return actions
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        """Random pushes until the puzzle is lost; begun again when too many were made or only the right one is left."""
+        """Random pushes until the puzzle is lost; begun again after too many, or where only the right one is left."""
         state, actions = self.state, list[str]()
         while state in self.costs:
             ways = [way for way in self._ways(state) if way[1].boxes != self.room.goals]
@@ -162,25 +163,14 @@ class WarmSokoban(SokobanPushEnv):
         return ways
 
     def skill(self, rng: np.random.Generator) -> str:
-        notes = {self.offset(): [push.direction for push in self.pushes(self.state)]}
+        where = offset(self.room, self.state)
+        notes = {where: note(*where, [push.direction for push in self.pushes(self.state)])}
         while len(notes) < 3:
             down, right = rng.integers(-3, 4, size=2).tolist()
             ways = ["up" if down < 0 else "down"] * abs(down) + ["left" if right < 0 else "right"] * abs(right)
             if 0 < len(ways) <= 3:
-                notes.setdefault(_offset(down, right), rng.permutation(ways).tolist())
-        lines = [f"Goal {where} of the box: push {', '.join(pushes)}." for where, pushes in notes.items()]
-        return "\n".join(str(line) for line in rng.permutation(lines))
-
-    def offset(self) -> str:
-        """Where the goal lies as seen from the box."""
-        [box], [goal] = self.state.boxes, self.room.goals
-        width = self.room.width
-        return _offset(goal // width - box // width, goal % width - box % width)
-
-
-def _offset(down: int, right: int) -> str:
-    parts = [f"{abs(down)} {'up' if down < 0 else 'down'}", f"{abs(right)} {'left' if right < 0 else 'right'}"]
-    return ", ".join(part for part, distance in zip(parts, (down, right), strict=True) if distance)
+                notes.setdefault((down, right), note(down, right, rng.permutation(ways).tolist()))
+        return "\n".join(str(line) for line in rng.permutation(list(notes.values())))
 
 
 class WarmCountdown(CountdownEnv):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opd.envs import make
-from opd.envs.sokoban import LEVELS, Level, SokobanEnv, SokobanPushEnv
+from opd.envs.sokoban import LEVELS, Level, SokobanEnv, SokobanPushEnv, note, offset
 from opd.envs.sokoban_board import distances, read, same_under_symmetry, solve
 from opd.envs.text_env import task_split
 from opd.errors import ConfigError, EnvError
@@ -274,3 +274,11 @@ def test_the_same_seed_gives_the_same_puzzle_whatever_was_played_before():
         _, info = env.reset(seed=seed)
         move(env, str(rng.choice(["up", "left"])))
         assert other.reset(seed=seed)[1] == info
+
+
+def test_a_note_tells_where_the_goal_lies_and_what_solved_the_puzzle():
+    env = at("#######\n#____@#\n#$___.#\n#######")
+    assert offset(env.room, env.state) == (0, 4)
+    assert note(0, 4, ["right"] * 4) == "Goal 4 right of the box: push right, right, right, right."
+    assert note(-1, 2, ["right", "right", "up"]) == "Goal 1 up, 2 right of the box: push right, right, up."
+    assert note(2, -1, ["left", "down", "down"]) == "Goal 2 down, 1 left of the box: push left, down, down."

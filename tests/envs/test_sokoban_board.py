@@ -13,11 +13,11 @@ from opd.envs.sokoban import Level, _draw_room
 from opd.envs.sokoban_board import (
     DIRECTIONS,
     State,
+    best_moves,
     can_be_lost,
     distances,
     read,
     same_under_symmetry,
-    solution,
     solve,
 )
 from opd.errors import DataError
@@ -81,7 +81,7 @@ def test_a_solution_solves_with_the_pushes_and_moves_that_it_promises(seed):
     room = rooms(seed)
     costs = distances(room)
     for state, cost in list(costs.items())[::7]:
-        moves = solution(room, state, costs)
+        moves = best_moves(room, state, costs)
         pushes = 0
         for direction in moves:
             following = room.move(state, direction)
@@ -130,6 +130,8 @@ def test_walking_goes_around_boxes_and_not_through_them():
 
 def test_a_puzzle_that_only_the_right_push_can_touch_cannot_be_lost():
     room, state = read(STRAIGHT)
+    assert not can_be_lost(room, state, distances(room))
+    room, state = read("#######\n#@$_._#\n#######")  # beyond the goal, but then the game is over
     assert not can_be_lost(room, state, distances(room))
     room, state = read("######\n#@___#\n#_$_.#\n#____#\n######")
     assert can_be_lost(room, state, distances(room))

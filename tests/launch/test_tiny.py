@@ -22,6 +22,7 @@ from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs.lookup import MEANING
+from opd.envs.sokoban import note, offset
 from opd.envs.text_env import task_split
 from opd.errors import ConfigError
 from opd.launch import tiny
@@ -228,25 +229,25 @@ def success_of(name, play, *, index):
     return np.mean(solved)
 
 
-def test_what_is_shown_plain_is_the_play_of_somebody_who_sees_one_step_ahead():
+def test_what_is_shown_plain_is_play_that_knows_the_rules_and_succeeds_by_luck():
     play = RECIPES["sokoban"].plain
-    assert success_of("sokoban", play, index=0) == 1.0  # one push
-    assert 0.3 < success_of("sokoban", play, index=1) < 0.6  # two
-    assert 0.05 < success_of("sokoban", play, index=2) < 0.3  # three
+    assert 0.3 < success_of("sokoban", play, index=0) < 0.6  # one push
+    assert 0.05 < success_of("sokoban", play, index=2) < 0.25  # three
     assert 0.2 < success_of("countdown", RECIPES["countdown"].plain, index=0) < 0.45
 
 
-def test_a_note_on_a_puzzle_tells_its_pushes_among_other_things():
+def test_a_skill_of_sokoban_tells_the_pushes_of_this_puzzle_among_those_of_others():
     env, rng = RECIPES["sokoban"].env(), np.random.default_rng(0)
     for seed in range(50):
         env.reset(seed=seed, options={"split": "warm", "index": seed})
-        notes = dict(re.findall(r"Goal ([\w, ]+) of the box: push ([\w, ]+)\.", env.skill(rng)))
-        assert len(notes) == 3
-        assert ", ".join(push.direction for push in env.pushes(env.state)) == notes[env.offset()]
-        for where, pushes in notes.items():
-            if where != env.offset():
-                told = re.findall(r"(\d) (\w+)", where)
-                assert sorted(pushes.split(", ")) == sorted(side for n, side in told for _ in range(int(n)))
+        notes = re.findall(r"^Goal ([\w, ]+) of the box: push ([\w, ]+)\.$", env.skill(rng), re.MULTILINE)
+        assert len(dict(notes)) == 3
+        right = note(*offset(env.room, env.state), [push.direction for push in env.pushes(env.state)])
+        others = [n for n in notes if f"Goal {n[0]} of the box: push {n[1]}." != right]
+        assert len(others) == 2
+        for where, pushes in others:
+            told = re.findall(r"(\d) (\w+)", where)
+            assert sorted(pushes.split(", ")) == sorted(side for n, side in told for _ in range(int(n)))
 
 
 def test_a_skill_explains_every_word_that_cannot_be_known():
