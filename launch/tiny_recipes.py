@@ -257,7 +257,7 @@ COUNTDOWN = Recipe(
     words=("multiply", "add", "subtract", "divide"),
     phrases=[
         "Numbers: ", ". Target: ", ".", ", ", ", then ", ". Left: ", *(f" {op} " for op in OPERATORS), " = ", "\n",
-        "> ", " is not ", ": after ", " it was out of reach.",
+        "> ", " is not ", ": after ", " it was out of reach.", *map(str, range(10, 101)),
     ],
     forms={
         "plain": 0.30,
@@ -268,7 +268,7 @@ COUNTDOWN = Recipe(
         "attempt_right": 0.08,
         "attempt_wrong": 0.12,
     },
-    steps=700,
+    steps=1000,
     plain=WarmCountdown.wander,
 )  # fmt: skip
 
