@@ -6,7 +6,6 @@ one expression. Every number is used exactly once, as in the tasks that language
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -24,7 +23,7 @@ from opd.envs.countdown_solver import (
     steps,
 )
 from opd.envs.text_env import Reply, Start, TextEnv, task_split
-from opd.envs.tool_calls import CLOSE, OPEN
+from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, DataError, EnvError
 
@@ -220,8 +219,7 @@ def question(numbers: Numbers, target: int) -> str:
 
 def call(step: Combination) -> str:
     """The action that makes a step."""
-    arguments = {"a": str(step.a), "op": step.op, "b": str(step.b)}
-    return f"{OPEN}{json.dumps({'name': 'combine', 'arguments': arguments})}{CLOSE}"
+    return format_call("combine", {"a": str(step.a), "op": step.op, "b": str(step.b)})
 
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

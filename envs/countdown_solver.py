@@ -148,7 +148,7 @@ def _value(node: ast.expr, numbers: list[int]) -> int:
     if isinstance(node, ast.BinOp) and type(node.op) in _SYMBOLS:
         left = _value(node.left, numbers)
         return combine(left, _SYMBOLS[type(node.op)], _value(node.right, numbers))
-    if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= MOST_VALUE:
+    if isinstance(node, ast.Constant) and type(node.value) is int and 1 <= node.value <= MOST_VALUE:
         numbers.append(node.value)
         return node.value
-    raise DataError(f"an expression may hold whole numbers up to {MOST_VALUE:,}, + - * / and brackets, nothing else")
+    raise DataError(f"an expression may hold whole numbers from 1 to {MOST_VALUE:,}, + - * / and brackets, nothing else")

@@ -7,7 +7,6 @@ in `SokobanPushEnv` it names a push, and the way behind the box is found for it.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from opd.envs.sokoban_board import (
     same_under_symmetry,
 )
 from opd.envs.text_env import Reply, Start, task_split
-from opd.envs.tool_calls import CLOSE, OPEN
+from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
 
@@ -228,7 +227,7 @@ class SokobanEnv(_Puzzle):
         return [f"move {', '.join(moves)}" for moves in self.by_push(self.state)]
 
     def oracle(self) -> list[str]:
-        return [_call("move", directions=", ".join(moves)) for moves in self.by_push(self.state)]
+        return [format_call("move", {"directions": ", ".join(moves)}) for moves in self.by_push(self.state)]
 
 
 class SokobanPushEnv(_Puzzle):
@@ -274,7 +273,7 @@ class SokobanPushEnv(_Puzzle):
     def call(self, push: Push) -> str:
         """The action that makes a push."""
         row, column = divmod(push.box, self.room.width)
-        return _call("push", row=str(row + 1), column=str(column + 1), direction=push.direction)
+        return format_call("push", {"row": str(row + 1), "column": str(column + 1), "direction": push.direction})
 
 
 def offset(room: Room, state: State) -> tuple[int, int]:
@@ -292,10 +291,6 @@ def note(down: int, right: int, pushes: Sequence[str]) -> str:
     vertical, sideways = "up" if down < 0 else "down", "left" if right < 0 else "right"
     where = [f"{abs(n)} {word}" for n, word in ((down, vertical), (right, sideways)) if n]
     return f"Goal {', '.join(where)} of the box: push {', '.join(pushes)}."
-
-
-def _call(name: str, **arguments: str) -> str:
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': arguments})}{CLOSE}"
 
 
 def _level(level: int | Mapping[str, Any]) -> Level:

@@ -6,7 +6,6 @@ its columns and its rows are drawn for each task (`sql_worlds`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from opd.envs.sql_database import Database, show
 from opd.envs.sql_worlds import WORLDS, Question, Schema, draw_question, draw_schema, fill
 from opd.envs.text_env import Start, task_split
-from opd.envs.tool_calls import CLOSE, OPEN
+from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, DataError, EnvError
 
@@ -138,8 +137,8 @@ class SqlEnv(ToolEnv):
     def oracle(self) -> list[str]:
         """The actions of a perfect episode."""
         return [
-            call("query", sql=self.question.query(self.schema)),
-            call("answer", value=str(self.expected)),
+            format_call("query", {"sql": self.question.query(self.schema)}),
+            format_call("answer", {"value": str(self.expected)}),
         ]
 
     def _open(self, rng: np.random.Generator, world: str) -> None:
@@ -166,11 +165,6 @@ class SqlEnv(ToolEnv):
         unused = sorted(f"{table}.{column}" for table, column in self.question.needed(self.schema) - self.database.read)
         why = f"no query has used {', '.join(unused)}" if unused else "the right columns were read, but not in this way"
         return f"Wrong answer: {why}."
-
-
-def call(name: str, **arguments: str) -> str:
-    """The action that calls a tool."""
-    return f"{OPEN}{json.dumps({'name': name, 'arguments': arguments})}{CLOSE}"
 
 
 def _same(given: str, expected: str | int | float) -> bool:
