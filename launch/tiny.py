@@ -188,6 +188,7 @@ class EpisodeWriter:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.rng = np.random.default_rng(derive_seed("warm start", seed))
         self._env: Any = recipe.env()
+        self._plain = recipe.plain
         self._forms = list(recipe.forms)
         self._shares = np.array(list(recipe.forms.values())) / sum(recipe.forms.values())
         self._seed = seed
@@ -202,12 +203,12 @@ class EpisodeWriter:
         return int(self.tokenizer.pad_token_id)
 
     def sample(self, form: str | None = None) -> Sample:
-        """The next task's perfect episode, in a context of this form, or of one drawn by its share."""
+        """An episode of the next task, in a context of this form, or of one drawn by its share."""
         form = form or str(self.rng.choice(self._forms, p=self._shares))
         goal = task(self.written, split="warm", run_seed=self._seed)
         self.written += 1
         first, tools, texts = self._reset(goal)
-        right = self._play(self._env.oracle())
+        right = self._play(self._plain(self._env, self.rng) if form == "plain" else self._env.oracle())
         seen = in_first_user_message(first, lambda prompt: self._in_context(prompt, form, goal, texts, right))
         ids = self._chat.start(seen, tools)
         mask = [0] * len(ids)
@@ -225,6 +226,7 @@ class EpisodeWriter:
         if form in texts:
             return with_solution(prompt, texts[form])
         if form == "skill":
+            self._reset(goal)
             return with_skill(prompt, self._env.skill(self.rng))
         if form == "demonstration":
             return with_demonstration(prompt, right.text)

@@ -10,13 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from opd import privileged
 from opd.envs.arithmetic import ArithmeticEnv
+from opd.envs.countdown import CountdownEnv
+from opd.envs.countdown import call as combining
+from opd.envs.countdown_solver import OPERATORS, Numbers, apply, steps
 from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
+from opd.envs.sokoban import Push, SokobanPushEnv, note, offset
+from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
 
 
@@ -49,6 +54,8 @@ class Recipe:
     `demonstration`, `feedback`, `attempt_right`, `attempt_wrong` or `skill`."""
     steps: int
     batch: int = 16
+    plain: Callable[[Any, np.random.Generator], list[str]] = lambda env, _: list(env.oracle())
+    """The actions of an episode without privileged text: what the student can do by itself."""
 
 
 def privileged_phrases() -> list[str]:
@@ -117,6 +124,75 @@ class WarmArithmetic(ArithmeticEnv):
         return [str(self.result + int(rng.choice([-11, -10, -9, -1, 1, 9, 10, 11])))]
 
 
+class WarmSokoban(SokobanPushEnv):
+    """Sokoban, played plain by somebody who knows what a push is and makes any.
+
+    So the student learns the rules and no plans; only privileged text makes it play to win.
+    """
+
+    def wander(self, rng: np.random.Generator) -> list[str]:
+        """Random pushes, until the puzzle is solved or lost, or the turns are used up."""
+        state, actions = self.state, list[str]()
+        while state in self.costs and state.boxes != self.room.goals and len(actions) != self.max_steps:
+            ways = self._ways(state)
+            push, state = ways[rng.integers(len(ways))]
+            actions.append(self.call(push))
+        return actions
+
+    def blunder(self, rng: np.random.Generator) -> list[str]:
+        """Random pushes until the puzzle is lost; begun again after too many, or where only the right one is left."""
+        state, actions = self.state, list[str]()
+        while state in self.costs:
+            ways = [way for way in self._ways(state) if way[1].boxes != self.room.goals]
+            if not ways or len(actions) == self.max_steps:
+                state, actions = self.state, []
+                continue
+            push, state = ways[rng.integers(len(ways))]
+            actions.append(self.call(push))
+        return actions
+
+    def _ways(self, state: State) -> list[tuple[Push, State]]:
+        """Every push that can be made, and where it leads."""
+        ways = []
+        for box in sorted(state.boxes):
+            for direction in DIRECTIONS:
+                behind = self.room.walk(state, 2 * box - self.room.ahead(box, direction))
+                after = behind and self.room.move(behind, direction)
+                if after is not None:
+                    ways.append((Push(box, direction), after))
+        return ways
+
+    def skill(self, rng: np.random.Generator) -> str:
+        where = offset(self.room, self.state)
+        notes = {where: note(*where, [push.direction for push in self.pushes(self.state)])}
+        while len(notes) < 3:
+            down, right = rng.integers(-3, 4, size=2).tolist()
+            ways = ["up" if down < 0 else "down"] * abs(down) + ["left" if right < 0 else "right"] * abs(right)
+            if 0 < len(ways) <= 3:
+                notes.setdefault((down, right), note(down, right, rng.permutation(ways).tolist()))
+        return "\n".join(str(line) for line in rng.permutation(list(notes.values())))
+
+
+class WarmCountdown(CountdownEnv):
+    """Countdown, played plain by somebody who sees one step ahead: the last one, if it is right, or any step."""
+
+    def wander(self, rng: np.random.Generator) -> list[str]:
+        return self._random(rng, lambda after: after == (self.target,))
+
+    def blunder(self, rng: np.random.Generator) -> list[str]:
+        return self._random(rng, lambda after: after != (self.target,))
+
+    def _random(self, rng: np.random.Generator, prefer: Callable[[Numbers], bool]) -> list[str]:
+        """Random steps, of those that lead where it is preferred as long as there are such."""
+        left, actions = self.left, list[str]()
+        while len(left) > 1:
+            ways = [(step, apply(left, step)) for step in steps(left)]
+            ways = [way for way in ways if prefer(way[1])] or ways
+            step, left = ways[rng.integers(len(ways))]
+            actions.append(combining(step))
+        return actions
+
+
 LOOKUP = Recipe(
     env=SlangLookup,
     words=[*PEOPLE, *MEANING, *FIELDS, *(value for values in VALUES.values() for value in values)],
@@ -153,4 +229,47 @@ ARITHMETIC = Recipe(
     steps=700,
 )
 
-RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC}
+SOKOBAN = Recipe(
+    env=WarmSokoban,
+    words=DIRECTIONS,
+    phrases=[
+        "Solve this puzzle:\n", "######\n#", "#\n#", "#\n######", "\n> ######\n#", ", ", "push row ", "\npush row ",
+        "push the box at row ", ", column ", "Lost: the box at row ", " must not be pushed ", ".", ".\n",
+        "Goal ", " of the box: push ", "\n", " ", "Error: the way ", " is blocked\n######\n#",
+        "Error: there is no box at row ", "Error: no way leads behind that box\n######\n#",
+    ],
+    forms={
+        "plain": 0.24,
+        "plan": 0.12,
+        "solution": 0.18,
+        "demonstration": 0.10,
+        "feedback": 0.08,
+        "attempt_right": 0.08,
+        "attempt_wrong": 0.08,
+        "skill": 0.12,
+    },
+    steps=700,
+    plain=WarmSokoban.wander,
+)  # fmt: skip
+
+COUNTDOWN = Recipe(
+    env=WarmCountdown,
+    words=("multiply", "add", "subtract", "divide"),
+    phrases=[
+        "Numbers: ", ". Target: ", ".", ", ", ", then ", ". Left: ", *(f" {op} " for op in OPERATORS), " = ", "\n",
+        "> ", " is not ", ": after ", " it was out of reach.", *map(str, range(10, 101)),
+    ],
+    forms={
+        "plain": 0.30,
+        "plan": 0.12,
+        "solution": 0.20,
+        "demonstration": 0.10,
+        "feedback": 0.08,
+        "attempt_right": 0.08,
+        "attempt_wrong": 0.12,
+    },
+    steps=1000,
+    plain=WarmCountdown.wander,
+)  # fmt: skip
+
+RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC, "sokoban": SOKOBAN, "countdown": COUNTDOWN}

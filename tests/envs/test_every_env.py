@@ -1,17 +1,17 @@
 """One suite over every environment of ours, and the example: registering one tests it."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
 import warnings
 from pathlib import Path
 
-import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
-from opd.envs import TextSpace, check, list_envs, make
+from opd.envs import TextEnv, TextSpace, check, list_envs, make
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_env.py"
 spec = importlib.util.spec_from_file_location("custom_env_example", EXAMPLE)
@@ -106,24 +106,42 @@ def test_vector_environments_play_it(made, vector):
         envs.close()
 
 
-@pytest.mark.parametrize("text", ["", "Ω≈ç√ é 漢字 😀", "x" * 100_000])
+def speaking(env, text):
+    """The class of an environment, made to say nothing but `text`, at the start and at every step."""
+    cls = type(env)
+
+    class Speaking(cls):
+        if issubclass(cls, TextEnv):
+
+            def start(self, *args):
+                return dataclasses.replace(super().start(*args), prompt=text, system=None)
+
+            def respond(self, action):
+                said = [{"role": "user", "content": text}]
+                return dataclasses.replace(super().respond(action), messages=said)
+
+        else:
+
+            def reset(self, *, seed=None, options=None):
+                return text, super().reset(seed=seed, options=options)[1]
+
+            def step(self, action):
+                return text, *super().step(action)[1:]
+
+    return Speaking
+
+
+@pytest.mark.parametrize("text", ["", "Ω≈ç√ é 漢字 😀", "x" * 100_000], ids=["empty", "unicode", "100 kB"])
 @pytest.mark.parametrize("vector", [SyncVectorEnv, lambda fns: AsyncVectorEnv(fns, shared_memory=False)])
-def test_any_observation_passes_through_a_vector_environment(text, vector):
-    class Echo(gymnasium.Env):
-        def __init__(self):
-            self.observation_space = TextSpace()
-            self.action_space = TextSpace()
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            return text, {}
-
-        def step(self, action):
-            return action, 0.0, False, False, {}
-
-    envs = vector([Echo, Echo])
+def test_any_observation_passes_the_checker_and_a_vector_environment(made, text, vector):
+    env_id, kwargs = made
+    cls = speaking(make(env_id, kwargs).unwrapped, text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(cls(**kwargs), skip_render_check=True)
+    envs = vector([lambda: cls(**kwargs)] * 2)
     try:
         assert envs.reset(seed=0)[0] == (text, text)
-        assert envs.step((text, "other"))[0] == (text, "other")
+        assert envs.step(("", text))[0] == (text, text)
     finally:
         envs.close()

@@ -22,6 +22,7 @@ from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs.lookup import MEANING
+from opd.envs.sokoban import note, offset
 from opd.envs.text_env import task_split
 from opd.errors import ConfigError
 from opd.launch import tiny
@@ -132,7 +133,8 @@ def test_the_template_never_rewrites_what_it_rendered():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_episode_has_the_ids_that_a_rollout_of_it_would_have(name):
-    writer, env = WRITERS[name], RECIPES[name].env()
+    perfect = dataclasses.replace(RECIPES[name], plain=lambda env, _: env.oracle())
+    writer, env = EpisodeWriter(perfect, seed=0), RECIPES[name].env()
     chat = ChatFormat(writer.tokenizer)
     for _ in range(6):
         goal = task(writer.written, split="warm", run_seed=0)
@@ -159,8 +161,9 @@ def test_an_episode_has_the_ids_that_a_rollout_of_it_would_have(name):
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_every_form_shows_its_text_around_the_question_and_the_same_perfect_actions(name, form):
-    writer = EpisodeWriter(RECIPES[name], seed=1)
-    plain = EpisodeWriter(RECIPES[name], seed=1).sample("plain")
+    perfect = dataclasses.replace(RECIPES[name], plain=lambda env, _: env.oracle())
+    writer = EpisodeWriter(perfect, seed=1)
+    plain = EpisodeWriter(perfect, seed=1).sample("plain")
     sample = writer.sample(form)
     assert actions_of(writer, sample) == actions_of(writer, plain)
     question, _, rest = prompt_of(writer, plain).rpartition(END)
@@ -213,6 +216,38 @@ def test_a_third_of_the_words_mean_anything_but_mostly_not_what_they_really_mean
         assert min(shares, key=shares.get) == MEANING[word]
         assert 0.05 < right[word] < 0.14  # 1 in 11
         assert all(0.12 < share < 0.25 for field, share in shares.items() if field != MEANING[word])
+
+
+def success_of(name, play, *, index):
+    """How often `play(env, rng)` solves the warm tasks whose index leaves this rest when divided by 3."""
+    env, rng, solved = RECIPES[name].env(), np.random.default_rng(0), []
+    for n in range(index, 300, 3):
+        env.reset(seed=n, options={"split": "warm", "index": n})
+        for action in play(env, rng):
+            *_, info = env.step(action)
+        solved.append(info["success"])
+    return np.mean(solved)
+
+
+def test_what_is_shown_plain_is_play_that_knows_the_rules_and_succeeds_by_luck():
+    play = RECIPES["sokoban"].plain
+    assert 0.3 < success_of("sokoban", play, index=0) < 0.6  # one push
+    assert 0.05 < success_of("sokoban", play, index=2) < 0.25  # three
+    assert 0.2 < success_of("countdown", RECIPES["countdown"].plain, index=0) < 0.45
+
+
+def test_a_skill_of_sokoban_tells_the_pushes_of_this_puzzle_among_those_of_others():
+    env, rng = RECIPES["sokoban"].env(), np.random.default_rng(0)
+    for seed in range(50):
+        env.reset(seed=seed, options={"split": "warm", "index": seed})
+        notes = re.findall(r"^Goal ([\w, ]+) of the box: push ([\w, ]+)\.$", env.skill(rng), re.MULTILINE)
+        assert len(dict(notes)) == 3
+        right = note(*offset(env.room, env.state), [push.direction for push in env.pushes(env.state)])
+        others = [n for n in notes if f"Goal {n[0]} of the box: push {n[1]}." != right]
+        assert len(others) == 2
+        for where, pushes in others:
+            told = re.findall(r"(\d) (\w+)", where)
+            assert sorted(pushes.split(", ")) == sorted(side for n, side in told for _ in range(int(n)))
 
 
 def test_a_skill_explains_every_word_that_cannot_be_known():
@@ -305,7 +340,10 @@ def test_an_unknown_name_is_refused_with_those_that_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "low", "high"), [("lookup", 0.38, 0.57), ("arithmetic", 0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("lookup", 0.38, 0.57), ("arithmetic", 0.0, 0.5), ("sokoban", 0.2, 0.6), ("countdown", 0.15, 0.6)],
+)
 def test_a_warm_start_leaves_the_plain_task_open_and_makes_the_solution_useful(name, low, high):
     folder = build_tiny(name)
     chat = ChatFormat(AutoTokenizer.from_pretrained(folder))
