@@ -29,14 +29,15 @@ class CausalModel(nn.Module):
         """Makes `head_parameters` whole for as long as this micro-batch needs them; set where weights are sharded."""
         self.release: Callable[[], None] = _nothing
         """Gives back all that was gathered of sharded weights; set where they are."""
-        linear = self._transformer.get_output_embeddings()
+        linear: Any = self._transformer.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise ModelError(
                 f"the head of {type(self._transformer).__name__} is a {type(linear).__name__}, but must be a plain "
                 "linear layer (no adapter on it: leave it out of model.lora.targets)"
             )
         # In a tuple, which torch does not look into: asking the linear layer for a sharded weight gathers it for good.
-        self._head: tuple[nn.Parameter, nn.Parameter | None] = (linear.weight, linear.bias)
+        weight: Any = linear.weight  # a parameter; torch's own annotation says only that it is a tensor
+        self._head: tuple[nn.Parameter, nn.Parameter | None] = (weight, linear.bias)
         self._check_head()
 
     @property
