@@ -139,6 +139,8 @@ class Rubric:
         self.names = [part.name for part in self.parts]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"two reward functions have the same name: {', '.join(self.names)}; rename one")
+        if wrong := [name for name in self.names if not name.isprintable() or not 0 < len(name) <= 100]:
+            raise ConfigError(f"rewards: the name {wrong[0]!r:.120} must be 1 to 100 printable characters")
         if not time_limit > 0:
             raise ConfigError(f"time_limit = {time_limit!r} of the rewards must be more than 0 (seconds)")
         self.time_limit = time_limit

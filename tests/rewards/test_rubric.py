@@ -372,6 +372,12 @@ def test_a_time_limit_of_nothing_is_refused():
         Rubric("exact_match", time_limit=0)
 
 
+@pytest.mark.parametrize("name", ["", "a\nb", "a" * 101])
+def test_a_name_that_cannot_be_that_of_a_metric_is_refused(name):
+    with pytest.raises(ConfigError, match="must be 1 to 100 printable characters"):
+        Rubric({name: Part(reward="exact_match")})
+
+
 # -- TRL's own --------------------------------------------------------------------------------------------------
 
 
