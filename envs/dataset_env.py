@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from opd.envs.tables import Row, Table, disjoint, load_dataset, load_file, looks_like_file
-from opd.envs.text_env import SPLITS, Reply, Start, TextEnv
+from opd.envs.tables import Row, Table, by_split, checked_prompt, disjoint
+from opd.envs.text_env import Reply, Start, TextEnv
 from opd.errors import ConfigError, DataError, EnvError
 from opd.rewards import Rewards, Rubric, Score
 from opd.types import Message
@@ -60,7 +60,7 @@ class DatasetEnv(TextEnv):
         self.conversational = conversational
         self.success_threshold = success_threshold
         self.rubric = Rubric(rewards, time_limit=reward_timeout)
-        tables = _tables(path, name, splits)
+        tables = by_split(path, name, splits)
         for table in tables.values():
             self._check_columns(table)
         self._rows = disjoint(tuple(tables.items()), prompt_column, held_out)
@@ -74,7 +74,7 @@ class DatasetEnv(TextEnv):
         if not 0 <= number < len(rows):
             raise EnvError(f"index {number} is outside the {split} split, which has {len(rows)} rows")
         self._row = rows[number]
-        self._prompt = _checked_prompt(self._row[self.prompt_column], where=f"{self.prompt_column}, {split} {number}")
+        self._prompt = checked_prompt(self._row[self.prompt_column], where=f"{self.prompt_column}, {split} {number}")
         privileged = {key: str(self._row[column]) for key, column in self.privileged_columns.items()}
         if empty := [column for column in self.privileged_columns.values() if self._row[column] is None]:
             raise DataError(f"{empty[0]}, {split} {number}: there is nothing for the teacher to see; remove the row")
@@ -91,7 +91,7 @@ class DatasetEnv(TextEnv):
         super().close()
 
     def _score(self, action: str) -> Score:
-        columns = {column: value for column, value in self._row.items() if column not in _RESERVED}
+        columns = {column: value for column, value in self._row.items() if column not in RESERVED}
         if self.answer_column is not None:
             columns["answer"] = self._row[self.answer_column]
         prompt = self._prompt
@@ -113,50 +113,8 @@ class DatasetEnv(TextEnv):
         if self.answer_column is not None:
             table.require(self.answer_column, setting="answer_column")
         renamed = [] if self.answer_column is None else ["answer"]
-        self.rubric.require([*(column for column in table.columns if column not in _RESERVED), *renamed])
+        self.rubric.require([*(column for column in table.columns if column not in RESERVED), *renamed])
 
 
-_RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
+RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 """Columns that are not passed on: TRL keeps these names for its own arguments."""
-
-
-def _tables(path: str | Mapping[str, str], name: str | None, splits: Mapping[str, str] | None) -> dict[str, Table]:
-    """Each split's table, as the three settings say together."""
-    if isinstance(path, str) and not looks_like_file(path):
-        return _dataset_tables(path, name, splits or {"train": "train"})
-    if name is not None or splits is not None:
-        raise ConfigError("name and splits are for data sets; for files write path: {train: FILE, eval: FILE}")
-    files = {"train": path} if isinstance(path, str) else path
-    _check_splits(files, setting="path")
-    return {split: load_file(file) for split, file in files.items()}
-
-
-def _dataset_tables(path: str, name: str | None, splits: Mapping[str, str]) -> dict[str, Table]:
-    _check_splits(splits, setting="splits")
-    tables = load_dataset(path, name)
-    for theirs in splits.values():
-        if theirs not in tables:
-            raise ConfigError(f"splits: {path} has no split {theirs!r}. Its splits: {', '.join(tables)}")
-    return {ours: tables[theirs] for ours, theirs in splits.items()}
-
-
-def _check_splits(chosen: Mapping[str, str], *, setting: str) -> None:
-    if unknown := [split for split in chosen if split not in SPLITS]:
-        raise ConfigError(f"{setting}: there is no split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
-    if "train" not in chosen:
-        raise ConfigError(f"{setting} names no train split")
-
-
-def _checked_prompt(prompt: object, *, where: str) -> str | list[Message]:
-    """Raise DataError unless the prompt is text or a list of messages."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
-    raise DataError(f"{where}: a prompt must be a string or a list of messages, not {prompt!r:.80}")
-
-
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import partial
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -17,6 +18,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
+from opd.envs import adapters
+from opd.envs.adapters import Adapter
 from opd.errors import ConfigError
 
 _IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[\w./-]+)")
@@ -32,7 +35,9 @@ def validate_id(env_id: str) -> None:
 
     Cheap: nothing of the environment is imported, so a mistyped id is found before torch is loaded.
     """
-    if named := _IN_MODULE.fullmatch(env_id):
+    if adapted := adapters.find(env_id):
+        adapted[0].require()
+    elif named := _IN_MODULE.fullmatch(env_id):
         if _find_module(named["module"]) is None:
             raise ConfigError(
                 f"env.id: {env_id!r} names the module {named['module']!r}, which cannot be found. "
@@ -54,14 +59,16 @@ def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[
     reset comes first) apply; they pass `info` on as it is. gymnasium's passive checker is left out: it looks at
     the first reset and step only, in every one of the many environments of a run, and prints what `check` reports
     once. `package.module:Class` is called directly; `package.module:Id-v0` is gymnasium's own form for an id that
-    the module registers when it is imported.
+    the module registers when it is imported. `LIBRARY:NAME` is another library's environment (`opd.envs.adapters`).
 
     Raises ConfigError for an unknown id or argument, or spaces that are not text.
     """
     validate_id(env_id)
     kwargs = dict(kwargs or {})
     module, _, name = env_id.rpartition(":")
-    if module and name.isidentifier():
+    if adapted := adapters.find(env_id):
+        env = _from_adapter(env_id, *adapted, kwargs)
+    elif module and name.isidentifier():
         env = _from_class(env_id, kwargs)
     else:
         env = _from_registry(module, name, kwargs)
@@ -72,6 +79,12 @@ def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[
                 f"env.id: {env_id!r} has {attribute} = {space}; it must be text, such as opd.envs.TextSpace()"
             )
     return env
+
+
+def _from_adapter(env_id: str, adapter: Adapter, name: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    creator = pkgutil.resolve_name(adapter.entry_point)
+    _check_kwargs(env_id, partial(creator, name), kwargs)
+    return creator(name, **kwargs)  # type: ignore[no-any-return]  # an adapter of ours
 
 
 def _from_class(path: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:

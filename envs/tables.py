@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from opd.envs.text_env import task_split
+from opd.envs.text_env import SPLITS, task_split
 from opd.errors import ConfigError, DataError
+from opd.types import Message
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,33 @@ def _parse_row(line: str, *, where: str) -> dict[str, Any]:
     return row
 
 
+def by_split(path: str | Mapping[str, str], name: str | None, splits: Mapping[str, str] | None) -> dict[str, Table]:
+    """Each split's table, as the three settings say together. Raises ConfigError when they do not fit."""
+    if isinstance(path, str) and not looks_like_file(path):
+        return _dataset_tables(path, name, splits or {"train": "train"})
+    if name is not None or splits is not None:
+        raise ConfigError("name and splits are for data sets; for files write path: {train: FILE, eval: FILE}")
+    files = {"train": path} if isinstance(path, str) else path
+    _check_splits(files, setting="path")
+    return {split: load_file(file) for split, file in files.items()}
+
+
+def _dataset_tables(path: str, name: str | None, splits: Mapping[str, str]) -> dict[str, Table]:
+    _check_splits(splits, setting="splits")
+    tables = load_dataset(path, name)
+    for theirs in splits.values():
+        if theirs not in tables:
+            raise ConfigError(f"splits: {path} has no split {theirs!r}. Its splits: {', '.join(tables)}")
+    return {ours: tables[theirs] for ours, theirs in splits.items()}
+
+
+def _check_splits(chosen: Mapping[str, str], *, setting: str) -> None:
+    if unknown := [split for split in chosen if split not in SPLITS]:
+        raise ConfigError(f"{setting}: there is no split {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
+    if "train" not in chosen:
+        raise ConfigError(f"{setting} names no train split")
+
+
 @lru_cache(maxsize=16)
 def disjoint(tables: tuple[tuple[str, Table], ...], prompt_column: str, held_out: float) -> dict[str, list[Row]]:
     """The rows of each split, so that no prompt is in two of them; shared by all callers, so not to be changed.
@@ -139,3 +167,18 @@ def _is_held_out(key: str, share: float) -> bool:
 
 def _key(prompt: object) -> str:
     return json.dumps(prompt, sort_keys=True, default=str)
+
+
+def checked_prompt(prompt: object, *, where: str) -> str | list[Message]:
+    """Raise DataError unless the prompt is text or a list of messages."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return prompt
+    raise DataError(f"{where}: a prompt must be a string or a list of messages, not {prompt!r:.80}")
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

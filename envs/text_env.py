@@ -71,6 +71,8 @@ class Reply:
     """What the model reads next; empty when the episode ends without a word."""
     reward: float = 0.0
     terminated: bool = False
+    truncated: bool = False
+    """Whether a limit of the environment's own ended the episode, which is no verdict on it."""
     success: bool = False
     feedback: str | None = None
     """What to say about a failure; a teacher may be shown it, the student reads `messages` only."""
@@ -130,7 +132,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
             raise EnvError(f"{type(self).__name__}.step was called with no episode running; call reset first")
         reply = self.respond(action)
         self._steps += 1
-        truncated = not reply.terminated and self._steps == self.max_steps
+        truncated = not reply.terminated and (reply.truncated or self._steps == self.max_steps)
         self._running = not (reply.terminated or truncated)
         info: dict[str, Any] = {"success": reply.success}
         if reply.feedback is not None:

@@ -1,0 +1,63 @@
+"""Other people's environments, unchanged. Each is named `LIBRARY:NAME`, where NAME is what that library calls it.
+
+    env: gymnasium:FrozenLake-v1
+    env: {id: "textarena:GuessTheNumber-v0", kwargs: {config: {max_number: 9}}}
+
+In every adapter `config` holds the arguments of the library's own constructor; the other arguments are ours.
+Nothing of a library is imported before one of its environments is made (docs/adapters.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from opd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """How the environments of one library are made."""
+
+    entry_point: str
+    """A `gymnasium.Env` class whose first argument is the NAME."""
+    package: str
+    """What must be importable."""
+    extra: str | None
+    """Our extra that installs it; None for what is always there."""
+    named: str
+    """What a NAME is, in words."""
+
+    def require(self) -> None:
+        """Raise ConfigError, which names the extra, unless the package is installed. Imports nothing."""
+        if importlib.util.find_spec(self.package) is None:
+            raise ConfigError(
+                f"env.id: this environment needs the package {self.package}, which is not installed: "
+                f"pip install 'opd[{self.extra}]'"
+            )
+
+
+ADAPTERS = {
+    "gymnasium": Adapter("opd.envs.adapters.discrete:DiscreteEnv", "gymnasium", None, "an id of discrete actions"),
+    "reasoning_gym": Adapter(
+        "opd.envs.adapters.reasoning_gym:ReasoningGymEnv", "reasoning_gym", "reasoning-gym", "the name of a data set"
+    ),
+    "skyrl_gym": Adapter(
+        "opd.envs.adapters.skyrl_gym:SkyRLGymEnv", "skyrl_gym", "skyrl-gym", "the id of an environment"
+    ),
+    "textarena": Adapter("opd.envs.adapters.textarena:TextArenaEnv", "textarena", "textarena", "the id of a game"),
+    "trl": Adapter("opd.envs.adapters.trl:TrlEnv", "trl", None, "an import path, my_package.my_module:MyEnvironment"),
+}
+
+
+def find(env_id: str) -> tuple[Adapter, str] | None:
+    """The adapter that an id asks for, and the NAME in it; None for an id that is no adapter's.
+
+    Raises ConfigError when there is no NAME.
+    """
+    library, colon, name = env_id.partition(":")
+    if not colon or library not in ADAPTERS:
+        return None
+    if not name.strip():
+        raise ConfigError(f"env.id: {env_id!r} must go on after the colon with {ADAPTERS[library].named}")
+    return ADAPTERS[library], name
