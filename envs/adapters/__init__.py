@@ -39,6 +39,8 @@ class Adapter:
 
 ADAPTERS = {
     "gymnasium": Adapter("opd.envs.adapters.discrete:DiscreteEnv", "gymnasium", None, "an id of discrete actions"),
+    "mcp": Adapter("opd.envs.adapters.mcp:McpEnv", "mcp", "mcp", "the command that starts the server, or its URL"),
+    "openenv": Adapter("opd.envs.adapters.openenv:OpenEnv", "websockets", "openenv", "the address of a server"),
     "reasoning_gym": Adapter(
         "opd.envs.adapters.reasoning_gym:ReasoningGymEnv", "reasoning_gym", "reasoning-gym", "the name of a data set"
     ),
@@ -46,6 +48,9 @@ ADAPTERS = {
         "opd.envs.adapters.skyrl_gym:SkyRLGymEnv", "skyrl_gym", "skyrl-gym", "the id of an environment"
     ),
     "textarena": Adapter("opd.envs.adapters.textarena:TextArenaEnv", "textarena", "textarena", "the id of a game"),
+    "textworld": Adapter(
+        "opd.envs.adapters.textworld:TextWorldEnv", "textworld", "textworld", "a .z8 file or a folder of them"
+    ),
     "trl": Adapter("opd.envs.adapters.trl:TrlEnv", "trl", None, "an import path, my_package.my_module:MyEnvironment"),
 }
 

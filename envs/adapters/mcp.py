@@ -1,0 +1,260 @@
+"""The tools of an MCP server as an environment: `mcp:python my_server.py`, or `mcp:http://localhost:8000/mcp`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from opd.envs.adapters.rows import Rows
+from opd.envs.dataset_env import RESERVED
+from opd.envs.tables import Row
+from opd.envs.text_env import Reply, Start
+from opd.envs.tool_env import ToolEnv, ToolError
+from opd.envs.tools import Tool
+from opd.errors import ConfigError, EnvError
+from opd.rewards import Rewards, Rubric
+
+logger = logging.getLogger(__name__)
+
+_MOST_SCHEMA = 100_000
+"""Characters that the tools of one server may take in a prompt."""
+_MOST_PAGES = 16
+_CLOSING = 10.0
+"""Seconds for a server to end; the SDK kills it, and what it started, after about six."""
+
+
+class McpEnv(ToolEnv):
+    """A row of a table is the task, the server's tools are the tools, and the first turn without a call is the answer.
+
+    A server is somebody else's program. One that cannot be started or does not list its tools in time fails the
+    episode; one that dies, hangs or floods later is stopped, and this and every later call of the episode is
+    answered with an error text. Its process ends with the environment.
+
+    Args:
+        name: a command line, run without a shell, or the URL of a server (streamable HTTP).
+        data: the rows: a file, one for each split, or a data set (see `opd/Dataset-v0`).
+        rewards: what scores the answer: built-in names or functions in TRL's signature, which get messages.
+        config: for a command: `env`, variables beside the few that are inherited (PATH, HOME, ...), and `cwd`.
+        tools: the names of the tools to offer; by default all.
+        fresh: whether every episode gets a server process (or a session) of its own, so that none sees what
+            another left there. Without, starting up costs nothing, and the tools must keep no state.
+        call_timeout: seconds that a call, or starting the server, may take; `rollout.step_timeout` must be larger.
+        prompt_column: the column of the prompt, text or messages.
+        system: a system message to put before each prompt.
+        privileged_columns: which columns the teacher may see, under which names.
+        success_threshold: a reward of at least this is a success.
+        held_out: the share of prompts held out for eval, where no eval split is given.
+        max_result_chars: a longer result is cut, with a notice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        data: str | Mapping[str, str],
+        rewards: Rewards,
+        config: Mapping[str, Any] | None = None,
+        tools: Sequence[str] | None = None,
+        fresh: bool = True,
+        call_timeout: float = 20.0,
+        prompt_column: str = "prompt",
+        system: str | None = None,
+        privileged_columns: Mapping[str, str] | None = None,
+        success_threshold: float = 1.0,
+        held_out: float = 0.1,
+        max_result_chars: int = 4096,
+    ) -> None:
+        super().__init__(max_result_chars=max_result_chars)
+        self._connect = _connector(name, config or {})
+        self._offered = None if tools is None else list(tools)
+        self.fresh, self.call_timeout, self.system = fresh, call_timeout, system
+        self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
+        self._rubric = Rubric(rewards)
+        self._rubric.require(column for column in self._rows.columns if column not in RESERVED)
+        self.success_threshold = success_threshold
+        self.metadata = {**self.metadata, "tasks": self._rows.counts}
+        self._row: Row = {}
+        self._session: Session | None = None
+
+    def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
+        self._row = self._rows.pick(rng, split, index)
+        if self._session is not None and (self.fresh or self._session.lost is not None):
+            self.close()
+        if self._session is None:
+            self._session = Session(self._connect, timeout=self.call_timeout)
+            # An environment that was given up on a lost thread is never closed; it is collected, though.
+            weakref.finalize(self, self._session.close)
+        self._tools = {tool.name: tool for tool in self._remote_tools(self._session)}
+        return Start(
+            prompt=self._rows.prompt(self._row), system=self.system, privileged=self._rows.privileged(self._row)
+        )
+
+    def no_call(self, action: str) -> Reply:
+        columns = {column: value for column, value in self._row.items() if column not in RESERVED}
+        answer = [{"role": "assistant", "content": action}]
+        score = self._rubric.score(self._rows.prompt(self._row), answer, columns).total
+        success = score >= self.success_threshold - 1e-9
+        feedback = None if success else f"The answer scored {score:g}; {self.success_threshold:g} is needed."
+        return Reply(reward=score, terminated=True, success=success, feedback=feedback)
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _remote_tools(self, session: Session) -> list[Tool]:
+        listed = {tool.name: tool for tool in session.tools}
+        offered = list(listed) if self._offered is None else self._offered
+        if missing := [name for name in offered if name not in listed]:
+            raise EnvError(f"tools: the server has no tool {missing[0]!r}; it has: {', '.join(listed)}")
+        return [RemoteTool(listed[name], session) for name in offered]
+
+
+class RemoteTool(Tool):
+    """A tool of a server: the schema is the server's, and so is the checking of arguments."""
+
+    def __init__(self, listed: Any, session: Session) -> None:
+        self.name = listed.name
+        self._listed, self._session = listed, session
+
+    def schema(self) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {}} | self._listed.input_schema
+        function = {"name": self.name, "description": self._listed.description or "", "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    def __call__(self, arguments: dict[str, Any]) -> str:
+        """The result as text. Raises ToolError for whatever goes wrong on the other side."""
+        result = self._session.call(self.name, arguments)
+        text = "\n".join(_text(block) for block in result.content)
+        if result.is_error:
+            raise ToolError(text or f"{self.name} failed")
+        return text or "(no output)"
+
+
+class Session:
+    """A connection to a server, kept by a thread of its own, for callers who are not asynchronous.
+
+    Raises EnvError when the server cannot be started, or does not list its tools in time.
+    """
+
+    def __init__(self, connect: Callable[[], Any], *, timeout: float) -> None:
+        self.lost: str | None = None
+        """Why no call can be answered any more, in words for the model; None while the server is well."""
+        self._connect, self._timeout = connect, timeout
+        self._client: Any = None
+        self._ready: Future[list[Any]] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._serve())
+        # A daemon: a server that cannot be stopped must not keep a finished run alive.
+        self._thread = threading.Thread(target=self._run, name="opd-mcp", daemon=True)
+        self._thread.start()
+        try:
+            self.tools = self._ready.result(timeout)
+        except Exception as error:
+            self.close()
+            reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else _innermost(error)
+            raise EnvError(f"the MCP server did not start: {reason}. Run its command by hand to see why") from error
+
+    def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        """The server's `CallToolResult`. Raises ToolError when there is none, and stops a server that is late."""
+        if self.lost is not None:
+            raise ToolError(self.lost)
+        answer = asyncio.run_coroutine_threadsafe(self._client.call_tool(name, arguments), self._loop)
+        try:
+            return answer.result(self._timeout)
+        except TimeoutError:
+            self.lost = f"the server of the tools did not answer within {self._timeout:g} s and was stopped"
+            self.close()
+            raise ToolError(self.lost) from None
+        except Exception as error:  # whatever the SDK makes of a server that died or broke the protocol
+            raise ToolError(f"the server of the tools answered: {_innermost(error)}"[:500]) from error
+
+    def close(self) -> None:
+        """Stop the server: its input is closed, and then it is killed with all that it started."""
+        self.lost = self.lost or "the server of the tools was stopped"
+        with suppress(RuntimeError):  # the loop has ended by itself
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(_CLOSING)
+        if self._thread.is_alive():
+            logger.warning("an MCP server could not be stopped within %g s", _CLOSING)
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        """Hold the connection open until this task is cancelled: the SDK wants one task to open and close it."""
+        try:
+            async with self._connect() as self._client:
+                self._ready.set_result(await _list_tools(self._client))
+                await asyncio.Event().wait()
+        except Exception as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            self.lost = f"the server of the tools is gone: {_innermost(error)}"
+
+
+async def _list_tools(client: Any) -> list[Any]:
+    tools: list[Any] = []
+    cursor: str | None = None
+    for _ in range(_MOST_PAGES):
+        page = await client.list_tools(cursor=cursor)
+        tools += page.tools
+        if (size := sum(len(tool.model_dump_json()) for tool in tools)) > _MOST_SCHEMA:
+            raise EnvError(f"its tools take {size:,} characters; at most {_MOST_SCHEMA:,} fit a prompt")
+        if (cursor := page.next_cursor) is None:
+            return tools
+    raise EnvError(f"its list of tools has no end after {_MOST_PAGES} pages")
+
+
+def _connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
+    """What makes a client of the server; nothing is started yet. Raises ConfigError for a command that is none."""
+    from mcp.client.client import Client
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
+    if name.startswith(("http://", "https://")):
+        if config:
+            raise ConfigError(f"env.kwargs.config = {dict(config)} is for a server that is a command, not for a URL")
+        return lambda: Client(name)
+    try:
+        command, *arguments = shlex.split(name)
+    except ValueError as error:
+        raise ConfigError(f"env.id: the command {name!r} cannot be read: {error}") from error
+    if unknown := sorted(set(config) - {"cwd", "env"}):
+        raise ConfigError(f"env.kwargs.config: an MCP server has no setting {unknown[0]!r}. Allowed: cwd, env")
+    if shutil.which(command) is None:
+        raise ConfigError(f"env.id: there is no command {command!r} that could start an MCP server")
+    parameters = StdioServerParameters(command=command, args=arguments, **config)
+
+    def client() -> Any:
+        # What a server says on its error stream is for its author; a flood of it would bury the run's own output.
+        quiet = open(os.devnull, "w")  # noqa: SIM115  (closed with the client, which outlives this function)
+        client = Client(stdio_client(parameters, errlog=quiet))
+        weakref.finalize(client, quiet.close)
+        return client
+
+    return client
+
+
+def _text(block: Any) -> str:
+    """A block of a result in words: text as it is, else what kind of thing it was."""
+    return str(block.text) if block.type == "text" else f"[{block.type}]"
+
+
+def _innermost(error: BaseException) -> str:
+    """The cause in a nest of exception groups, in one line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
