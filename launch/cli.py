@@ -193,21 +193,35 @@ def _envs_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="the registered environments (the default)")
     check = actions.add_parser("check", help="whether an environment keeps its contract")
-    check.add_argument("id", metavar="ID", help="a registered id, or my_package.my_module:MyEnv")
+    check.add_argument("id", metavar="ID", help="a registered id, my_package.my_module:MyEnv, or LIBRARY:NAME")
+    check.add_argument("--kwargs", metavar="YAML", default="{}", help="arguments of its constructor: '{digits: 3}'")
 
 
 def _envs(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     import opd.envs
 
     if arguments.action != "check":
-        print("\n".join(opd.envs.list_envs()))
+        print("\n".join([*opd.envs.list_envs(), *opd.envs.adapters.forms()]))
         return 0
-    findings = opd.envs.check(arguments.id)
+    findings = opd.envs.check(arguments.id, _mapping(arguments.kwargs, flag="--kwargs"))
     for finding in findings:
         print(f"{finding.severity}: {finding.message}")
     broken = any(finding.severity == "error" for finding in findings)
     print(f"{arguments.id} {'breaks' if broken else 'keeps'} the contract of an environment")
     return int(broken)
+
+
+def _mapping(text: str, *, flag: str) -> dict[str, Any]:
+    """The settings in a piece of YAML. Raises ConfigError when it holds something else."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag}: {text!r} is no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag}: {text!r} must be settings, such as '{{digits: 3}}'")
+    return value
 
 
 def _methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:

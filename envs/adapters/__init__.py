@@ -52,7 +52,14 @@ ADAPTERS = {
         "opd.envs.adapters.textworld:TextWorldEnv", "textworld", "textworld", "a .z8 file or a folder of them"
     ),
     "trl": Adapter("opd.envs.adapters.trl:TrlEnv", "trl", None, "an import path, my_package.my_module:MyEnvironment"),
+    "verifiers": Adapter("opd.envs.adapters.verifiers:VerifiersEnv", "verifiers", "verifiers", "the id of a taskset"),
 }
+
+
+def forms() -> list[str]:
+    """How the environments of each library are named, one line a library."""
+    width = max(map(len, ADAPTERS)) + len(":NAME")
+    return [f"{f'{library}:NAME':{width}}  {adapter.named}" for library, adapter in ADAPTERS.items()]
 
 
 def find(env_id: str) -> tuple[Adapter, str] | None:

@@ -195,11 +195,23 @@ def test_an_environment_is_checked(capsys):
     assert main(["envs", "check", "opd/Lokup-v0"]) == 2
 
 
+def test_an_environment_is_checked_with_arguments_of_its_constructor(capsys):
+    assert main(["envs", "check", "opd/Arithmetic-v0", "--kwargs", "{digits: 0}"]) == 2
+    assert "digits = 0 must be at least 1" in capsys.readouterr().err
+    assert main(["envs", "check", "opd/Arithmetic-v0", "--kwargs", "digits"]) == 2
+    assert "--kwargs: 'digits' must be settings" in capsys.readouterr().err
+
+
+def test_the_libraries_whose_environments_can_be_named_are_listed(capsys):
+    assert main(["envs"]) == 0
+    assert "gymnasium:NAME" in capsys.readouterr().out
+
+
 def test_an_environment_that_breaks_its_contract_fails(monkeypatch, capsys):
     import opd.envs
 
     broken = opd.envs.Finding(severity="error", message="reset returns nothing")
-    monkeypatch.setattr(opd.envs, "check", lambda _: [broken])
+    monkeypatch.setattr(opd.envs, "check", lambda *_: [broken])
     assert main(["envs", "check", "opd/Lookup-v0"]) == 1
     assert capsys.readouterr().out.startswith("error: reset returns nothing\n")
 

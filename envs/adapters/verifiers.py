@@ -1,0 +1,272 @@
+"""Environments of `verifiers.v1`: `verifiers:my-taskset`.
+
+Their `Env.run` plays one task with agents, and waits for each of an agent's turns. Here the agent is our student: a
+turn becomes an observation, and the environment's own coroutine rests until the action is there. So the exchange,
+the rewards and the end are the environment's, and its harness, which would start a program that asks a server for
+completions, is not needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from opd.envs.adapters.common import OwnRandom
+from opd.envs.text_env import Reply, Start, TextEnv, task_split
+from opd.errors import ConfigError, EnvError
+from opd.types import Message
+
+
+class VerifiersEnv(TextEnv):
+    """A taskset, and the environment that its package exports, or verifiers' own for one agent.
+
+    What needs verifiers' own rollouts is refused: tool servers, containers, more than one agent, and hooks that get
+    a runtime or stop an exchange. Which split a task belongs to is decided by its `key`.
+
+    Args:
+        name: the id of an installed taskset, as for `eval`.
+        config: the taskset's settings.
+        tasks: how many tasks are read; a taskset may be endless.
+        privileged: what the teacher may see: names, and the fields of the task's data, such as `{solution: answer}`.
+        success_threshold: a total reward of at least this is a success.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        tasks: int = 1000,
+        privileged: Mapping[str, str] | None = None,
+        success_threshold: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self._env = _load(name, config or {})
+        self.privileged = dict(privileged or {})
+        self.success_threshold = success_threshold
+        self._tasks = _by_split(self._env, tasks)
+        self.metadata = {**self.metadata, "tasks": {split: len(some) for split, some in self._tasks.items()}}
+        self._random = OwnRandom()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._seat: Seat | None = None
+        self._run: asyncio.Task[float] | None = None
+
+    def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
+        tasks = self._tasks[split]
+        number = int(rng.integers(len(tasks))) if index is None else index
+        if not 0 <= number < len(tasks):
+            raise EnvError(f"index {number} is outside the {split} split, which has {len(tasks)} tasks")
+        task = tasks[number]
+        self.close()
+        self._loop, self._seat = asyncio.new_event_loop(), Seat()
+        self._run = self._loop.create_task(_episode(self._env, task, self._seat))
+        asked = self._next(seed=int(rng.integers(2**31)))
+        if asked is None:
+            raise EnvError("the environment ended without asking its agent for anything")
+        data = task.data.model_dump()
+        if missing := [field for field in self.privileged.values() if data.get(field) is None]:
+            raise EnvError(f"privileged: the task's data has no {missing[0]!r}; it has: {', '.join(data)}")
+        return Start(prompt=asked, privileged={name: str(data[field]) for name, field in self.privileged.items()})
+
+    def respond(self, action: str) -> Reply:
+        if self._seat is None or self._run is None:
+            raise EnvError("the environment is closed; call reset first")
+        self._seat.reply(action)
+        asked = self._next()
+        if asked is not None:
+            return Reply(messages=asked)
+        reward = self._run.result()
+        return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
+
+    def close(self) -> None:
+        if self._loop is not None and self._run is not None:
+            self._run.cancel()  # an episode that a limit cut is still waiting for its agent
+            with suppress(asyncio.CancelledError, Exception):
+                self._loop.run_until_complete(self._run)
+            self._loop.close()
+        self._loop = self._seat = self._run = None
+
+    def _next(self, seed: int | None = None) -> list[Message] | None:
+        """Run the environment until it asks its agent: what it says then, or None when the episode is over."""
+        assert self._loop is not None
+        assert self._seat is not None
+        assert self._run is not None
+        with self._random(seed):  # games draw from Python's global generator
+            self._loop.run_until_complete(_either(self._run, self._seat.asked))
+        return self._seat.question() if self._seat.asked.is_set() else None
+
+
+class Seat:
+    """The agent's place in an episode. To the environment it is verifiers' `Agent`, to us a question and an answer."""
+
+    def __init__(self) -> None:
+        self.trainable = True
+        self.asked = asyncio.Event()
+        self.traces: list[Any] = []
+        self._question: list[Message] = []
+        self._answer: asyncio.Future[str] | None = None
+
+    def question(self) -> list[Message]:
+        self.asked.clear()
+        return self._question
+
+    def reply(self, text: str) -> None:
+        assert self._answer is not None
+        self._answer.set_result(text)
+
+    async def ask(self, messages: list[Message]) -> str:
+        self._question, self._answer = messages, asyncio.get_running_loop().create_future()
+        self.asked.set()
+        return await self._answer
+
+    async def run(self, task: Any) -> Any:
+        """One exchange of one turn, scored, as `Agent.run`."""
+        async with self.interaction(task) as interaction:
+            await interaction.turn()
+        return interaction.trace
+
+    @asynccontextmanager
+    async def interaction(self, task: Any) -> AsyncIterator[Interaction]:
+        """An exchange that the environment leads, as `Agent.interaction`; the task scores it when it is left."""
+        interaction = Interaction(self, task)
+        yield interaction
+        interaction.trace.stop("user_closed")
+        await task.score(interaction.trace)
+        interaction.trace.ok = True
+        self.traces.append(interaction.trace)
+
+
+class Interaction:
+    """An open exchange, as verifiers' own: `turn` says something and returns the agent's segment."""
+
+    def __init__(self, seat: Seat, task: Any) -> None:
+        from verifiers.v1.configs.agent import AgentConfig
+        from verifiers.v1.state import state_cls
+        from verifiers.v1.trace import AgentInfo, Trace
+
+        self._seat, self._task = seat, task
+        self.trace = Trace(task=_traced(task), agent=AgentInfo(config=AgentConfig()), state=state_cls(type(task))())
+
+    async def turn(self, message: Any = None) -> Any:
+        """What the agent says to the message, or to the task's own prompt when there is none."""
+        from verifiers.v1.agent import Segment
+        from verifiers.v1.types import AssistantMessage
+
+        said = self._opening() if not self.trace.nodes else []
+        said += _typed(message)
+        for one in said:
+            self._add(one, sampled=False)
+        answer = AssistantMessage(content=await self._seat.ask([_plain(one) for one in said]))
+        self._add(answer, sampled=True)
+        return Segment(messages=[answer])
+
+    def _opening(self) -> list[Any]:
+        from verifiers.v1.types import SystemMessage
+
+        data = self._task.data
+        system = [] if data.system_prompt is None else [SystemMessage(content=data.system_prompt)]
+        return [*system, *_typed(data.prompt)]
+
+    def _add(self, message: Any, *, sampled: bool) -> None:
+        from verifiers.v1.graph import MessageNode
+
+        parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
+        self.trace.nodes.append(MessageNode(parent=parent, message=message, sampled=sampled))
+
+
+async def _either(run: asyncio.Task[float], asked: asyncio.Event) -> None:
+    """Until the run is over or has asked. Raises what the run raised."""
+    waiting = asyncio.ensure_future(asked.wait())
+    await asyncio.wait({run, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if run.done():
+        run.result()
+
+
+async def _episode(env: Any, task: Any, seat: Seat) -> float:
+    """One episode as verifiers' `run_episode` plays it; the sum of its rewards."""
+    from verifiers.v1.agent import Agents
+    from verifiers.v1.episode import EnvInfo, Episode
+
+    agents = Agents(env.config, lambda name, spec: seat)
+    await env.setup(agents)
+    await env.run(task, agents)
+    episode = Episode(env=EnvInfo(id=env.config.env_id), task=_traced(task), traces=seat.traces)
+    await env.finalize(task, episode)
+    return float(sum(trace.reward for trace in seat.traces))
+
+
+def _traced(task: Any) -> Any:
+    from verifiers.v1.trace import TraceTask
+
+    return TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
+
+
+def _typed(message: Any) -> list[Any]:
+    """A text, messages as dicts or verifiers' own, or nothing, as verifiers' own."""
+    from verifiers.v1.dialects import parse_message
+    from verifiers.v1.types import UserMessage
+
+    if message is None:
+        return []
+    if isinstance(message, str):
+        return [UserMessage(content=message)]
+    return [parse_message(one) if isinstance(one, dict) else one for one in message]
+
+
+def _plain(message: Any) -> Message:
+    from verifiers.v1.types import content_text
+
+    return {"role": message.role, "content": content_text(message.content)}
+
+
+def _by_split(env: Any, most: int) -> dict[str, list[Any]]:
+    """The tasks of each split; all in train where there are too few to hold any out."""
+    tasks = list(islice(env.taskset, most))
+    splits: dict[str, list[Any]] = {}
+    for task in tasks:
+        splits.setdefault(task_split(task.key, warm=0.0), []).append(task)
+    if not tasks:
+        raise ConfigError(f"env.id: the taskset {env.config.taskset.id!r} has no tasks")
+    return splits if len(splits) == 2 else {"train": tasks}
+
+
+def _load(name: str, config: Mapping[str, Any]) -> Any:
+    """The environment of a taskset. Raises ConfigError where there is none, or it needs verifiers' own rollouts."""
+    from pydantic import ValidationError
+    from verifiers.v1.configs.agent import agent_config_fields
+    from verifiers.v1.utils.loaders import load_environment, resolve_env_config
+
+    try:
+        env = load_environment(resolve_env_config({"taskset": {**config, "id": name}}))
+    except (ImportError, AttributeError, TypeError, ValueError, ValidationError) as error:
+        raise ConfigError(f"env.id: verifiers cannot load the taskset {name!r}: {error}") from error
+    task = type(env.taskset).task_type()
+    needs = {
+        "more than one agent": len(agent_config_fields(env.config)) != 1,
+        "tool servers": bool(env.taskset.toolsets(env.taskset.config) or task.toolsets(env.taskset.config.task)),
+        "a container": task.NEEDS_CONTAINER,
+        "hooks that get a runtime, or stop an exchange": _has_runtime_hooks(task),
+    }
+    if missing := [need for need, needed in needs.items() if needed]:
+        raise ConfigError(f"env.id: {name!r} needs {missing[0]}, which only verifiers' own rollouts have")
+    return env
+
+
+def _has_runtime_hooks(task: type) -> bool:
+    import inspect
+
+    from verifiers.v1.task import Task
+
+    if task.setup is not Task.setup or task.finalize is not Task.finalize:  # type: ignore[attr-defined]
+        return True
+    methods = [getattr(task, name) for name in dir(task) if callable(getattr(task, name, None))]
+    return any(
+        hasattr(method, "stop") or (hasattr(method, "reward") and "runtime" in inspect.signature(method).parameters)
+        for method in methods
+    )

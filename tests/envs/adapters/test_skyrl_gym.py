@@ -1,0 +1,73 @@
+"""skyrl-gym's environments, with rewards at every turn."""
+
+import json
+
+import pytest
+
+from opd.envs import check, make
+from opd.errors import ConfigError
+
+ENV = "skyrl_gym:gsm8k_multi_turn"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n} and {n}?"}],
+            "reward_spec": {"ground_truth": str(2 * n)},
+            "extra_info": {"max_turns": 3},
+            "answer": f"Twice {n} is {2 * n}, so write #### {2 * n}",
+        }
+        for n in range(50)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data": str(path), "privileged_columns": {"solution": "answer"}}
+
+
+def test_a_real_model_plays_it(one_episode, rows):
+    trajectory = one_episode(lambda: make(ENV, rows), max_turns=5)
+    assert trajectory.terminated
+    assert len(trajectory.turns) == 3  # the environment's own limit, which it calls done
+    assert "step-by-step" in trajectory.turns[1].messages[0]["content"]
+    assert trajectory.privileged["solution"].startswith("Twice")
+
+
+def test_its_rewards_are_taken_turn_by_turn(spoken_episode, rows):
+    trajectory = spoken_episode(lambda: make(ENV, rows), ["#### 1", "I do not know", "#### 3"])
+    part = pytest.approx(0.2 / 3)
+    assert [turn.reward for turn in trajectory.turns] == [part, 0.0, part]
+    assert (trajectory.terminated, trajectory.success) == (True, False)
+
+
+def test_the_right_answer_ends_it_with_success(rows):
+    env = make(ENV, rows)
+    obs, info = env.reset(seed=0, options={"split": "train", "index": 3})
+    answer = info["privileged"]["solution"].rsplit(" ", 1)[1]
+    assert env.step(f"So it is #### {answer}")[1:4] == (1.0, True, False)
+    assert env.reset(seed=0, options={"split": "train", "index": 3})[0] == obs
+
+
+def test_the_checker_finds_nothing_to_mend(rows):
+    assert [finding for finding in check(ENV, rows) if finding.severity != "note"] == []
+
+
+def test_its_configuration_is_passed_on(rows):
+    with pytest.raises(FileNotFoundError, match="/nowhere/spider/database"):
+        lines = [
+            {"prompt": f"{n}?", "db_id": "x", "data": "spider", "reward_spec": {"ground_truth": ""}} for n in range(40)
+        ]
+        path = rows["data"] + ".sql.jsonl"
+        with open(path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        make("skyrl_gym:text2sql", {"data": path, "config": {"db_path": "/nowhere"}}).reset(seed=0)
+
+
+def test_a_mistake_is_named(rows):
+    with pytest.raises(ConfigError, match="no environment 'gsm8'.*Did you mean \"gsm8k\""):
+        make("skyrl_gym:gsm8", rows)
+    with pytest.raises(ConfigError, match="missing a required argument: 'data'"):
+        make(ENV)
+    with pytest.raises(ConfigError, match=r'no column \'answr\'.*Did you mean "answer"'):
+        make(ENV, {**rows, "privileged_columns": {"solution": "answr"}})
