@@ -101,8 +101,6 @@ class TrlEnv(ToolEnv):
         return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
 
     def close(self) -> None:
-        if callable(close := getattr(self._theirs, "close", None)):
-            self._await(close())
         if self._loop is not None:
             self._loop.close()
             self._loop = None

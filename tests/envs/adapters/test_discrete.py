@@ -84,9 +84,9 @@ def test_on_slippery_ice_the_plan_names_an_action_for_every_place():
     env = make("gymnasium:FrozenLake-v1")
     _, info = env.reset(seed=0)
     lines = info["privileged"]["solution"].split("\n")[1:]
-    actions = {place: action for place, action in (line.split(": ") for line in lines)}
+    actions = dict(line.split(": ") for line in lines)
     assert len(actions) == 11  # 16 places without four holes and the goal
-    # Known of this map: 82% of the episodes of the best policy reach the goal within 1,000 steps, 74% within 100.
+    # The best policy reaches the goal of this map in about three episodes of four within its 100 steps.
     reached = 0
     for seed in range(100):
         text, _ = env.reset(seed=seed)

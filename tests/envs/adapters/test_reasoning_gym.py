@@ -21,9 +21,7 @@ def test_the_checker_finds_nothing_to_mend(name):
     assert [finding for finding in check(f"reasoning_gym:{name}") if finding.severity != "note"] == []
 
 
-@pytest.mark.parametrize(
-    "form", ["{}", "Let me see. <answer>{}</answer>", "<answer>1</answer> no: <answer> {} </answer>"]
-)
+@pytest.mark.parametrize("form", ["{}", "Let me see. <answer>{}</answer>", "<answer>1</answer> <answer> {} </answer>"])
 def test_the_right_answer_gets_the_whole_reward_in_tags_or_alone(form):
     env = make("reasoning_gym:gcd")
     for seed in range(5):

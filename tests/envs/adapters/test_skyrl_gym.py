@@ -53,19 +53,17 @@ def test_the_checker_finds_nothing_to_mend(rows):
     assert [finding for finding in check(ENV, rows) if finding.severity != "note"] == []
 
 
-def test_its_configuration_is_passed_on(rows):
+def test_its_configuration_is_passed_on(tmp_path):
+    row = {"db_id": "x", "data": "spider", "reward_spec": {"ground_truth": ""}}
+    path = tmp_path / "sql.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", **row}) + "\n" for n in range(40)))
+    env = make("skyrl_gym:text2sql", {"data": str(path), "config": {"db_path": "/nowhere"}})
     with pytest.raises(FileNotFoundError, match="/nowhere/spider/database"):
-        lines = [
-            {"prompt": f"{n}?", "db_id": "x", "data": "spider", "reward_spec": {"ground_truth": ""}} for n in range(40)
-        ]
-        path = rows["data"] + ".sql.jsonl"
-        with open(path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        make("skyrl_gym:text2sql", {"data": path, "config": {"db_path": "/nowhere"}}).reset(seed=0)
+        env.reset(seed=0)
 
 
 def test_a_mistake_is_named(rows):
-    with pytest.raises(ConfigError, match="no environment 'gsm8'.*Did you mean \"gsm8k\""):
+    with pytest.raises(ConfigError, match=r"no environment 'gsm8'.*Did you mean \"gsm8k\""):
         make("skyrl_gym:gsm8", rows)
     with pytest.raises(ConfigError, match="missing a required argument: 'data'"):
         make(ENV)
