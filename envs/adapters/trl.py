@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from typing import Any
@@ -129,6 +130,7 @@ class TrlEnv(ToolEnv):
             return value
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
+            weakref.finalize(self, self._loop.close)  # if nobody calls close
         return self._loop.run_until_complete(value)
 
 

@@ -9,7 +9,8 @@ completions, is not needed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -55,6 +56,7 @@ class VerifiersEnv(TextEnv):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seat: Seat | None = None
         self._run: asyncio.Task[float] | None = None
+        self._stop: Callable[[], None] | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         tasks = self._tasks[split]
@@ -65,6 +67,7 @@ class VerifiersEnv(TextEnv):
         self.close()
         self._loop, self._seat = asyncio.new_event_loop(), Seat()
         self._run = self._loop.create_task(_episode(self._env, task, self._seat))
+        self._stop = weakref.finalize(self, _stop, self._loop, self._run)  # if nobody calls close
         asked = self._next(seed=int(rng.integers(2**31)))
         if asked is None:
             raise EnvError("the environment ended without asking its agent for anything")
@@ -84,12 +87,9 @@ class VerifiersEnv(TextEnv):
         return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
 
     def close(self) -> None:
-        if self._loop is not None and self._run is not None:
-            self._run.cancel()  # an episode that a limit cut is still waiting for its agent
-            with suppress(asyncio.CancelledError, Exception):
-                self._loop.run_until_complete(self._run)
-            self._loop.close()
-        self._loop = self._seat = self._run = None
+        if self._stop is not None:
+            self._stop()
+        self._loop = self._seat = self._run = self._stop = None
 
     def _next(self, seed: int | None = None) -> list[Message] | None:
         """Run the environment until it asks its agent: what it says then, or None when the episode is over."""
@@ -177,6 +177,14 @@ class Interaction:
 
         parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
         self.trace.nodes.append(MessageNode(parent=parent, message=message, sampled=sampled))
+
+
+def _stop(loop: asyncio.AbstractEventLoop, run: asyncio.Task[float]) -> None:
+    """End an episode that may still be waiting for its agent, because a limit cut it."""
+    run.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        loop.run_until_complete(run)
+    loop.close()
 
 
 async def _either(run: asyncio.Task[float], asked: asyncio.Event) -> None:

@@ -6,22 +6,7 @@ import verifiers.v1 as vf
 from opd.envs import check, make
 from opd.errors import ConfigError, EnvError
 
-WORDS = [
-    "abc",
-    "stone",
-    "river",
-    "tree",
-    "house",
-    "mouse",
-    "horse",
-    "cloud",
-    "water",
-    "bread",
-    "candle",
-    "lamp",
-    "bridge",
-    "winter",
-]
+WORDS = ["abc", "stone", "river", "tree", "house", "mouse", "horse", "cloud", "water", "bread", "candle", "lamp"]
 
 REVERSE = """
 import verifiers.v1 as vf
