@@ -52,7 +52,7 @@ class DiscreteEnv(TextEnv):
         super().__init__()
         self._env = _make(name, config or {})
         self._first = int(self._env.action_space.start)  # type: ignore[attr-defined]  # a Discrete space, as checked
-        given = {"actions": actions, "rules": rules, "success": success, "varied": varied}
+        given: dict[str, Any] = {"actions": actions, "rules": rules, "success": success, "varied": varied}
         given["describe"] = None if describe is None else resolve(describe, setting="describe")
         self._words = _words(name, self._env, {key: value for key, value in given.items() if value is not None})
         # `dropoff` is no `drop`, and names may hold anything: whole words, longest first.

@@ -13,7 +13,7 @@ from opd.envs.text_env import SPLITS, Reply, Start, TextEnv, task_split
 from opd.errors import ConfigError, EnvError
 
 _ENDINGS = (".z1", ".z2", ".z3", ".z4", ".z5", ".z6", ".z7", ".z8")
-_LONGEST = 200
+_LONGEST = 190
 """Characters of a command; the interpreter is a C program with buffers of its own."""
 _REFUSED = {"quit", "q", "save", "restore", "restart", "script", "transcript", "unscript"}
 """Commands to the interpreter instead of the game: they write files, or end a game without a verdict."""
@@ -126,7 +126,7 @@ def _games(path: Path) -> dict[str, list[Path]]:
     if not splits:
         files = _stories(path)
         splits = {split: [f for f in files if task_split(f.name, warm=0.0) == split] for split in ("train", "eval")}
-        splits = splits if splits["eval"] else {"train": files}
+        splits = splits if all(splits.values()) else {"train": files}
     if empty := [split for split in ("train", *splits) if not splits.get(split)]:
         raise ConfigError(f"env.id: {str(path)!r} has no {empty[0]} games; `tw-make` writes some")
     return splits

@@ -72,8 +72,8 @@ def servers(tmp_path_factory):
                 port = free.getsockname()[1]
             command = [sys.executable, "-m", "uvicorn", f"{app}:app", "--host", "127.0.0.1", "--port", str(port)]
             env = {**os.environ, "PYTHONPATH": str(PACKAGES)}
-            log = (folder / f"{app}.log").open("w")
-            started[app] = port, subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+            with (folder / f"{app}.log").open("w") as log:
+                started[app] = port, subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         for app, (port, process) in started.items():
             _wait_for(port, process, folder / f"{app}.log")
         yield {app: f"openenv:http://127.0.0.1:{port}" for app, (port, _) in started.items()}
