@@ -94,7 +94,7 @@ class Tool:
         _, model, parameters = self._signature
         if as_text:
             types = json.loads(parameters)["properties"]
-            arguments = {name: _from_text(text, types.get(name, {})) for name, text in arguments.items()}
+            arguments = {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
         try:
             checked = model.model_validate(arguments)
         except ValidationError as error:
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
     return to_list() if callable(to_list) else str(value)
 
 
-def _from_text(text: Any, schema: dict[str, Any]) -> Any:
+def from_text(text: Any, schema: dict[str, Any]) -> Any:
     """An argument of a format without types: text stays text where the schema takes it, else it is read as JSON.
 
     `True`, `False` and `None` are read too: that is how the templates of such models write them.

@@ -20,8 +20,9 @@ from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
 from opd.envs.tables import Row
 from opd.envs.text_env import Reply, Start
+from opd.envs.tool_calls import ToolFormat
 from opd.envs.tool_env import ToolEnv, ToolError
-from opd.envs.tools import Tool
+from opd.envs.tools import Tool, from_text
 from opd.errors import ConfigError, EnvError
 from opd.rewards import Rewards, Rubric
 
@@ -56,6 +57,7 @@ class McpEnv(ToolEnv):
         success_threshold: a reward of at least this is a success.
         held_out: the share of prompts held out for eval, where no eval split is given.
         max_result_chars: a longer result is cut, with a notice.
+        tool_format, starts_thinking: how the model writes calls (see `ToolEnv`).
     """
 
     def __init__(
@@ -74,11 +76,18 @@ class McpEnv(ToolEnv):
         success_threshold: float = 1.0,
         held_out: float = 0.1,
         max_result_chars: int = 4096,
+        tool_format: ToolFormat = "auto",
+        starts_thinking: bool = False,
     ) -> None:
-        super().__init__(max_result_chars=max_result_chars)
+        super().__init__(
+            tool_format=tool_format,
+            starts_thinking=starts_thinking,
+            call_timeout=call_timeout,
+            max_result_chars=max_result_chars,
+        )
         self._connect = _connector(name, config or {})
         self._offered = None if tools is None else list(tools)
-        self.fresh, self.call_timeout, self.system = fresh, call_timeout, system
+        self.fresh, self.system = fresh, system
         self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
         self._rubric = Rubric(rewards)
         self._rubric.require(column for column in self._rows.columns if column not in RESERVED)
@@ -86,15 +95,16 @@ class McpEnv(ToolEnv):
         self.metadata = {**self.metadata, "tasks": self._rows.counts}
         self._row: Row = {}
         self._session: Session | None = None
+        self._stop: Callable[[], object] | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         self._row = self._rows.pick(rng, split, index)
         if self._session is not None and (self.fresh or self._session.lost is not None):
-            self.close()
+            self._end_session()
         if self._session is None:
             self._session = Session(self._connect, timeout=self.call_timeout)
             # An environment that was given up on a lost thread is never closed; it is collected, though.
-            weakref.finalize(self, self._session.close)
+            self._stop = weakref.finalize(self, self._session.close)
         self._tools = {tool.name: tool for tool in self._remote_tools(self._session)}
         return Start(
             prompt=self._rows.prompt(self._row), system=self.system, privileged=self._rows.privileged(self._row)
@@ -103,15 +113,22 @@ class McpEnv(ToolEnv):
     def no_call(self, action: str) -> Reply:
         columns = {column: value for column, value in self._row.items() if column not in RESERVED}
         answer = [{"role": "assistant", "content": action}]
-        score = self._rubric.score(self._rows.prompt(self._row), answer, columns).total
-        success = score >= self.success_threshold - 1e-9
-        feedback = None if success else f"The answer scored {score:g}; {self.success_threshold:g} is needed."
-        return Reply(reward=score, terminated=True, success=success, feedback=feedback)
+        scored = self._rubric.score(self._rows.prompt(self._row), answer, columns)
+        success = scored.total >= self.success_threshold - 1e-9
+        feedback = None if success else f"The answer scored {scored.total:g}; {self.success_threshold:g} is needed."
+        return Reply(
+            reward=scored.total, terminated=True, success=success, feedback=feedback, rewards=dict(scored.parts)
+        )
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._end_session()
+        self._rubric.close()
+        super().close()
+
+    def _end_session(self) -> None:
+        if self._stop is not None:
+            self._stop()  # once: a finalizer that has run keeps nothing alive
+        self._session = self._stop = None
 
     def _remote_tools(self, session: Session) -> list[Tool]:
         listed = {tool.name: tool for tool in session.tools}
@@ -126,12 +143,20 @@ class RemoteTool(Tool):
 
     def __init__(self, listed: Any, session: Session) -> None:
         self.name = listed.name
+        self.is_async = False  # the session waits on its own thread
+        self.function = lambda **arguments: self(arguments)
         self._listed, self._session = listed, session
 
     def schema(self) -> dict[str, Any]:
         parameters = {"type": "object", "properties": {}} | self._listed.input_schema
         function = {"name": self.name, "description": self._listed.description or "", "parameters": parameters}
         return {"type": "function", "function": function}
+
+    def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
+        if not as_text:
+            return arguments
+        types = self._listed.input_schema.get("properties", {})
+        return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
 
     def __call__(self, arguments: dict[str, Any]) -> str:
         """The result as text. Raises ToolError for whatever goes wrong on the other side."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import weakref
 from collections.abc import Callable, Coroutine, Mapping
-from functools import wraps
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from opd.envs.adapters.common import resolve
 from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
 from opd.envs.text_env import Reply, Start
+from opd.envs.tool_calls import ToolFormat
 from opd.envs.tool_env import ToolEnv
 from opd.errors import ConfigError
 from opd.rewards import Rewards, Rubric
@@ -41,6 +40,8 @@ class TrlEnv(ToolEnv):
         held_out: the share of prompts held out for eval, where no eval split is given.
         max_turns: after this many turns the rollout is cut and scored as it stands, as by TRL's
             `max_tool_calling_iterations`; `env.max_turns` should be no smaller, for it cuts without a score.
+        tool_format, starts_thinking: how the model writes calls (see `ToolEnv`).
+        call_timeout: seconds that an async method may take.
     """
 
     def __init__(
@@ -55,10 +56,18 @@ class TrlEnv(ToolEnv):
         success_threshold: float = 1.0,
         held_out: float = 0.1,
         max_turns: int | None = None,
+        tool_format: ToolFormat = "auto",
+        starts_thinking: bool = False,
+        call_timeout: float = 30.0,
     ) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._theirs = _instance(name, config or {})
-        super().__init__(tools=[self._sync(method) for method in _tools(self._theirs)], max_steps=max_turns)
+        super().__init__(
+            tools=_tools(self._theirs),
+            tool_format=tool_format,
+            starts_thinking=starts_thinking,
+            call_timeout=call_timeout,
+            max_steps=max_turns,
+        )
         self._rubric = None if rewards is None else Rubric(rewards)
         if self._rubric is None and not hasattr(self._theirs, "get_reward"):
             raise ConfigError(f"env.kwargs.rewards is missing: {name!r} has no get_reward, so nothing scores it")
@@ -94,44 +103,38 @@ class TrlEnv(ToolEnv):
         self._said += reply.messages
         if reply.terminated or self._steps + 1 != self.max_steps:
             return reply
-        reward = self._score()
-        return Reply(messages=reply.messages, reward=reward, truncated=True, feedback=reply.feedback)
+        scored = self._scored()
+        return replace(scored, messages=reply.messages, truncated=True, success=False, feedback=reply.feedback)
 
     def no_call(self, action: str) -> Reply:
-        reward = self._score()
-        return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
+        return replace(self._scored(), terminated=True)
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        if self._rubric is not None:
+            self._rubric.close()
+        super().close()
 
-    def _score(self) -> float:
-        own = self._await(self._theirs.get_reward()) if hasattr(self._theirs, "get_reward") else 0.0
-        if self._rubric is None:
-            return float(own)
-        columns = {key: value for key, value in self._row.items() if key not in RESERVED}
-        columns["environments"] = self._theirs
-        return float(own) + self._rubric.score(self._prompt, self._said, columns).total
-
-    def _sync(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The method, or one that waits for its coroutine in this environment's own event loop."""
-        if not inspect.iscoroutinefunction(method):
-            return method
-
-        @wraps(method)
-        def run(**arguments: Any) -> Any:
-            return self._await(method(**arguments))
-
-        return run
+    def _scored(self) -> Reply:
+        """The rollout's reward, with its parts."""
+        parts: dict[str, float | None] = {}
+        total = 0.0
+        if hasattr(self._theirs, "get_reward"):
+            total = parts["get_reward"] = float(self._await(self._theirs.get_reward()))
+        if self._rubric is not None:
+            columns = {key: value for key, value in self._row.items() if key not in RESERVED}
+            score = self._rubric.score(self._prompt, self._said, {**columns, "environments": self._theirs})
+            total += score.total
+            parts |= score.parts
+        return Reply(reward=total, success=total >= self.success_threshold - 1e-9, rewards=parts)
 
     def _await(self, value: Any) -> Any:
+        """The value, or what it comes to where it is a coroutine; in the loop that runs async tools."""
         if not isinstance(value, Coroutine):
             return value
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            weakref.finalize(self, self._loop.close)  # if nobody calls close
-        return self._loop.run_until_complete(value)
+        [outcome] = self._background.run([lambda: value], time_limit=self.call_timeout)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 def _instance(name: str, config: Mapping[str, Any]) -> Any:

@@ -56,7 +56,7 @@ class VerifiersEnv(TextEnv):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seat: Seat | None = None
         self._run: asyncio.Task[float] | None = None
-        self._stop: Callable[[], None] | None = None
+        self._stop: Callable[[], object] | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         tasks = self._tasks[split]
