@@ -17,7 +17,7 @@ from typing import Any
 
 from opd.config import TrainConfig
 
-READY = Path(__file__).resolve().parent / "zero_configs"
+READY = Path(__file__).resolve().parent / "zero-configs"
 AUTO = "auto"
 
 _OURS = {
