@@ -26,6 +26,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, get_args
 
 from opd.envs.json_text import JsonError, read_json
@@ -43,6 +44,7 @@ FORMS = {
 """What a call looks like in each format, for error texts and prompts."""
 
 _OPENERS = {OPEN: "hermes", "<|python_tag|>": "llama", "[TOOL_CALLS]": "mistral"}
+_MARKED = tuple(_OPENERS.values())
 _BARE = ("auto", "llama", "json")
 """Formats in which the whole answer may be JSON."""
 _ENDS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
@@ -137,11 +139,9 @@ class _Parser:
             at = self._after_thought(thought.end())
         if at is None:
             return None
-        formats: list[str] = [self.format]
+        formats = _MARKED if self.format == "auto" else (self.format,)
         if self.format in _BARE and (bare := _BARE_START.match(self.text, at)):
-            at, formats = self._read_bare(bare.end()), []
-        elif self.format == "auto":
-            formats = list(_OPENERS.values())
+            at, formats = self._read_bare(bare.end()), ()
         while mark := _marks(formats).search(self.text, at):
             if mark[0] == "</think>":
                 return mark.end()
@@ -151,8 +151,8 @@ class _Parser:
                     return None
                 at = after
             else:
-                formats = [_OPENERS[mark[0]]]
-                at = self._readers[formats[0]](self, mark.end())
+                found = _OPENERS[mark[0]]
+                at, formats = self._readers[found](self, mark.end()), (found,)
         return None
 
     def _after_thought(self, at: int) -> int | None:
@@ -300,7 +300,9 @@ class _Parser:
         return found
 
 
-def _marks(formats: Sequence[str]) -> re.Pattern[str]:
+@cache
+def _marks(formats: tuple[str, ...]) -> re.Pattern[str]:
+    """What to look for: the tags that open a call in one of these formats, and those of a thought."""
     openers = [opener for opener, name in _OPENERS.items() if name in formats]
     return re.compile("|".join(map(re.escape, (*openers, "<think>", "</think>"))))
 
