@@ -26,7 +26,7 @@ CASES = {
     "untied-3": (3, {}),
     "ema-2": (2, {"opsd": EMA}),
     "ema-3": (3, {"opsd": EMA}),
-    "ema-persistent-3": (3, {"opsd": EMA, "persistent": True}),
+    "ema-persistent-3": (3, {"opsd": EMA, "persistent": True, "train": {"tokens_per_microbatch": 256}}),
     "live-3": (3, {"opsd": LIVE}),
     "lora-frozen-2": (2, {"model": LORA}),
     "lora-frozen-3": (3, {"model": LORA}),
