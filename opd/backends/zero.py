@@ -92,6 +92,8 @@ class ZeroBackend:
             )
         self._engine.eval()  # no dropout: the loop decides what is recomputed
         self._stage = int(self._engine.zero_optimization_stage())
+        # Then DeepSpeed leaves all to the optimiser, and neither tells a norm nor stops at one that is not finite.
+        self._bare = self._stage == 0 and not (self._engine.fp16_enabled() or self._engine.bfloat16_enabled())
         self._open = ExitStack()
         if self._stage == 3:
             model.gather_head, model.release = self._gather_head, self._release
@@ -145,19 +147,14 @@ class ZeroBackend:
             self._schedule.step()
             return 0.0
         self._waiting = False
-        norm = self._plain_norm()
-        if norm is not None and not math.isfinite(norm):
+        if self._bare and not math.isfinite(norm := self._norm()):
             self._engine.zero_grad()
             return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        return norm if self._bare else float(self._engine.get_global_grad_norm())
 
-    def _plain_norm(self) -> float | None:
-        """At ZeRO 0 in float32 DeepSpeed neither reports a norm nor stops at one that is not finite."""
-        if self._engine.get_global_grad_norm() is not None or hasattr(self._engine.optimizer, "overflow"):
-            return None
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _norm(self) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint of what trains, in `deepspeed/`; every rank writes its part."""

@@ -50,9 +50,12 @@ def replay():
 
 @pytest.fixture(scope="session")
 def zero_settings(tiny_folder):
-    """`zero_settings(out, stage=3, **sections)`: a run's settings as plain data; stage None is the local backend."""
+    """`zero_settings(out, stage=3, **sections)`: a run's settings as plain data; stage None is the local backend.
 
-    def make(out, stage=None, **sections):
+    `persistent` leaves ZeRO-3's threshold alone: then it keeps all of so small a model gathered between passes.
+    """
+
+    def make(out, stage=None, *, persistent=False, **sections):
         data = {
             "method": "opsd",
             "out": str(out),
@@ -67,7 +70,7 @@ def zero_settings(tiny_folder):
             own = data.get(section)
             data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
         if stage is not None:
-            zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+            zero = {"stage": stage} | ({} if persistent else {"stage3_param_persistence_threshold": 0})
             data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": zero}}
         return {key: value for key, value in data.items() if value is not None}
 

@@ -8,8 +8,10 @@ import json
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from opd.launch.build import build
@@ -37,6 +39,8 @@ def replay(case):
     ranks = ranks_of(config)
     run = build(config, ranks)
     rollouts = run.loop.rollouts = Replay(run.loop.rollouts, pickle.loads(Path(case["rollouts"]).read_bytes()))
+    if case["spoil"] is not None:
+        spoil(run.loop, ranks, step=case["spoil"])
     rows = [run.loop.step(number)[0] for number in range(config.train.steps)]
     weights = {name: w.clone() for name, w in whole_in_turn(run.loop.student)}
     sampling = {name: w.clone() for name, w in whole_in_turn(rollouts.engine.model)}
@@ -46,6 +50,23 @@ def replay(case):
         save_file({name: w.contiguous() for name, w in sampling.items()}, out.with_suffix(".engine.safetensors"))
         out.write_text(json.dumps(rows))
     run.close()
+
+
+def spoil(loop, ranks, *, step):
+    """Make the last rank's gradients of a step infinite."""
+    train, steps = loop.backend.train, []
+    play = loop.play
+    loop.play = lambda number: steps.append(number) or play(number)
+
+    def spoiled(work, *, last):
+        def infinite():
+            result = work()
+            broken = steps[-1] == step and ranks.rank == ranks.world_size - 1
+            return replace(result, loss=result.loss * torch.inf) if broken else result
+
+        return train(infinite, last=last)
+
+    loop.backend.train = spoiled
 
 
 def measure(case):
