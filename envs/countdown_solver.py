@@ -151,6 +151,4 @@ def _value(node: ast.expr, numbers: list[int]) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int and 1 <= node.value <= MOST_VALUE:
         numbers.append(node.value)
         return node.value
-    raise DataError(
-        f"an expression may hold whole numbers from 1 to {MOST_VALUE:,}, + - * / and brackets, nothing else"
-    )
+    raise DataError(f"an expression holds whole numbers from 1 to {MOST_VALUE:,}, + - * / and brackets, nothing else")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,17 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
 def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
     """Changes with whatever the model depends on: a stale cache would be a wrong result."""
     ours = (chat, collate, objective, privileged, tiny_recipes, tiny_tokenizer)
-    env = (sys.modules[cls.__module__] for cls in type(recipe.env()).__mro__ if cls.__module__.startswith("opd."))
-    files = {__file__, *(str(module.__file__) for module in (*ours, *env))}
+    files = {__file__, *(str(module.__file__) for module in (*ours, *_env_modules(recipe)))}
     sources = [Path(file).read_bytes() for file in sorted(files)]
     settings = f"{seed} {steps} {torch.__version__} {transformers.__version__}"
     return sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:16]
+
+
+def _env_modules(recipe: Recipe) -> list[ModuleType]:
+    """The modules of an environment's classes, and those that these take something from (its solver, say)."""
+    own = {cls.__module__ for cls in type(recipe.env()).__mro__}
+    used = {str(getattr(value, "__module__", "")) for name in own for value in vars(sys.modules[name]).values()}
+    return [sys.modules[name] for name in sorted(own | used) if name.startswith("opd.")]
 
 
 def warm_start(
@@ -105,7 +112,7 @@ def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[Llama
     torch.manual_seed(derive_seed("tiny", seed))
     model = _new_model(writer.tokenizer)
     student = CausalModel(model)
-    optimizers = _optimizers(model)
+    optimizers = _optimizers(model, *recipe.rates)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=quiet) as progress:
@@ -139,7 +146,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, muon: float, adamw: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest.
 
     Copying from the prompt is learned all at once after a plateau; with AdamW alone this took three times as
@@ -149,8 +156,8 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inner, lr=0.02, weight_decay=0.0, momentum=0.95),
-        torch.optim.AdamW(outer, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(inner, lr=muon, weight_decay=0.0, momentum=0.95),
+        torch.optim.AdamW(outer, lr=adamw, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 

@@ -54,6 +54,8 @@ class Recipe:
     `demonstration`, `feedback`, `attempt_right`, `attempt_wrong` or `skill`."""
     steps: int
     batch: int = 16
+    rates: tuple[float, float] = (0.02, 3e-3)
+    """Peak learning rates: of Muon for the matrices inside the layers, of AdamW for the rest."""
     plain: Callable[[Any, np.random.Generator], list[str]] = lambda env, _: list(env.oracle())
     """The actions of an episode without privileged text: what the student can do by itself."""
 
@@ -249,6 +251,7 @@ SOKOBAN = Recipe(
         "skill": 0.12,
     },
     steps=700,
+    rates=(7e-3, 6e-3),
     plain=WarmSokoban.wander,
 )  # fmt: skip
 
@@ -260,15 +263,16 @@ COUNTDOWN = Recipe(
         "> ", " is not ", ": after ", " it was out of reach.", *map(str, range(10, 101)),
     ],
     forms={
-        "plain": 0.30,
-        "plan": 0.12,
-        "solution": 0.20,
+        "plain": 0.36,
+        "plan": 0.10,
+        "solution": 0.18,
         "demonstration": 0.10,
         "feedback": 0.08,
         "attempt_right": 0.08,
-        "attempt_wrong": 0.12,
+        "attempt_wrong": 0.10,
     },
-    steps=1000,
+    steps=1300,
+    rates=(7e-3, 6e-3),
     plain=WarmCountdown.wander,
 )  # fmt: skip
 

@@ -334,6 +334,15 @@ def test_an_environment_that_changed_is_not_served_from_the_cache(tmp_path):
     assert fingerprints[0] != fingerprints[1]
 
 
+@pytest.mark.parametrize(("name", "module"), [("sokoban", "sokoban_board"), ("countdown", "countdown_solver")])
+def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_path):
+    before = tiny._fingerprint(RECIPES[name], 0, 1)
+    changed = tmp_path / "changed.py"
+    changed.write_text("another solver")
+    monkeypatch.setattr(sys.modules[f"opd.envs.{module}"], "__file__", str(changed))
+    assert tiny._fingerprint(RECIPES[name], 0, 1) != before
+
+
 def test_an_unknown_name_is_refused_with_those_that_exist():
     with pytest.raises(ConfigError, match=r"'tiny:chess' is unknown\. Allowed: tiny:lookup, tiny:arithmetic"):
         build_tiny("chess")
