@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "trainers": {"opd", "rewards", "envs", "trainers"},
     "launch": {"opd", "rewards", "envs", "trainers", "launch"},
 }
-PLAIN = {"opd.types", "opd.errors", "opd.privileged", "opd.sandbox"}
-"""What environments and rewards may use of the core: data, errors, the words of privileged prompts, the sandbox."""
+PLAIN = {"opd.types", "opd.errors", "opd.grading", "opd.privileged", "opd.sandbox"}
+"""What environments and rewards may use of the core: data, errors, clocks, words of privileged prompts, the sandbox."""
 
 
 def sources(folder: str) -> list[Path]:
