@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 PLAIN = {"opd.types", "opd.errors", "opd.privileged", "opd.sandbox", "opd.background", "opd.grading"}
 """What environments and rewards may use of the core: data, errors, the words of privileged prompts, the sandbox, limits
-of time."""
+of time and clocks."""
 
 
 def sources(folder: str) -> list[Path]:
