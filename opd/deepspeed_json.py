@@ -17,7 +17,7 @@ from typing import Any
 
 from opd.config import TrainConfig
 
-READY = Path(__file__).resolve().parent / "zero-configs"
+READY = Path(__file__).resolve().parent / "backends"
 AUTO = "auto"
 
 _OURS = {

@@ -20,6 +20,7 @@ from opd.errors import ConfigError
 from opd.launch import checks
 from opd.launch.config import Config, all_settings, explain
 from opd.launch.reader import parse_yaml
+from opd.launch.tiny_names import TINY_ENVS
 from opd.trainers.base import methods
 
 GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
@@ -141,7 +142,8 @@ WRONG = {
     ),
     "a tiny model without a recipe": (
         GOOD.replace("tiny:lookup", "tiny:lokup"),
-        'model.name = "tiny:lokup" is unknown. Allowed: tiny:lookup, tiny:arithmetic. Did you mean "tiny:lookup"?',
+        f'model.name = "tiny:lokup" is unknown. Allowed: {", ".join(f"tiny:{env}" for env in TINY_ENVS)}. '
+        'Did you mean "tiny:lookup"?',
     ),
     "a folder that does not exist": (
         GOOD.replace("tiny:lookup", "./no/such/folder"),

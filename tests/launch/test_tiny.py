@@ -344,7 +344,9 @@ def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist():
-    with pytest.raises(ConfigError, match=r"'tiny:chess' is unknown\. Allowed: tiny:lookup, tiny:arithmetic"):
+    with pytest.raises(
+        ConfigError, match=r"'tiny:chess' is unknown\. Allowed: tiny:lookup, tiny:arithmetic, tiny:sokoban"
+    ):
         build_tiny("chess")
 
 

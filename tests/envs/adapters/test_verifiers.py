@@ -78,14 +78,14 @@ class NeedyTaskset(vf.Taskset[NeedyTask, vf.TasksetConfig]):
 
 @pytest.fixture(autouse=True)
 def installed(tmp_path, monkeypatch):
-    for name, source in (("reverse_words", REVERSE), ("guess_game", GAME), ("needy_files", TOOLS)):
+    for name, source in (("spell_backwards", REVERSE), ("guess_game", GAME), ("needy_files", TOOLS)):
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
 
 
 def reverse(**kwargs):
     settings = {"config": {"words": WORDS}, "privileged": {"solution": "answer"}}
-    return make("verifiers:reverse-words", {**settings, **kwargs})
+    return make("verifiers:spell-backwards", {**settings, **kwargs})
 
 
 def test_a_real_model_plays_a_taskset(one_episode):
@@ -140,9 +140,9 @@ def test_an_episode_that_is_cut_does_not_disturb_the_next():
     env.close()
 
 
-@pytest.mark.parametrize("name", ["reverse-words", "guess-game"])
+@pytest.mark.parametrize("name", ["spell-backwards", "guess-game"])
 def test_the_checker_finds_nothing_to_mend(name):
-    kwargs = {"config": {"words": WORDS}, "privileged": {"solution": "answer"}} if name == "reverse-words" else {}
+    kwargs = {"config": {"words": WORDS}, "privileged": {"solution": "answer"}} if name == "spell-backwards" else {}
     assert [finding for finding in check(f"verifiers:{name}", kwargs) if finding.severity != "note"] == []
 
 
@@ -154,8 +154,8 @@ def test_what_needs_verifiers_own_rollouts_is_refused():
 def test_a_mistake_is_named():
     with pytest.raises(ConfigError, match="verifiers cannot load the taskset 'reverse-wrds'"):
         make("verifiers:reverse-wrds")
-    with pytest.raises(ConfigError, match="cannot load the taskset 'reverse-words'"):
-        make("verifiers:reverse-words", {"config": {"wrds": []}})
+    with pytest.raises(ConfigError, match="cannot load the taskset 'spell-backwards'"):
+        make("verifiers:spell-backwards", {"config": {"wrds": []}})
     with pytest.raises(EnvError, match="the task's data has no 'solution'"):
         reverse(privileged={"solution": "solution"}).reset(seed=0)
 
