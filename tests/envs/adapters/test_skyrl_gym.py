@@ -45,7 +45,8 @@ def test_the_right_answer_ends_it_with_success(rows):
     env = make(ENV, rows)
     obs, info = env.reset(seed=0, options={"split": "train", "index": 3})
     answer = info["privileged"]["solution"].rsplit(" ", 1)[1]
-    assert env.step(f"So it is #### {answer}")[1:4] == (1.0, True, False)
+    *_, reward, terminated, truncated, step = env.step(f"So it is #### {answer}")
+    assert (reward, terminated, truncated, step["success"]) == (1.0, True, False, True)
     assert env.reset(seed=0, options={"split": "train", "index": 3})[0] == obs
 
 

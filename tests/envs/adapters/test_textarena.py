@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from opd.envs import check, make
+from opd.envs.adapters.common import OwnRandom
 from opd.errors import ConfigError, EnvError
 
 GUESS = "textarena:GuessTheNumber-v0"
@@ -96,6 +97,16 @@ def test_a_seed_decides_a_game_of_chance_whatever_other_threads_draw():
         together = list(pool.map(play_2048, range(4)))
     assert together == alone
     assert alone[0] != alone[1]
+
+
+def test_a_stream_goes_on_where_it_was_whatever_was_drawn_in_between():
+    own, expected = OwnRandom(), random.Random(5)
+    with own(5):
+        drawn = [random.random()]
+    random.seed(99)
+    with own():
+        drawn.append(random.random())
+    assert drawn == [expected.random(), expected.random()]
 
 
 def test_the_global_generator_is_left_as_it_was():
