@@ -26,7 +26,7 @@ CASES = {
     "untied-3": (3, {}),
     "ema-2": (2, {"opsd": EMA}),
     "ema-3": (3, {"opsd": EMA}),
-    "ema-persistent-3": (3, {"opsd": EMA, "persistent": True, "train": {"tokens_per_microbatch": 256}}),
+    "untied-persistent-3": (3, {"opsd": EMA, "persistent": True, "train": {"tokens_per_microbatch": 256}}),
     "live-3": (3, {"opsd": LIVE}),
     "lora-frozen-2": (2, {"model": LORA}),
     "lora-frozen-3": (3, {"model": LORA}),
@@ -79,7 +79,7 @@ def results(tmp_path_factory, zero_settings, recorded, launch, replay, untied_fo
 
     def case(name, stage, sections, place):
         if name.startswith("untied"):
-            sections = {"model": {"name": untied_folder}}
+            sections = sections | {"model": {"name": untied_folder}}
         config = zero_settings(place / "run", stage, **sections)
         size = config["rollout"].get("group_size", 1)
         return {
