@@ -350,10 +350,7 @@ class RolloutScheduler:
         """Queue a failed episode once more, where the policy says so."""
         if episode.failed is None or self.config.on_failure != "retry" or episode.attempt >= self.config.retries:
             return False
-        if self.config.deterministic:
-            waiting.append(episode.again())  # behind the first attempts, whose waves stay as they are
-        else:
-            waiting.appendleft(episode.again())  # its group waits for it already
+        waiting.appendleft(episode.again())  # its group waits for it already
         return True
 
     def _group(self, goal: Task, members: list[list[Trajectory]]) -> TrajectoryGroup:

@@ -34,12 +34,10 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        said = 0
         wait = self._interval
         while not self._over.wait(wait):
             idle = time.monotonic() - self._last
-            due = int(idle / self._interval)
-            if due > 0 and due != said:
+            intervals = int(idle / self._interval)
+            if intervals:
                 logger.warning("nothing has finished for %.0f s; waiting for %s", idle, self._describe())
-            said = due
-            wait = (due + 1) * self._interval - idle
+            wait = (intervals + 1) * self._interval - idle

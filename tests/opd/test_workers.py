@@ -207,17 +207,19 @@ def test_grading_stops_the_clock_of_the_call_and_starts_its_own(pool):
 
     def works(before, graded, after):
         time.sleep(before)
-        with grading(), grading():
+        with grading():
+            with grading():  # a rubric of rubrics: the outer one counts
+                time.sleep(0.1)
             time.sleep(graded)
         time.sleep(after)
 
-    limits = Limits(call=0.6, grading=1.2, name="rollout.step_timeout")
-    for key, parts in enumerate([(0.2, 0.9, 0.1), (0.0, 20.0, 0.0), (0.5, 0.2, 20.0)]):
+    limits = Limits(call=1.0, grading=2.0, name="rollout.step_timeout")
+    for key, parts in enumerate([(0.1, 1.4, 0.1), (0.0, 20.0, 0.0), (0.8, 0.1, 0.9)]):
         workers.start(key, lambda parts=parts: works(*parts), limits=limits)
     answers = dict(workers.finished(wait="all"))
     assert answers[0] is None
-    assert str(answers[1]) == "no answer within 1.2 s (rollout.grading_timeout)"
-    assert str(answers[2]) == "no answer within 0.6 s (rollout.step_timeout)"
+    assert str(answers[1]) == "no answer within 2 s (rollout.grading_timeout)"
+    assert str(answers[2]) == "no answer within 1 s (rollout.step_timeout)"
 
 
 def test_grading_outside_of_any_worker_does_nothing():
