@@ -235,17 +235,8 @@ class ScriptedEngine:
     def release(self, session):
         pass
 
-    def update_weights(self, weights, version):
-        self.policy_version = version
-
-    def sleep(self):
-        pass
-
-    def metrics(self):
-        return {}
-
-    def close(self):
-        pass
+    def weights_changed(self):
+        self.policy_version += 1
 
 
 @pytest.fixture(scope="session")
