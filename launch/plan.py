@@ -236,6 +236,11 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "rollout.top_p and rollout.top_k narrow what is sampled; the loss still compares whole distributions"
         )
+    if rollout.engine != "transformers" and rollout.deterministic:
+        notes.append(
+            "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
+            "is never empty (draws still follow from the seed)"
+        )
     temperature = getattr(config.section, "temperature", None)
     if temperature is not None and temperature != rollout.temperature:
         notes.append(

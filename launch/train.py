@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from opd import checkpoint
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, EngineError
 from opd.intervals import paired_difference
 from opd.launch.build import Run, Score, build
 from opd.launch.checks import check_started
@@ -68,11 +68,12 @@ def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
     start, before = (0, None) if saved is None else _restore(run, saved)
     tracker = _tracker(config, ranks, out, start)
     run.loop.on_finish = tracker.episode_finished
+    done = start
     try:
         with _stop_signals() as stopped:
             if before is None and config.eval.tasks:
                 before = _evaluate(run, tracker, start)
-            after, done, interrupted = before, start, False
+            after, interrupted = before, False
             for number in range(start, config.train.steps):
                 row, groups = run.loop.step(number)
                 done = number + 1
@@ -94,6 +95,8 @@ def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
             change = paired_difference(before.outcomes, after.outcomes)
         tracker.summary(before=before, after=after, change=change)
         return result
+    except EngineError as error:
+        raise _stopped_with_checkpoint(run, out, error, done=done, before=before) from error
     finally:
         tracker.finish()
         run.close()
@@ -104,6 +107,19 @@ def _tracker(config: Config, ranks: Ranks, out: Path, start: int) -> Tracker | N
     if not ranks.first:
         return NoTracker()
     return Tracker(out, config.tracking, run_config=config.dump(), total_steps=config.train.steps, resume_step=start)
+
+
+def _stopped_with_checkpoint(
+    run: Run, out: Path, error: EngineError, *, done: int, before: Score | None
+) -> EngineError:
+    """An engine was lost between two updates: the last whole step is saved, and the error says how to go on.
+
+    Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
+    """
+    if done and run.loop.backend.ranks.world_size == 1:
+        _save(run, out, done, before, None)
+        return EngineError(f"{error} Step {done} is saved: opd train {out} --resume")
+    return error
 
 
 def _evaluate(run: Run, tracker: Tracker | NoTracker, step: int) -> Score:
@@ -128,7 +144,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | N
             "run": {
                 "step": step,
                 "ranks": ranks.world_size,
-                "policy_version": loop.rollouts.engine.policy_version,
+                "policy_version": loop.version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
                 "success": None if score is None else score.rate,
@@ -164,8 +180,7 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> tuple[int, Score | None]
     loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
-    loop.rollouts.engine.weights_changed()
-    loop.rollouts.engine.policy_version = record["policy_version"]
+    loop.version = record["policy_version"]
     run.method.load_state_dict(saved.record("method"))
     before = record["before"]
     return record["step"], None if before is None else Score(tuple(before))

@@ -31,3 +31,7 @@ class SandboxError(OpdError, OSError):
 
 class CheckpointError(OpdError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another configuration."""
+
+
+class EngineError(OpdError, RuntimeError):
+    """A rollout engine, or a server behind it, is lost or answers nonsense, and its budget of retries is spent."""

@@ -19,8 +19,12 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 
 
 @torch.no_grad()
-def sampler_gap(student: CausalModel, batch: Batch, sampling: Sampling) -> float:
+def sampler_gap(
+    student: CausalModel, batch: Batch, sampling: Sampling, *, engine_dtype: torch.dtype | None = None
+) -> float:
     """Mean absolute difference, in nats, between the sampler's log-probs and the student's own.
+
+    `engine_dtype` is the type that the engine computes in where it is not the student's.
 
     Raises ModelError beyond the tolerance. Truncated sampling (top-p, top-k) renormalises the sampler's
     log-probs, so that they cannot be compared; the gap is then nan, as it is of a batch without sampled tokens.
@@ -33,7 +37,8 @@ def sampler_gap(student: CausalModel, batch: Batch, sampling: Sampling) -> float
     if not len(own):
         return float("nan")
     gap = float((own - batch.sampler_logprobs).abs().mean())
-    allowed = TOLERANCE[next(student.parameters()).dtype]
+    dtype = next(student.parameters()).dtype
+    allowed = max(TOLERANCE[dtype], TOLERANCE[engine_dtype or dtype])
     if not gap <= allowed:
         raise ModelError(
             f"the rollout engine's log-probs differ from the trainer's by {gap:.3g} nats a token (allowed: {allowed}): "

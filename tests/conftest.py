@@ -235,8 +235,17 @@ class ScriptedEngine:
     def release(self, session):
         pass
 
-    def weights_changed(self):
-        self.policy_version += 1
+    def update_weights(self, weights, version):
+        self.policy_version = version
+
+    def sleep(self):
+        pass
+
+    def metrics(self):
+        return {}
+
+    def close(self):
+        pass
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from torch import Tensor
 from opd.backends.base import Backend
 from opd.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
-from opd.engines.base import Sampling
+from opd.engines.base import Sampling, Weights
 from opd.logprobs import chunked_logprobs, chunked_scores
 from opd.losses import Sampler
 from opd.modeling import CausalModel
@@ -57,6 +57,8 @@ class Loop:
     seed: int
     method: Method
     student: CausalModel
+    weights: Weights
+    """The student's, for an engine that keeps its own copy."""
     teacher: Teacher
     rollouts: RolloutScheduler
     backend: Backend
@@ -66,31 +68,45 @@ class Loop:
     pad_id: int
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     on_finish: Callable[[Trajectory], None] = lambda _: None
-    checked: bool = False
-    """Whether the sampler's log-probs were compared with the student's; done once, on the first samples."""
+    version: int = 0
+    """Steps that the student's weights have seen."""
+    synced: int | None = None
+    """The version that the engine samples from; None before it was given any."""
+    checks: int = 2
+    """How often the sampler's log-probs are still to be compared with the student's: as the engine was started, and
+    after its first update."""
 
     @property
     def sampling(self) -> Sampling:
         """How training rollouts are drawn."""
         return Sampling(temperature=self.rollout.temperature, top_p=self.rollout.top_p, top_k=self.rollout.top_k)
 
+    def sync(self) -> None:
+        """Give the engine the student's weights, unless it has them. Before any rollout, in training or evaluation."""
+        if self.synced != self.version:
+            self.rollouts.engine.update_weights(self.weights, self.version)
+            self.synced = self.version
+
     def step(self, number: int) -> tuple[dict[str, float], list[TrajectoryGroup]]:
         """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes, of all ranks."""
         clock, ranks = Clock(), self.backend.ranks
+        with clock("sync"):
+            self.sync()
         with clock("rollout"):
             groups = self.play(number)
             everyone = ranks.deal(ranks.gather(groups))
+        self.rollouts.engine.sleep()
         samples = [sample for group in groups for sample in self.method.annotate(group)]
-        if not self.checked:
+        if self.checks:
             self.preflight(samples)
         samples, taught = self.weigh(samples, everyone, clock)
         row, facts, skipped = self.update(
             samples, taught, clock, order=[g.task for g in everyone], meter=self._metered(number)
         )
-        with clock("sync"):
-            self.rollouts.engine.weights_changed()
+        self.version += 1
         self.method.observe(everyone)
         row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
+        row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         return row, everyone
 
@@ -132,8 +148,12 @@ class Loop:
             return
         few = sorted(samples, key=lambda s: len(s.token_ids))[:4]
         batch = self._collate(few) if few else self._empty()
-        ranks.agree(lambda: self.backend.look(lambda: sampler_gap(self.student, batch, self.sampling)))
-        self.checked = True
+        theirs = self.rollout.vllm.dtype if self.rollout.engine != "transformers" else "auto"
+        dtype = None if theirs == "auto" else getattr(torch, theirs)
+        ranks.agree(
+            lambda: self.backend.look(lambda: sampler_gap(self.student, batch, self.sampling, engine_dtype=dtype))
+        )
+        self.checks -= 1
 
     def weigh(
         self, samples: list[Sample], groups: list[TrajectoryGroup], clock: Clock

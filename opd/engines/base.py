@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from opd.types import StopReason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +43,20 @@ class Completion:
     policy_version: int
 
 
+class Weights(Protocol):
+    """A model's weights under the names of its checkpoint, as they are now; each `iter` is a fresh pass."""
+
+    collective: bool
+    """Whether all ranks must iterate together, so that an engine cannot read them again on its own."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class RolloutEngine(Protocol):
     """Requests go in at any time; completions come out in the order in which they finish."""
 
     policy_version: int
-    """Counts weight updates; every completion carries the version that sampled it."""
+    """The version of the weights it samples from; every completion carries the one that sampled it."""
 
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         """Start a round of rollouts with these settings; nothing may be in flight."""
@@ -58,8 +70,21 @@ class RolloutEngine(Protocol):
     def release(self, session: int) -> None:
         """Forget a conversation and whatever was cached for it."""
 
-    def weights_changed(self) -> None:
-        """The policy has new weights: cached prefixes are stale."""
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """Sample from these weights from now on, and call them `version`; cached prefixes are forgotten.
+
+        Nothing may be in flight. An engine may keep `weights`: one that lost its copy reads them again, unless
+        they are collective. One that samples with the trainer's own model never reads them.
+        """
+
+    def sleep(self) -> None:
+        """Rollouts are over for now: give memory back to training, until the next `update_weights` or `begin`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the work since the last call, such as cache hits and retries."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Completion]:

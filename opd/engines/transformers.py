@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from opd.engines.base import Completion, Request, Sampling
+from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.errors import ModelError
 from opd.modeling import CausalModel
 from opd.types import StopReason
@@ -161,11 +161,21 @@ class TransformersEngine:
         if row is not None:
             self._free.append(row.slot)
 
-    def weights_changed(self) -> None:
-        self._check_idle("weights_changed")
+    def update_weights(self, weights: Weights, version: int) -> None:
+        self._check_idle("update_weights")
         self.refresh()
         self._reset()
-        self.policy_version += 1
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        self._check_idle("sleep")
+        self._reset()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self._reset()
 
     @torch.no_grad()
     def step(self) -> list[Completion]:

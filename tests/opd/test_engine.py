@@ -220,7 +220,7 @@ def test_new_weights_drop_the_cache_and_count_a_version(make_model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.3)
-    engine.weights_changed()
+    engine.update_weights([], 1)
     asked = next_turn(asked, done)
     done = run(engine, asked)
     assert {d.policy_version for d in done.values()} == {1}
@@ -327,12 +327,12 @@ def test_a_second_request_of_a_session_waits_for_the_first(engine):
         engine.submit(asked)
 
 
-@pytest.mark.parametrize("call", ["begin", "weights_changed"])
+@pytest.mark.parametrize("call", ["begin", "update_weights", "sleep"])
 def test_nothing_changes_under_a_request_in_flight(engine, call):
     engine.begin(PLAIN, STOP)
     engine.submit(requests([5])[0])
     with pytest.raises(RuntimeError, match=rf"{call}\(\) while requests are in flight"):
-        engine.begin(PLAIN, STOP) if call == "begin" else engine.weights_changed()
+        getattr(engine, call)(*{"begin": (PLAIN, STOP), "update_weights": ([], 1), "sleep": ()}[call])
 
 
 @pytest.mark.parametrize("change", [{"prompt_ids": []}, {"max_tokens": 0}])

@@ -1,0 +1,104 @@
+"""Sampled tokens a second and seconds an update of each rollout engine, on whole episodes.
+
+    OMP_NUM_THREADS=1 python benchmarks/engines.py                         # tiny:lookup, all engines
+    OMP_NUM_THREADS=1 python benchmarks/engines.py --model smollm2         # SmolLM2-135M, about half an hour on a CPU
+    OMP_NUM_THREADS=1 python benchmarks/engines.py --engines vllm --concurrency 8 64
+
+Every engine plays the same tasks under the same seeds, as many episodes at once as the column says. A round of
+warm-up comes first; what is timed is the whole rollout, environments included, and the update alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from opd.engines.base import Sampling
+from opd.launch.build import Run, build
+from opd.launch.config import Config
+from opd.rollout import task
+
+ENGINES = ("transformers", "vllm", "vllm_server")
+RUNS: dict[str, dict[str, Any]] = {
+    "tiny:lookup": {"env": "opd/Lookup-v0", "rollout": {"max_tokens": 48, "max_length": 512}},
+    "smollm2": {"env": "opd/Arithmetic-v0", "rollout": {"max_tokens": 32, "max_length": 512}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round of rollouts took."""
+
+    tokens: int
+    seconds: float
+
+
+def play(run: Run, *, concurrency: int, episodes: int) -> Round:
+    """Play `episodes` tasks, `concurrency` at a time."""
+    scheduler = run.loop.rollouts
+    scheduler.config = run.config.rollout.model_copy(update={"concurrency": concurrency})
+    since = time.perf_counter()
+    groups = scheduler.run(
+        [task(n, split="train") for n in range(episodes)], group_size=1, sampling=Sampling(temperature=1.0), seed=0
+    )
+    seconds = time.perf_counter() - since
+    return Round(sum(t.completion_tokens for group in groups for t in group.trajectories), seconds)
+
+
+def update_seconds(run: Run, repeats: int = 3) -> float:
+    """The fastest of some updates of the engine's weights."""
+    best = float("inf")
+    for _ in range(repeats):
+        run.loop.version += 1
+        since = time.perf_counter()
+        run.loop.sync()
+        best = min(best, time.perf_counter() - since)
+    return best
+
+
+def measure(model: str, engine: str, concurrencies: list[int], per_slot: int) -> list[str]:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as out:
+        settings = RUNS[model]
+        rollout = {**settings["rollout"], "engine": engine, "deterministic": False, "concurrency": max(concurrencies)}
+        config = Config.from_dict(
+            {"method": "opsd", "model": model, "env": settings["env"], "rollout": rollout, "out": f"{out}/run"}
+        )
+        config.prepare_out()
+        since = time.perf_counter()
+        run = build(config)
+        try:
+            run.loop.sync()
+            start = time.perf_counter() - since
+            play(run, concurrency=max(concurrencies), episodes=2)
+            rates = []
+            for concurrency in concurrencies:
+                done = play(run, concurrency=concurrency, episodes=max(4, per_slot * concurrency))
+                rates.append(f"{done.tokens / done.seconds:.0f}")
+            update = update_seconds(run)
+        finally:
+            run.close()
+    return [model, engine, *rates, f"{update:.3f}", f"{start:.0f}"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--model", choices=RUNS, default="tiny:lookup")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 64])
+    parser.add_argument("--per-slot", type=int, default=2, help="episodes for each that may run at once")
+    arguments = parser.parse_args()
+    names = [f"{n} at once" for n in arguments.concurrency]
+    print("| model | engine | " + " | ".join(names) + " | update, s | start, s |", flush=True)
+    print("| --- " * (len(names) + 4) + "|", flush=True)
+    for engine in arguments.engines:
+        cells = measure(arguments.model, engine, arguments.concurrency, arguments.per_slot)
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

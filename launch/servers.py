@@ -1,0 +1,111 @@
+"""vLLM servers of a run: those that it starts and ends itself, those that are there, and `opd serve`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from opd.config import ModelConfig, RolloutConfig
+from opd.engines.vllm import common_arguments, engine_args
+from opd.engines.vllm_http import Server
+from opd.engines.vllm_process import OwnServer, server_command, server_environment
+from opd.engines.vllm_server import Replica, VllmServerEngine
+from opd.errors import ConfigError
+from opd.launch.checks import is_loopback
+from opd.launch.config import Config
+from opd.launch.plan import has_gpu
+from opd.modeling import CausalModel
+from opd.ranks import Ranks
+
+
+def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServerEngine:
+    """The engine over this rank's share of `rollout.vllm.servers`, or over servers of its own, which end with it.
+
+    Raises ConfigError where there are fewer servers than ranks: each rank gives its servers the weights itself.
+    """
+    vllm = config.rollout.vllm
+    urls = vllm.servers[ranks.rank :: ranks.world_size]
+    if vllm.servers and not urls:
+        raise ConfigError(
+            f"rollout.vllm.servers names {len(vllm.servers)} for {ranks.world_size} ranks; each needs one"
+        )
+    with ExitStack() as stack:
+        replicas = (
+            [_replica(url, os.environ.get(vllm.api_key_env), config.rollout) for url in urls]
+            if urls
+            else _own(config, model, ranks, stack)
+        )
+        return VllmServerEngine(
+            replicas,
+            vllm,
+            vocabulary=model.config.vocab_size,
+            concurrency=config.rollout.concurrency,
+            on_close=stack.pop_all().close,
+        )
+
+
+def _own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStack) -> list[Replica]:
+    """Servers on this machine's loopback, with a key that nobody else knows, started and not yet up."""
+    vllm = config.rollout.vllm
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="opd-vllm-"))
+    model.config.save_pretrained(folder)
+    logs = Path(config.out or folder)
+    key = secrets.token_urlsafe(32)
+    replicas = []
+    for number in range(ranks.rank * vllm.replicas, (ranks.rank + 1) * vllm.replicas):
+        own = OwnServer(
+            folder,
+            engine_args(model, config.rollout),
+            key=key,
+            log=logs / f"vllm-{number}.log",
+            devices=vllm.devices[number] if number < len(vllm.devices) else None,
+        )
+        stack.callback(own.stop)
+        own.start()
+        replicas.append(_replica(own.url, key, config.rollout, own))
+    return replicas
+
+
+def _replica(url: str, key: str | None, rollout: RolloutConfig, own: OwnServer | None = None) -> Replica:
+    server = Server(url, key=key, timeout=rollout.vllm.timeout, connections=rollout.concurrency + 1)
+    return Replica(server=server, restart=own.start) if own else Replica(server=server)
+
+
+def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -> int:
+    """Run a server in the foreground until it ends; its exit code.
+
+    Its weights are the model's own: a teacher can be asked at once, and a run that rolls out here sends its own.
+    Raises ConfigError where it would listen beyond this machine without a key.
+    """
+    vllm = rollout.vllm
+    key = os.environ.get(vllm.api_key_env)
+    if not key and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} would let others sample from this server and replace its weights. "
+            f"Set {vllm.api_key_env} to a secret, here and where it is used, or keep --host 127.0.0.1."
+        )
+    arguments = common_arguments(rollout, on_cpu=not has_gpu())
+    dtype = vllm.dtype if vllm.dtype != "auto" else model.dtype
+    if dtype != "auto":
+        arguments["dtype"] = dtype
+    command = server_command(_served_name(model.name), arguments, host=host, port=port, keyed=bool(key))
+    return subprocess.run(command, env=server_environment(key), check=False).returncode
+
+
+def _served_name(name: str) -> str:
+    """What vLLM can load: a hub id or a folder. Raises ConfigError for a GGUF file."""
+    if name.startswith("tiny:"):
+        from opd.launch.tiny import build_tiny
+
+        return str(build_tiny(name.removeprefix("tiny:")))
+    if name == "smollm2":
+        from opd.models import smollm2_folder
+
+        return str(smollm2_folder())
+    if name.endswith(".gguf"):
+        raise ConfigError(f"model.name = {name!r}: vLLM serves hub ids and Hugging Face folders; export it first")
+    return name

@@ -1,0 +1,163 @@
+"""Log-probs of given sequences from vLLM: a teacher that is asked, not held in memory.
+
+A teacher behind vLLM can say the log-prob of the ids as they stand and its own top k, both at temperature 1: vLLM
+computes a prompt's log-probs before any sampling setting. Log-probs at ids of the caller's choice, entropies and hidden
+states are not on offer; what they would be needed for is refused by name. vLLM reads no cached prefix for such a
+request, since a cached position has no logits, so that privileged contexts with a common beginning share nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from opd.engines.vllm_http import FaultKind, Server, ServerFault, labels, number
+from opd.errors import ConfigError, DataError, EngineError
+
+OFFERED = ("sampled", "top_k")
+PROBE_EVERY = 0.5
+PAUSE = 0.5
+FLOOR = -9999.0
+"""What vLLM's servers send in place of minus infinity; read as a number it would poison a mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a teacher says at the rows of one sequence; N rows, K ids at each."""
+
+    logprobs: list[float]
+    """[N] nats: the log-prob of the id that follows each row."""
+    top_ids: list[list[int]]
+    """[N, K], the likeliest first; [N, 0] where no top k was asked for."""
+    top_logprobs: list[list[float]]
+    """[N, K] nats."""
+
+
+def check_offered(form: str, *, temperature: float) -> None:
+    """Raises ConfigError for what a teacher behind vLLM cannot be asked."""
+    if form not in OFFERED:
+        raise ConfigError(f"a teacher served by vLLM cannot answer {form!r}. It answers: {', '.join(OFFERED)}.")
+    if temperature != 1:
+        raise ConfigError(
+            f"a teacher served by vLLM answers at temperature 1, not {temperature:g}: vLLM ignores the sampling "
+            "temperature in a prompt's log-probs. Use temperature 1 on both sides, or a local teacher."
+        )
+
+
+class VllmScorer:
+    """Asks one or several servers with the same weights; at most `in_flight` sequences at once.
+
+    The servers' weights must stay what they were at the first answer: teachers are never mixed.
+    """
+
+    def __init__(
+        self, servers: Sequence[Server], *, vocabulary: int, retries: int, restart_timeout: float, in_flight: int = 8
+    ) -> None:
+        self._servers = list(servers)
+        self._vocabulary = vocabulary
+        self._retries = retries
+        self._restart_timeout = restart_timeout
+        self._in_flight = in_flight
+        self._label: set[Any] | None = None
+
+    def score(
+        self, sequences: Sequence[list[int]], rows: Sequence[list[int]], *, top_k: int | None = None
+    ) -> list[Scores]:
+        """The scores of each sequence at its rows, in order. Raises EngineError when a budget is spent."""
+        check_rows(sequences, rows)
+        with ThreadPoolExecutor(self._in_flight, thread_name_prefix="score") as threads:
+            asked = [
+                threads.submit(self._one, number, ids, own, top_k or 0)
+                for number, (ids, own) in enumerate(zip(sequences, rows, strict=True))
+            ]
+            try:
+                return [future.result() for future in asked]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, number: int, ids: list[int], rows: list[int], top_k: int) -> Scores:
+        for attempt in range(self._retries + 1):
+            server = self._servers[(number + attempt) % len(self._servers)]
+            try:
+                return self._ask(server, f"score-{number}", ids, rows, top_k)
+            except ServerFault as fault:
+                if fault.kind is FaultKind.REFUSED or attempt == self._retries:
+                    raise EngineError(f"scoring failed {attempt + 1} times, at last with {fault}") from fault
+                if fault.kind is FaultKind.LOST:
+                    self._wait_for_any()
+                else:
+                    time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _ask(self, server: Server, name: str, ids: list[int], rows: list[int], top_k: int) -> Scores:
+        answer = server.generate(name, ids, scoring_settings(top_k))
+        said = labels(answer["choices"][0])
+        self._label = self._label or said
+        if said != self._label:
+            raise EngineError(f"{server.url} scored with the weights {said}, others with {self._label}")
+        entries = answer.get("prompt_logprobs")
+        if not isinstance(entries, list) or len(entries) != len(ids):
+            size = len(entries) if isinstance(entries, list) else "no"
+            raise ServerFault(FaultKind.BROKEN, f"{server.url} sent {size} positions for {len(ids)} ids")
+        return scores_at([self._read(entries[row + 1]) for row in rows], [ids[row + 1] for row in rows], top_k)
+
+    def _read(self, entry: Any) -> dict[int, tuple[float, int]]:
+        if not isinstance(entry, dict):
+            raise ServerFault(FaultKind.BROKEN, "a position came without log-probs")
+        found = {}
+        for token, said in entry.items():
+            if not (token.isdecimal() and int(token) < self._vocabulary and isinstance(said, dict)):
+                raise ServerFault(FaultKind.BROKEN, f"a position holds {token!r}, which is no id of {self._vocabulary}")
+            found[int(token)] = number(said.get("logprob")), _rank(said.get("rank"))
+        return found
+
+    def _wait_for_any(self) -> None:
+        deadline = time.monotonic() + self._restart_timeout
+        while not any(server.healthy() for server in self._servers):
+            if time.monotonic() > deadline:
+                urls = ", ".join(server.url for server in self._servers)
+                raise EngineError(f"none of the teacher's servers came back in {self._restart_timeout:g} s: {urls}")
+            time.sleep(PROBE_EVERY)
+
+
+def scoring_settings(top_k: int) -> dict[str, Any]:
+    """Sampling settings of a request that is only scored; vLLM always samples one id."""
+    return {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False}
+
+
+def check_rows(sequences: Sequence[list[int]], rows: Sequence[list[int]]) -> None:
+    """Raises DataError unless every row of every sequence has an id after it."""
+    for ids, own in zip(sequences, rows, strict=True):
+        if any(not 0 <= row < len(ids) - 1 for row in own):
+            raise DataError(f"a sequence of {len(ids)} ids cannot be scored at rows {own}: each needs an id after it")
+
+
+def scores_at(positions: Sequence[Mapping[int, tuple[float, int]]], targets: Sequence[int], top_k: int) -> Scores:
+    """From (log-prob, rank) by id at each position to scores. Raises ServerFault for what is missing."""
+    logprobs, top_ids, top_logprobs = [], [], []
+    for said, target in zip(positions, targets, strict=True):
+        ranked = sorted((rank, token) for token, (_, rank) in said.items() if rank <= top_k)
+        if target not in said or len(ranked) < top_k:
+            raise ServerFault(FaultKind.BROKEN, f"a position has {len(ranked)} of {top_k} ids, or lacks {target}")
+        top = [token for _, token in ranked[:top_k]]
+        logprobs.append(said[target][0])
+        top_ids.append(top)
+        top_logprobs.append([said[token][0] for token in top])
+    if any(value <= FLOOR or value > 1e-3 for value in (*logprobs, *_flat(top_logprobs))):
+        raise ServerFault(FaultKind.BROKEN, "a log-prob is not one")
+    return Scores(logprobs, top_ids, top_logprobs)
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ServerFault(FaultKind.BROKEN, f"a log-prob has the rank {value!r}")
+    return value
+
+
+def _flat(values: Sequence[Sequence[float]]) -> Iterator[float]:
+    for each in values:
+        yield from each

