@@ -236,6 +236,9 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "rollout.top_p and rollout.top_k narrow what is sampled; the loss still compares whole distributions"
         )
+    if rollout.engine == "vllm":
+        share = f"{rollout.vllm.gpu_memory_utilization:.0%}"
+        notes.append(f"vLLM takes {share} of a GPU's memory besides (rollout.vllm.gpu_memory_utilization)")
     if rollout.engine != "transformers" and rollout.deterministic:
         notes.append(
             "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "

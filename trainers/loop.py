@@ -96,6 +96,7 @@ class Loop:
             groups = self.play(number)
             everyone = ranks.deal(ranks.gather(groups))
         self.rollouts.engine.sleep()
+        self.synced = None  # an engine that sleeps may have given its weights up
         samples = [sample for group in groups for sample in self.method.annotate(group)]
         if self.checks:
             self.preflight(samples)

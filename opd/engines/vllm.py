@@ -41,14 +41,16 @@ class VllmEngine:
     """
 
     def __init__(self, model: CausalModel, config: RolloutConfig) -> None:
-        if torch.distributed.is_initialized() and config.vllm.tensor_parallel_size > 1:
+        trainers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if trainers > 1 and config.vllm.tensor_parallel_size > 1:
             raise ConfigError(
                 f"rollout.vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size} in the process of one of "
-                "several trainers would need them in lockstep. Use rollout.engine: vllm_server, or 1."
+                f"{trainers} trainers would need them in lockstep. Use rollout.engine: vllm_server, or 1."
             )
         self.policy_version = 0
         self._sleeps = config.vllm.sleep and model.device.type == "cuda"
-        self._asleep = False
+        self._asleep: set[str] = set()
+        """Which parts have given their memory back."""
         self._whole = False
         """Whether the engine holds one version of the weights: not at its start, nor after an update that broke off."""
         self._sent = 0
@@ -59,9 +61,7 @@ class VllmEngine:
             self._engine = _start(folder, engine_args(model, config) | {"enable_sleep_mode": self._sleeps})
 
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
-        self._check_idle("begin")
-        if not self._whole:
-            raise RuntimeError("begin() before the engine was given weights")
+        self._check_ready("begin")
         self._sampling = sampling
         self._stop_ids = stop_ids
 
@@ -95,7 +95,8 @@ class VllmEngine:
         self._seen["cached_tokens"] += output.num_cached_tokens or 0
         [sampled] = output.outputs
         ids = list(sampled.token_ids)
-        logprobs = [at[token].logprob for at, token in zip(sampled.logprobs, ids, strict=True)]
+        # Not strict: `completion` sees whether they are as many, and says so.
+        logprobs = [at[token].logprob for at, token in zip(sampled.logprobs, ids, strict=False) if token in at]
         return completion(request, ids, logprobs, sampled.finish_reason, self._stop_ids, self.policy_version)
 
     def score(
@@ -105,7 +106,7 @@ class VllmEngine:
 
         At most `SCORE_TOKENS` ids are in the engine at once. Nothing else may be in flight.
         """
-        self._check_idle("score")
+        self._check_ready("score")
         check_rows(sequences, rows)
         waiting = list(enumerate(zip(sequences, rows, strict=True)))[::-1]
         running: dict[str, int] = {}
@@ -144,7 +145,6 @@ class VllmEngine:
         self._workers("update_weights", {"last": True})
         self._workers("finish_weight_update")
         self._wake("kv_cache")
-        self._asleep = False
         if not self._engine.reset_prefix_cache():
             raise EngineError("vLLM still holds cached prefixes of the old weights; nothing may be in flight")
         self._whole = True
@@ -157,14 +157,15 @@ class VllmEngine:
             raise ModelError(f"vLLM cannot take the weights of this model: {error}") from error
 
     def _wake(self, what: str) -> None:
-        if self._asleep:
+        if what in self._asleep:
             self._engine.wake_up(tags=[what])
+            self._asleep.remove(what)
 
     def sleep(self) -> None:
         self._check_idle("sleep")
         if self._sleeps and not self._asleep:
             self._engine.sleep(level=2)  # the next update brings new weights: there is nothing to keep
-            self._asleep, self._whole = True, False
+            self._asleep, self._whole = {"weights", "kv_cache"}, False
 
     def metrics(self) -> dict[str, float]:
         """`prefix_hits`: the share of the prompts' tokens that were found in the cache."""
@@ -173,6 +174,11 @@ class VllmEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+    def _check_ready(self, call: str) -> None:
+        self._check_idle(call)
+        if not self._whole:
+            raise RuntimeError(f"{call}() before the engine was given weights")
 
     def _check_idle(self, call: str) -> None:
         if self._sessions:
@@ -236,9 +242,9 @@ def _start(folder: str, arguments: dict[str, Any]) -> Any:
 def _undisturbed() -> Iterator[None]:
     """vLLM seeds every generator of the process and takes `torch.set_num_threads` away; both are put back."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             warnings.simplefilter("ignore")  # what vLLM's imports say of each other is not for our users
             yield
     finally:
@@ -246,7 +252,6 @@ def _undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 def _final_only(settings: dict[str, Any]) -> Any:
