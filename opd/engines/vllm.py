@@ -56,6 +56,7 @@ class VllmEngine:
         self._sent = 0
         self._sessions: dict[str, Request] = {}
         self._seen = {"prompt_tokens": 0, "cached_tokens": 0}
+        self._owns_group = not torch.distributed.is_initialized()
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
             model.config.save_pretrained(folder)
             self._engine = _start(folder, engine_args(model, config) | {"enable_sleep_mode": self._sleeps})
@@ -173,7 +174,13 @@ class VllmEngine:
         return {"prefix_hits": seen["cached_tokens"] / seen["prompt_tokens"]} if seen["prompt_tokens"] else {}
 
     def close(self) -> None:
+        """End the engine, and with it torch's process group if vLLM made it: whoever comes next begins afresh."""
         self._engine.engine_core.shutdown()
+        if self._owns_group and torch.distributed.is_initialized():
+            from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
     def _check_ready(self, call: str) -> None:
         self._check_idle(call)
@@ -240,7 +247,10 @@ def _start(folder: str, arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """vLLM seeds every generator of the process and takes `torch.set_num_threads` away; both are put back."""
+    """What vLLM changes for the whole process is put back: the generators that it seeds, `torch.set_num_threads`, which
+    it takes away, and variables that the children of this process would inherit (a library to preload among them).
+    """
+    variables = dict(os.environ)
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -250,6 +260,13 @@ def _undisturbed() -> Iterator[None]:
     finally:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+        for name in {*os.environ, *variables}:
+            if name.startswith("VLLM_"):
+                continue  # vLLM reads its own again and again
+            if name in variables:
+                os.environ[name] = variables[name]
+            else:
+                del os.environ[name]
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
 

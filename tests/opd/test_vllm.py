@@ -4,6 +4,7 @@ One engine serves all tests of a session; each test gives it the weights it mean
 CUDA graphs and tensor parallelism; 16-bit weights.
 """
 
+import os
 import random
 from dataclasses import replace
 
@@ -38,11 +39,16 @@ def model(make_model):
     return make_model(stops=True, **SHAPE)
 
 
+def process_state():
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PYTEST_"))}
+    return random.getstate(), torch.get_num_threads(), torch.set_num_threads, variables
+
+
 @pytest.fixture(scope="module")
 def started(model):
-    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.set_num_threads
+    before = torch.get_rng_state(), *process_state()
     engine = VllmEngine(model, RolloutConfig(max_length=512, concurrency=64, vllm={"kv_cache_gib": 0.25}))
-    after = torch.get_rng_state(), random.getstate(), torch.get_num_threads(), torch.set_num_threads
+    after = torch.get_rng_state(), *process_state()
     yield engine, before, after
     engine.close()
 
@@ -91,7 +97,7 @@ def changed(make_model, seed=7):
 # -- sampling ------------------------------------------------------------------------------------------
 
 
-def test_starting_vllm_leaves_generators_and_threads_as_they_were(started):
+def test_starting_vllm_leaves_generators_threads_and_variables_as_they_were(started):
     _, before, after = started
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
