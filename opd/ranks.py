@@ -140,12 +140,15 @@ def _meet() -> Ranks:
             f"several processes, or backend = deepspeed, need DeepSpeed ({error}): pip install 'opd[deepspeed]'"
         ) from error
     import logging
+    import warnings
 
     import torch
     import torch.distributed as dist
 
     from opd.watch import watch
 
+    # DeepSpeed calls torch's collectives by names that torch is about to retire, and says so at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:  # no launcher, not even of one process
