@@ -147,7 +147,7 @@ def _meet() -> Ranks:
 
     from opd.watch import watch
 
-    # DeepSpeed calls torch's collectives by names that torch is about to retire, and says so at every call.
+    # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -14,8 +14,8 @@ from opd.launch.tiny import build_tiny
 
 WORKER = Path(__file__).parent / "worker.py"
 SECONDS = 540
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus"]
+# Standalone: on a port of its own, whoever else runs these tests on this machine.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,11 @@ def test_two_nodes_lose_a_rank_name_it_end_and_go_on_under_deepspeeds_launcher(t
     settings["train"]["steps"] = done + 1
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     log = tmp_path / "resumed.log"
-    again = started([*DEEPSPEED, ROOT / "launch" / "train.py", tmp_path / "run.yaml", "--resume"], log, tmp_path)
+    again = started(
+        [*DEEPSPEED, "--master_port", free_port(), ROOT / "launch" / "train.py", tmp_path / "run.yaml", "--resume"],
+        log,
+        tmp_path,
+    )
     try:
         wait_for(lambda: again.poll() is not None, 400, [log])
     finally:
@@ -101,7 +105,9 @@ def _rank(rank, path):
 def test_a_launch_of_several_processes_with_the_local_backend_is_refused_once(tmp_path, zero_settings):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(zero_settings(tmp_path / "run")))
     log = tmp_path / "log"
-    process = started([*RUN, "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path)
+    process = started(
+        [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
+    )
     try:
         wait_for(lambda: process.poll() is not None, 200, [log])
     finally:
@@ -119,7 +125,9 @@ def test_the_demo_runs_on_two_processes(tmp_path):
     log = tmp_path / "log"
     options = ["--steps", 2, "--eval.tasks", 4, "--out", tmp_path / "run", "--tracking.wandb", "disabled"]
     example = ROOT / "examples" / "opsd_zero3.yaml"
-    process = started([*DEEPSPEED, "--module", "opd.launch.train", example, *options], log, tmp_path)
+    process = started(
+        [*DEEPSPEED, "--master_port", free_port(), "--module", "opd.launch.train", example, *options], log, tmp_path
+    )
     try:
         wait_for(lambda: process.poll() is not None, 500, [log])
     finally:
