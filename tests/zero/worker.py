@@ -1,7 +1,8 @@
 """What the ranks of a test do: started as a script by a launcher, with a JSON file that says what.
 
 `replay` trains on recorded rollouts, and writes metrics and weights; `train` makes a whole run with `opd.train`;
-`measure` makes one step and writes what the first rank holds then; `copy` copies a folder.
+`measure` makes one step and writes what the first rank holds then; `copy` copies a folder; `fresh` makes a whole run
+and notes whether the engine samples from the weights that train.
 """
 
 import json
@@ -19,6 +20,7 @@ from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
 from opd.ranks import join
 from opd.sharding import held, whole_in_turn
+from opd.trainers.loop import Loop
 from opd.watch import together
 
 
@@ -88,6 +90,24 @@ def measure(case):
     run.close()
 
 
+def fresh(case):
+    """A whole run, and how far the engine's log-probs of each step's fresh samples are from the trainer's: nats."""
+    gaps, measured = [], Loop._measured
+
+    def noted(loop, samples, facts):
+        gaps.append(max(float(own["sampler_gap"].abs().max()) for own in facts.values()))
+        return measured(loop, samples, facts)
+
+    Loop._measured = noted
+    try:
+        result = train(Config.from_dict(case["config"]))
+    finally:
+        Loop._measured = measured
+    gaps = [max(step) for step in zip(*join().gather(gaps), strict=True)]
+    if join().first:
+        (result.out / "gaps.json").write_text(json.dumps(gaps))
+
+
 def copy(case):
     join().from_first(lambda: shutil.copytree(case["source"], case["to"]))
 
@@ -104,7 +124,7 @@ def main():
             if case["do"] == "train":
                 train(Config.from_dict(case["config"]), resume=case["resume"])
             else:
-                {"replay": replay, "measure": measure, "copy": copy}[case["do"]](case)
+                {"replay": replay, "measure": measure, "copy": copy, "fresh": fresh}[case["do"]](case)
 
 
 if __name__ == "__main__":
