@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import fsum
@@ -26,6 +26,16 @@ _PATIENCE = timedelta(days=30)
 
 class SharedError(OpdError):
     """What went wrong on one rank, raised on all of them; whoever prints errors prints it on the first alone."""
+
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_")
+_LAUNCHERS += ("CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_")
+"""How the variables begin by which launchers tell a process who it is."""
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that is none of the ranks: it must not wait for them, or answer for one."""
+    return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHERS)}
 
 
 def started_ranks() -> int:

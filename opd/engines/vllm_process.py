@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opd.ranks import without_launcher
+
 LOOPBACK = "127.0.0.1"
 KEY_VARIABLE = "VLLM_API_KEY"
 STOP_SECONDS = 15.0
@@ -50,7 +52,7 @@ def server_environment(key: str | None) -> dict[str, str]:
         "VLLM_HOST_IP": LOOPBACK,
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return {**defaults, **os.environ, "VLLM_SERVER_DEV_MODE": "1", **({KEY_VARIABLE: key} if key else {})}
+    return {**defaults, **without_launcher(os.environ), "VLLM_SERVER_DEV_MODE": "1", **({KEY_VARIABLE: key} if key else {})}
 
 
 def free_port() -> int:

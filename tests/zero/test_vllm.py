@@ -7,7 +7,7 @@ import pytest
 from opd.tracking import read_rows
 
 pytest.importorskip("vllm", reason="the real vLLM is not installed")
-ENGINES = ("vllm", "vllm_server")
+ENGINES = ("vllm_server", "vllm")  # in this order: an engine in process, when it is closed, ends the process groups
 
 
 @pytest.fixture(scope="module")

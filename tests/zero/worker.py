@@ -92,17 +92,19 @@ def measure(case):
 
 def fresh(case):
     """A whole run, and how far the engine's log-probs of each step's fresh samples are from the trainer's: nats."""
-    gaps, measured = [], Loop._measured
+    gaps, update = [], Loop.update
 
-    def noted(loop, samples, facts):
-        gaps.append(max(float(own["sampler_gap"].abs().max()) for own in facts.values()))
-        return measured(loop, samples, facts)
+    def noted(loop, *args, **options):
+        found = update(loop, *args, **options)
+        facts = found[1]
+        gaps.append(max((float(own["sampler_gap"].abs().max()) for own in facts.values()), default=0.0))
+        return found
 
-    Loop._measured = noted
+    Loop.update = noted
     try:
         result = train(Config.from_dict(case["config"]))
     finally:
-        Loop._measured = measured
+        Loop.update = update
     gaps = [max(step) for step in zip(*join().gather(gaps), strict=True)]
     if join().first:
         (result.out / "gaps.json").write_text(json.dumps(gaps))
