@@ -52,7 +52,8 @@ def server_environment(key: str | None) -> dict[str, str]:
         "VLLM_HOST_IP": LOOPBACK,
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return {**defaults, **without_launcher(os.environ), "VLLM_SERVER_DEV_MODE": "1", **({KEY_VARIABLE: key} if key else {})}
+    own = {"VLLM_SERVER_DEV_MODE": "1", **({KEY_VARIABLE: key} if key else {})}
+    return {**defaults, **without_launcher(os.environ), **own}
 
 
 def free_port() -> int:

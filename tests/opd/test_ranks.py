@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import DataError
-from opd.ranks import Ranks, started_ranks
+from opd.ranks import Ranks, started_ranks, without_launcher
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -33,6 +33,11 @@ def test_an_error_of_one_rank_alone_stays_what_it_is():
         Ranks().agree(fail)
     with pytest.raises(ZeroDivisionError):
         Ranks().agree(lambda: 1 / 0)
+
+
+def test_a_process_that_is_no_rank_is_told_of_none():
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert without_launcher(told | {"PATH": "/bin", "OPD_CACHE": "x"}) == {"PATH": "/bin", "OPD_CACHE": "x"}
 
 
 def test_how_many_processes_there_are_is_the_launchers_word(monkeypatch):
