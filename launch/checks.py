@@ -130,12 +130,13 @@ def _undistilled(config: Config) -> list[Problem]:
     weighting = config.weighting
     asked = {
         "weighting.entropy": weighting.entropy,
-        "weighting.pass_rate": weighting.pass_rate,
+        "weighting.pass_rate": weighting.pass_rate and weighting.pass_rate.on == "distilled",
         "weighting.steps": weighting.steps,
         "train.variance_every": config.train.variance_every,
     }
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
-    return [Problem((key,), f"{key} {text}") for key, value in asked.items() if value]
+    mends = {"weighting.pass_rate": " To weigh what rewards teach, set weighting.pass_rate.on: all."}
+    return [Problem((key,), f"{key} {text}{mends.get(key, '')}") for key, value in asked.items() if value]
 
 
 def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:

@@ -69,7 +69,10 @@ def memory_estimate(
     width = BYTES[model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"]
     trained = size.parameters if model.lora is None else size.adapters(model.lora)
     trained_width = width if model.lora is None else 4
-    copies = {"live": 0, "frozen": trained_width, "ema": max(4, trained_width)}
+    copies = {"live": 0, "frozen": trained_width, "ema": max(4, trained_width), "trust_region": trained_width}
+    own = trained * copies[teacher.weights] if teacher else 0
+    if teacher and teacher.weights == "trust_region" and not model.lora:
+        own += 2 * size.vocabulary * size.hidden * width  # both heads side by side
     # The teacher's view holds the student's sequence, so the student has at most half of a micro-batch.
     tokens = tokens_per_microbatch // 2 if teacher else tokens_per_microbatch
     tile = tile_bytes(tokens, size.vocabulary, gpu=gpu)
@@ -79,7 +82,7 @@ def memory_estimate(
         Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
         Part("gradients", trained * trained_width),
         Part("AdamW", optimizer * trained, "two moments for each trained parameter"),
-        Part("teacher", trained * copies[teacher.weights] if teacher else 0, teacher.weights if teacher else "none"),
+        Part("teacher", own, teacher.weights if teacher else "none"),
         Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
         Part(

@@ -250,8 +250,10 @@ def _notes(config: Config) -> list[str]:
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    policy = _method(config).losses.policy
-    if policy and train.updates_per_step == 1 and (policy.clip_low or policy.clip_high):
+    losses = _method(config).losses
+    bounded = losses.policy is not None and (losses.policy.clip_low or losses.policy.clip_high)
+    bounded = bounded or (losses.distill is not None and losses.distill.max_ratio)
+    if bounded and train.updates_per_step == 1:
         notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
     updates = train.steps * train.updates_per_step
     if train.warmup_steps >= updates:

@@ -54,7 +54,7 @@ class Batch:
     old_logprobs: Tensor | None = None
     """[N] float32, or None where the student is still what it was when the rollouts were played."""
     teacher_logprobs: Tensor | None = None
-    """[N] float32, or None where the teacher was not asked before training."""
+    """[N] float32, where the teacher's word was stored; None where it reads for itself, or was not asked."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -113,11 +113,13 @@ def _padded(sizes: Sequence[tuple[int, int]]) -> int:
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad one micro-batch. Raises ValueError on an empty one."""
+    """Pad one micro-batch. Raises ValueError on an empty one, or on one whose teacher would be read in two ways."""
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
     ids = _pad([s.token_ids for s in samples], pad_id)
     views = [s.teacher_view for s in samples if s.teacher_view is not None]
+    if views and any(s.teacher_view is None and s.teacher_logprobs is not None for s in samples):
+        raise ValueError("a micro-batch mixes samples that a teacher reads with samples whose scores are stored")
     teacher_ids = teacher_rows = taught = None
     if views:
         teacher_ids = _pad([v.token_ids for v in views], pad_id)
@@ -150,7 +152,8 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         teacher_rows=teacher_rows,
         taught=taught,
         old_logprobs=sampled_or_none("old_logprobs"),
-        teacher_logprobs=sampled_or_none("teacher_logprobs"),
+        # Where there are views, what the teacher said before training has done its work, in the weights.
+        teacher_logprobs=None if views else sampled_or_none("teacher_logprobs"),
     )
 
 

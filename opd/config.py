@@ -306,11 +306,14 @@ class TrackingConfig(Strict):
 
 
 class PassRateWeighting(Strict):
-    """PACED: distil most the tasks at the edge of what the student can do."""
+    """PACED: learn most from the tasks at the edge of what the student can do."""
 
     alpha: float = Field(1.0, ge=0, description="Exponent of the share of solved episodes.")
     beta: float = Field(1.0, ge=0, description="Exponent of the share of unsolved episodes.")
     normalise: bool = Field(True, description="Divide by the mean over the step, so that the step keeps its size.")
+    on: Literal["distilled", "all"] = Field(
+        "distilled", description="Distilled tokens (the paper), or those of every component: rewards too, then."
+    )
 
 
 class StepWeighting(Strict):
@@ -328,7 +331,9 @@ class WeightingConfig(Strict):
         gt=0,
         description="SRPO: exp(-this * entropy of the teacher) over its mean, on distilled tokens.",
     )
-    pass_rate: PassRateWeighting | None = Field(None, description="PACED: by the pass rate, on distilled tokens.")
+    pass_rate: PassRateWeighting | None = Field(
+        None, description="PACED: by the pass rate, on distilled tokens or all."
+    )
     steps: StepWeighting | None = Field(None, description="SOD: by the divergence of each turn, on distilled tokens.")
     turns: list[float] | None = Field(
         None,
@@ -352,16 +357,25 @@ class WeightingConfig(Strict):
 class TeacherConfig(Strict):
     """Who teaches: the same model in another role, or another one."""
 
-    weights: Literal["live", "frozen", "ema"] = Field(
+    weights: Literal["live", "frozen", "ema", "trust_region"] = Field(
         "frozen",
-        description="live: the student as it is now; frozen: as it was at the start; ema: a running average.",
+        description="live: the student as it is now; frozen: as it was at the start; ema: a running average; "
+        "trust_region: the initial one's distribution times the student's, each to the power of its share.",
     )
-    rate: float | None = Field(None, gt=0, le=1, description="ema: the share of the student mixed in at each step.")
+    rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The student's share: ema mixes it into the weights at each step, trust_region into the log-probs.",
+    )
 
     @model_validator(mode="after")
-    def _rate_belongs_to_ema(self) -> TeacherConfig:
-        if self.weights == "ema" and self.rate is None:
-            raise ValueError("teacher.weights = ema needs teacher.rate (published values: 0.01 to 0.05)")
-        if self.weights != "ema" and self.rate is not None:
-            raise ValueError(f"teacher.rate is used by ema alone, but teacher.weights = {self.weights}; remove it")
+    def _rate_belongs_to_a_mixture(self) -> TeacherConfig:
+        mixes = self.weights in ("ema", "trust_region")
+        if mixes and self.rate is None:
+            raise ValueError(f"teacher.weights = {self.weights} needs teacher.rate (published values: 0.01 to 0.05)")
+        if not mixes and self.rate is not None:
+            raise ValueError(
+                f"teacher.rate is used by ema and trust_region alone, but teacher.weights = {self.weights}; remove it"
+            )
         return self

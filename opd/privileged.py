@@ -29,6 +29,7 @@ SKILL = "{prompt}\n\nA skill from earlier episodes that may help:\n{skill}"
 
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
+_THINKING = re.compile(r"\A.*</think>\s*", re.DOTALL)
 
 
 def fill(template: str, **parts: str) -> str:
@@ -87,3 +88,17 @@ def in_first_user_message(messages: list[Message], rewrite: Callable[[str], str]
                 *messages[number + 1 :],
             ]
     raise ValueError("no user message to put privileged text into")
+
+
+def in_last_message(messages: list[Message], rewrite: Callable[[str], str]) -> list[Message]:
+    """The messages with the text of their last one rewritten, whoever speaks; the originals stay untouched.
+
+    It is what the student answers next. Where an environment said nothing, the text is a user's.
+    """
+    *before, last = messages or [{"role": "user", "content": ""}]
+    return [*before, {**last, "content": rewrite(last["content"])}]
+
+
+def without_thinking(text: str) -> str:
+    """A completion after its last `</think>`; a template may have opened the thinking in the prompt."""
+    return _THINKING.sub("", text)

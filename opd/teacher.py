@@ -3,6 +3,7 @@
 `live` is the student as it is. `frozen` and `ema` are weights by name that take the place of the student's
 for one forward pass: only what trains needs a copy, so that with LoRA a frozen teacher costs the adapters'
 initial values and nothing more. Of sharded weights each rank keeps its own slices, as it does of the student's.
+`trust_region` listens to both, the frozen one and the live one, for two forward passes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from opd.collate import Batch
 from opd.config import TeacherConfig
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, ModelError
 from opd.head import Head
 from opd.modeling import CausalModel
 from opd.ranks import Ranks
@@ -46,6 +47,11 @@ class Teacher:
                 name: held(parameter).clone().to(dtype=_wider(parameter, dtype))
                 for name, parameter in _trained(student).items()
             }
+        if config.weights == "trust_region" and getattr(student.config, "final_logit_softcapping", None) is not None:
+            raise ModelError(
+                "teacher.weights = trust_region mixes logits, but this model bends its own (final_logit_softcapping), "
+                "and a mixture of bent logits is no head's; use ema"
+            )
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
@@ -53,14 +59,18 @@ class Teacher:
         if batch.teacher_ids is None or batch.teacher_rows is None:
             raise ValueError("the method distils, but the samples hold no teacher's view")
         with self._in_place():
-            hidden = self.student(batch.teacher_ids, batch.teacher_rows)
-            return Taught(hidden, self._head())
+            own = Taught(self.student(batch.teacher_ids, batch.teacher_rows), self._head())
+        if self.config.weights != "trust_region":
+            return own
+        live = self.student(batch.teacher_ids, batch.teacher_rows)
+        return Taught(self._mixed_hidden(own.hidden, live), self._mixed_head(own.head))
 
     @torch.no_grad()
     def head(self) -> Head:
         """The teacher's map from hidden states to logits."""
         with self._in_place():
-            return self._head()
+            own = self._head()
+        return self._mixed_head(own) if self.config.weights == "trust_region" else own
 
     def _head(self) -> Head:
         """The student's head as it is now; what it is made of outlives the swap."""
@@ -72,13 +82,40 @@ class Teacher:
             scale=head.scale,
         )
 
+    def _mixed_hidden(self, own: Tensor, live: Tensor) -> Tensor:
+        """Hidden states whose logits are `(1 - rate) * own's + rate * live's`: [N, H], or [N, 2H] for both heads.
+
+        The softmax of these is the normalised product of powers `q_own ** (1 - rate) * q_live ** rate`, at any
+        temperature.
+        """
+        if self._one_head:
+            return own.lerp(live, self._rate)
+        return torch.cat([(1 - self._rate) * own, self._rate * live], dim=-1)
+
+    def _mixed_head(self, own: Head) -> Head:
+        """The head of `_mixed_hidden`: the weights side by side, [V, 2H], unless they are the same."""
+        if self._one_head:
+            return own
+        live = self._head()
+        bias = None if own.bias is None or live.bias is None else own.bias.lerp(live.bias, self._rate)
+        return Head(torch.cat([own.weight, live.weight], dim=1), bias=bias, scale=live.scale)
+
+    @property
+    def _one_head(self) -> bool:
+        """Whether the head does not train, so that a frozen teacher's is the student's."""
+        return not any(parameter.requires_grad for parameter in self.student.head_parameters)
+
+    @property
+    def _rate(self) -> float:
+        assert self.config.rate is not None
+        return self.config.rate
+
     @torch.no_grad()
     def update(self) -> None:
         """After an optimiser step: move the average. Frozen and live teachers have nothing to do."""
         if self.config.weights == "ema":
-            assert self.config.rate is not None
             for name, parameter in _trained(self.student).items():
-                self.weights[name].lerp_(held(parameter).to(self.weights[name].dtype), self.config.rate)
+                self.weights[name].lerp_(held(parameter).to(self.weights[name].dtype), self._rate)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -84,6 +84,14 @@ class Turn:
     """The parts of the reward by name, where the environment says; None where a part abstained. For the logs only."""
     forked: bool = False
 
+    @property
+    def added(self) -> list[Message]:
+        """What the environment said since the last turn; `messages` of a forked one repeat the whole conversation."""
+        if not self.forked:
+            return self.messages
+        last = max((i for i, m in enumerate(self.messages) if m.get("role") == "assistant"), default=-1)
+        return self.messages[last + 1 :]
+
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.completion_ids):
             raise DataError(f"a turn has {len(self.completion_ids)} completion ids but {len(self.logprobs)} log-probs")
@@ -140,6 +148,11 @@ class Trajectory:
     def completion_tokens(self) -> int:
         return sum(len(turn.completion_ids) for turn in self.turns)
 
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation, each message once: what the environment said, and what was sampled."""
+        return [m for turn in self.turns for m in (*turn.added, {"role": "assistant", "content": turn.text})]
+
     def segments(self) -> list[Segment]:
         """The turns, cut where the template rewrote the past; one training sequence each."""
         starts = [n for n, turn in enumerate(self.turns) if n == 0 or turn.forked]
@@ -181,6 +194,8 @@ class TeacherView:
 
     token_ids: list[int]
     rows: list[int]
+    shows: tuple[str, ...] = ()
+    """What is in it that the student does not see, by name, for metrics."""
 
     def __post_init__(self) -> None:
         last = len(self.token_ids) - 2

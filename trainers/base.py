@@ -18,7 +18,7 @@ from opd.types import Message, Sample, TrajectoryGroup
 if TYPE_CHECKING:
     from opd.chat import ChatFormat
 
-METHODS = ("grpo", "opsd")
+METHODS = ("grpo", "opsd", "sdpo", "srpo")
 """The modules under `trainers/` that register a method of the same name."""
 
 
@@ -61,8 +61,10 @@ class Method:
         """What the teacher reads in place of the task's first messages; also how its own success is measured."""
         return messages
 
-    needs_scores = False
-    """Whether `weigh` reads what the teacher says of each token; it is then asked before training."""
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `weigh` reads what the teacher says of each token; it is then asked before training."""
+        return False
 
     def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
         """The step's samples, in the same order, with weights that depend on all of them.

@@ -9,6 +9,7 @@ Left out: the KL to a reference policy, which these variants drop as well.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,11 +17,11 @@ from pydantic import Field, model_validator
 from opd.config import Strict
 from opd.losses import Losses, Policy
 from opd.trainers.base import Method, register
-from opd.types import Sample, TrajectoryGroup, to_sample
+from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 
-class GrpoConfig(Strict):
-    """Settings of `method: grpo`."""
+class PolicyConfig(Strict):
+    """How the rewards of a group become advantages, and how far one may move a token's probability."""
 
     scale: Literal["std", "none"] = Field(
         "std", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
@@ -39,6 +40,26 @@ class GrpoConfig(Strict):
         "token", description="One ratio a token, or the geometric mean of its sequence (GSPO; clips of order 3e-4)."
     )
     entropy: float = Field(0.0, ge=0, description="Bonus on the student's entropy, per nat.")
+
+    def loss(self, *, coef: float = 1.0) -> Policy:
+        """The component that these settings ask for."""
+        return Policy(
+            clip_low=self.clip_low, clip_high=self.clip_high, level=self.ratio, entropy=self.entropy, coef=coef
+        )
+
+    def advantages(self, group: Sequence[Trajectory]) -> list[float]:
+        """One for each episode of a group, by its reward; none for none."""
+        from opd.advantage import group_advantage  # late: it needs torch
+
+        if not group:
+            return []
+        found = group_advantage([t.reward for t in group], scale=self.scale, leave_one_out=self.leave_one_out)
+        return [float(value) for value in found]
+
+
+class GrpoConfig(PolicyConfig):
+    """Settings of `method: grpo`."""
+
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] = Field(
         "token_mean",
         description="Mean over all sampled tokens of the step (DAPO), first within each sequence (the paper), or the "
@@ -65,28 +86,12 @@ class Grpo(Method):
     @property
     def losses(self) -> Losses:
         config = self.config
-        return Losses(
-            policy=Policy(
-                clip_low=config.clip_low, clip_high=config.clip_high, level=config.ratio, entropy=config.entropy
-            ),
-            reduction=config.reduction,
-            length=config.length or 1.0,
-        )
+        return Losses(policy=config.loss(), reduction=config.reduction, length=config.length or 1.0)
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
-        usable = group.usable
-        advantages = self.advantages([t.reward for t in usable])
+        advantages = self.config.advantages(group.usable)
         return [
             to_sample(trajectory, segment, policy=1.0, advantage=advantage, route="policy")
-            for trajectory, advantage in zip(usable, advantages, strict=True)
+            for trajectory, advantage in zip(group.usable, advantages, strict=True)
             for segment in trajectory.segments()
         ]
-
-    def advantages(self, rewards: list[float]) -> list[float]:
-        """Of the members of one group; none for none."""
-        from opd.advantage import group_advantage  # late: it needs torch
-
-        if not rewards:
-            return []
-        found = group_advantage(rewards, scale=self.config.scale, leave_one_out=self.config.leave_one_out)
-        return [float(value) for value in found]

@@ -4,8 +4,10 @@ Names that are not plain: `distill/nats` is the divergence a token (of the sampl
 whether the episode solved its task and by turn; `distill/kept` the probability that the top k hold; `.../clipped`
 the share of what a clip touched; `policy/ratio_*` quantiles of student over old policy, `sampler/ratio_*` of old
 policy over sampler; `sampler/gap` the mean absolute difference of their log-probs; `signal/zero` the share of
-samples from which nothing can be learned; `variance/*` see `of_variance`. `reward/part/NAME` is a named part of the
-reward before its weight, `reward/abstained/NAME` the number of episodes that it could not tell of.
+samples from which nothing can be learned, `signal/solved_groups` that of tasks of which an episode is solved,
+`signal/mixed_groups` that of tasks whose rewards differ; `shown/*` the share of samples whose teacher is shown that;
+`variance/*` see `of_variance`. `reward/part/NAME` is a named part of the reward before its weight,
+`reward/abstained/NAME` the number of episodes that it could not tell of.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
             "rollout/tokens_per_episode": _mean(t.completion_tokens for t in whole),
             **_of_parts([t.reward_parts for t in whole]),
         }
+    if usable := [group.usable for group in groups if group.usable]:
+        row["signal/solved_groups"] = _mean(any(t.success for t in group) for group in usable)
+        row["signal/mixed_groups"] = _mean(len({t.reward for t in group}) > 1 for group in usable)
     if turns:
         row["rollout/cut_completions"] = _mean(turn.stop_reason is StopReason.LENGTH for turn in turns)
     return row
@@ -74,8 +79,12 @@ def pass_rates(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
 
 
 def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
-    """What trains, by which route."""
-    row = {f"route/{route}": float(count) for route, count in Counter(s.route for s in samples).items()}
+    """What trains, by which route, and what the teachers are shown."""
+    row: dict[str, float] = {}
+    for route, count in Counter(s.route for s in samples).items():
+        row |= {f"route/{route}": float(count), f"route/{route}_share": count / len(samples)}
+    shown = Counter(name for s in samples if s.teacher_view for name in s.teacher_view.shows)
+    row |= {f"shown/{name}": count / len(samples) for name, count in shown.items()}
     if samples:
         row["signal/zero"] = _mean(s.zero_signal for s in samples)
     return row

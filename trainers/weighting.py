@@ -34,7 +34,8 @@ def weigh(
     if config.pass_rate is not None:
         rule = config.pass_rate
         factors = {task: pass_rate_weight(rate, alpha=rule.alpha, beta=rule.beta) for task, rate in pass_rates.items()}
-        weighed = by_task(weighed, factors, all_sum if rule.normalise else None)
+        streams = WEIGHTS if rule.on == "all" else ("distill_weight",)
+        weighed = by_task(weighed, factors, all_sum if rule.normalise else None, streams)
     if config.turns is not None:
         weighed = by_turn(weighed, config.turns)
     return weighed
@@ -68,10 +69,15 @@ def by_steps(samples: Sequence[Sample], *, epsilon: float, most: float) -> list[
     return _times(samples, factors, ("distill_weight",))
 
 
-def by_task(samples: Sequence[Sample], factors: Mapping[str, float], all_sum: AllSum | None) -> list[Sample]:
-    """PACED's weights on the distilled tokens: one factor a task; with `all_sum`, over their mean in the step."""
+def by_task(
+    samples: Sequence[Sample],
+    factors: Mapping[str, float],
+    all_sum: AllSum | None,
+    streams: Sequence[str] = ("distill_weight",),
+) -> list[Sample]:
+    """PACED's weights, on the distilled tokens: one factor a task; with `all_sum`, over their mean in the step."""
     rows = [[factors[s.task.id] if s.task else 1.0] * len(s.token_ids) for s in samples]
-    return _times(samples, rows, ("distill_weight",), all_sum)
+    return _times(samples, rows, streams, all_sum)
 
 
 def by_turn(samples: Sequence[Sample], weights: Sequence[float]) -> list[Sample]:
@@ -87,7 +93,8 @@ def _times(
     streams: Sequence[str],
     all_sum: AllSum | None = None,
 ) -> list[Sample]:
-    """Streams times factors [T] a sample; with `all_sum`, factors over their mean where a stream is not 0."""
+    """Streams times factors [T] a sample; with `all_sum`, factors over their mean where the product is not 0: a
+    denominator counts no other token, so that the step keeps its size."""
     weighed = list(samples)
     for name in streams:
         pairs = [
@@ -95,7 +102,7 @@ def _times(
         ]
         scale = 1.0
         if all_sum is not None:
-            active = [f for row in pairs for f, w in row if w != 0]
+            active = [f for row in pairs for f, w in row if w != 0 and f != 0]
             total, count = all_sum([sum(active), float(len(active))])
             scale = count / total if total > 0 else 0.0
         streams_of: list[dict[str, Any]] = [{name: [w * f * scale if w != 0 else 0.0 for f, w in row]} for row in pairs]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import DataError
-from opd.types import Message, Trajectory, Turn
+from opd.types import Trajectory
 
 Row = dict[str, Any]
 
@@ -122,16 +122,8 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
         "feedback": [turn.feedback for turn in turns],
         "policy_version": trajectory.policy_version,
         "privileged": trajectory.privileged,
-        "messages": [m for turn in turns for m in (*_said(turn), {"role": "assistant", "content": turn.text})],
+        "messages": trajectory.messages,
     }
-
-
-def _said(turn: Turn) -> list[Message]:
-    """What the environment added before this turn; a forked turn repeats the whole conversation."""
-    if not turn.forked:
-        return turn.messages
-    last = max((i for i, m in enumerate(turn.messages) if m.get("role") == "assistant"), default=-1)
-    return turn.messages[last + 1 :]
 
 
 def _finite(value: float) -> float | None:

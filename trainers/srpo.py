@@ -1,0 +1,87 @@
+"""SRPO: what went right is reinforced by its reward, what went wrong is corrected by a sibling that went right.
+
+Source: SRPO (arXiv 2604.02288), by the paper's text; no code of the authors is public. Each episode goes one way:
+
+    right, or no sibling is right   policy    clipped surrogate of the group's advantages
+    wrong, and a sibling is right   distill   divergence from the teacher, weighed by exp(-beta * its entropy)
+
+Both sums share one denominator, the tokens of both. A group of wrong episodes so has advantages of 0 and teaches
+nothing.
+
+Left out: mixing the two advantages of one token, which the paper tries and drops (`sdpo.policy_share` does that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import Field
+
+from opd.losses import Losses
+from opd.trainers.base import register
+from opd.trainers.grpo import PolicyConfig
+from opd.trainers.hindsight import HindsightConfig, HindsightMethod, When
+from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
+
+
+class SrpoPolicyConfig(PolicyConfig):
+    """As GRPO's, with a higher bound above."""
+
+    clip_high: float | None = Field(0.28, gt=0, description="Ratios above 1 + this lose their gradient; null is off.")
+
+
+class SrpoConfig(HindsightConfig):
+    """Settings of `method: srpo`."""
+
+    feedback: When = Field(
+        "always", description="When the teacher is shown what the environment said about an episode."
+    )
+    policy: SrpoPolicyConfig = Field(
+        default_factory=SrpoPolicyConfig, description="The policy gradient of what is not corrected."
+    )
+    entropy_beta: float = Field(
+        1.0, ge=0, description="Trust an unsure teacher less: exp(-this * entropy) over its mean; 0 trusts all alike."
+    )
+
+
+@register("srpo", SrpoConfig)
+class Srpo(HindsightMethod):
+    """Samples routed by outcome: right ones to the policy gradient, wrong ones to a self-teacher (SRPO)."""
+
+    config: SrpoConfig
+
+    @property
+    def losses(self) -> Losses:
+        config = self.config
+        return Losses(policy=config.policy.loss(), distill=config.loss(), reduction=config.reduction, shared=True)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.config.entropy_beta > 0
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        advantages = self.config.policy.advantages(group.usable)
+        return [
+            sample
+            for trajectory, advantage in zip(group.usable, advantages, strict=True)
+            for sample in self._routed(trajectory, advantage, group.usable)
+        ]
+
+    def _routed(self, trajectory: Trajectory, advantage: float, group: list[Trajectory]) -> list[Sample]:
+        """The samples of one episode. One whose teacher's sequence would be too long is left to its reward."""
+        known = self.hindsight(trajectory, group)
+        segments, route = trajectory.segments(), "policy"
+        if not self.right(trajectory) and known.demonstration is not None:
+            corrected = [self.taught(trajectory, segment, known) for segment in segments]
+            if all(sample.teacher_view is not None for sample in corrected):
+                return corrected
+            route = "too_long"
+        return [to_sample(trajectory, part, policy=1.0, advantage=advantage, route=route) for part in segments]
+
+    def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
+        """Entropy-aware weights, over their mean on all distilled tokens of the step."""
+        if not self.config.entropy_beta:
+            return samples
+        from opd.trainers.weighting import by_entropy  # late: it needs torch
+
+        return by_entropy(samples, self.config.entropy_beta, all_sum)
