@@ -244,13 +244,15 @@ def _notes(config: Config) -> list[str]:
             "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
             "is never empty (draws still follow from the seed)"
         )
-    temperature = getattr(config.section, "temperature", None)
+    losses = _method(config).losses
+    temperature = getattr(losses.distill, "temperature", None)
     if temperature is not None and temperature != rollout.temperature:
         notes.append(
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    losses = _method(config).losses
+    if losses.policy and rollout.group_size == 1:
+        notes.append("an episode is compared with others of its task, and there are none (rollout.group_size = 1)")
     bounded = losses.policy is not None and (losses.policy.clip_low or losses.policy.clip_high)
     bounded = bounded or (losses.distill is not None and losses.distill.max_ratio)
     if bounded and train.updates_per_step == 1:

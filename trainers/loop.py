@@ -109,6 +109,7 @@ class Loop:
         row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
         row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        self.note_silence(number, row)
         return row, everyone
 
     def _measured(
@@ -138,6 +139,25 @@ class Loop:
             seed=derive_seed("rollout", self.seed, number),
             on_finish=self.on_finish,
         )
+
+    def note_silence(self, number: int, row: dict[str, float]) -> None:
+        """Warn of a step from which nothing could be learned, and again after 10 and 100 of them in a row.
+
+        Where there are several ranks, the first one knows, and tells.
+        """
+        if "tokens/trained" not in row or row.get("signal/zero", 1.0) < 1:
+            self.silent_steps = 0
+            return
+        self.silent_steps += 1
+        if self.silent_steps in (1, 10, 100):
+            logger.warning(
+                "step %d: nothing teaches (%d in a row): no token has a weight and an advantage, or a weight and a "
+                "teacher that is shown something; solved episodes: %.0f%%. More episodes a task (rollout.group_size), "
+                "easier tasks, or an environment that gives feedback would help",
+                number + 1,
+                self.silent_steps,
+                100 * row.get("reward/success", 0.0),
+            )
 
     def preflight(self, samples: list[Sample]) -> None:
         """Compare the log-probs of the shortest samples with the student's. Raises ModelError if they differ.

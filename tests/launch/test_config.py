@@ -56,13 +56,13 @@ WRONG = {
     ),
     "an unknown word": (
         GOOD + "opsd: {teacher: {weights: emaa}}",
-        'opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema. Did you mean "ema"?',
+        'opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, trust_region. Did you mean "ema"?',
     ),
     "an unknown method": (
         "method: opds\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
         f'method = "opds" is unknown. Allowed: {", ".join(methods())}. Did you mean "opsd"?',
     ),
-    "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", "method is missing. Allowed: grpo, opsd"),
+    "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", "method is missing. Allowed: grpo, opsd, sdpo, srpo"),
     "no model": ("method: opsd\nenv: opd/Lookup-v0", "model is missing. Allowed: a name or a section with name, dtype"),
     "an empty model": (GOOD.replace("tiny:lookup", ""), "model is missing."),
     "a model without a name": (
@@ -118,7 +118,7 @@ WRONG = {
     ),
     "a rate without an average": (
         GOOD + "opsd: {teacher: {rate: 0.1}}",
-        "opsd.teacher.rate is used by ema alone, but teacher.weights = frozen; remove it",
+        "opsd.teacher.rate is used by ema and trust_region alone, but teacher.weights = frozen; remove it",
     ),
     "a template without the solution": (
         GOOD + 'opsd: {template: "{prompt}"}',

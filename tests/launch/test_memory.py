@@ -24,6 +24,7 @@ ROLLOUT = RolloutConfig(concurrency=4, max_length=50, max_tokens=10)
 FROZEN = TeacherConfig(weights="frozen")
 LIVE = TeacherConfig(weights="live")
 EMA = TeacherConfig(weights="ema", rate=0.1)
+TRUST = TeacherConfig(weights="trust_region", rate=0.1)
 
 
 def estimate(teacher=LIVE, *, gpu=False, tokens=64, **model):
@@ -58,6 +59,7 @@ def test_full_fine_tuning_on_a_cpu_is_counted_by_hand():
         (FROZEN, "float32", 1620 * 4),
         (FROZEN, "bfloat16", 1620 * 2),
         (EMA, "bfloat16", 1620 * 4),
+        (TRUST, "bfloat16", (1620 + 2 * SIZE.vocabulary * SIZE.hidden) * 2),
         (EMA, "float64", 1620 * 8),
         (None, "float32", 0),
     ],

@@ -110,6 +110,36 @@ def test_what_may_surprise_is_noted(text, note):
     assert said.startswith(note)
 
 
+GROUP = "rollout: {group_size: 4, temperature: 1.0}\nmodel: tiny:lookup\n"
+IDLE = "with one update a step all ratios are 1, and no clip acts"
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        ("method: grpo", [IDLE]),
+        ("method: srpo", [IDLE]),
+        ("method: sdpo", [IDLE]),
+        ("method: sdpo\nsdpo: {max_ratio: null}", []),
+        ("method: grpo\ntrain: {updates_per_step: 2}", []),
+        (
+            "method: grpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}",
+            ["an episode is compared with others"],
+        ),
+        (
+            "method: sdpo\nsdpo: {max_ratio: null, form: sampled, divergence: reverse_kl}\n"
+            "rollout: {group_size: 4, temperature: 0.7}",
+            [],
+        ),
+    ],
+)
+def test_methods_of_groups_say_what_is_idle(text, notes):
+    """A sampled token's log-ratio is always taken at the temperature that drew it."""
+    said = planned(text if "rollout" in text else GROUP + text, model="tiny:lookup").notes
+    assert len(said) == len(notes)
+    assert all(one.startswith(note) for one, note in zip(said, notes, strict=True))
+
+
 def test_equal_temperatures_and_the_own_environment_need_no_note():
     text = "rollout: {temperature: 1.1}\nopsd: {temperature: 1.1}\nmodel: tiny:lookup\ntrain: {warmup_steps: 5}"
     assert planned(text).notes == []

@@ -7,11 +7,13 @@ import copy
 
 import pytest
 import torch
+from transformers import CohereConfig, CohereForCausalLM
 
 from opd.collate import Batch
 from opd.config import TeacherConfig
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, ModelError
 from opd.losses import Distill, Losses
+from opd.modeling import CausalModel
 from opd.objective import objective
 from opd.teacher import Teacher
 
@@ -22,6 +24,10 @@ LOSSES = Losses(distill=Distill(kind="forward_kl", temperature=1.0))
 
 def ema(rate):
     return TeacherConfig(weights="ema", rate=rate)
+
+
+def trust_region(rate):
+    return TeacherConfig(weights="trust_region", rate=rate)
 
 
 def batch_of(model, *, seed=0):
@@ -75,7 +81,7 @@ KINDS = [pytest.param({}, id="untied"), pytest.param({"tie_word_embeddings": Tru
 
 
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("config", [LIVE, FROZEN, ema(0.1)], ids=["live", "frozen", "ema"])
+@pytest.mark.parametrize("config", [LIVE, FROZEN, ema(0.1), trust_region(0.3)], ids=lambda config: config.weights)
 def test_before_training_every_teacher_is_the_student(make_model, options, config):
     model = make_model(**options)
     batch = batch_of(model)
@@ -136,6 +142,61 @@ def test_an_averaged_teacher_scores_with_the_average_of_the_weights(make_model, 
     torch.testing.assert_close(logits(teacher, batch), plain_logits(theirs, batch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", KINDS)
+def test_a_trust_region_is_the_product_of_powers_of_the_initial_and_the_live_distribution(make_model, options):
+    model = make_model(dtype=torch.float64, **options)
+    teacher, batch = Teacher(trust_region(0.3), model), batch_of(model)
+    initial = plain_logits(model, batch).log_softmax(-1)
+    for step in range(2):
+        disturb(model, step)
+        teacher.update()
+        live = plain_logits(model, batch).log_softmax(-1)
+        product = (0.7 * initial + 0.3 * live).exp()
+        expected = product / product.sum(-1, keepdim=True)
+        torch.testing.assert_close(logits(teacher, batch).softmax(-1), expected, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(expected, live.exp(), atol=1e-2)
+
+
+def test_a_trust_region_of_rate_one_is_the_live_student(make_model):
+    model = make_model()
+    teacher, batch = Teacher(trust_region(1.0), model), batch_of(model)
+    disturb(model)
+    torch.testing.assert_close(logits(teacher, batch).softmax(-1), plain_logits(model, batch).softmax(-1))
+
+
+def test_a_trust_region_of_adapters_needs_no_second_head(make_model):
+    model = make_model(lora=True)
+    teacher = Teacher(trust_region(0.3), model)
+    disturb(model)
+    taught = teacher.teach(batch_of(model))
+    assert taught.hidden.shape[1] == taught.head.weight.shape[1] == model.config.hidden_size
+
+
+def test_a_trust_region_mixes_biases_and_keeps_the_heads_scale():
+    torch.manual_seed(0)
+    model = CohereForCausalLM(
+        CohereConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, logit_scale=0.5, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(50))
+    model = CausalModel(model).eval()
+    teacher, batch = Teacher(trust_region(0.3), model), batch_of(model)
+    initial = plain_logits(model, batch)
+    disturb(model)
+    taught = teacher.teach(batch)
+    found = taught.head.scale * (taught.hidden @ taught.head.weight.T + taught.head.bias)
+    torch.testing.assert_close(found, 0.7 * initial + 0.3 * plain_logits(model, batch))
+
+
+def test_a_trust_region_of_a_model_that_bends_its_logits_is_refused(make_model):
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ModelError, match=r"trust_region mixes logits.*use ema"):
+        Teacher(trust_region(0.3), model)
+
+
 def test_an_average_of_rate_one_follows_the_student(make_model):
     model = make_model()
     teacher, batch = Teacher(ema(1.0), model), batch_of(model)
@@ -158,7 +219,7 @@ def test_an_average_of_16_bit_weights_is_kept_in_32_and_arrives_after_many_small
 
 
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("config", [LIVE, FROZEN, ema(0.1)], ids=["live", "frozen", "ema"])
+@pytest.mark.parametrize("config", [LIVE, FROZEN, ema(0.1), trust_region(0.3)], ids=lambda config: config.weights)
 def test_the_gradient_is_that_of_a_teacher_that_is_only_numbers(make_model, options, config):
     model = make_model(dtype=torch.float64, **options)
     teacher, batch = Teacher(config, model), batch_of(model)

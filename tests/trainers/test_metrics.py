@@ -1,11 +1,12 @@
 """The numbers of a step, computed by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from opd.trainers.metrics import of_samples, of_tokens, of_variance, pass_rates
+from opd.trainers.metrics import of_groups, of_samples, of_tokens, of_variance, pass_rates
 from opd.types import Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn
 
 TASK = Task(index=0, seed=0)
@@ -98,6 +99,41 @@ def test_samples_from_which_nothing_can_be_learned_are_counted():
     row = of_samples(samples)
     assert row["signal/zero"] == 0.5
     assert (row["route/policy"], row["route/distill"]) == (2, 2)
+
+
+def test_routes_have_shares_and_what_teachers_are_shown_is_a_share_of_all_samples():
+    unseen = replace(sample([0], route="policy", policy=1.0), teacher_view=None)
+    told = sample([0], distill=1.0)
+    shows = [("demonstration",), ("demonstration", "feedback"), ()]
+    told = [replace(told, teacher_view=replace(told.teacher_view, shows=names)) for names in shows]
+    row = of_samples([unseen, *told])
+    assert (row["route/policy_share"], row["route/distill_share"]) == (0.25, 0.75)
+    assert (row["shown/demonstration"], row["shown/feedback"]) == (0.5, 0.25)
+
+
+def test_tasks_with_a_solved_episode_and_tasks_with_unequal_rewards_are_shares_of_the_tasks_that_were_played():
+    def group(*outcomes):
+        turn = Turn(
+            prompt_ids=[1], completion_ids=[2], logprobs=[0.0], stop_reason=StopReason.STOP, messages=[], text=""
+        )
+        played = [
+            Trajectory(task=TASK, member=n, turns=[replace(turn, reward=reward)], success=reward == 1, failed=broken)
+            for n, (reward, broken) in enumerate(outcomes)
+        ]
+        return TrajectoryGroup(task=TASK, trajectories=played)
+
+    fine, broken = None, "broke"
+    row = of_groups(
+        [
+            group((1, fine), (1, fine)),
+            group((1, fine), (0, fine)),
+            group((0, fine), (0.5, fine)),
+            group((0, fine), (0, fine), (0.5, broken)),
+            group((1, broken)),
+        ]
+    )
+    assert (row["signal/solved_groups"], row["signal/mixed_groups"]) == (0.5, 0.5)
+    assert "signal/solved_groups" not in of_groups([group((1, broken))])
 
 
 def test_a_step_without_samples_has_no_means():

@@ -91,6 +91,20 @@ def test_tasks_that_teach_nothing_leave_nothing_rather_than_nan():
     assert weighed.distill_weight == [0.0, 0.0]
 
 
+def test_tasks_without_weight_leave_the_size_of_the_step_to_the_others():
+    """A denominator counts tokens whose weight is not 0; over these the mean is 1."""
+    samples = [sample([0, 0, 0], task=0), sample([0], task=1), sample([0], task=2)]
+    weighed = by_task(samples, {TASKS[0].id: 0.0, TASKS[1].id: 0.25, TASKS[2].id: 0.05}, one_rank)
+    assert [w.distill_weight[1] for w in weighed] == pytest.approx([0.0, 0.25 / 0.15, 0.05 / 0.15])
+
+
+@pytest.mark.parametrize(("on", "policy"), [("distilled", 1.0), ("all", 0.25)])
+def test_pass_rates_weigh_what_rewards_teach_only_where_that_is_asked_for(on, policy):
+    config = WeightingConfig(pass_rate=PassRateWeighting(normalise=False, on=on))
+    [weighed] = weigh([sample([0], policy=1.0)], config, {TASKS[0].id: 0.5}, one_rank)
+    assert (weighed.policy_weight[1], weighed.distill_weight[1]) == (policy, 0.25)
+
+
 def test_turn_weights_touch_every_component_and_the_last_stands_for_the_rest():
     [weighed] = by_turn([sample([0, 1, 2, 3], policy=2.0)], [0.0, 0.5])
     assert weighed.distill_weight == [0.0, 0.0, 0.5, 0.5, 0.5]
