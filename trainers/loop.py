@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from opd.trainers.accounts import account
 from opd.trainers.base import Method
 from opd.trainers.weighting import weigh
 from opd.types import Sample, Task, Trajectory, TrajectoryGroup
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("rollout", "teacher", "train", "sync")
 Facts = dict[int, dict[str, Tensor]]
@@ -75,6 +78,8 @@ class Loop:
     checks: int = 2
     """How often the sampler's log-probs are still to be compared with the student's: as the engine was started, and
     after its first update."""
+    silent_steps: int = 0
+    """Steps in a row in which nothing taught."""
 
     @property
     def sampling(self) -> Sampling:
@@ -225,9 +230,10 @@ class Loop:
             with clock("train"):
                 lr = self.backend.lr
                 norms.append(self.backend.step())
-                self.teacher.update()
-            if not math.isfinite(norms[-1]):
-                skipped |= set(share)
+                if math.isfinite(norms[-1]):  # else the step was skipped
+                    self.teacher.update()
+                else:
+                    skipped |= set(share)
         finite = [norm for norm in norms if math.isfinite(norm)]
         row = {
             "train/loss": sum(losses) / updates,
