@@ -83,12 +83,19 @@ def running_mean(label: str, steps: Sequence[float], values: Sequence[float], *,
 
 
 def curves(
-    path: Path, runs: Sequence[Curve], *, ylabel: str, title: str = "", note: str = "", percent: bool = False
+    path: Path,
+    runs: Sequence[Curve],
+    *,
+    ylabel: str,
+    xlabel: str = "Training step",
+    title: str = "",
+    note: str = "",
+    percent: bool = False,
 ) -> None:
     """Draw the curves into one picture at `path`; with `percent`, values are shares and the axis is 0 to 100%."""
     figure = _figure(7.2, 4.0)
     axes = figure.add_subplot()
-    _draw(axes, runs, ylabel=ylabel, percent=percent)
+    _draw(axes, runs, ylabel=ylabel, percent=percent, xlabel=xlabel)
     _write_title(axes, title, note)
     figure.savefig(path)
 
@@ -136,7 +143,7 @@ def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _draw(axes: Axes, runs: Sequence[Curve], *, ylabel: str, percent: bool) -> None:
+def _draw(axes: Axes, runs: Sequence[Curve], *, ylabel: str, percent: bool, xlabel: str = "Training step") -> None:
     if not runs:
         raise DataError("there is no curve to draw")
     if len(runs) > len(COLORS):
@@ -156,15 +163,15 @@ def _draw(axes: Axes, runs: Sequence[Curve], *, ylabel: str, percent: bool) -> N
             markeredgewidth=1.0,
             clip_on=False,
         )
-    _dress(axes, ylabel, percent)
+    _dress(axes, xlabel, ylabel, percent)
     _label_ends(axes, runs, percent)
 
 
-def _dress(axes: Axes, ylabel: str, percent: bool) -> None:
+def _dress(axes: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
     """Axes that stay out of the way of the data."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    axes.set_xlabel("Training step", fontsize=11, color=_FAINT)
+    axes.set_xlabel(xlabel, fontsize=11, color=_FAINT)
     axes.set_ylabel(ylabel, fontsize=11, color=_FAINT)
     axes.tick_params(labelsize=10.5, colors=_FAINT, length=0)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.9)

@@ -1,0 +1,219 @@
+"""Methods side by side at equal sampled tokens: one picture, one table.
+
+    python benchmarks/methods.py                            # benchmarks/methods.yaml
+    python benchmarks/methods.py FILE.yaml --seeds 0 1      # another comparison, some of its seeds
+    python benchmarks/methods.py FILE.yaml --table          # only what has finished, without running anything
+
+A file holds `base` (settings of every run, as `opd train` reads them), `methods` (a label, and the settings that differ
+by dotted key), `seeds`, `tokens` (sampled by each run) and `points` (evaluations on the way). A run that has finished
+is kept in the folder of results and not run again. Each run is one process's work, on as many threads as
+`train.threads` says; parts of a comparison can run beside each other with `--methods` and `--seeds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from opd.config import Strict
+from opd.errors import ConfigError, OpdError
+from opd.intervals import paired_difference, wilson
+from opd.launch.build import Run, build
+from opd.launch.config import Config
+from opd.launch.overrides import merge
+from opd.launch.reader import read_settings
+from opd.plots import curves, success_curve
+
+HERE = Path(__file__).resolve().parent
+
+
+class Comparison(Strict):
+    """What is compared."""
+
+    title: str = ""
+    base: dict[str, Any]
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    tokens: int = Field(ge=1)
+    points: int = Field(10, ge=1)
+
+    def config(self, label: str, seed: int) -> Config:
+        """The settings of one run. Raises ConfigError."""
+        return Config.from_dict(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
+
+
+class Point(Strict):
+    """An evaluation: the held-out tasks that were solved, after so many sampled tokens."""
+
+    tokens: int
+    """As planned: the evaluation is the first one after a step that reaches them."""
+    sampled: int
+    """As it was."""
+    steps: int
+    outcomes: list[bool]
+
+    @property
+    def solved(self) -> int:
+        return sum(self.outcomes)
+
+
+class Result(Strict):
+    """One run, finished."""
+
+    settings: dict[str, Any]
+    tokens: int
+    points: list[Point]
+    seconds: float
+
+
+def play(config: Config, comparison: Comparison) -> Result:
+    """Train until the tokens are sampled, with evaluations on the way."""
+    since = time.perf_counter()
+    run = build(config)
+    try:
+        points = list(_points(run, comparison.tokens, comparison.points))
+    finally:
+        run.close()
+    return Result(settings=config.dump(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
+
+
+def _points(run: Run, tokens: int, count: int) -> Iterator[Point]:
+    sampled = steps = 0
+    for number in range(count + 1):
+        planned = tokens * number // count
+        while sampled < planned:
+            row, _ = run.loop.step(steps)
+            steps += 1
+            sampled += int(row["tokens/sampled"])
+        score, _ = run.evaluate()
+        yield Point(tokens=planned, sampled=sampled, steps=steps, outcomes=list(score.outcomes))
+
+
+def finished(path: Path, config: Config, comparison: Comparison) -> Result | None:
+    """The result in a file, if there is one. Raises ConfigError for one of other settings."""
+    if not path.exists():
+        return None
+    result = Result.model_validate_json(path.read_text(encoding="utf-8"))
+    if (result.settings, result.tokens, len(result.points)) != (
+        config.dump(),
+        comparison.tokens,
+        comparison.points + 1,
+    ):
+        raise ConfigError(f"{path} was made with other settings; delete it, or choose another --out")
+    return result
+
+
+def pooled(results: Sequence[Result]) -> list[tuple[int, int, int]]:
+    """(tokens, solved, played) at each point, over the seeds."""
+    columns = zip(*(result.points for result in results), strict=True)
+    return [(c[0].tokens, sum(p.solved for p in c), sum(len(p.outcomes) for p in c)) for c in columns]
+
+
+def table(results: Mapping[str, Sequence[Result]]) -> str:
+    """Markdown; intervals are of 95%, over all seeds' tasks."""
+    first = next(iter(results))
+    lines = [
+        f"| method | seeds | before | after | by seed | best point | mean of the curve | after, less {first} | steps | "
+        "minutes a run |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    reference = _last_outcomes(results[first])
+    for label, runs in results.items():
+        points = pooled(runs)
+        rates = [solved / played for _, solved, played in points]
+        _, solved, played = points[-1]
+        low, high = wilson(solved, played)
+        own = _last_outcomes(runs)
+        shared = [key for key in own if key in reference]
+        change = ""
+        if label != first and shared:
+            pairs = [(reference[key], own[key]) for key in shared]
+            change = "{:+.1%} ({:+.1%} to {:+.1%})".format(*paired_difference(*zip(*pairs, strict=True)))
+        last = [run.points[-1] for run in runs]
+        steps = sorted(point.steps for point in last)
+        lines.append(
+            f"| {label} | {len(runs)} | {rates[0]:.1%} | {rates[-1]:.1%} ({low:.1%} to {high:.1%}) | "
+            f"{', '.join(f'{p.solved / len(p.outcomes):.1%}' for p in last)} | {max(rates):.1%} | "
+            f"{sum(rates) / len(rates):.1%} | {change} | {steps[0]} to {steps[-1]} | "
+            f"{sum(run.seconds for run in runs) / len(runs) / 60:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _last_outcomes(runs: Sequence[Result]) -> dict[tuple[int, int], bool]:
+    """Whether each task was solved at the end, by seed and task."""
+    return {
+        (int(run.settings["seed"]), task): solved for run in runs for task, solved in enumerate(run.points[-1].outcomes)
+    }
+
+
+def picture(path: Path, results: Mapping[str, Sequence[Result]], comparison: Comparison) -> None:
+    lines = []
+    for label, runs in results.items():
+        tokens, solved, played = zip(*pooled(runs), strict=True)
+        lines.append(success_curve(label, tokens, solved, played))
+    seeds = max(len(runs) for runs in results.values())
+    curves(
+        path,
+        lines,
+        ylabel="Solved held-out tasks",
+        xlabel="Sampled tokens",
+        title=comparison.title,
+        note=f"{seeds} seeds together, 95% intervals",
+        percent=True,
+    )
+
+
+def read(path: Path) -> Comparison:
+    """Raises ConfigError where the file holds no comparison."""
+    try:
+        return Comparison.model_validate(read_settings(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", default=HERE / "methods.yaml")
+    parser.add_argument("--out", type=Path, help="folder of results; by default runs/NAME of the file")
+    parser.add_argument("--methods", nargs="+", help="labels to run; by default all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run; by default all")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    comparison = read(options.file)
+    out = options.out or Path("runs") / options.file.stem
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[Result]] = {}
+    chosen = [(label, seed) for label in comparison.methods for seed in comparison.seeds]
+    configs = {key: comparison.config(*key) for key in chosen}  # every mistake before anything runs
+    for (label, seed), config in configs.items():
+        path = out / f"{label.replace('/', '_')}-seed-{seed}.json"
+        result = finished(path, config, comparison)
+        wanted = label in (options.methods or [label]) and seed in (options.seeds or [seed])
+        if result is None and wanted and not options.table:
+            result = play(config, comparison)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(result.model_dump_json(), encoding="utf-8")
+            aside.rename(path)
+            last = result.points[-1]
+            print(f"{label}, seed {seed}: {last.solved} of {len(last.outcomes)}, {result.seconds:.0f} s", flush=True)
+        if result is not None:
+            results.setdefault(label, []).append(result)
+    if not results:
+        raise ConfigError(f"nothing has finished in {out}")
+    print(f"\n{table(results)}\n")
+    picture(out / "success.png", results, comparison)
+    (out / "table.md").write_text(table(results) + "\n", encoding="utf-8")
+    print(f"{out / 'success.png'}, {out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OpdError as problem:
+        raise SystemExit(str(problem)) from None
