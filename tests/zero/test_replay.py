@@ -14,7 +14,9 @@ from opd.launch.config import Config
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
+TRUST = {"teacher": {"weights": "trust_region", "rate": 0.3}}
 LORA = {"lora": {"r": 4}}
+GROUPS = {"opsd": None, "rollout": {"group_size": 2}}
 CASES = {
     "spoiled-0": (0, {}),
     "spoiled-2": (2, {}),
@@ -34,7 +36,12 @@ CASES = {
     "recomputed-3": (3, {"model": {"gradient_checkpointing": True}}),
     "two-updates-3": (3, {"train": {"updates_per_step": 2}}),
     "weighted-3": (3, {"weighting": {"entropy": 1.0}}),
-    "grpo-3": (3, {"method": "grpo", "opsd": None, "rollout": {"group_size": 2}, "train": {"updates_per_step": 2}}),
+    "trust-3": (3, {"opsd": TRUST}),
+    "lora-trust-3": (3, {"model": LORA, "opsd": TRUST}),
+    "grpo-3": (3, {"method": "grpo", **GROUPS, "train": {"updates_per_step": 2}}),
+    "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": {"feedback_at": "start"}}),
+    "srpo-2": (2, {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"form": "full"}}),
+    "sdpo-3": (3, {"method": "sdpo", **GROUPS, "sdpo": TRUST | {"policy_share": 0.5}}),
 }
 
 
@@ -42,6 +49,7 @@ CASES = {
 def recorded(tmp_path_factory, zero_settings):
     """Groups of five steps, as the local backend played them.
 
+    Of two, the first one's episodes are all right, every second one of the other's is.
     In the third step the episodes of the second of two ranks are broken, in the fourth all of them.
     """
     folder = tmp_path_factory.mktemp("recorded")
@@ -66,8 +74,10 @@ def recorded(tmp_path_factory, zero_settings):
 
 def _with_rewards(group):
     def reward(trajectory):
-        value = float(trajectory.member % 2)
-        return replace(trajectory, turns=[replace(turn, reward=value) for turn in trajectory.turns])
+        right = trajectory.member % 2 == 1 or group.task.index % 2 == 0
+        value = right - 0.3 * (trajectory.member == 0)
+        turns = [replace(turn, reward=value / len(trajectory.turns)) for turn in trajectory.turns]
+        return replace(trajectory, turns=turns, success=right)
 
     return replace(group, trajectories=[reward(t) for t in group.trajectories])
 
@@ -134,6 +144,19 @@ def test_every_stage_and_teacher_measures_what_one_process_measures(results, nam
 def _finite(value):
     """DeepSpeed calls a norm infinite that is not a number."""
     return value if math.isfinite(value) else math.inf
+
+
+@pytest.mark.parametrize("name", ["srpo-2", "srpo-3"])
+def test_routed_counts_add_up_where_one_rank_has_only_successes(results, name):
+    _, zero = results[name]
+    right, mixed = 3 * 2, 3 * 2  # tasks times episodes of the ranks; of a mixed task one is right
+    for row in zero["rows"][:2]:
+        assert row["route/policy"] == right + mixed / 2
+        assert row["route/distill"] == mixed / 2
+        assert row["shown/demonstration"] == row["route/distill_share"] == 0.25
+        assert row["signal/solved_groups"] == 1
+    broken = zero["rows"][2]
+    assert (broken["route/policy"], broken.get("route/distill")) == (right, None)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-3")])
