@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.launch.config import Config
 from opd.trainers.base import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +28,8 @@ def test_a_method_is_one_file_of_less_than_150_lines_with_an_example_and_a_line_
     assert len((ROOT / f"trainers/{name}.py").read_text().splitlines()) < 150
     assert (ROOT / f"examples/{name}.yaml").is_file()
     assert f"| `{name}` |" in (ROOT / "docs/methods.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_example_of_a_method_uses_it_and_has_no_mistake(name):
+    assert Config.load(ROOT / f"examples/{name}.yaml", check_machine=False).method == name
