@@ -1,8 +1,11 @@
 """GRPO, SDPO and SRPO as whole runs: a random model, an environment that gives feedback over two turns."""
 
+import math
+
 import pytest
 import torch
 
+from opd.backends.local import LocalBackend
 from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError
 from opd.launch.train import train
@@ -66,8 +69,8 @@ def run(model, tmp_path, monkeypatch):
                 **sections,
             }
         )
-        saved = Checkpoint(out / "checkpoints" / f"step-{steps}").tensors("student")
-        return read_rows(out / "metrics.jsonl"), saved
+        go.saved = Checkpoint(out / "checkpoints" / f"step-{steps}")
+        return read_rows(out / "metrics.jsonl"), go.saved.tensors("student")
 
     return go
 
@@ -141,6 +144,20 @@ def test_pass_rates_and_baselines_compose_with_grpo(run):
     assert all("policy/ratio_p50" in row and "distill/nats" in row for row in rows)
     with pytest.raises(ConfigError, match=r"weighting\.pass_rate has no effect.*set weighting\.pass_rate\.on: all"):
         run("grpo", weighting={"pass_rate": {}})
+
+
+def test_a_step_that_is_skipped_moves_no_average(run, monkeypatch):
+    run("sdpo", steps=1, updates=1)
+    after_one, step, calls = run.saved.tensors("teacher"), LocalBackend.step, []
+
+    def then_infinite(backend):
+        calls.append(backend)
+        return step(backend) if len(calls) == 1 else math.inf
+
+    monkeypatch.setattr(LocalBackend, "step", then_infinite)
+    rows, _ = run("sdpo", steps=2, updates=1)
+    assert [row["train/skipped"] for row in rows] == [0, 1]
+    assert same(run.saved.tensors("teacher"), after_one)
 
 
 @pytest.mark.parametrize("method", ["grpo", "srpo"])

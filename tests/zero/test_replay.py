@@ -39,9 +39,9 @@ CASES = {
     "trust-3": (3, {"opsd": TRUST}),
     "lora-trust-3": (3, {"model": LORA, "opsd": TRUST}),
     "grpo-3": (3, {"method": "grpo", **GROUPS, "train": {"updates_per_step": 2}}),
-    "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": {"feedback_at": "start"}}),
+    "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": TRUST | {"feedback_at": "start"}}),
     "srpo-2": (2, {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"form": "full"}}),
-    "sdpo-3": (3, {"method": "sdpo", **GROUPS, "sdpo": TRUST | {"policy_share": 0.5}}),
+    "sdpo-3": (3, {"method": "sdpo", **GROUPS, "sdpo": {"policy_share": 0.5}}),
 }
 
 
