@@ -28,8 +28,10 @@ class SharedError(OpdError):
     """What went wrong on one rank, raised on all of them; whoever prints errors prints it on the first alone."""
 
 
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_")
-_LAUNCHERS += ("CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_")
+_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_"),
+    *("CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_"),
+)
 """How the variables begin by which launchers tell a process who it is."""
 
 
