@@ -13,7 +13,7 @@ from opd import deepspeed_json
 from opd.backends.base import Backend
 from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
-from opd.config import RolloutConfig
+from opd.config import RolloutConfig, TrainConfig
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.engines.weights import ModelWeights
@@ -111,12 +111,21 @@ class Run:
         self.loop.rollouts.engine.close()
 
 
-def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen)
-    """Load the model and join the parts. Raises ModelError, ConfigError or EnvError before anything trains."""
+def build(
+    config: Config,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    *,
+    stage: int = 0,
+    model: Path | None = None,
+) -> Run:
+    """Load the model and join the parts of one stage; `model` is the export that a later stage starts from.
+
+    Raises ModelError, ConfigError or EnvError before anything trains.
+    """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)  # adapters are initialised at random
-    loaded = _load(config, ranks)
+    loaded = _load(config, ranks, str(model) if model else config.model.name)
     chat = ChatFormat(
         loaded.tokenizer,
         template_kwargs=config.rollout.chat_template_kwargs,
@@ -124,9 +133,10 @@ def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen
         stop_ids=loaded.stop_ids,
     )
     spec = methods()[config.method]
-    method = spec.cls(config.section, chat)
+    method = spec.cls(config.section, chat).stages()[stage]
+    train = method.schedule(config.train)
     blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
-    backend, engine = _backend(config, loaded.model, ranks)
+    backend, engine = _backend(config, train, loaded.model, ranks)
     scheduler = partial(
         RolloutScheduler,
         engine,
@@ -147,10 +157,11 @@ def build(config: Config, ranks: Ranks = Ranks()) -> Run:  # noqa: B008  (frozen
         rollouts=rollouts,
         backend=backend,
         rollout=config.rollout,
-        train=config.train,
+        train=train,
         sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout)),
         weighting=config.weighting,
         pad_id=loaded.pad_id,
+        origin=config.fingerprint,
     )
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
@@ -164,9 +175,8 @@ def _correction(rollout: RolloutConfig) -> Correction | None:
     return Correction(mode=mode, level=config.level, low=config.low, high=config.high)
 
 
-def _load(config: Config, ranks: Ranks) -> Loaded:
+def _load(config: Config, ranks: Ranks, name: str) -> Loaded:
     """The model, where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
-    name = config.model.name
     if name.startswith("tiny:"):
         ranks.from_first(lambda: _built_name(name))  # on one rank first: the others of its machine find it there
         name = _built_name(name)
@@ -191,11 +201,11 @@ def _engine(config: Config, model: CausalModel, ranks: Ranks) -> RolloutEngine:
     return VllmEngine(model, config.rollout)
 
 
-def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend, RolloutEngine]:
+def _backend(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> tuple[Backend, RolloutEngine]:
     """What trains the model, and what samples: the model itself, a copy where it is cut into slices, or vLLM."""
-    total_steps = config.train.steps * config.train.updates_per_step
+    total_steps = train.steps * train.updates_per_step
     if config.deepspeed is None:
-        return LocalBackend(model, config.train, total_steps=total_steps), _engine(config, model, ranks)
+        return LocalBackend(model, train, total_steps=total_steps), _engine(config, model, ranks)
     from opd.backends.zero import ZeroBackend
 
     copied = deepspeed_json.stage(config.deepspeed) == 3 and config.rollout.engine == "transformers"
@@ -209,10 +219,10 @@ def _backend(config: Config, model: CausalModel, ranks: Ranks) -> tuple[Backend,
         gpu=device.type == "cuda",
     )
     try:
-        filled = deepspeed_json.fill(config.deepspeed, config.train, facts)
+        filled = deepspeed_json.fill(config.deepspeed, train, facts)
     except ValueError as error:
         raise ConfigError(f"deepspeed: {error}") from error
-    backend = ZeroBackend(model, config.train, filled.settings, ranks, total_steps=total_steps)
+    backend = ZeroBackend(model, train, filled.settings, ranks, total_steps=total_steps)
     if not copied:
         return backend, _engine(config, model, ranks)
     fill(twin, model)

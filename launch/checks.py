@@ -11,7 +11,7 @@ import netrc
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from opd import deepspeed_json
@@ -20,7 +20,6 @@ from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
 from opd.ranks import started_ranks
-from opd.trainers.base import methods
 
 if TYPE_CHECKING:
     from opd.launch.config import Config
@@ -124,8 +123,7 @@ def _backend(config: Config) -> list[Problem]:
 
 def _undistilled(config: Config) -> list[Problem]:
     """Settings about a teacher's word, for a method that does not listen to one."""
-    method = methods()[config.method].cls(config.section, cast(Any, None))
-    if method.losses.distill is not None:
+    if any(stage.losses.distill for stage in config.stages):
         return []
     weighting = config.weighting
     asked = {
@@ -141,8 +139,9 @@ def _undistilled(config: Config) -> list[Problem]:
 
 def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
     """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
-    method = methods()[config.method].cls(config.section, cast(Any, None))
-    if method.losses.distill is None or method.teacher.weights == "live":
+    teachers = [stage.teacher.weights for stage in config.stages if stage.losses.distill]
+    own = next((weights for weights in teachers if weights != "live"), None)
+    if own is None:
         return []
     zero = data.get("zero_optimization") or {}
     problems = []
@@ -154,7 +153,7 @@ def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
         if bad:
             text = (
                 f"deepspeed.zero_optimization.{key} works with a live teacher alone, but "
-                f"{config.method}.teacher.weights = {method.teacher.weights}. Remove the one or change the other."
+                f"{config.method}.teacher.weights = {own}. Remove the one or change the other."
             )
             problems.append(Problem(("deepspeed", f"{config.method}.teacher.weights"), text))
     return problems

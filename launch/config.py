@@ -6,10 +6,12 @@ and checked as far as that goes without torch. Every problem of a file is report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
@@ -35,7 +37,7 @@ from opd.launch.parse import bad_value, parse
 from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
 from opd.launch.reader import read_settings, to_yaml
 from opd.launch.schema import Setting, describe, walk
-from opd.trainers.base import methods
+from opd.trainers.base import Method, methods
 
 
 def _read_deepspeed(value: Any) -> Any:
@@ -141,6 +143,22 @@ class Config(Strict):
             raise ConfigError(report(problems, source, list(overridden)))
         return config
 
+    @property
+    def stages(self) -> Sequence[Method]:
+        """The stages of the method as far as its settings go: for that it needs no tokenizer."""
+        return methods()[self.method].cls(self.section, cast(Any, None)).stages()
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """The steps of each stage."""
+        return [stage.schedule(self.train).steps for stage in self.stages]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with every setting that a run's weights depend on."""
+        fixed = {k: v for k, v in _flat(self.dump()).items() if not any(is_within(k, free) for free in _MAY_DIFFER)}
+        return sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
     def dump(self) -> dict[str, Any]:
         """All settings as plain data, defaults included; `from_dict` reads them back."""
         dumped = self.model_dump(mode="json")
@@ -168,7 +186,8 @@ class Config(Strict):
     def differs_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
         """The keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""
         ours, theirs = _flat(self.dump()), _flat(saved)
-        free = [key for key in _MAY_DIFFER if key != "train.steps" or self.train.lr_schedule == "constant"]
+        longer = self.train.lr_schedule == "constant" and len(self.stages) == 1
+        free = [key for key in _MAY_DIFFER if key != "train.steps" or longer]
         changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
         return [key for key in changed if not any(is_within(key, prefix) for prefix in free)]
 

@@ -6,8 +6,8 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
 
 from rich.table import Table
 
@@ -17,7 +17,6 @@ from opd.launch import scaling
 from opd.launch.checks import wandb_mode
 from opd.launch.config import Config
 from opd.launch.memory import ModelSize, Part, known_size, memory_estimate
-from opd.trainers.base import Method, methods
 
 _GIB = 2**30
 
@@ -73,10 +72,7 @@ class Plan:
                 f"at most {self.tokens_per_step:,} sampled tokens ({self.tokens_per_episode:,} an episode)",
             ),
             ("micro-batches", f"at most {train.tokens_per_microbatch:,} padded tokens, student and teacher"),
-            (
-                "updates",
-                f"{train.steps * train.updates_per_step:,} ({train.steps * self.episodes_per_step:,} episodes in all)",
-            ),
+            ("updates", self._updates()),
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
             *self._processes(),
@@ -89,6 +85,13 @@ class Plan:
         if self.parameters is None:
             return "size not known before it is loaded"
         return f"{self.parameters:,} parameters"
+
+    def _updates(self) -> str:
+        config = self.config
+        counts = [steps * config.train.updates_per_step for steps in config.stage_steps]
+        if len(counts) > 1:
+            return f"{sum(counts):,} in {len(counts)} stages ({' + '.join(f'{count:,}' for count in counts)})"
+        return f"{counts[0]:,} ({config.train.steps * self.episodes_per_step:,} episodes in all)"
 
     def _evaluation(self) -> str:
         if not self.evaluations:
@@ -199,13 +202,7 @@ def _listed(head: str, parts: list[Part]) -> str:
 
 def teacher_of(config: Config) -> TeacherConfig | None:
     """Whose weights teach; None where nobody is listened to."""
-    method = _method(config)
-    return method.teacher if method.losses.distill else None
-
-
-def _method(config: Config) -> Method:
-    """The method as far as its settings go: for that it needs no tokenizer."""
-    return methods()[config.method].cls(config.section, cast(Any, None))
+    return next((stage.teacher for stage in config.stages if stage.losses.distill), None)
 
 
 def has_gpu() -> bool:
@@ -216,11 +213,12 @@ def has_gpu() -> bool:
 
 
 def _evaluations(config: Config) -> int:
-    """Before, after, and between: the last step's evaluation is the one after."""
+    """Before, after every stage, and between: the evaluation at a stage's last step is the one after it."""
     if not config.eval.tasks:
         return 0
-    between = (config.train.steps - 1) // config.eval.every if config.eval.every else 0
-    return 2 + between
+    ends = set(accumulate(config.stage_steps))
+    between = range(config.eval.every, max(ends), config.eval.every) if config.eval.every else ()
+    return 1 + len(ends.union(between))
 
 
 def _wandb(config: Config) -> str:
@@ -244,17 +242,17 @@ def _notes(config: Config) -> list[str]:
             "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
             "is never empty (draws still follow from the seed)"
         )
-    losses = _method(config).losses
-    temperature = getattr(losses.distill, "temperature", None)
+    policy = next((stage.losses.policy for stage in config.stages if stage.losses.policy), None)
+    distill = next((stage.losses.distill for stage in config.stages if stage.losses.distill), None)
+    temperature = getattr(distill, "temperature", None)
     if temperature is not None and temperature != rollout.temperature:
         notes.append(
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    if losses.policy and rollout.group_size == 1:
+    if policy and rollout.group_size == 1:
         notes.append("an episode is compared with others of its task, and there are none (rollout.group_size = 1)")
-    bounded = losses.policy is not None and (losses.policy.clip_low or losses.policy.clip_high)
-    bounded = bounded or (losses.distill is not None and losses.distill.max_ratio)
+    bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
     if bounded and train.updates_per_step == 1:
         notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
     updates = train.steps * train.updates_per_step

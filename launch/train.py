@@ -5,12 +5,14 @@ python -m opd.launch.train FILE.yaml [the options of `opd train`]
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +26,7 @@ from opd.launch.build import Run, Score, build
 from opd.launch.checks import check_started
 from opd.launch.config import Config
 from opd.ranks import Ranks, join
-from opd.tracking import NoTracker, Tracker
+from opd.tracking import NoTracker, Tracker, forget_rows
 from opd.watch import together
 
 
@@ -63,63 +65,152 @@ def ranks_of(config: Config) -> Ranks:
 
 def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
     out = ranks.from_first(lambda: config.prepare_out(resume=resume))
-    saved = checkpoint.latest(out / "checkpoints", ranks) if resume else None
-    run = build(config, ranks)
-    start, before = (0, None) if saved is None else _restore(run, saved)
-    tracker = _tracker(config, ranks, out, start)
-    run.loop.on_finish = tracker.episode_finished
-    done = start
-    try:
-        with _stop_signals() as stopped:
-            if before is None and config.eval.tasks:
-                before = _evaluate(run, tracker, start)
-            after, interrupted = before, False
-            for number in range(start, config.train.steps):
-                row, groups = run.loop.step(number)
-                done = number + 1
-                interrupted = ranks.any(bool(stopped))
-                last = done == config.train.steps or interrupted
-                score = None
-                if config.eval.tasks and (last or (config.eval.every and done % config.eval.every == 0)):
-                    after = score = _evaluate(run, tracker, done)
-                tracker.log(done, row)
-                tracker.log_rollouts(done, [t for group in groups for t in group.trajectories])
-                if last or (config.train.save_every and done % config.train.save_every == 0):
-                    _save(run, out, done, before, score)
-                if last:
+    saved = _newest(out, ranks) if resume else None
+    course = _Course(config=config, ranks=ranks, out=out)
+    if saved is not None:
+        course.take_up(saved.record("run"), saved.folder)
+    with _stop_signals() as stopped, closing(course):
+        course.stopped = stopped
+        for stage in ranks.from_first(course.stages_left):
+            with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
+                if saved is not None and course.done > stage.first:
+                    _restore(run, saved)
+                try:
+                    course.go(run, stage)
+                except EngineError as error:
+                    raise course.stopped_with_checkpoint(run, stage, error) from error
+                if course.interrupted or stage.next_model is None:
+                    run.export(out / "export")
                     break
-        run.export(out / "export")
-        result = RunResult(out=out, steps=done, before=before, after=after, interrupted=interrupted)
+                _export_whole(run, stage.next_model)
+            del run  # else two stages' models would be in memory while the next is loaded
+            gc.collect()
+        return course.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """One stage among the steps of a run."""
+
+    number: int
+    """From 0."""
+    first: int
+    """The steps of the stages before it."""
+    end: int
+    model: Path | None
+    """What it starts from; None for the run's own model."""
+    next_model: Path | None
+    """What the next stage starts from; None where there is none."""
+
+
+@dataclass(kw_only=True)
+class _Course:
+    """A run on its way through its stages."""
+
+    config: Config
+    ranks: Ranks
+    out: Path
+    stopped: list[int] = field(default_factory=list)
+    """The signals that came so far."""
+    tracker: Tracker | NoTracker | None = None
+    done: int = 0
+    before: Score | None = None
+    after: Score | None = None
+    interrupted: bool = False
+
+    def take_up(self, record: dict[str, Any], folder: Path) -> None:
+        """Go on after the checkpoint in `folder`. Raises CheckpointError where it was saved under other settings."""
+        if changed := self.config.differs_for_resume(record["config"]):
+            raise CheckpointError(
+                f"{folder} was saved under other settings: {', '.join(changed)}. Resume with the settings of the saved "
+                "run (eval, tracking and, of a run of one stage, train.steps may change), or start afresh."
+            )
+        self.done = record["step"]
+        self.before = None if record["before"] is None else Score(tuple(record["before"]))
+
+    def stages_left(self) -> list[_Stage]:
+        """The stages from the first one that is not both trained and exported."""
+        ends = list(accumulate(self.config.stage_steps))
+        models = [None, *(self.out / f"export-stage-{n + 1}" for n in range(len(ends) - 1)), None]
+        stages = [
+            _Stage(number=n, first=first, end=end, model=models[n], next_model=models[n + 1])
+            for n, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        ]
+        return [s for s in stages if self.done < s.end or s.next_model is None or not s.next_model.is_dir()]
+
+    def go(self, run: Run, stage: _Stage) -> None:
+        """Train the stage from where it stands to its end, or until a signal."""
+        config, loop, evaluation = self.config, run.loop, self.config.eval
+        tracker = self.tracker = self.tracker or self._open_tracker()
+        loop.on_finish, loop.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
+        loop.version = self.done
+        if self.before is None and evaluation.tasks:
+            self.before = _evaluate(run, tracker, self.done)
+        with tracker.phase("prepare"):
+            made = run.method.prepare(loop, self.out / "data")
+        self.interrupted = loop.stopping()
+        while self.done < stage.end and not self.interrupted:
+            row, groups = loop.step(self.done - stage.first)
+            row |= made if self.done == stage.first else {}
+            row |= {"stage": stage.number + 1.0} if len(config.stages) > 1 else {}
+            self.done += 1
+            self.interrupted = loop.stopping()
+            last = self.done == stage.end or self.interrupted
+            score = None
+            if evaluation.tasks and (last or (evaluation.every and self.done % evaluation.every == 0)):
+                self.after = score = _evaluate(run, tracker, self.done)
+            tracker.log(self.done, row)
+            tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
+            if last or (config.train.save_every and self.done % config.train.save_every == 0):
+                _save(run, self.out, self.done, self.before, score)
+
+    def stopped_with_checkpoint(self, run: Run, stage: _Stage, error: EngineError) -> EngineError:
+        """An engine was lost between two updates: the last whole step is saved, and the error says how to go on.
+
+        Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
+        """
+        if self.done > stage.first and self.ranks.world_size == 1:
+            _save(run, self.out, self.done, self.before, None)
+            return EngineError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
+        return error
+
+    def finish(self) -> RunResult:
+        """The result of a run that went well, and its summary."""
+        before, after = self.before, self.after or self.before
         change = None
         if before and after and before.played == after.played:
             change = paired_difference(before.outcomes, after.outcomes)
-        tracker.summary(before=before, after=after, change=change)
-        return result
-    except EngineError as error:
-        raise _stopped_with_checkpoint(run, out, error, done=done, before=before) from error
-    finally:
-        tracker.finish()
-        run.close()
+        assert self.tracker is not None
+        self.tracker.summary(before=before, after=after, change=change)
+        return RunResult(out=self.out, steps=self.done, before=before, after=after, interrupted=self.interrupted)
+
+    def close(self) -> None:
+        """Close what is open, also after an error."""
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _open_tracker(self) -> Tracker | NoTracker:
+        """On the first rank the run's tracker; the others' numbers reach it through the loop."""
+        if not self.ranks.first:
+            return NoTracker()
+        config = self.config
+        steps = sum(config.stage_steps)
+        return Tracker(self.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=self.done)
 
 
-def _tracker(config: Config, ranks: Ranks, out: Path, start: int) -> Tracker | NoTracker:
-    """On the first rank the run's tracker; the others' numbers reach it through the loop."""
-    if not ranks.first:
-        return NoTracker()
-    return Tracker(out, config.tracking, run_config=config.dump(), total_steps=config.train.steps, resume_step=start)
+def _newest(out: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint; None for a run that was stopped before its first, which begins anew."""
+    if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
+        return checkpoint.latest(out / "checkpoints", ranks)
+    ranks.from_first(lambda: forget_rows(out))
+    return None
 
 
-def _stopped_with_checkpoint(
-    run: Run, out: Path, error: EngineError, *, done: int, before: Score | None
-) -> EngineError:
-    """An engine was lost between two updates: the last whole step is saved, and the error says how to go on.
-
-    Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
-    """
-    if done and run.loop.backend.ranks.world_size == 1:
-        _save(run, out, done, before, None)
-        return EngineError(f"{error} Step {done} is saved: opd train {out} --resume")
-    return error
+def _export_whole(run: Run, folder: Path) -> None:
+    """Export a stage's model so that the folder is whole or absent."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    run.export(aside)
+    run.loop.backend.ranks.from_first(lambda: aside.rename(folder))
 
 
 def _evaluate(run: Run, tracker: Tracker | NoTracker, step: int) -> Score:
@@ -167,23 +258,16 @@ def _best(root: Path) -> Path | None:
     return max(scores)[2] if scores else None
 
 
-def _restore(run: Run, saved: checkpoint.Checkpoint) -> tuple[int, Score | None]:
-    """Load a checkpoint; the step it was saved after, and the evaluation before training."""
-    record = saved.record("run")
-    if changed := run.config.differs_for_resume(record["config"]):
-        raise CheckpointError(
-            f"{saved.folder} was saved under other settings: {', '.join(changed)}. "
-            "Resume with the settings of the saved run (train.steps, eval and tracking may change), or start afresh."
-        )
-    loop, ranks = run.loop, run.loop.backend.ranks
+def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint of this run's stage."""
+    record, loop = saved.record("run"), run.loop
+    ranks = loop.backend.ranks
     loop.backend.load(saved.folder, saved_ranks=record["ranks"])
     loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
     loop.version = record["policy_version"]
     run.method.load_state_dict(saved.record("method"))
-    before = record["before"]
-    return record["step"], None if before is None else Score(tuple(before))
 
 
 @contextmanager

@@ -283,6 +283,24 @@ class TrainConfig(Strict):
     )
 
 
+class StageConfig(Strict):
+    """What a stage of a method trains with where it differs from `train`."""
+
+    steps: int | None = Field(
+        None, ge=1, description="Steps of this stage, where they are fewer than train.steps; more are not taken."
+    )
+    tasks_per_step: int | None = Field(
+        None, ge=1, description="Tasks in a step, or samples in a step of a stage on stored data."
+    )
+    lr: float | None = Field(None, gt=0, description="Peak learning rate.")
+
+    def over(self, train: TrainConfig) -> TrainConfig:
+        """The run's settings with those of the stage laid over them."""
+        own = {name: getattr(self, name) for name in StageConfig.model_fields}
+        given = {name: value for name, value in own.items() if value is not None}
+        return train.model_copy(update=given | {"steps": min(train.steps, self.steps or train.steps)})
+
+
 class EvalConfig(Strict):
     """Success on held-out tasks, before the first step, every so often, and at the end."""
 

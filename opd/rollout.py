@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 EnvFactory = Callable[[], Any]
 PromptRewrite = Callable[[list[Message], dict[str, str]], list[Message]]
 """What the acting model reads in place of the first messages, given the privileged texts."""
+Opening = Callable[[Task, list[Message], list[dict[str, Any]] | None], list[int]]
+"""The first prompt of an episode in token ids, from its task, its first messages and its tools."""
 
 _Limit = Literal["reset_timeout", "step_timeout"]
 
@@ -184,12 +186,14 @@ class RolloutScheduler:
         sampling: Sampling,
         seed: int,
         rewrite: PromptRewrite | None = None,
+        opening: Opening | None = None,
         on_finish: Callable[[Trajectory], None] = lambda _: None,
     ) -> list[TrajectoryGroup]:
         """Play every task `group_size` times; groups come back in the order of the tasks.
 
         `seed` names the round: a token's draw depends on it and on the task, the member and the turn.
-        `rewrite` shows the acting model other first messages (a teacher that acts with its context).
+        `rewrite` shows the acting model other first messages (a teacher that acts with its context); `opening` gives
+        the first prompt itself, for what differs from task to task or no message can say.
         """
         copies = [(t, member) for t in tasks for member in range(group_size)]
         waiting = deque(_Episode(number=n, task=t, member=member) for n, (t, member) in enumerate(copies))
@@ -203,7 +207,7 @@ class RolloutScheduler:
                 self._admit(waiting, active)
                 for episode in self._answered(active, idle=sampled == 0):
                     dog.progress()
-                    if self._ask(episode, seed, rewrite):
+                    if self._ask(episode, seed, rewrite, opening):
                         sampled += 1
                         continue
                     self._retire(active.pop(episode.number))
@@ -281,14 +285,14 @@ class RolloutScheduler:
             done += self.engine.step()
         return sorted(done, key=lambda completion: completion.session)
 
-    def _ask(self, episode: _Episode, seed: int, rewrite: PromptRewrite | None) -> bool:
+    def _ask(self, episode: _Episode, seed: int, rewrite: PromptRewrite | None, opening: Opening | None) -> bool:
         """Ask the engine for the next completion; False if the episode is over or a limit ends it."""
         if episode.over:
             return False
         if rewrite is not None and not episode.turns:
             episode.fresh = rewrite(episode.fresh, episode.privileged)
         try:
-            episode.prompt = self._prompt(episode)
+            episode.prompt = self._prompt(episode, opening or self._start)
         except ModelError as error:  # roles in an order that the template refuses, say
             episode.fail(Fault.INVALID, f"prompt of turn {len(episode.turns)}", str(error))
             return False
@@ -309,9 +313,12 @@ class RolloutScheduler:
         )
         return True
 
-    def _prompt(self, episode: _Episode) -> Prompt:
+    def _start(self, _: Task, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+        return self.chat.start(messages, tools)
+
+    def _prompt(self, episode: _Episode, opening: Opening) -> Prompt:
         if not episode.turns:
-            return Prompt(self.chat.start(episode.fresh, episode.tools))
+            return Prompt(opening(episode.task, episode.fresh, episode.tools))
         last = episode.turns[-1].completion_ids[-1]
         return self.chat.extend(episode.history, episode.fresh, episode.tools, last_id=last)
 

@@ -37,6 +37,9 @@ def account(
                     fates["masked"] += size - sum(updated[key])
                 else:
                     fates["dropped/skipped" if key in left_out else "dropped/unused"] += size
+    if not groups:  # samples of a stored set: nothing was sampled in this step
+        weights = (zip(*(getattr(sample, name) for name in WEIGHTS), strict=True) for sample in trained)
+        fates["trained"] = sum(any(token) for tokens in weights for token in tokens)
     row = {f"tokens/{fate}": float(count) for fate, count in fates.items() if count or "/" not in fate}
     return {"tokens/sampled": float(sum(t.completion_tokens for g in groups for t in g.attempts)), **row}
 

@@ -7,16 +7,18 @@ A method's file holds its config, its registration and its class, and imports no
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opd.config import Strict, TeacherConfig
+from opd.config import Strict, TeacherConfig, TrainConfig
 from opd.losses import Losses
 from opd.types import Message, Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.chat import ChatFormat
+    from opd.trainers.loop import Loop
 
 METHODS = ("grpo", "opsd", "sdpo", "srpo")
 """The modules under `trainers/` that register a method of the same name."""
@@ -37,7 +39,10 @@ M = TypeVar("M", bound="type[Method]")
 
 
 class Method:
-    """The hooks of a method. `annotate` and `losses` are what every method has."""
+    """The hooks of a method. `annotate` and `losses` are what every method has.
+
+    A method of several phases only has `stages`, each of which has the rest.
+    """
 
     def __init__(self, config: Any, chat: ChatFormat) -> None:
         self.config = config
@@ -65,6 +70,36 @@ class Method:
     def needs_scores(self) -> bool:
         """Whether `weigh` reads what the teacher says of each token; it is then asked before training."""
         return False
+
+    def stages(self) -> Sequence[Method]:
+        """The runs of the loop that this method is made of, one after the other: by default one, its own.
+
+        Each stage starts from the weights that the one before it ended with, with a new optimiser, and is a method
+        of its own: a teacher that is `frozen` is the model at the start of the stage. Known without a tokenizer.
+        """
+        return (self,)
+
+    def schedule(self, train: TrainConfig) -> TrainConfig:
+        """What this stage trains with, given the run's settings; `opd.config.StageConfig.over` does the usual."""
+        return train
+
+    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+        """Make what the stage needs, on all ranks, before its first step; or, after a restart, find it in `folder`.
+
+        The folder is the run's `data/`, which all stages share. Here a stage may play episodes that it does not train
+        on yet (`loop.play`), and must stop soon, leaving whole files, once `loop.stopping()` holds.
+        Returns what it made in numbers, for the row of the stage's first step.
+        """
+        return {}
+
+    first_task = 0
+    """The index of the first task that this stage plays; those before it are another stage's."""
+
+    dataset: Sequence[Sample] | None = None
+    """What a stage trains on in place of episodes, the same on all ranks; `prepare` reads it.
+
+    A step takes `train.tasks_per_step` of them, in an order that is drawn anew for every pass over them.
+    """
 
     def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
         """The step's samples, in the same order, with weights that depend on all of them.

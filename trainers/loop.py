@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from opd.losses import Sampler
 from opd.modeling import CausalModel
 from opd.objective import Objective, objective
 from opd.preflight import sampler_gap
-from opd.rollout import RolloutScheduler, derive_seed, task
+from opd.rollout import Opening, RolloutScheduler, derive_seed, task
 from opd.teacher import Taught, Teacher
 from opd.trainers import metrics
 from opd.trainers.accounts import account
@@ -71,6 +72,10 @@ class Loop:
     pad_id: int
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     on_finish: Callable[[Trajectory], None] = lambda _: None
+    stopping: Callable[[], bool] = lambda: False
+    """Whether the run is to end early, on any rank; what takes long outside of a step asks now and then."""
+    origin: str = ""
+    """A fingerprint of all that stored data depends on."""
     version: int = 0
     """Steps that the student's weights have seen."""
     synced: int | None = None
@@ -95,20 +100,23 @@ class Loop:
     def step(self, number: int) -> tuple[dict[str, float], list[TrajectoryGroup]]:
         """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes, of all ranks."""
         clock, ranks = Clock(), self.backend.ranks
-        with clock("sync"):
-            self.sync()
-        with clock("rollout"):
-            groups = self.play(number)
-            everyone = ranks.deal(ranks.gather(groups))
-        self.rollouts.engine.sleep()
-        self.synced = None  # an engine that sleeps may have given its weights up
-        samples = [sample for group in groups for sample in self.method.annotate(group)]
-        if self.checks:
-            self.preflight(samples)
+        everyone: list[TrajectoryGroup] = []
+        if self.method.dataset is None:
+            with clock("sync"):
+                self.sync()
+            with clock("rollout"):
+                everyone = self.rollout_step(number)
+            self.rollouts.engine.sleep()
+            self.synced = None  # an engine that sleeps may have given its weights up
+            samples = [sample for group in ranks.share(everyone) for sample in self.method.annotate(group)]
+            order: list[Task | None] = [group.task for group in everyone]
+            if self.checks:
+                self.preflight(samples)
+        else:
+            drawn = self.draw(self.method.dataset, number)
+            samples, order = ranks.share(drawn), list(dict.fromkeys(sample.task for sample in drawn))
         samples, taught = self.weigh(samples, everyone, clock)
-        row, facts, skipped = self.update(
-            samples, taught, clock, order=[g.task for g in everyone], meter=self._metered(number)
-        )
+        row, facts, skipped = self.update(samples, taught, clock, order=order, meter=self._metered(number))
         self.version += 1
         self.method.observe(everyone)
         row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
@@ -132,18 +140,46 @@ class Loop:
         accounts = account(groups, trained, skipped=[everyone[i] for i in lost])
         return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) | accounts
 
-    def play(self, number: int) -> list[TrajectoryGroup]:
-        """This rank's share of the step's episodes: tasks are addressed by index, so that a restart loses and
-        repeats none, and any number of ranks plays the same."""
+    def rollout_step(self, number: int) -> list[TrajectoryGroup]:
+        """The step's episodes, of all ranks: tasks are addressed by index, so that a restart loses and repeats none."""
         first = number * self.train.tasks_per_step
-        tasks = [task(first + i, split="train", run_seed=self.seed) for i in range(self.train.tasks_per_step)]
-        return self.rollouts.run(
-            self.backend.ranks.share(tasks),
-            group_size=self.rollout.group_size,
+        tasks = [self.task(first + i) for i in range(self.train.tasks_per_step)]
+        return self.play(tasks, seed=derive_seed("rollout", self.seed, number))
+
+    def task(self, index: int) -> Task:
+        """The `index`-th training task of this stage."""
+        return task(self.method.first_task + index, split="train", run_seed=self.seed)
+
+    def play(
+        self, tasks: Sequence[Task], *, seed: int, group_size: int | None = None, opening: Opening | None = None
+    ) -> list[TrajectoryGroup]:
+        """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
+
+        `group_size` is by default the run's; for `opening` see `opd.rollout.RolloutScheduler.run`.
+        """
+        self.sync()
+        ranks = self.backend.ranks
+        own = self.rollouts.run(
+            ranks.share(tasks),
+            group_size=group_size or self.rollout.group_size,
             sampling=self.sampling,
-            seed=derive_seed("rollout", self.seed, number),
+            seed=seed,
+            opening=opening,
             on_finish=self.on_finish,
         )
+        return ranks.deal(ranks.gather(own))
+
+    def draw(self, dataset: Sequence[Sample], number: int) -> list[Sample]:
+        """Step `number`'s samples of a stored set: every pass goes over all of them, in an order of its own."""
+        size, total = self.train.tasks_per_step, len(dataset)
+        orders: dict[int, Sequence[int]] = {}
+        drawn = []
+        for i in range(number * size, (number + 1) * size):
+            turn, place = divmod(i, total)
+            if turn not in orders:
+                orders[turn] = np.random.default_rng(derive_seed("pass", self.seed, turn)).permutation(total)
+            drawn.append(dataset[orders[turn][place]])
+        return drawn
 
     def note_silence(self, number: int, row: dict[str, float]) -> None:
         """Warn of a step from which nothing could be learned, and again after 10 and 100 of them in a row.

@@ -16,7 +16,7 @@ from opd.config import TrackingConfig
 from opd.errors import DataError
 from opd.intervals import wilson
 from opd.tracking.console import RunConsole, span
-from opd.tracking.files import JsonLines, episode_row, json_row, make_ready, numbers, read_rows
+from opd.tracking.files import JsonLines, cut, episode_row, json_row, make_ready, numbers, read_rows
 from opd.tracking.wandb_run import open_run
 from opd.types import Trajectory
 
@@ -56,7 +56,7 @@ class Tracker:
         self._pending: dict[str, float] = {}
         self._whole = False
         self._console = RunConsole(total_steps=total_steps, done=resume_step, enabled=config.console, console=console)
-        metrics, rollouts, evals = (folder / f"{name}.jsonl" for name in ("metrics", "rollouts", "evals"))
+        metrics, rollouts, evals = _files(folder)
         for path in (metrics, rollouts, evals):
             make_ready(path, resume_step)
         self._wandb = open_run(
@@ -167,6 +167,16 @@ class NoTracker:
     def summary(self, **_: Any) -> None: ...
 
     def finish(self) -> None: ...
+
+
+def forget_rows(folder: Path) -> None:
+    """Empty the files of a run that is to begin anew."""
+    for path in _files(folder):
+        cut(path, -1)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / f"{name}.jsonl" for name in ("metrics", "rollouts", "evals")]
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,192 @@
+"""A method of several stages: one run, one file of metrics, each stage from the weights of the one before it."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd.checkpoint import Checkpoint
+from opd.config import StageConfig, Strict, TeacherConfig, TrainConfig
+from opd.errors import CheckpointError
+from opd.launch import build as launch_build
+from opd.launch import config as launch_config
+from opd.launch.build import build
+from opd.launch.plan import plan
+from opd.launch.tiny import build_tiny
+from opd.launch.train import train
+from opd.losses import CrossEntropy, Distill, Losses
+from opd.tracking import read_rows
+from opd.trainers import base
+from opd.trainers.base import Method, MethodSpec
+from opd.types import to_sample
+
+
+class TwoStagesConfig(Strict):
+    """Settings of the method that the tests register."""
+
+    first: StageConfig = StageConfig()
+
+
+class Imitate(Method):
+    """Plays a few episodes before it trains on them, from the file that it wrote."""
+
+    losses = Losses(ce=CrossEntropy())
+
+    def schedule(self, train: TrainConfig) -> TrainConfig:
+        return self.config.first.over(train)
+
+    def prepare(self, loop, folder):
+        groups = loop.play([loop.task(n) for n in range(5)], seed=3)
+        folder.mkdir(exist_ok=True)
+        (folder / "played.txt").write_text(loop.origin)
+        trajectories = [t for group in groups for t in group.usable]
+        self.dataset = [to_sample(t, s, ce=1.0, route="ce") for t in trajectories for s in t.segments()]
+        return {"tokens/collected": float(sum(t.completion_tokens for t in trajectories))}
+
+
+class Follow(Method):
+    """Distils the model as it was when this stage began, on tasks of its own."""
+
+    first_task = 5
+    losses = Losses(distill=Distill(kind="reverse_kl", temperature=1.0))
+    teacher = TeacherConfig(weights="frozen", rate=None)
+
+    def annotate(self, group):
+        samples = []
+        for trajectory in group.usable:
+            for segment in trajectory.segments():
+                view = self.chat.view(trajectory, segment, lambda _, messages: messages)
+                samples.append(to_sample(trajectory, segment, view=view, distill=1.0, route="distill"))
+        return samples
+
+
+class TwoStages(Method):
+    """Imitates itself, then follows."""
+
+    def stages(self):
+        return (Imitate(self.config, self.chat), Follow(self.config, self.chat))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    known = {**base.methods(), "two": MethodSpec("two", TwoStagesConfig, TwoStages, "for tests")}
+    monkeypatch.setattr(base, "methods", lambda: known)
+    for module in (launch_config, launch_build):
+        monkeypatch.setattr(module, "methods", lambda: known)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return build_tiny("lookup", steps=10, quiet=True)
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    def make(name, **sections):
+        data = {
+            "method": "two",
+            "out": str(tmp_path / name),
+            "model": str(tiny),
+            "env": "opd/Lookup-v0",
+            "rollout": {"max_tokens": 12, "max_length": 256},
+            "train": {"steps": 2, "tasks_per_step": 3, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
+            "tracking": {"wandb": "disabled", "console": False, "plot": False},
+        }
+        for section, values in sections.items():
+            own = data.get(section)
+            data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
+        return data
+
+    return make
+
+
+def test_all_stages_write_one_file_of_metrics_and_steps_are_counted_for_each(settings):
+    out = train(settings("run", eval={"tasks": 2})).out
+    rows = read_rows(out / "metrics.jsonl")
+    assert [(row["step"], row["stage"]) for row in rows] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert all("train/loss" in row for row in rows)
+    assert ["tokens/collected" in row for row in rows] == [True, False, False, False]
+    assert [row["tokens/sampled"] > 0 for row in rows] == [False, False, True, True]
+    assert [row["step"] for row in read_rows(out / "evals.jsonl")] == [0, 2, 4]
+
+
+def test_a_stage_starts_from_the_weights_that_the_one_before_it_ended_with(settings):
+    out = train(settings("run")).out
+    first, last = Checkpoint(out / "checkpoints/step-2"), Checkpoint(out / "checkpoints/step-4")
+    trained = {name.removeprefix("model."): weight for name, weight in first.tensors("student").items()}
+    assert all(torch.equal(trained[k], w) for k, w in load_file(out / "export-stage-1/model.safetensors").items())
+    teacher = last.tensors("teacher")  # frozen: what the second stage began with
+    assert teacher
+    assert all(torch.equal(first.tensors("student")[name], weight) for name, weight in teacher.items())
+    # A teacher that sees nothing more than the student has nothing to say at first.
+    assert read_rows(out / "metrics.jsonl")[2]["train/loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_stage_plays_its_own_tasks(settings):
+    out = train(settings("run", train={"steps": 1})).out
+    assert [row["task"] for row in read_rows(out / "rollouts.jsonl")] == ["train/5", "train/6", "train/7"]
+
+
+def test_a_stage_may_be_shorter_and_never_longer_than_the_runs_steps(settings):
+    first = {"first": {"steps": 1, "lr": 5e-4, "tasks_per_step": 2}}
+    rows = read_rows(train(settings("short", two=first)).out / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == [1, 2, 2]
+    assert [row["train/lr"] for row in rows] == [5e-4, 1e-3, 1e-3]
+    assert StageConfig(steps=50).over(TrainConfig(steps=3)).steps == 3
+
+
+@pytest.mark.parametrize("kept", ["before the second stage", "within it", "before the first export"])
+def test_a_run_goes_on_from_any_point_as_if_it_had_not_been_cut(settings, kept):
+    whole = train(settings("whole", train={"save_every": 1, "keep_last": 9})).out
+    cut = whole.with_name("cut")
+    shutil.copytree(whole, cut)
+    for step in {"before the second stage": (3, 4), "within it": (4,), "before the first export": (3, 4)}[kept]:
+        shutil.rmtree(cut / f"checkpoints/step-{step}")
+    if kept == "before the first export":
+        shutil.rmtree(cut / "export-stage-1")
+    resumed = train(settings("cut", train={"save_every": 1, "keep_last": 9}), resume=True)
+    assert resumed.steps == 4
+    a, b = (Checkpoint(out / "checkpoints/step-4").tensors("student") for out in (whole, cut))
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_rows(out / "metrics.jsonl")]
+        for out in (whole, cut)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(settings):
+    whole = train(settings("whole", eval={"tasks": 2})).out
+    shutil.rmtree(whole / "checkpoints")
+    shutil.rmtree(whole / "export-stage-1")
+    before = read_rows(whole / "metrics.jsonl")
+    assert train(settings("whole", eval={"tasks": 2}), resume=True).steps == 4
+    assert [row["train/loss"] for row in read_rows(whole / "metrics.jsonl")] == [row["train/loss"] for row in before]
+
+
+def test_the_length_of_a_run_of_several_stages_is_fixed(settings):
+    train(settings("run"))
+    with pytest.raises(CheckpointError, match=r"train\.steps"):
+        train(settings("run", train={"steps": 3}), resume=True)
+
+
+def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_order(settings):
+    run = build(launch_config.Config.from_dict(settings("run", train={"tasks_per_step": 4})))
+    loop = run.loop
+    dataset = list(range(10))
+    drawn = [sample for step in range(5) for sample in loop.draw(dataset, step)]
+    run.close()
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == dataset
+    assert drawn[:10] != drawn[10:]
+    assert drawn[4:8] == loop.draw(dataset, 1)
+
+
+def test_the_plan_counts_the_updates_and_evaluations_of_every_stage(settings, tmp_path):
+    config = launch_config.Config.from_dict(settings("run", eval={"tasks": 5, "every": 3}, two={"first": {"steps": 1}}))
+    made = plan(config, tmp_path, gpu=False)
+    assert dict(made.rows())["updates"] == "3 in 2 stages (1 + 2)"
+    assert made.evaluations == 3  # before, after step 1, after step 3
+    assert made.teacher.weights == "frozen"
