@@ -69,7 +69,8 @@ def memory_estimate(
     width = BYTES[model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"]
     trained = size.parameters if model.lora is None else size.adapters(model.lora)
     trained_width = width if model.lora is None else 4
-    copies = {"live": 0, "frozen": trained_width, "ema": max(4, trained_width), "trust_region": trained_width}
+    copies = {"live": 0, "frozen": trained_width, "synced": trained_width, "trust_region": trained_width}
+    copies["ema"] = max(4, trained_width)
     own = trained * copies[teacher.weights] if teacher else 0
     if teacher and teacher.weights == "trust_region" and not model.lora:
         own += 2 * size.vocabulary * size.hidden * width  # both heads side by side

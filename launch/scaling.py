@@ -82,7 +82,7 @@ class Work:
 def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]:
     """The parts of the peak on one rank's device, in bytes; their sum is an upper estimate."""
     width, trained = work.width, work.trained(size)
-    copies = {"live": 0, "frozen": width, "ema": 4}
+    copies = {"live": 0, "frozen": width, "synced": width, "trust_region": width, "ema": 4}
     teaching = work.teacher.weights if work.teacher else "none"
     tokens = work.tokens_per_microbatch // 2 if work.teacher else work.tokens_per_microbatch
     tile = tile_bytes(tokens, size.vocabulary, gpu=work.gpu)

@@ -238,11 +238,11 @@ class EpisodeWriter:
         if form == "demonstration":
             return with_demonstration(prompt, right.text)
         if form == "attempt_right":
-            return with_attempt(prompt, right.text, right=True)
+            return with_attempt(prompt, right.text, cue=privileged.CUE_RIGHT)
         self._reset(goal)
         wrong = self._play(self._env.blunder(self.rng))
         if form == "attempt_wrong":
-            return with_attempt(prompt, wrong.text, right=False)
+            return with_attempt(prompt, wrong.text, cue=privileged.CUE_WRONG)
         assert form == "feedback", form
         assert wrong.feedback is not None, "a blunder without feedback"
         return with_feedback(prompt, wrong.feedback)

@@ -235,6 +235,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | N
             "run": {
                 "step": step,
                 "ranks": ranks.world_size,
+                "teacher_updates": loop.teacher.updates,
                 "policy_version": loop.version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
@@ -264,6 +265,7 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     ranks = loop.backend.ranks
     loop.backend.load(saved.folder, saved_ranks=record["ranks"])
     loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
+    loop.teacher.updates = record["teacher_updates"]
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
     loop.version = record["policy_version"]

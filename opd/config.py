@@ -375,9 +375,10 @@ class WeightingConfig(Strict):
 class TeacherConfig(Strict):
     """Who teaches: the same model in another role, or another one."""
 
-    weights: Literal["live", "frozen", "ema", "trust_region"] = Field(
+    weights: Literal["live", "frozen", "ema", "synced", "trust_region"] = Field(
         "frozen",
         description="live: the student as it is now; frozen: as it was at the start; ema: a running average; "
+        "synced: as it was at the last of every so many updates; "
         "trust_region: the initial one's distribution times the student's, each to the power of its share.",
     )
     rate: float | None = Field(
@@ -386,6 +387,15 @@ class TeacherConfig(Strict):
         le=1,
         description="The student's share: ema mixes it into the weights at each step, trust_region into the log-probs.",
     )
+    every: int | None = Field(None, ge=1, description="synced: the updates after which it becomes the student again.")
+
+    @model_validator(mode="after")
+    def _every_belongs_to_synced(self) -> TeacherConfig:
+        if self.weights == "synced" and self.every is None:
+            raise ValueError("teacher.weights = synced needs teacher.every, in updates (published: once an epoch)")
+        if self.weights != "synced" and self.every is not None:
+            raise ValueError(f"teacher.every is used by synced alone, but teacher.weights = {self.weights}; remove it")
+        return self
 
     @model_validator(mode="after")
     def _rate_belongs_to_a_mixture(self) -> TeacherConfig:

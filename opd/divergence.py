@@ -30,8 +30,9 @@ from opd.head import (
 )
 from opd.logprobs import entropy_of
 
-Kind = Literal["forward_kl", "reverse_kl", "jsd"]
-"""`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between."""
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "mixed_kl"]
+"""`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between, and `mixed_kl` is
+`(1 - beta)` of the first and `beta` of the second."""
 Support = Literal["teacher", "student"]
 
 COMPILE = True
@@ -190,7 +191,7 @@ class _Rule:
 
     @staticmethod
     def of(kind: Kind, beta: float, clip: float | None, top_k: int | None, support: Support, tail: bool) -> _Rule:
-        """Checked, with the ends of `jsd` replaced by the two KLs that they stand for."""
+        """Checked, with the ends of `jsd` and `mixed_kl` replaced by the two KLs that they stand for."""
         if kind not in get_args(Kind):
             raise ConfigError(f"divergence kind = {kind!r} is unknown. Allowed: {', '.join(get_args(Kind))}")
         if not 0 <= beta <= 1:
@@ -201,7 +202,7 @@ class _Rule:
             raise ConfigError(f"clip = {clip} with top_k = {top_k}: the clip is for entries of the whole vocabulary")
         if support not in get_args(Support):
             raise ConfigError(f"support = {support!r} is unknown. Allowed: {', '.join(get_args(Support))}")
-        if kind == "jsd" and beta in (0, 1):
+        if kind in ("jsd", "mixed_kl") and beta in (0, 1):
             kind = "reverse_kl" if beta else "forward_kl"
         return _Rule(kind, beta, clip, top_k, support, tail)
 
@@ -239,6 +240,10 @@ class _Rule:
         if self.kind == "reverse_kl":
             value = _times_log_ratio(p, student, teacher)
             return value, value + p
+        if self.kind == "mixed_kl":
+            value = _times_log_ratio(p, student, teacher).mul_(self.beta)
+            slope = value.add(p, alpha=self.beta).sub_(q, alpha=1 - self.beta)
+            return value.add_(_times_log_ratio(q, teacher, student).mul_(1 - self.beta)), slope
         mix = torch.lerp(p, q, self.beta).log_()
         slope = _times_log_ratio(p, student, mix).mul_(1 - self.beta)
         return _times_log_ratio(q, teacher, mix).mul_(self.beta).add_(slope), slope

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed_kl"]
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
 Level = Literal["token", "sequence"]
 Form = Literal["policy_gradient", "k2", "k3", "weighted_k3"]

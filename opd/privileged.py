@@ -56,8 +56,8 @@ def with_feedback(prompt: str, feedback: str, *, template: str = FEEDBACK) -> st
     return fill(template, prompt=prompt, feedback=feedback)
 
 
-def with_attempt(prompt: str, episode: str, *, right: bool, template: str = ATTEMPT) -> str:
-    return fill(template, prompt=prompt, episode=episode, cue=CUE_RIGHT if right else CUE_WRONG)
+def with_attempt(prompt: str, episode: str, *, cue: str, template: str = ATTEMPT) -> str:
+    return fill(template, prompt=prompt, episode=episode, cue=cue)
 
 
 def with_skill(prompt: str, skill: str, *, template: str = SKILL) -> str:

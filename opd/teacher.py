@@ -1,6 +1,6 @@
 """Who teaches: the student's own network under other weights, without a second copy of it.
 
-`live` is the student as it is. `frozen` and `ema` are weights by name that take the place of the student's
+`live` is the student as it is. `frozen`, `ema` and `synced` are weights by name that take the place of the student's
 for one forward pass: only what trains needs a copy, so that with LoRA a frozen teacher costs the adapters'
 initial values and nothing more. Of sharded weights each rank keeps its own slices, as it does of the student's.
 `trust_region` listens to both, the frozen one and the live one, for two forward passes.
@@ -39,6 +39,8 @@ class Teacher:
     def __init__(self, config: TeacherConfig, student: CausalModel) -> None:
         self.config = config
         self.student = student
+        self.updates = 0
+        """Optimiser updates that it was told of; a resumed run sets it."""
         # An average that moves by a rate of 0.01 a step stands still in bfloat16: it is kept in float32.
         self.weights: dict[str, Tensor] = {}
         if config.weights != "live":
@@ -112,7 +114,13 @@ class Teacher:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimiser step: move the average. Frozen and live teachers have nothing to do."""
+        """After an optimiser update: move the average, or catch up with the student. Others have nothing to do."""
+        self.updates += 1
+        if self.config.weights == "synced":
+            assert self.config.every is not None
+            if self.updates % self.config.every == 0:
+                for name, parameter in _trained(self.student).items():
+                    self.weights[name].copy_(held(parameter))
         if self.config.weights == "ema":
             for name, parameter in _trained(self.student).items():
                 self.weights[name].lerp_(held(parameter).to(self.weights[name].dtype), self._rate)

@@ -7,6 +7,7 @@ A method's file holds its config, its registration and its class, and imports no
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from opd.chat import ChatFormat
     from opd.trainers.loop import Loop
 
-METHODS = ("grpo", "opsd", "sdpo", "srpo")
+METHODS = ("grpo", "opsd", "sd_zero", "sdpo", "srpo")
 """The modules under `trainers/` that register a method of the same name."""
 
 
@@ -47,6 +48,8 @@ class Method:
     def __init__(self, config: Any, chat: ChatFormat) -> None:
         self.config = config
         self.chat = chat
+        self.dropped: Counter[str] = Counter()
+        """What `annotate` left out, by reason, since the loop last asked; a row's `dropped/<reason>`."""
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         """The three questions, for the trajectories of one task."""

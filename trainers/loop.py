@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,7 @@ class Loop:
         self.version += 1
         self.method.observe(everyone)
         row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
+        row |= self._dropped()
         row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         self.note_silence(number, row)
@@ -139,6 +141,14 @@ class Loop:
         trained = [sample for i, sample in enumerate(everyone) if i not in lost]
         accounts = account(groups, trained, skipped=[everyone[i] for i in lost])
         return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) | accounts
+
+    def _dropped(self) -> dict[str, float]:
+        """What the method left out on all ranks, by reason."""
+        total: Counter[str] = Counter()
+        for own in self.backend.ranks.gather(dict(self.method.dropped)):
+            total.update(own)
+        self.method.dropped.clear()
+        return {f"dropped/{reason}": float(count) for reason, count in total.items()}
 
     def rollout_step(self, number: int) -> list[TrajectoryGroup]:
         """The step's episodes, of all ranks: tasks are addressed by index, so that a restart loses and repeats none."""
@@ -172,12 +182,12 @@ class Loop:
     def draw(self, dataset: Sequence[Sample], number: int) -> list[Sample]:
         """Step `number`'s samples of a stored set: every pass goes over all of them, in an order of its own."""
         size, total = self.train.tasks_per_step, len(dataset)
-        orders: dict[int, Sequence[int]] = {}
+        orders: dict[int, list[int]] = {}
         drawn = []
         for i in range(number * size, (number + 1) * size):
             turn, place = divmod(i, total)
             if turn not in orders:
-                orders[turn] = np.random.default_rng(derive_seed("pass", self.seed, turn)).permutation(total)
+                orders[turn] = np.random.default_rng(derive_seed("pass", self.seed, turn)).permutation(total).tolist()
             drawn.append(dataset[orders[turn][place]])
         return drawn
 

@@ -233,7 +233,7 @@ def test_config_explains_one_setting_a_section_or_all(capsys):
     assert main(["config", "--explain", "opsd.teacher.weights"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         'opsd.teacher.weights = "frozen"',
-        "    allowed: live, frozen, ema, trust_region",
+        "    allowed: live, frozen, ema, synced, trust_region",
     ]
     assert main(["config", "--explain", "rollout"]) == 0
     assert "rollout.top_k = 0" in capsys.readouterr().out

@@ -77,8 +77,9 @@ def test_another_seed_ends_in_other_weights(settings):
         ({"weights": "frozen"}, None),
         ({"weights": "ema", "rate": 0.1}, None),
         ({"weights": "ema", "rate": 0.1}, {"r": 4}),
+        ({"weights": "synced", "every": 3}, None),
     ],
-    ids=["frozen", "ema", "ema with lora"],
+    ids=["frozen", "ema", "ema with lora", "synced"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(settings, tiny, teacher, lora):
     parts = {"opsd": {"teacher": teacher}, "model": {"name": str(tiny), "lora": lora}}

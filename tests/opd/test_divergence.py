@@ -15,7 +15,15 @@ from opd.errors import ConfigError, DataError
 V = 8
 NOT = -torch.inf
 
-KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
+KINDS = [
+    ("forward_kl", 0.5),
+    ("reverse_kl", 0.5),
+    ("jsd", 0.5),
+    ("jsd", 0.1),
+    ("jsd", 0.0),
+    ("jsd", 1.0),
+    ("mixed_kl", 0.3),
+]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
 
 
@@ -59,6 +67,22 @@ def test_the_ends_of_jsd_are_the_two_kls():
         end, named = token_divergence(student, teacher, "jsd", beta=beta), token_divergence(student, teacher, kind)
         exactly(end, named, atol=0)
         exactly(gradient(end, student), gradient(named, student), atol=0)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_mixed_kl_is_beta_of_the_reverse_and_the_rest_of_the_forward_kl(top_k):
+    student, teacher = pair()
+    restrict = {"top_k": top_k, "tail": False}
+
+    def of(kind, **beta):
+        values = token_divergence(student, teacher, kind, **beta, **restrict)
+        return values, gradient(values, student)
+
+    (mixed, slope), (forward, pulls), (reverse, pushes) = (of("mixed_kl", beta=0.3), of("forward_kl"), of("reverse_kl"))
+    exactly(mixed, 0.7 * forward + 0.3 * reverse)
+    exactly(slope, 0.7 * pulls + 0.3 * pushes)
+    exactly(of("mixed_kl", beta=0.0)[0], forward, atol=0)
+    exactly(of("mixed_kl", beta=1.0)[0], reverse, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "toward"), [("forward_kl", 0.0), ("reverse_kl", 1.0)])
@@ -253,7 +277,7 @@ def test_any_leading_shape_is_kept():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"kind": "js"}, ConfigError, "kind = 'js' is unknown. Allowed: forward_kl, reverse_kl, jsd"),
+        ({"kind": "js"}, ConfigError, "kind = 'js' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl"),
         ({"beta": -0.1}, ConfigError, "beta = -0.1"),
         ({"temperature": 0}, ConfigError, "temperature = 0"),
         ({"top_k": 0}, ConfigError, "top_k = 0: must be between 1 and the vocabulary's 8"),

@@ -15,7 +15,15 @@ from opd.errors import ConfigError, DataError
 from opd.head import Head
 from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 
-KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
+KINDS = [
+    ("forward_kl", 0.5),
+    ("reverse_kl", 0.5),
+    ("jsd", 0.5),
+    ("jsd", 0.1),
+    ("jsd", 0.0),
+    ("jsd", 1.0),
+    ("mixed_kl", 0.3),
+]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
 every_chunk = pytest.mark.parametrize("chunk_size", [1, 3, 7, None])
 

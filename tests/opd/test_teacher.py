@@ -205,6 +205,30 @@ def test_an_average_of_rate_one_follows_the_student(make_model):
     torch.testing.assert_close(logits(teacher, batch), plain_logits(model, batch))
 
 
+def synced(every):
+    return TeacherConfig(weights="synced", every=every)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_synced_teacher_is_the_student_of_every_third_update_and_stands_still_between(make_model, options):
+    model = make_model(**options)
+    teacher, batch = Teacher(synced(3), model), batch_of(model)
+    seen = [plain_logits(model, batch)]
+    for step in range(7):
+        disturb(model, step)
+        teacher.update()
+        seen.append(plain_logits(model, batch))
+        torch.testing.assert_close(logits(teacher, batch), seen[(step + 1) // 3 * 3])
+    assert not torch.allclose(seen[3], seen[6], atol=1e-2)
+
+
+def test_a_synced_teacher_without_a_rhythm_or_a_rhythm_without_it_is_refused():
+    with pytest.raises(ValueError, match=r"synced needs teacher\.every"):
+        TeacherConfig(weights="synced")
+    with pytest.raises(ValueError, match=r"every is used by synced alone"):
+        TeacherConfig(weights="frozen", every=3)
+
+
 def test_an_average_of_16_bit_weights_is_kept_in_32_and_arrives_after_many_small_moves(make_model):
     model = make_model(dtype=torch.bfloat16)
     teacher = Teacher(ema(0.01), model)

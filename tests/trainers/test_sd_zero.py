@@ -1,0 +1,288 @@
+"""SD-Zero: what the teacher sees and where its targets come from, what phase 1 trains on, and its file."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opd.collate import collate
+from opd.config import RolloutConfig, TeacherConfig, TrainConfig
+from opd.engines.base import Sampling
+from opd.errors import DataError
+from opd.objective import objective
+from opd.privileged import CUE_RIGHT, CUE_WRONG
+from opd.ranks import Ranks
+from opd.rollout import task
+from opd.teacher import Teacher
+from opd.trainers.revisions import Reviser, Spoken, TraceFile, collect, supervised, to_samples
+from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
+from opd.types import Sample, TeacherView
+
+TOOLS = [{"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}]
+
+
+def lucky(env_class, *, turns=2, tools=True):
+    """An environment of `turns` turns whose even-numbered tasks are solved, whatever is said."""
+
+    def play(env, action):
+        done = env.turn == turns
+        role = "tool" if tools else "user"
+        info = {"messages": [{"role": role, "content": f"ab {env.turn}"}], "success": done and env.seed % 2 == 0}
+        return "", float(info["success"]), done, False, info
+
+    return lambda: env_class(play, first=lambda env: (f"Question {env.seed}", {"tools": TOOLS if tools else None}))
+
+
+@torch.no_grad()
+def one_by_one(model, token_ids, rows):
+    """The log-probs [rows, V] after each row, from a forward pass over nothing but what stands up to it."""
+    logits = [model.model(input_ids=torch.tensor([token_ids[: row + 1]])).logits[0, -1] for row in rows]
+    return torch.stack(logits).log_softmax(-1)
+
+
+@pytest.mark.parametrize("place", ["prompt", "reply"])
+@pytest.mark.parametrize(("template", "turns"), [("chatml", 1), ("chatml", 3), ("no_tools", 2)])
+def test_the_teachers_targets_are_the_second_copy_of_the_attempt_position_by_position(
+    play, scripted_env, make_chat, make_model, place, template, turns
+):
+    chat, student = make_chat(template), make_model(dtype=torch.float64, stops=True)
+    make_env = lucky(scripted_env, turns=turns, tools=template != "no_tools")
+    groups = play(make_env, tasks=3, model=student, chat=chat)
+    method = Distilling(SdZeroConfig(place=place), chat)
+    attempts = [t for group in groups for t in group.trajectories]
+    samples = [sample for group in groups for sample in method.annotate(group)]
+    assert {t.success for t in attempts} == {True, False}
+    assert [t.failed for t in attempts] == [None] * len(samples)
+    teacher = Teacher(TeacherConfig(weights="live", rate=None), make_model(dtype=torch.float64, seed=7))
+    batch = collate(samples, chat.end_id)
+    nats = objective(student, batch, method.losses, teacher.teach(batch)).facts["nats"].tolist()
+    brute = []
+    for attempt, sample in zip(attempts, samples, strict=True):
+        [segment] = attempt.segments()
+        opening = method.reviser.opening(attempt, segment)
+        view = sample.teacher_view
+        # What the student said and was told, once more, to the id, behind the attempt and its cue.
+        assert view.token_ids == opening + sample.token_ids[len(segment.turns[0].prompt_ids) :]
+        assert view.rows == [row - len(segment.turns[0].prompt_ids) + len(opening) for row in sample.rows]
+        shown = chat.tokenizer.decode(opening)
+        assert [shown.count(cue) for cue in (CUE_RIGHT, CUE_WRONG)] == [attempt.success, not attempt.success]
+        assert all(f"ab {n}" in shown for n in range(1, turns))
+        assert not any(cue in chat.tokenizer.decode(sample.token_ids) for cue in (CUE_RIGHT, CUE_WRONG))
+        ours = one_by_one(student, sample.token_ids, sample.rows)
+        theirs = one_by_one(teacher.student, view.token_ids, range(len(view.token_ids)))[view.rows]
+        brute += (ours.exp() * (ours - theirs)).sum(-1).tolist()
+    assert nats == pytest.approx(brute, abs=1e-10)
+
+
+def test_in_the_reply_both_copies_are_the_sampled_ids_and_the_first_is_left_open(
+    play, scripted_env, make_chat, make_model
+):
+    chat = make_chat()
+    [group] = play(lucky(scripted_env, turns=1), tasks=1, model=make_model(stops=True), chat=chat)
+    [attempt] = group.trajectories
+    [turn] = attempt.turns
+    view = Reviser(chat, ("Right.", "Wrong."), "reply").view(attempt, attempt.segments()[0])
+    said = [i for i in turn.completion_ids if i != chat.end_id]
+    cue = chat.encode(f"\n\n{'Right.' if attempt.success else 'Wrong.'}\n\n")
+    assert view.token_ids == [*turn.prompt_ids, *said, *cue, *turn.completion_ids]
+    assert view.targets == turn.completion_ids
+
+
+def test_where_the_template_rewrites_the_past_every_sequence_has_its_own_view(
+    play, scripted_env, scripted_engine, make_chat
+):
+    chat = make_chat("forgetful")
+    thought = [269, 65, 270, 66, chat.end_id]
+    engine = scripted_engine([[thought, thought]])
+    [group] = play(lucky(scripted_env, tools=False), tasks=1, engine=engine, chat=chat, max_tokens=20)
+    samples = Distilling(SdZeroConfig(), chat).annotate(group)
+    assert [s.completion_ids for s in samples] == [thought, thought]
+    assert all(
+        CUE_WRONG in chat.tokenizer.decode(s.teacher_view.token_ids) or group.trajectories[0].success for s in samples
+    )
+
+
+def test_an_attempt_that_is_too_long_is_dropped_whole_and_counted(play, scripted_env, make_chat, make_model):
+    chat = make_chat()
+    groups = play(lucky(scripted_env), tasks=4, model=make_model(stops=True), chat=chat)
+    sizes = [
+        len(sample.teacher_view.token_ids)
+        for group in groups
+        for sample in Distilling(SdZeroConfig(), chat).annotate(group)
+    ]
+    limit = sorted(sizes)[1]
+    assert limit < max(sizes)
+    method = Distilling(SdZeroConfig(max_teacher_tokens=limit), chat)
+    kept = [sample for group in groups for sample in method.annotate(group)]
+    assert [len(s.teacher_view.token_ids) for s in kept] == [size for size in sizes if size <= limit]
+    assert method.dropped == {"too_long": sum(size > limit for size in sizes)}
+    assert all(s.completion_ids == s.teacher_view.targets for s in kept)
+
+
+def test_a_view_that_holds_fewer_tokens_than_were_sampled_is_refused():
+    whole = supervised([Spoken([1, 2], [3, 4, 5])], task(0, split="train"))
+    with pytest.raises(DataError, match="does not hold the sampled ids"):
+        Sample(
+            **{f: getattr(whole, f) for f in Sample.__slots__ if f != "teacher_view"},
+            teacher_view=TeacherView(token_ids=[9, 9, 9, 3, 4], rows=[2, 3]),
+        )
+
+
+def test_an_attempt_of_one_turn_is_revised_in_the_same_turn(make_chat):
+    chat = make_chat()
+    reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
+    attempt, revision = [Spoken([1, 2], [70, 71, chat.end_id])], [Spoken([8, 8, 8], [72, chat.end_id])]
+    [turn] = reviser.generation(attempt, CUE_WRONG, revision)
+    doubt = chat.encode(f"\n\n{CUE_WRONG}\n\n")
+    assert turn == Spoken([1, 2], [70, 71, *doubt, 72, chat.end_id])
+
+
+def test_the_cue_stands_in_place_of_the_last_action_of_an_attempt_of_several_turns(make_chat):
+    chat = make_chat()
+    reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
+    attempt = [Spoken([1, 2], [70]), Spoken([3], [71])]
+    revision = [Spoken([8, 8], [72]), Spoken([4], [73])]
+    assert reviser.generation(attempt, CUE_WRONG, revision) == [
+        Spoken([1, 2], [70]),
+        Spoken([3], [*chat.encode(f"{CUE_WRONG}\n\n"), 72]),
+        Spoken([4], [73]),
+    ]
+    sample = supervised(reviser.generation(attempt, CUE_WRONG, revision), task(0, split="train"), 0.5)
+    assert [w for w, m in zip(sample.ce_weight, sample.completion_mask, strict=True) if m] == [0.5] * sum(
+        sample.completion_mask
+    )
+    assert sample.completion_mask[:4] == [0, 0, 1, 0]
+
+
+def test_the_switch_between_paper_and_code_makes_the_stages_and_their_losses():
+    def stages(**settings):
+        return SdZero(SdZeroConfig(**settings), None).stages()
+
+    revising, distilling = stages()
+    assert revising.parts == {"generation": 1.0, "revision": 1.0}
+    distill = distilling.losses.distill
+    assert (distill.kind, distill.top_k) == ("reverse_kl", None)
+    first, second, third = stages(variant="code")
+    assert (first.parts, second.parts) == ({"generation": 1.0}, {"revision": 1.0})
+    assert (first.collects, second.collects) == (True, False)
+    mixed = third.losses.distill
+    assert (mixed.kind, mixed.beta, mixed.top_k, mixed.support, mixed.tail) == ("mixed_kl", 0.5, 64, "teacher", False)
+    assert [type(s).__name__ for s in stages(phases="revision")] == ["Revising"]
+    assert [(type(s).__name__, s.first_task) for s in stages(phases="distillation")] == [("Distilling", 0)]
+    assert distilling.first_task == 256
+    with pytest.raises(ValueError, match="phases: distillation"):
+        SdZeroConfig(generation=0, revision=0)
+
+
+@pytest.fixture
+def make_loop(make_scheduler, scripted_env, make_chat, make_model):
+    """What `collect` asks of a loop, with a real scheduler; `rounds` counts what is played."""
+
+    def make(*, concurrency=4, group_size=2, stop_after=math.inf):
+        chat = make_chat()
+        scheduler = make_scheduler(
+            lucky(scripted_env), model=make_model(stops=True), chat=chat, concurrency=concurrency
+        )
+        loop = SimpleNamespace(
+            seed=0,
+            origin="abc",
+            rollout=RolloutConfig(concurrency=concurrency, group_size=group_size),
+            train=TrainConfig(),
+            backend=SimpleNamespace(ranks=Ranks()),
+            rounds=0,
+        )
+
+        def play(tasks, *, seed, group_size=None, opening=None):
+            loop.rounds += 1
+            return scheduler.run(
+                tasks,
+                group_size=group_size or loop.rollout.group_size,
+                sampling=Sampling(temperature=1.0),
+                seed=seed,
+                opening=opening,
+            )
+
+        loop.play, loop.stopping = play, lambda: loop.rounds >= stop_after
+        loop.task = lambda index: task(index, split="train")
+        return loop, chat
+
+    return make
+
+
+def gather(loop, chat, path, *, revise_right=True, place="prompt"):
+    reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
+    return collect(loop, TraceFile(path, loop.origin), reviser, 5, 2, revise_right=revise_right)
+
+
+@pytest.mark.parametrize("place", ["prompt", "reply"])
+def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_are_kept(make_loop, tmp_path, place):
+    loop, chat = make_loop()
+    rows = gather(loop, chat, tmp_path / "r.jsonl", place=place)
+    assert [(row["task"], row["member"]) for row in rows] == [(f"train/{n}", m) for n in range(5) for m in range(2)]
+    for row in rows:
+        right = row["seed"] % 2 == 0
+        assert row["right"] == right
+        assert row["cue"] == (CUE_RIGHT if right else CUE_WRONG)
+        assert row["kept"] == (2 if right else 0)
+        assert [r["dropped"] for r in row["revisions"]] == [None if right else "wrong"] * 2
+        assert row["attempt"]["messages"][0]["content"] == f"Question {row['seed']}"
+        for revision in row["revisions"]:
+            shown = chat.tokenizer.decode(revision["turns"][0]["prompt_ids"])
+            assert row["cue"] in shown
+            assert row["attempt"]["messages"][1]["content"] in shown
+    assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == rows
+
+
+def test_with_right_attempts_left_alone_only_the_wrong_ones_are_revised(make_loop, tmp_path):
+    loop, chat = make_loop()
+    for row in gather(loop, chat, tmp_path / "r.jsonl", revise_right=False):
+        assert len(row["revisions"]) == (0 if row["right"] else 2)
+
+
+def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_loop, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    gather(*make_loop(), whole)
+    loop, chat = make_loop(stop_after=3)  # attempts, and the revisions of both members, of two of the five tasks
+    assert len(gather(loop, chat, cut)) == 4
+    cut.write_bytes(whole.read_bytes()[: len(cut.read_bytes()) + 700])  # killed in the middle of the next part
+    gather(*make_loop(), cut)
+    assert cut.read_bytes() == whole.read_bytes()
+    loop, chat = make_loop()
+    gather(loop, chat, cut)
+    assert loop.rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: line[:-20], "line 2 is damaged"),
+        (lambda line: "[1]", "line 2 is damaged"),
+        (lambda line: line.replace('"seed"', '"sed"'), "line 2 is damaged"),
+        (lambda line: line.replace('"abc"', '"abd"'), "line 2 was collected under other settings"),
+    ],
+)
+def test_a_row_that_cannot_be_trusted_is_named(make_loop, tmp_path, change, message):
+    path = tmp_path / "r.jsonl"
+    gather(*make_loop(), path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], change(lines[1]), *lines[2:]]) + "\n")
+    with pytest.raises(DataError, match=message):
+        gather(*make_loop(), path)
+
+
+def test_what_trains_is_what_was_said_and_what_is_too_long_is_counted(make_loop, tmp_path):
+    loop, chat = make_loop()
+    rows = gather(loop, chat, tmp_path / "r.jsonl")
+    reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
+    samples, none = to_samples(rows, reviser, {"revision": 1.0}, 10_000, where=tmp_path)
+    kept = [r for row in rows for r in row["revisions"] if r["dropped"] is None]
+    assert none == 0
+    assert [s.completion_ids for s in samples] == [[i for t in r["turns"] for i in t["completion_ids"]] for r in kept]
+    limit = min(len(s.token_ids) for s in samples)
+    some, dropped = to_samples(rows, reviser, {"revision": 1.0}, limit, where=tmp_path)
+    assert len(some) + dropped == len(samples)
+    assert dropped > 0
+    with pytest.raises(DataError, match="holds nothing to learn from"):
+        to_samples([row for row in rows if not row["right"]], reviser, {"revision": 1.0}, 10_000, where=tmp_path)

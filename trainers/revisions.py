@@ -1,0 +1,322 @@
+"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero.py`.
+
+An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
+attempt and the cue that tells its outcome. Both are kept as one readable row of JSON for each attempt, with the ids
+that were sampled, so that what trains is what was said, to the token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from opd.errors import DataError
+from opd.privileged import episode_text, in_first_user_message, with_attempt
+from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory
+
+if TYPE_CHECKING:
+    from opd.chat import ChatFormat
+    from opd.trainers.loop import Loop
+
+Part = Literal["generation", "revision"]
+SEPARATOR = "\n\n"
+"""Stands around the cue where the model says it, or reads it in its own turn, as in the released code."""
+
+
+class Spoken(NamedTuple):
+    """One turn in token ids."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Reviser:
+    """How an attempt is put before the model that revises it, and before the teacher that scores it."""
+
+    chat: ChatFormat
+    cues: tuple[str, str]
+    """For an attempt that was right, and for one that was not."""
+    place: Literal["prompt", "reply"]
+    """`prompt`: the attempt as text, and the cue, in the first user message. `reply`: as the paper has it for one turn,
+    the attempt's own ids and the cue at the beginning of what the model says."""
+
+    def cue(self, right: bool) -> str:
+        return self.cues[0] if right else self.cues[1]
+
+    def opening(self, attempt: Trajectory, segment: Segment) -> list[int]:
+        """The ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
+        cue = self.cue(attempt.success)
+        if self.place == "prompt":
+            text = episode_text(attempt.messages)
+            messages = in_first_user_message(
+                segment.turns[0].messages, lambda prompt: with_attempt(prompt, text, cue=cue)
+            )
+            return self.chat.start(messages, attempt.tools)
+        ids = [i for turn in segment.turns for i in (*turn.prompt_ids, *turn.completion_ids)]
+        return [*self._open_ended(ids), *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}")]
+
+    def view(self, attempt: Trajectory, segment: Segment) -> TeacherView:
+        """The teacher's ids: what a reviser reads, then the attempt once more, whose tokens are scored."""
+        ids = self.opening(attempt, segment)
+        rows: list[int] = []
+        for number, turn in enumerate(segment.turns):
+            ids += turn.prompt_ids if number else []
+            rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
+            ids += turn.completion_ids
+        return TeacherView(token_ids=ids, rows=rows)
+
+    def generation(self, attempt: Sequence[Spoken], cue: str, revision: Sequence[Spoken]) -> list[Spoken]:
+        """The plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
+
+        An attempt of one turn is answered in the same turn, as in the paper. What ended an episode of several turns
+        cannot be taken back there: the cue stands in place of the attempt's last action.
+        """
+        *before, last = attempt
+        first, *after = revision
+        if before:
+            doubt = [*self.chat.encode(cue + SEPARATOR), *first.completion_ids]
+        else:
+            said = self._open_ended(last.completion_ids)
+            doubt = [*said, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
+        return [*before, Spoken(last.prompt_ids, doubt), *after]
+
+    def _open_ended(self, ids: list[int]) -> list[int]:
+        """Without the token that ended the turn."""
+        return ids[:-1] if ids[-1] in self.chat.stop_ids else ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """An attempt, and what became of it."""
+
+    task: Task
+    member: int
+    right: bool
+    cue: str
+    attempt: list[Spoken]
+    revisions: list[list[Spoken]] = field(default_factory=list)
+    """Those that were right; the others are only in the file."""
+
+    def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
+        """What trains on it: each revision by itself, and as the end of what the model might say unasked."""
+        for revision in self.revisions:
+            if "generation" in weights:
+                sequence = reviser.generation(self.attempt, self.cue, revision)
+                yield supervised(sequence, self.task, weights["generation"])
+            if "revision" in weights:
+                yield supervised(revision, self.task, weights["revision"])
+
+
+def dropped(revision: Trajectory) -> str | None:
+    """Why a revision is not learned from; None for one that is."""
+    if revision.failed is not None:
+        return "failed"
+    if not revision.success:
+        return "wrong"
+    return "rewritten by the chat template" if len(revision.segments()) > 1 else None
+
+
+def to_row(origin: str, cue: str, attempt: Trajectory, revisions: Sequence[Trajectory]) -> dict[str, Any]:
+    """One attempt and its revisions as they stand in the file: outcomes first, ids last."""
+    tried = [(revision, dropped(revision)) for revision in revisions]
+    return {
+        "task": attempt.task.id,
+        "seed": attempt.task.seed,
+        "member": attempt.member,
+        "right": attempt.success,
+        "cue": cue,
+        "kept": sum(reason is None for _, reason in tried),
+        "attempt": _episode(attempt),
+        "revisions": [{"dropped": reason, **_episode(revision)} for revision, reason in tried],
+        "origin": origin,
+    }
+
+
+def _episode(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "success": trajectory.success,
+        "truncated": trajectory.truncated,
+        "failed": trajectory.failed,
+        "tokens": trajectory.completion_tokens,
+        "messages": trajectory.messages,
+        # The sequence as the model saw it at the end: where the template rewrote the past, only what followed.
+        "turns": [
+            {"prompt_ids": turn.prompt_ids, "completion_ids": turn.completion_ids}
+            for segment in trajectory.segments()[-1:]
+            for turn in segment.turns
+        ],
+    }
+
+
+def read_trace(data: Any) -> Trace:
+    """The reverse of `to_row`. Raises ValueError for what is no such row."""
+    try:
+        split, index = data["task"].split("/")
+        kept = [r for r in data["revisions"] if r["dropped"] is None]
+        return Trace(
+            task=Task(index=int(index), seed=data["seed"], split=split),
+            member=data["member"],
+            right=data["right"],
+            cue=data["cue"],
+            attempt=_turns(data["attempt"]),
+            revisions=[_turns(r) for r in kept],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no attempt with its revisions ({error!r})") from error
+
+
+def _turns(episode: dict[str, Any]) -> list[Spoken]:
+    return [Spoken([int(i) for i in t["prompt_ids"]], [int(i) for i in t["completion_ids"]]) for t in episode["turns"]]
+
+
+class TraceFile:
+    """The rows of a run's attempts, in a file to which they are appended as they come."""
+
+    def __init__(self, path: Path, origin: str) -> None:
+        self.path = path
+        self.origin = origin
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows so far; a half-written last one is not counted.
+
+        Raises DataError, with the line's number, for a row that is damaged or was made under other settings.
+        """
+        if not self.path.exists():
+            return []
+        *whole, _ = self.path.read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(whole, start=1):
+            try:
+                rows.append(json.loads(line))
+                read_trace(rows[-1])
+            except ValueError as error:
+                raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
+            if rows[-1].get("origin") != self.origin:
+                raise DataError(
+                    f"{self.path}, line {number} was collected under other settings; delete the file, or resume with "
+                    "the settings that it was made with"
+                )
+        return rows
+
+    def write(self, rows: Sequence[dict[str, Any]], *, after: int) -> None:
+        """Append rows behind the first `after` of those that are there; what else is there is cut."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        old = self.path.read_bytes().split(b"\n")[:after] if after else []
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.truncate(sum(len(line) + 1 for line in old))
+            file.seek(0, os.SEEK_END)
+            for row in rows:
+                file.write(json.dumps(row, default=str).encode() + b"\n")
+
+
+def collect(
+    loop: Loop, file: TraceFile, reviser: Reviser, questions: int, revisions: int, *, revise_right: bool
+) -> list[dict[str, Any]]:
+    """Attempts at the first `questions` tasks of the run, and their revisions: as rows, which `file` holds too.
+
+    Each task is attempted `rollout.group_size` times, and each attempt revised `revisions` times, as many tasks at a
+    time as there are episodes at once. What the file holds already is not played again, and is played again to the
+    same ids if it is cut there. Ends early, with what there is, once `loop.stopping()` holds.
+    """
+    ranks, size = loop.backend.ranks, loop.rollout.group_size
+    at_once = max(1, loop.rollout.concurrency // size)
+    rows = ranks.from_first(file.read)
+    if len(rows) < questions * size:
+        rows = rows[: len(rows) - len(rows) % (at_once * size)]
+    while len(rows) < questions * size and not loop.stopping():
+        first = len(rows) // size
+        tasks = [loop.task(i) for i in range(first, min(first + at_once, questions))]
+        more = _attempted(loop, tasks, file.origin, reviser, revisions=revisions, revise_right=revise_right)
+        ranks.from_first(partial(file.write, more, after=len(rows)))
+        rows += more
+    return rows
+
+
+def _attempted(
+    loop: Loop, tasks: Sequence[Task], origin: str, reviser: Reviser, *, revisions: int, revise_right: bool
+) -> list[dict[str, Any]]:
+    """A row for each attempt at these tasks."""
+    from opd.rollout import derive_seed  # late: it needs torch
+
+    groups = loop.play(tasks, seed=derive_seed("attempts", loop.seed))
+    revised: dict[tuple[Task, int], list[Trajectory]] = {}
+    for member in range(loop.rollout.group_size):
+        attempts = [t for group in groups for t in group.usable if t.member == member]
+        chosen = {t.task: t for t in attempts if revise_right or not t.success}
+
+        def opening(task: Task, _: list[Message], __: Any, chosen: dict[Task, Trajectory] = chosen) -> list[int]:
+            return reviser.opening(chosen[task], chosen[task].segments()[-1 if reviser.place == "reply" else 0])
+
+        seed = derive_seed("revisions", loop.seed, member)
+        for group in loop.play(list(chosen), seed=seed, group_size=revisions, opening=opening):
+            revised[group.task, member] = group.trajectories
+    return [
+        to_row(origin, reviser.cue(attempt.success), attempt, revised.get((group.task, attempt.member), []))
+        for group in groups
+        for attempt in group.trajectories
+    ]
+
+
+def to_samples(
+    rows: Sequence[dict[str, Any]], reviser: Reviser, parts: Mapping[Part, float], most_tokens: int, *, where: Path
+) -> tuple[list[Sample], int]:
+    """What trains on these rows, and how many sequences more were longer than `most_tokens`.
+
+    Raises DataError, naming the file `where` they stand, if nothing is left.
+    """
+    found = [sample for row in rows for sample in read_trace(row).samples(reviser, parts)]
+    kept = [sample for sample in found if len(sample.token_ids) <= most_tokens]
+    if not kept:
+        raise DataError(
+            f"{where} holds nothing to learn from: {len(rows)} attempts gave {len(found)} sequences with a revision "
+            f"that was right, none of at most sd_zero.max_teacher_tokens = {most_tokens}. Raise sd_zero.questions or "
+            "that limit, or choose easier tasks."
+        )
+    return kept, len(found) - len(kept)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What was collected, in numbers: attempts and revisions, the share of each that was right, and their tokens."""
+    revisions = [revision for row in rows for revision in row["revisions"]]
+    numbers = {
+        "collect/attempts": float(len(rows)),
+        "collect/right": sum(row["right"] for row in rows) / len(rows),
+        "collect/revisions": float(len(revisions)),
+        "collect/kept": float(sum(revision["dropped"] is None for revision in revisions)),
+        "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *(row["attempt"] for row in rows)))),
+    }
+    if revisions:
+        numbers["collect/revisions_right"] = sum(revision["success"] for revision in revisions) / len(revisions)
+    return numbers
+
+
+def supervised(turns: Sequence[Spoken], task: Task, weight: float = 1.0) -> Sample:
+    """A sequence whose completions are learned as they stand."""
+    ids: list[int] = []
+    mask: list[int] = []
+    turn_of: list[int] = []
+    for number, (prompt_ids, completion_ids) in enumerate(turns):
+        ids += prompt_ids + completion_ids
+        mask += [0] * len(prompt_ids) + [1] * len(completion_ids)
+        turn_of += [number] * (len(prompt_ids) + len(completion_ids))
+    nothing = [0.0] * len(ids)
+    return Sample(
+        token_ids=ids,
+        completion_mask=mask,
+        turn=turn_of,
+        sampler_logprobs=[math.nan] * len(ids),
+        policy_weight=nothing,
+        distill_weight=nothing,
+        ce_weight=[weight * m for m in mask],
+        advantage=nothing,
+        task=task,
+        success=True,
+        route="ce",
+    )
