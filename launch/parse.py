@@ -44,7 +44,7 @@ def parse(
 
 
 def bad_value(setting: Setting, value: Any) -> Problem:
-    """`opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, synced, trust_region. Did you mean "ema"?`"""
+    """`opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
     what = "is unknown" if setting.choices and isinstance(value, str) else "is not allowed"
     likely = did_you_mean(nearest(value, setting.choices)) if isinstance(value, str) else ""
     return Problem((setting.key,), f"{setting.key} = {show(value)} {what}. Allowed: {setting.allowed}.{likely}")

@@ -96,14 +96,6 @@ class Turn:
         if len(self.logprobs) != len(self.completion_ids):
             raise DataError(f"a turn has {len(self.completion_ids)} completion ids but {len(self.logprobs)} log-probs")
 
-    @property
-    def added(self) -> list[Message]:
-        """What the environment said before this turn and after the one before it."""
-        if not self.forked:
-            return self.messages
-        last = max((i for i, m in enumerate(self.messages) if m.get("role") == "assistant"), default=-1)
-        return self.messages[last + 1 :]
-
 
 class Segment(NamedTuple):
     """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it."""

@@ -56,7 +56,8 @@ WRONG = {
     ),
     "an unknown word": (
         GOOD + "opsd: {teacher: {weights: emaa}}",
-        'opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, synced, trust_region. Did you mean "ema"?',
+        'opsd.teacher.weights = "emaa" is unknown. '
+        'Allowed: live, frozen, ema, synced, trust_region. Did you mean "ema"?',
     ),
     "an unknown method": (
         "method: opds\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
