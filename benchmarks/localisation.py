@@ -1,6 +1,6 @@
 """Where a reviser objects: its divergence from the student where an attempt went wrong (SD-Zero, claim a).
 
-    python benchmarks/localisation.py                       # the tiny models: the table of docs/sd_zero.md
+    python benchmarks/localisation.py                       # the tiny models: the table of docs/methods.md
     python benchmarks/localisation.py --lookup RUN/export   # another model for one of the worlds
 
 The student attempts held-out tasks. The teacher is the same model in the role of the reviser: it reads the attempt,

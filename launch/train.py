@@ -202,6 +202,8 @@ def _newest(out: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
     """The newest checkpoint; None for a run that was stopped before its first, which begins anew."""
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
         return checkpoint.latest(out / "checkpoints", ranks)
+    if ranks.first:
+        print(f"{out} holds no checkpoint yet: the run begins anew", file=sys.stderr, flush=True)
     ranks.from_first(lambda: forget_rows(out))
     return None
 

@@ -119,7 +119,7 @@ def dropped(revision: Trajectory) -> str | None:
     if revision.failed is not None:
         return "failed"
     if not revision.success:
-        return "wrong"
+        return "cut by a limit" if revision.truncated else "wrong"
     return "rewritten by the chat template" if len(revision.segments()) > 1 else None
 
 
