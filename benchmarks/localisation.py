@@ -11,6 +11,7 @@ action that does, from the perfect episode of the task.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -96,7 +97,9 @@ def measure(name: str, model: str, attempts: int, folder: Path) -> str:
     run = build(config)
     try:
         found = scored(run, world(), attempts)
-        best = max(found, key=lambda one: max(n for n, wrong in zip(one.nats, one.wrong, strict=True) if wrong))
+        # Of the attempts of the usual length: one that rambles makes no picture.
+        usual = Counter(len(one.wrong) for one in found).most_common(1)[0][0]
+        best = max((one for one in found if len(one.wrong) == usual), key=lambda one: max(one.nats))
         folder.mkdir(parents=True, exist_ok=True)
         title = f"a wrong attempt ({name}), shaded by how much its reviser objects"
         episode_picture(folder / f"{name}.png", shaded(run, best), title=title)

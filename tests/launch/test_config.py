@@ -52,7 +52,7 @@ WRONG = {
     "a setting without its section": (GOOD + "lr: 1", 'lr is unknown. Did you mean "train.lr"?'),
     "an unknown setting of the method": (
         GOOD + "opsd: {teacher: {wieghts: ema}}",
-        'opsd.teacher.wieghts is unknown. Did you mean "opsd.teacher.weights"? Allowed: weights, rate.',
+        'opsd.teacher.wieghts is unknown. Did you mean "opsd.teacher.weights"? Allowed: weights, rate, every.',
     ),
     "an unknown word": (
         GOOD + "opsd: {teacher: {weights: emaa}}",
@@ -448,6 +448,7 @@ def test_explaining_a_section_lists_what_it_holds():
         "opsd.teacher",
         "opsd.teacher.weights",
         "opsd.teacher.rate",
+        "opsd.teacher.every",
     ]
 
 
