@@ -3,6 +3,7 @@
 Everything is a session fixture that holds a function or a class, so that property tests can use it too.
 """
 
+from contextlib import closing
 from functools import cache
 from typing import Any
 
@@ -280,13 +281,13 @@ def play(make_scheduler):
     """`play(make_env, tasks=..., ...)`: the groups of one round of rollouts."""
 
     def run(make_env, *, tasks=2, group_size=1, temperature=1.0, seed=0, rewrite=None, **options: Any):
-        scheduler = make_scheduler(make_env, group_size=group_size, **options)
-        return scheduler.run(
-            [task(n, split="train") for n in range(tasks)],
-            group_size=group_size,
-            sampling=Sampling(temperature=temperature),
-            seed=seed,
-            rewrite=rewrite,
-        )
+        with closing(make_scheduler(make_env, group_size=group_size, **options)) as scheduler:
+            return scheduler.run(
+                [task(n, split="train") for n in range(tasks)],
+                group_size=group_size,
+                sampling=Sampling(temperature=temperature),
+                seed=seed,
+                rewrite=rewrite,
+            )
 
     return run
