@@ -2,8 +2,7 @@
 
 Source: Self-Distillation Zero (arXiv 2604.12002) and its released code, which disagree; `variant` takes either side.
 Here an attempt may have many turns: what is revised, and what the teacher sees, is the whole episode with what the
-tools answered, and a cue that tells the outcome. Collecting and its file: `trainers/revisions.py`. Left out: the code's
-removal of repeated suffixes and of sycophantic openings from revisions.
+tools answered, and a cue that tells the outcome. Left out: the code's clean-up of revisions (suffixes, flattery).
 """
 
 from __future__ import annotations
@@ -87,6 +86,8 @@ class SdZero(Method):
 
 class _Phase(Method):
     """What both phases share: how an attempt is put before the model."""
+
+    config: SdZeroConfig
 
     def __init__(self, config: SdZeroConfig, chat: ChatFormat) -> None:
         super().__init__(config, chat)
