@@ -73,7 +73,8 @@ def test_a_real_model_plays_it_and_the_server_ends_with_it(one_episode, shop, pi
     assert trajectory.reward in (0.0, 1.0)
     assert "price" in [tool["function"]["name"] for tool in trajectory.tools]
     assert trajectory.privileged["solution"].startswith("3 times")
-    assert len(running(pids)) == 1  # idle, for the next episode
+    assert len(pids.read_text().split()) == 1
+    assert not running(pids)
 
 
 def test_tools_are_called_and_the_answer_is_scored(spoken_episode, shop):
