@@ -27,7 +27,8 @@ def problem_of(rollout, **sections):
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine with vLLM and without a key."""
-    monkeypatch.setattr(checks, "_installed", lambda package: True)
+    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    monkeypatch.setattr(servers, "is_installed", lambda package: True)
     monkeypatch.delenv("OPD_VLLM_KEY", raising=False)
 
 
@@ -75,7 +76,7 @@ def test_weights_that_vllm_cannot_hold_are_refused():
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(checks, "_installed", lambda package: package != "vllm")
+    monkeypatch.setattr(checks, "is_installed", lambda package: package != "vllm")
     assert "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]'" in problem_of({"engine": "vllm"})
     servers_elsewhere = {"engine": "vllm_server", "vllm": {"servers": ["http://localhost:8000"]}}
     assert Config.from_dict({**GOOD, "rollout": servers_elsewhere}).rollout.engine == "vllm_server"
@@ -118,6 +119,7 @@ def commands(monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(servers.subprocess, "run", run)
+    monkeypatch.setattr(servers, "check_port", lambda host, port: None)
     return seen
 
 

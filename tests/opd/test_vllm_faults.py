@@ -126,7 +126,7 @@ def make_engine(monkeypatch):
     def make(*fakes, key=None, timeout=20.0, **config):
         settings = VllmConfig(**{"retries": 2, "restart_timeout": 1.0, **config})
         replicas = [Replica(server=Server(fake.url, key=key, timeout=timeout, connections=8)) for fake in fakes]
-        engine = VllmServerEngine(replicas, settings, vocabulary=100, concurrency=8)
+        engine = VllmServerEngine(replicas, settings, model={"vocab_size": 100}, concurrency=8)
         made.append(engine)
         engine.update_weights(FakeWeights(), 0)
         return engine
@@ -277,7 +277,7 @@ def test_an_update_that_fails_is_made_again_as_a_whole(fakes, make_engine, path,
 def test_an_update_that_is_refused_is_raised(fakes, make_engine):
     engine = make_engine(fakes[0])
     fakes[0].script["/start_weight_update"] = [(404, {"error": "no such path"})]
-    with pytest.raises(EngineError, match=r"the weights cannot be sent: .*status 404"):
+    with pytest.raises(EngineError, match=r"the weights cannot be sent to http.*status 404"):
         engine.update_weights(FakeWeights(), 1)
 
 

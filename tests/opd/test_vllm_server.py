@@ -18,7 +18,7 @@ from opd.config import RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import engine_args
-from opd.engines.vllm_http import Server
+from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
@@ -52,7 +52,7 @@ def connect(own, model, *, key=KEY, retries=4, restart_timeout=900.0):
     server = Server(own.url, key=key, timeout=120.0, connections=33)
     config = RolloutConfig(vllm={"retries": retries, "restart_timeout": restart_timeout}).vllm
     replica = Replica(server=server, restart=own.start)
-    return VllmServerEngine([replica], config, vocabulary=model.config.vocab_size, concurrency=32)
+    return VllmServerEngine([replica], config, model=sizes(model.config), concurrency=32)
 
 
 @pytest.fixture
