@@ -108,13 +108,13 @@ def _longest(models: httpx.Response) -> int | None:
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError where nobody can listen there."""
+    if port > 65535:
+        raise ConfigError(f"--port {port} is beyond 65535. Choose another.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OverflowError as error:
-        raise ConfigError(f"--port {port} is beyond 65535. Choose another.") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from opd.config import ModelConfig, RolloutConfig
 from opd.engines.vllm import common_arguments, engine_args
@@ -76,8 +76,8 @@ def _replica(url: str, key: str | None, rollout: RolloutConfig, own: OwnServer |
     return Replica(server=server, restart=own.start, last_words=own.last_words) if own else Replica(server=server)
 
 
-def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -> int:
-    """Run a server in the foreground until it ends; its exit code.
+def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -> NoReturn:
+    """Become a server: whoever ends this process ends the server.
 
     Its weights are the model's own: a teacher can be asked at once, and a run that rolls out here sends its own.
     Raises ConfigError where vLLM is missing, the port is taken, or it would listen beyond this machine without a key.
@@ -97,7 +97,7 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
     if dtype != "auto":
         arguments["dtype"] = dtype
     command = server_command(_served_name(model.name), arguments, host=host, port=port, keyed=bool(key))
-    return subprocess.run(command, env=server_environment(key), check=False).returncode
+    os.execve(command[0], command, server_environment(key))
 
 
 def _served_name(name: str) -> str:

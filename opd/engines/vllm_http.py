@@ -111,9 +111,11 @@ class Server:
         try:
             self._post("/init_weight_transfer_engine", {"init_info": {"sizes": model}})
         except ServerFault as fault:
-            if OTHER_MODEL not in str(fault):
+            _, other, why = str(fault).partition(OTHER_MODEL)
+            if not other:
                 raise
-            raise ServerFault(FaultKind.REFUSED, str(fault)) from fault
+            detail = f"{self.url}: {OTHER_MODEL}{why.partition(chr(39))[0]}. Start it with `opd serve` on the run's file"
+            raise ServerFault(FaultKind.REFUSED, detail) from fault
         self._post("/pause?mode=abort", {})
         try:
             self._post("/start_weight_update", {})

@@ -92,7 +92,7 @@ def test_the_address_of_a_server_may_change_when_a_run_is_resumed():
 def test_a_command_holds_every_argument_and_no_secret():
     arguments = {"max_model_len": 64, "enforce_eager": True, "sleep": False, "max_logprobs": -1, "a": {"b": "opd"}}
     command = server_command("folder", arguments, host="127.0.0.1", port=81, keyed=True)
-    assert command[3:5] == ["--model", "folder"]
+    assert command[3:5] == ["serve", "folder"]
     for part in ("--max-model-len=64", "--enforce-eager", "--max-logprobs=-1", '--a={"b": "opd"}'):
         assert part in command
     assert "--sleep" not in " ".join(command)
@@ -114,11 +114,7 @@ def commands(monkeypatch):
     """What `opd serve` would run."""
     seen = []
 
-    def run(command, *, env, check):
-        seen.append((command, env))
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(servers.subprocess, "run", run)
+    monkeypatch.setattr(servers.os, "execve", lambda path, command, env: seen.append((command, env)))
     monkeypatch.setattr(servers, "check_port", lambda host, port: None)
     return seen
 
@@ -130,7 +126,7 @@ def test_beyond_this_machine_nothing_is_served_without_a_key(commands, monkeypat
         servers.serve(model, rollout, host=host, port=8000)
     assert commands == []
     monkeypatch.setenv("OPD_VLLM_KEY", "secret")
-    assert servers.serve(model, rollout, host=host, port=8000) == 0
+    servers.serve(model, rollout, host=host, port=8000)
     [(command, environment)] = commands
     assert "opd.engines.vllm_worker.RequireKey" in command
     assert environment["VLLM_API_KEY"] == "secret"
