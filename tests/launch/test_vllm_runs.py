@@ -21,7 +21,7 @@ from opd.tracking import read_rows
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS, TASKS = 24, 32
+STEPS, TASKS = 30, 32
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,9 @@ def settings(agent, tmp_path):
 
 
 def assert_learned(result):
-    """Better by 15 points of 100 tasks, and the sampler was the trainer's network all along."""
-    assert result.after.rate >= result.before.rate + 0.15
+    """As with the embedded engine (96 of 100 tasks, from 53), by tokens of the trainer's own network."""
+    assert result.before.rate < 0.65
+    assert result.after.rate > 0.8
     rows = read_rows(result.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert max(row["sampler/gap"] for row in rows) < 1e-4
