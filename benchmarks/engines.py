@@ -1,16 +1,17 @@
 """Sampled tokens a second and seconds an update of each rollout engine, on whole episodes.
 
-    OMP_NUM_THREADS=1 python benchmarks/engines.py                         # tiny:lookup, all engines
-    OMP_NUM_THREADS=1 python benchmarks/engines.py --model smollm2         # SmolLM2-135M, about half an hour on a CPU
-    OMP_NUM_THREADS=1 python benchmarks/engines.py --engines vllm --concurrency 8 64
+    OMP_NUM_THREADS=1 python benchmarks/engines.py                         # both models, all engines
+    OMP_NUM_THREADS=1 python benchmarks/engines.py --models tiny:lookup --engines vllm --concurrency 8 64
 
-Every engine plays the same tasks under the same seeds, as many episodes at once as the column says. A round of
-warm-up comes first; what is timed is the whole rollout, environments included, and the update alone.
+Every engine plays the same tasks under the same seeds, as many episodes at once as the column says: twice so many
+episodes with the tiny model, once with SmolLM2, whose answers are cut at 8 tokens so that a CPU gets through. A round
+of warm-up comes first; what is timed is the whole rollout, environments included, and the update alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from opd.rollout import task
 ENGINES = ("transformers", "vllm", "vllm_server")
 RUNS: dict[str, dict[str, Any]] = {
     "tiny:lookup": {"env": "opd/Lookup-v0", "rollout": {"max_tokens": 48, "max_length": 512}},
-    "smollm2": {"env": "opd/Arithmetic-v0", "rollout": {"max_tokens": 32, "max_length": 512}},
+    "smollm2": {"env": "opd/Arithmetic-v0", "rollout": {"max_tokens": 8, "max_length": 256}},
 }
+EPISODES = {"tiny:lookup": 2, "smollm2": 1}
+"""For each that may run at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def update_seconds(run: Run, repeats: int = 3) -> float:
     return best
 
 
-def measure(model: str, engine: str, concurrencies: list[int], per_slot: int) -> list[str]:
+def measure(model: str, engine: str, concurrencies: list[int]) -> list[str]:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as out:
         settings = RUNS[model]
@@ -76,7 +79,7 @@ def measure(model: str, engine: str, concurrencies: list[int], per_slot: int) ->
             play(run, concurrency=max(concurrencies), episodes=2)
             rates = []
             for concurrency in concurrencies:
-                done = play(run, concurrency=concurrency, episodes=max(4, per_slot * concurrency))
+                done = play(run, concurrency=concurrency, episodes=max(4, EPISODES[model] * concurrency))
                 rates.append(f"{done.tokens / done.seconds:.0f}")
             update = update_seconds(run)
         finally:
@@ -87,17 +90,17 @@ def measure(model: str, engine: str, concurrencies: list[int], per_slot: int) ->
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--model", choices=RUNS, default="tiny:lookup")
+    parser.add_argument("--models", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 64])
-    parser.add_argument("--per-slot", type=int, default=2, help="episodes for each that may run at once")
     arguments = parser.parse_args()
     names = [f"{n} at once" for n in arguments.concurrency]
-    print("| model | engine | " + " | ".join(names) + " | update, s | start, s |", flush=True)
-    print("| --- " * (len(names) + 4) + "|", flush=True)
-    for engine in arguments.engines:
-        cells = measure(arguments.model, engine, arguments.concurrency, arguments.per_slot)
-        print("| " + " | ".join(cells) + " |", flush=True)
+    print("| model | engine | " + " | ".join(names) + " | update, s | start, s | load |", flush=True)
+    print("| --- " * (len(names) + 5) + "|", flush=True)
+    for model in arguments.models:
+        for engine in arguments.engines:
+            cells = measure(model, engine, arguments.concurrency)
+            print("| " + " | ".join([*cells, f"{os.getloadavg()[0]:.1f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

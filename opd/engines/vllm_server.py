@@ -21,7 +21,7 @@ from functools import partial
 from opd.config import VllmConfig
 from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.engines.vllm import completion, sampling_settings
-from opd.engines.vllm_http import FaultKind, Server, ServerFault, encoded, labels, sampled
+from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, encoded, labels, sampled
 from opd.engines.weights import in_chunks
 from opd.errors import EngineError
 
@@ -29,13 +29,20 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 26
 PROBE_EVERY = 0.5
+MOST_STARTS = 2
+"""How often a server of ours is started again while one waits for it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 FAIR_LEAD = 4
 """How many more conversations than the least busy one a replica may have and still get those that begin alike."""
 
 
 def _nothing() -> None:
-    """A server that is not ours to start."""
+    """The servers are not ours to end."""
+
+
+def _not_ours() -> bool:
+    """A server that somebody else starts."""
+    return False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +50,10 @@ class Replica:
     """A server and what is known of it."""
 
     server: Server
-    restart: Callable[[], None] = _nothing
-    """Starts it again if it is ours and has died; returns at once."""
+    restart: Callable[[], bool] = _not_ours
+    """Starts it again if it is ours and has died; returns at once, with whether it did."""
+    last_words: Callable[[], str] = str
+    """What its log ends with, if it is ours."""
     label: str = ""
     """Which weights it holds; empty while it may hold anything."""
     epoch: int = 0
@@ -68,20 +77,23 @@ class _Flight:
 
 
 class VllmServerEngine:
-    """Samples from servers that are up or will be within `rollout.vllm.restart_timeout`."""
+    """Samples from servers that are up or will be within `rollout.vllm.restart_timeout`.
+
+    `model` holds the sizes of the model that trains (`opd.engines.vllm_http.sizes`), its vocabulary among them.
+    """
 
     def __init__(
         self,
         replicas: Sequence[Replica],
         config: VllmConfig,
         *,
-        vocabulary: int,
+        model: dict[str, int],
         concurrency: int,
         on_close: Callable[[], None] = _nothing,
     ) -> None:
         self.policy_version = 0
         self._config = config
-        self._vocabulary = vocabulary
+        self._model = model
         self._replicas = list(replicas)
         self._on_close = on_close
         self._run = uuid.uuid4().hex[:12]  # another run's version 3 is not ours
@@ -92,6 +104,9 @@ class VllmServerEngine:
         self._homes: dict[int, Replica] = {}
         self._beginnings: dict[int, Replica] = {}
         self._faults: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._seen: Counter[str] = Counter()
+        """Tokens of prompts, and of these in the cache."""
         self._sent = 0
 
     # -- rollouts --------------------------------------------------------------------------------------
@@ -168,7 +183,8 @@ class VllmServerEngine:
             try:
                 return self._ask(flight)
             except ServerFault as fault:
-                self._faults[fault.kind] += 1
+                with self._counting:
+                    self._faults[fault.kind] += 1
                 last = attempt == self._config.retries or flight.dropped.is_set()
                 if fault.kind is FaultKind.REFUSED or last:
                     raise EngineError(
@@ -178,7 +194,7 @@ class VllmServerEngine:
                 if fault.kind in (FaultKind.LOST, FaultKind.STALE):
                     self._lose(flight.replica, epoch, fault)
                 else:
-                    flight.dropped.wait(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
+                    flight.dropped.wait(_pause(attempt))
         raise AssertionError("unreachable")
 
     def _land_on_ready(self, flight: _Flight) -> None:
@@ -193,14 +209,20 @@ class VllmServerEngine:
     def _ask(self, flight: _Flight) -> Completion:
         server, request = flight.replica.server, flight.request
         settings = sampling_settings(request, self._sampling, self._stop_ids)
-        [choice] = server.generate(flight.name, request.prompt_ids, settings)["choices"]
+        answer = server.generate(flight.name, request.prompt_ids, settings)
+        [choice] = answer["choices"]
         if labels(choice) != {self._label}:
             raise ServerFault(FaultKind.STALE, f"{server.url} sampled from {labels(choice)}, not {self._label}")
-        ids, logprobs = sampled(choice, vocabulary=self._vocabulary)
+        ids, logprobs = sampled(choice, vocabulary=self._model["vocab_size"])
         try:
-            return completion(request, ids, logprobs, choice.get("finish_reason"), self._stop_ids, self.policy_version)
+            done = completion(request, ids, logprobs, choice.get("finish_reason"), self._stop_ids, self.policy_version)
         except EngineError as error:
             raise ServerFault(FaultKind.BROKEN, f"{server.url}: {error}") from error
+        cached = cached_tokens(answer)
+        if cached is not None:
+            with self._counting:
+                self._seen.update(prompt=len(request.prompt_ids), cached=cached)
+        return done
 
     # -- weights ---------------------------------------------------------------------------------------
 
@@ -225,7 +247,7 @@ class VllmServerEngine:
     def _push(self, replicas: Sequence[Replica]) -> None:
         """One pass over the weights to several replicas; one that fails on the way is left without a label."""
         assert self._weights is not None
-        left = [replica for replica in replicas if _tried(replica, replica.server.start_update)]
+        left = [r for r in replicas if _tried(r, partial(r.server.start_update, self._model))]
         for chunk in in_chunks(self._weights, CHUNK_BYTES):
             text = encoded(chunk)
             left = [replica for replica in left if _tried(replica, partial(replica.server.send_chunk, text))]
@@ -244,14 +266,20 @@ class VllmServerEngine:
     def _bring_back(self, replica: Replica) -> None:
         """Wait until a replica is up and holds the weights; threads that need the same one wait for each other.
 
-        Raises EngineError after `rollout.vllm.restart_timeout` seconds.
+        Raises EngineError after `rollout.vllm.restart_timeout` seconds, or `retries` + 1 updates that failed.
         """
         assert self._weights is not None
         deadline = time.monotonic() + self._config.restart_timeout
+        pushed = 0
         with replica.lock:
             while replica.label != self._label:
-                if time.monotonic() > deadline:
-                    raise EngineError(f"{replica.server.url} does not take the weights: {replica.trouble}")
+                if time.monotonic() > deadline or pushed > self._config.retries:
+                    raise EngineError(
+                        f"{replica.server.url} did not take the weights in {pushed} attempts: {replica.trouble} "
+                        f"(rollout.vllm.retries = {self._config.retries})"
+                    )
+                if pushed:
+                    time.sleep(_pause(pushed - 1))
                 self._wait_for([replica], 1, deadline)
                 if self._holds_ours(replica):  # a broken connection is not a dead server
                     replica.label = self._label
@@ -263,6 +291,7 @@ class VllmServerEngine:
                     )
                 else:
                     self._push([replica])
+                    pushed += 1
 
     def _holds_ours(self, replica: Replica) -> bool:
         try:
@@ -271,10 +300,16 @@ class VllmServerEngine:
             return False
 
     def _wait_for(self, replicas: Sequence[Replica], count: int, deadline: float) -> list[Replica]:
-        """Those that are up, once there are `count` of them."""
+        """Those that are up, once there are `count` of them. Raises EngineError for one that never gets so far."""
+        starts: Counter[Replica] = Counter()
         while True:
             for replica in replicas:
-                replica.restart()
+                starts[replica] += replica.restart()
+                if starts[replica] > MOST_STARTS:
+                    raise EngineError(
+                        f"a server of this run (its settings: rollout.vllm) ended {starts[replica]} times before it "
+                        f"was up. {replica.last_words()}"
+                    )
             up = [replica for replica in replicas if replica.server.healthy()]
             if len(up) >= count:
                 return up
@@ -282,7 +317,8 @@ class VllmServerEngine:
                 urls = ", ".join(replica.server.url for replica in replicas if replica not in up)
                 raise EngineError(
                     f"{urls} did not come up within rollout.vllm.restart_timeout = "
-                    f"{self._config.restart_timeout:g} seconds. Start it with `opd serve`; go on with --resume."
+                    f"{self._config.restart_timeout:g} seconds. Start it with `opd serve`; go on with --resume. "
+                    + " ".join(replica.last_words() for replica in replicas if replica not in up)
                 )
             time.sleep(PROBE_EVERY)
 
@@ -292,9 +328,14 @@ class VllmServerEngine:
         """The servers' memory is their own."""
 
     def metrics(self) -> dict[str, float]:
-        """`fault_<kind>`: how many requests failed and were sent again, by what was wrong."""
-        faults, self._faults = self._faults, Counter()
-        return {f"fault_{kind}": float(count) for kind, count in faults.items()}
+        """`prefix_hits`: the share of the prompts' tokens that were found in the caches; `fault_<kind>`: how many
+        requests failed and were sent again, by what was wrong.
+        """
+        with self._counting:
+            faults, self._faults = self._faults, Counter()
+            seen, self._seen = self._seen, Counter()
+        hits = {"prefix_hits": seen["cached"] / seen["prompt"]} if seen["prompt"] else {}
+        return hits | {f"fault_{kind}": float(count) for kind, count in faults.items()}
 
     def close(self) -> None:
         for flight in self._flights.values():
@@ -309,13 +350,17 @@ class VllmServerEngine:
             raise RuntimeError(f"{call}() while requests are in flight")
 
 
+def _pause(attempt: int) -> float:
+    return float(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
+
+
 def _tried(replica: Replica, call: Callable[[], None]) -> bool:
     """Whether a call of an update went well. Raises EngineError when it never will."""
     try:
         call()
     except ServerFault as fault:
         if fault.kind is FaultKind.REFUSED:
-            raise EngineError(f"the weights cannot be sent: {fault}") from fault
+            raise EngineError(f"the weights cannot be sent to {replica.server.url} (rollout.vllm): {fault}") from fault
         replica.trouble = str(fault)
         logger.warning("an update of the weights failed: %s", fault)
         return False

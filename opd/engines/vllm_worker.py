@@ -21,6 +21,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from opd.engines.vllm_http import OTHER_MODEL, sizes
+
 BACKEND = "opd_weights"
 KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -32,8 +34,10 @@ def register() -> None:
 
 
 @dataclass
-class NoInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to agree on beforehand."""
+class Model(WeightTransferInitInfo):  # type: ignore[misc]
+    """Whose weights will come: `opd.engines.vllm_http.sizes`."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,14 +58,19 @@ class Chunk(WeightTransferUpdateInfo):  # type: ignore[misc]
             raise ValueError(f"the weights that arrived are damaged: {error}") from error
 
 
-class WeightReceiver(WeightTransferEngine[NoInit, Chunk]):  # type: ignore[misc]
+class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
     """Loads weights layer by layer through vLLM's own reloading, and sees that none was left out."""
 
-    init_info_cls = NoInit
+    init_info_cls = Model
     update_info_cls = Chunk
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Nothing listens and nothing is connected: weights come with the calls."""
+    def init_transfer_engine(self, init_info: Model) -> None:
+        """Nothing is connected: weights come with the calls. Raises ValueError where they would not fit."""
+        own, given = sizes(self.model_config.hf_text_config), init_info.sizes
+        both = sorted(own.keys() & given)
+        differ = [f"{name} is {own[name]} there, {given[name]} here" for name in both if own[name] != given[name]]
+        if differ:
+            raise ValueError(f"{OTHER_MODEL}: {', '.join(differ)}")
 
     def start_weight_update(self) -> None:
         """Begin anew; what an update that was broken off has left is discarded first."""

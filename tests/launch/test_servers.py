@@ -1,6 +1,7 @@
 """Settings of vLLM, the command of a server, `opd serve`, and a run whose engine is lost; no vLLM is needed here."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,12 @@ from opd.engines.vllm import common_arguments
 from opd.engines.vllm_process import server_command, server_environment
 from opd.errors import ConfigError, EngineError
 from opd.launch import checks, servers
+from opd.launch.build import _sampler
 from opd.launch.config import Config, served
+from opd.launch.plan import plan
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
+from opd.losses import Correction
 from opd.tracking import read_rows
 
 GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
@@ -27,7 +31,8 @@ def problem_of(rollout, **sections):
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine with vLLM and without a key."""
-    monkeypatch.setattr(checks, "_installed", lambda package: True)
+    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    monkeypatch.setattr(servers, "is_installed", lambda package: True)
     monkeypatch.delenv("OPD_VLLM_KEY", raising=False)
 
 
@@ -74,8 +79,52 @@ def test_weights_that_vllm_cannot_hold_are_refused():
     assert "model.dtype = float64 is more than vLLM knows. Set rollout.vllm.dtype: float32" in message
 
 
+@pytest.mark.parametrize("narrowed", [{"top_p": 0.9}, {"top_k": 20}])
+def test_truncated_sampling_with_vllm_needs_a_decision_about_the_ratio(narrowed):
+    message = problem_of({"engine": "vllm", **narrowed})
+    assert "rollout.correction.mode = truncate (what auto means with engine = vllm) with top_p" in message
+    assert "or correction.mode: none" in message
+    decided = {"engine": "vllm", "correction": {"mode": "none"}, **narrowed}
+    assert not _sampler(Config.from_dict({**GOOD, "rollout": decided}).rollout).measured
+
+
+def test_vllms_distance_is_corrected_by_itself_and_measured_whatever_is_done_about_it():
+    def sampler(**rollout):
+        return _sampler(Config.from_dict({**GOOD, "rollout": rollout}).rollout)
+
+    assert sampler(engine="vllm").correction == Correction(mode="truncate", level="token", low=0.5, high=2.0)
+    left = sampler(engine="vllm", correction={"mode": "none"})
+    assert (left.correction, left.measured) == (None, True)
+    own = sampler(engine="transformers")
+    assert (own.correction, own.measured) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "row"),
+    [
+        ({"engine": "vllm"}, "vLLM in this process; importance weights by token, at most 2 (1 where"),
+        (
+            {"engine": "vllm_server", "vllm": {"replicas": 2}, "correction": {"mode": "none"}},
+            "vLLM: 2 servers that each process of the run starts and ends; no importance weights",
+        ),
+        (
+            {
+                "engine": "vllm_server",
+                "vllm": {"servers": ["http://127.0.0.1:1"]},
+                "correction": {"mode": "mask", "low": 0.4},
+            },
+            "vLLM: http://127.0.0.1:1; importance weights by token, what is outside of 0.4 to 2 is dropped",
+        ),
+        ({}, "transformers: the model that trains; no importance weights"),
+    ],
+)
+def test_the_plan_says_who_samples_and_what_is_corrected(rollout, row):
+    made = plan(Config.from_dict({**GOOD, "rollout": rollout}), Path("runs/a"), gpu=False)
+    assert dict(made.rows())["rollouts"].startswith(row)
+
+
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(checks, "_installed", lambda package: package != "vllm")
+    monkeypatch.setattr(checks, "is_installed", lambda package: package != "vllm")
     assert "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]'" in problem_of({"engine": "vllm"})
     servers_elsewhere = {"engine": "vllm_server", "vllm": {"servers": ["http://localhost:8000"]}}
     assert Config.from_dict({**GOOD, "rollout": servers_elsewhere}).rollout.engine == "vllm_server"
@@ -91,7 +140,7 @@ def test_the_address_of_a_server_may_change_when_a_run_is_resumed():
 def test_a_command_holds_every_argument_and_no_secret():
     arguments = {"max_model_len": 64, "enforce_eager": True, "sleep": False, "max_logprobs": -1, "a": {"b": "opd"}}
     command = server_command("folder", arguments, host="127.0.0.1", port=81, keyed=True)
-    assert command[3:5] == ["--model", "folder"]
+    assert command[command.index("--model") + 1] == "folder"
     for part in ("--max-model-len=64", "--enforce-eager", "--max-logprobs=-1", '--a={"b": "opd"}'):
         assert part in command
     assert "--sleep" not in " ".join(command)
@@ -113,11 +162,8 @@ def commands(monkeypatch):
     """What `opd serve` would run."""
     seen = []
 
-    def run(command, *, env, check):
-        seen.append((command, env))
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(servers.subprocess, "run", run)
+    monkeypatch.setattr(servers.os, "execve", lambda path, command, env: seen.append((command, env)))
+    monkeypatch.setattr(servers, "check_port", lambda host, port: None)
     return seen
 
 
@@ -128,7 +174,7 @@ def test_beyond_this_machine_nothing_is_served_without_a_key(commands, monkeypat
         servers.serve(model, rollout, host=host, port=8000)
     assert commands == []
     monkeypatch.setenv("OPD_VLLM_KEY", "secret")
-    assert servers.serve(model, rollout, host=host, port=8000) == 0
+    servers.serve(model, rollout, host=host, port=8000)
     [(command, environment)] = commands
     assert "opd.engines.vllm_worker.RequireKey" in command
     assert environment["VLLM_API_KEY"] == "secret"
@@ -151,6 +197,13 @@ def test_a_model_is_served_by_name_or_as_a_runs_file_says(tmp_path):
     assert served(str(file), {})[1].max_length == 300
     with pytest.raises(ConfigError, match=r'model.name = "tiny:lokup" is unknown.*Did you mean "tiny:lookup"'):
         served("tiny:lokup", {})
+
+
+def test_without_vllm_nothing_is_served(commands, monkeypatch):
+    monkeypatch.setattr(servers, "is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match=r"opd serve needs vLLM: pip install 'opd\[vllm\]'"):
+        servers.serve(ModelConfig(name="some/model"), RolloutConfig(), host="127.0.0.1", port=8000)
+    assert commands == []
 
 
 def test_a_gguf_file_is_not_served(commands):

@@ -214,6 +214,20 @@ def test_the_same_prompt_and_weights_on_both_sides_leave_nothing_to_learn(make_m
     assert result.facts["nats"].abs().max().item() <= 1e-12
 
 
+def test_another_sampler_is_measured_where_no_loss_asks_for_log_probs(make_model):
+    draw = random.Random(2)
+    model, teacher = models(make_model)
+    batch = collate([sample(draw) for _ in range(2)], 0)
+    taught = teacher.teach(batch)
+    told = objective(model, batch, LOSSES["distill"], taught, Sampler(measured=True))
+    silent = objective(model, batch, LOSSES["distill"], taught, Sampler())
+    own = model.logits(model(batch.input_ids, batch.rows)).log_softmax(-1)[range(len(batch.targets)), batch.targets]
+    torch.testing.assert_close(told.facts["sampler_gap"], (own - batch.sampler_logprobs).detach(), atol=1e-6, rtol=0)
+    assert told.loss.item() == silent.loss.item()
+    assert "sampler_gap" not in silent.facts
+    assert "sampler_ratio" not in told.facts
+
+
 def test_a_token_mean_counts_tokens_and_a_sequence_mean_counts_sequences():
     draw = random.Random(3)
     samples = [sample(draw) for _ in range(3)]

@@ -1,11 +1,13 @@
 """vLLM in this process, the real CPU build, on a small random model with a tied head (and on SmolLM2, slow).
 
-One engine serves all tests of a session; each test gives it the weights it means. Not covered: a GPU, and so sleeping,
+One engine serves all tests of the file; each test gives it the weights it means. Not covered: a GPU, and so sleeping,
 CUDA graphs and tensor parallelism; 16-bit weights.
 """
 
 import os
 import random
+import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -263,60 +265,97 @@ def test_nothing_changes_under_a_request_in_flight(engine, call):
 
 
 @pytest.fixture(scope="module")
-def episodes(started, model, make_scheduler, scripted_env, turns_then_end):
-    """200 episodes of 3 turns, 64 at a time, none waiting for another; and how often a prefix was cached."""
+def play_on(make_scheduler, scripted_env, turns_then_end):
+    """`play_on(engine, tasks, sampling)`: episodes of 3 turns, two of each task, none waiting for another.
+
+    `pause(seed, turn)` says how many seconds an environment takes for its answer.
+    """
+
+    def run(engine, tasks, sampling=PLAIN, *, pause=lambda seed, turn: 0.0):
+        def play(env, action):
+            time.sleep(pause(env.seed, env.turn))
+            return turns_then_end(3)(env, action)
+
+        scheduler = make_scheduler(
+            lambda: scripted_env(play), engine=engine, deterministic=False, concurrency=64, workers=64, max_tokens=8
+        )
+        with closing(scheduler):
+            groups = scheduler.run(
+                [task(n, split="train") for n in range(tasks)], group_size=2, sampling=sampling, seed=3
+            )
+        return [trajectory for group in groups for trajectory in group.trajectories]
+
+    return run
+
+
+@torch.no_grad()
+def rescored(model, sample, temperature=1.0):
+    """The sample with log-probs from one full forward pass of the trainer."""
+    logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0]
+    logprobs = (logits / temperature).log_softmax(-1)
+    own = [float(logprobs[row, sample.token_ids[row + 1]]) for row in sample.rows]
+    return replace(sample, sampler_logprobs=sample.spread(own))
+
+
+def sample_of(trajectory, **weights):
+    [segment] = trajectory.segments()
+    return to_sample(trajectory, segment, **weights)
+
+
+def test_two_hundred_episodes_of_several_turns_are_whole(started, model, play_on):
     engine = started[0]
-    engine.update_weights(ModelWeights(model), 0)
+    engine.update_weights(ModelWeights(model), 7)
     engine.metrics()
-    scheduler = make_scheduler(
-        lambda: scripted_env(turns_then_end(3)), engine=engine, deterministic=False, concurrency=64, max_tokens=8
-    )
-    tasks = [task(n, split="train") for n in range(100)]
-    groups = scheduler.run(tasks, group_size=2, sampling=PLAIN, seed=3)
-    return [trajectory for group in groups for trajectory in group.trajectories], engine.metrics()["prefix_hits"]
-
-
-def test_two_hundred_episodes_of_several_turns_are_whole(model, episodes):
-    episodes, prefix_hits = episodes
+    episodes = play_on(engine, 100)
     assert len(episodes) == 200
-    assert all(t.terminated and t.failed is None and len(t.turns) == 3 for t in episodes)
-    assert prefix_hits > 0.3
-    for trajectory in episodes[::20]:
-        [segment] = trajectory.segments()
-        sample = to_sample(trajectory, segment)
-        logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0].log_softmax(-1)
-        own = [float(logits[row, sample.token_ids[row + 1]].detach()) for row in sample.rows]
-        theirs = [sample.sampler_logprobs[row + 1] for row in sample.rows]
-        assert theirs == pytest.approx(own, abs=1e-4)
+    assert engine.metrics()["prefix_hits"] > 0.3
+    for trajectory in episodes:
+        assert trajectory.terminated
+        assert trajectory.failed is None
+        assert len(trajectory.turns) == 3
+        assert trajectory.policy_version == 7
+        sample = sample_of(trajectory)
+        assert sample.token_ids == [i for turn in trajectory.turns for i in turn.prompt_ids + turn.completion_ids]
+        assert sample.sampler_logprobs == pytest.approx(rescored(model, sample).sampler_logprobs, abs=1e-4, nan_ok=True)
 
 
-def test_loss_and_gradients_are_the_same_with_the_engines_log_probs_and_with_the_trainers(model, episodes):
-    samples = []
-    for number, trajectory in enumerate(episodes[0][:24]):
-        [segment] = trajectory.segments()
-        samples.append(to_sample(trajectory, segment, policy=1.0, advantage=(-1.0) ** number))
+def test_the_same_seed_gives_the_same_episodes_whoever_else_is_in_flight(engine, model, play_on):
+    engine.metrics()
+    first = play_on(engine, 16, pause=lambda seed, turn: 0.01 * ((seed + turn) % 5))
+    assert engine.metrics()["prefix_hits"] > 0.2
+    engine.update_weights(ModelWeights(model), 1)  # an empty cache once more
+    again = play_on(engine, 16, pause=lambda seed, turn: 0.01 * ((seed // 7 + 2 * turn) % 5))
+    for one, other in zip(first, again, strict=True):
+        assert [turn.completion_ids for turn in one.turns] == [turn.completion_ids for turn in other.turns]
+        for turn, repeated in zip(one.turns, other.turns, strict=True):
+            assert turn.logprobs == pytest.approx(repeated.logprobs, abs=1e-5)
+    assert len({tuple(one.turns[0].completion_ids) for one in first}) > 16  # members of a group draw for themselves
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_loss_and_gradients_are_the_same_with_the_engines_log_probs_and_with_the_trainers(
+    engine, model, play_on, temperature
+):
+    sampler = Sampler(temperature=temperature, correction=Correction(mode="truncate", high=2.0))
 
     def loss_and_gradients(samples):
         batch = collate(samples, 0)
         batch = replace(batch, policy_weight=batch.policy_weight / len(batch.policy_weight))
-        sampler = Sampler(temperature=1.0, correction=Correction(mode="truncate", high=2.0))
         model.model.zero_grad()
         result = objective(model, batch, Losses(policy=Policy()), None, sampler)
         result.loss.backward()
         return float(result.loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    rescored = []
-    with torch.no_grad():
-        for sample in samples:
-            logits = model.model(input_ids=torch.tensor([sample.token_ids])).logits[0].log_softmax(-1)
-            own = [float(logits[row, sample.token_ids[row + 1]]) for row in sample.rows]
-            rescored.append(replace(sample, sampler_logprobs=sample.spread(own)))
+    episodes = play_on(engine, 12, Sampling(temperature=temperature))
+    samples = [sample_of(t, policy=1.0, advantage=(-1.0) ** n) for n, t in enumerate(episodes)]
     loss, gradients = loss_and_gradients(samples)
-    own_loss, own_gradients = loss_and_gradients(rescored)
+    own_loss, own_gradients = loss_and_gradients([rescored(model, s, temperature) for s in samples])
     assert loss == pytest.approx(own_loss, abs=1e-5)
     assert max(float(g.abs().max()) for g in gradients) > 1e-3
     for ours, theirs in zip(gradients, own_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    other_loss, _ = loss_and_gradients([rescored(model, s, 2 * temperature) for s in samples])
+    assert abs(other_loss - loss) > 1e-3  # at another temperature the correction would be another
 
 
 # -- scoring -------------------------------------------------------------------------------------------
@@ -336,6 +375,24 @@ def test_scores_are_the_models_log_probs_at_temperature_1(engine, model):
         for ours, theirs in zip(score.top_logprobs, top.values.tolist(), strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
     assert engine.score(sequences, rows)[0].top_ids == [[], [], []]
+    assert engine.metrics()["score_prefix_hits"] == 0.0  # the second time as well
+
+
+def test_scores_that_do_not_fit_at_once_are_asked_for_one_after_the_other(engine, monkeypatch):
+    sequences, rows = [ids(20, n) for n in range(5)], [[3], [18], [0, 7], [], [4]]
+    expected = engine.score(sequences, rows, top_k=2)
+    monkeypatch.setattr("opd.engines.scoring.SCORE_VALUES", 130)
+    unfinished, most = engine._engine.get_num_unfinished_requests, 0
+    add = engine._engine.add_request
+
+    def counted(*arguments):
+        nonlocal most
+        add(*arguments)
+        most = max(most, unfinished())
+
+    monkeypatch.setattr(engine._engine, "add_request", counted)
+    assert engine.score(sequences, rows, top_k=2) == expected
+    assert most == 2
 
 
 def test_what_vllm_cannot_score_is_refused_by_name():

@@ -16,12 +16,13 @@ from opd.config import VllmConfig
 from opd.engines import vllm_server
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import VllmScorer
-from opd.engines.vllm_http import Server
+from opd.engines.vllm_http import OTHER_MODEL, Server
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.errors import DataError, EngineError
 
 STOP = frozenset({7})
-HANG_UP, HANG = object(), object()
+HANG_UP, HANG, CUT = object(), object(), object()
+"""What a script may hold in place of an answer; CUT: the right one, broken off in the middle of its bytes."""
 
 
 class FakeWeights:
@@ -54,12 +55,16 @@ class FakeServer:
                 if answer is HANG or answer is HANG_UP:
                     self.close_connection = True
                     return
-                status, body = answer if isinstance(answer, tuple) else (200, answer)
+                if answer is CUT:
+                    body, status = fake.choice({"sampling_params": {"max_tokens": 4}, "token_ids": [1, 2]}), 200
+                else:
+                    status, body = answer if isinstance(answer, tuple) else (200, answer)
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if answer is CUT else data)
+                self.close_connection = answer is CUT
 
         self.script: dict[str, list] = {}
         self.calls: list[str] = []
@@ -123,10 +128,11 @@ def make_engine(monkeypatch):
     monkeypatch.setattr(vllm_server, "PROBE_EVERY", 0.05)
     made = []
 
-    def make(*fakes, key=None, timeout=20.0, **config):
+    def make(*fakes, key=None, timeout=20.0, own=None, **config):
         settings = VllmConfig(**{"retries": 2, "restart_timeout": 1.0, **config})
-        replicas = [Replica(server=Server(fake.url, key=key, timeout=timeout, connections=8)) for fake in fakes]
-        engine = VllmServerEngine(replicas, settings, vocabulary=100, concurrency=8)
+        links = [Server(fake.url, key=key, timeout=timeout, connections=8) for fake in fakes]
+        replicas = [Replica(server=link, **(own or {})) for link in links]
+        engine = VllmServerEngine(replicas, settings, model={"vocab_size": 100}, concurrency=8)
         made.append(engine)
         engine.update_weights(FakeWeights(), 0)
         return engine
@@ -197,6 +203,13 @@ def test_a_bad_answer_is_asked_for_again_and_raised_when_the_budget_is_spent(fak
     fakes[0].script[GENERATE] = [bad] * 3
     with pytest.raises(EngineError, match=rf"failed 3 times, at last with .*{message}.*rollout.vllm.retries = 2"):
         run(engine, asked())
+
+
+def test_an_answer_that_breaks_off_in_the_middle_of_its_bytes_is_asked_for_again(fakes, make_engine):
+    engine = make_engine(fakes[0])
+    fakes[0].script[GENERATE] = [CUT]
+    assert run(engine, asked())[0].token_ids == [9, 9, 9, 7]
+    assert engine.metrics() == {"fault_lost": 1.0}
 
 
 def test_what_a_server_refuses_is_not_asked_again(fakes, make_engine):
@@ -277,8 +290,40 @@ def test_an_update_that_fails_is_made_again_as_a_whole(fakes, make_engine, path,
 def test_an_update_that_is_refused_is_raised(fakes, make_engine):
     engine = make_engine(fakes[0])
     fakes[0].script["/start_weight_update"] = [(404, {"error": "no such path"})]
-    with pytest.raises(EngineError, match=r"the weights cannot be sent: .*status 404"):
+    with pytest.raises(EngineError, match=r"the weights cannot be sent to http.*status 404"):
         engine.update_weights(FakeWeights(), 1)
+
+
+def test_an_update_that_fails_again_and_again_stops_the_run_long_before_the_time_limit(fakes, make_engine):
+    engine = make_engine(fakes[0], restart_timeout=300.0)
+    fakes[0].script["/start_weight_update"] = [(500, {"error": "boom"})] * 99
+    with pytest.raises(EngineError, match=r"did not take the weights in 3 attempts: .*boom.*rollout.vllm.retries = 2"):
+        engine.update_weights(FakeWeights(), 1)
+
+
+def test_a_server_of_another_model_is_refused_before_a_weight_is_sent(fakes, make_engine):
+    engine = make_engine(fakes[0])
+    said = f"Worker failed with error '{OTHER_MODEL}: hidden_size is 8 there, 16 here', please check"
+    fakes[0].script["/init_weight_transfer_engine"] = [(500, {"error": {"message": said}})]
+    before = fakes[0].calls.count("/update_weights")
+    with pytest.raises(
+        EngineError, match=rf"cannot be sent to .*{OTHER_MODEL}: hidden_size is 8 there, 16 here. Start"
+    ):
+        engine.update_weights(FakeWeights(), 1)
+    assert fakes[0].calls.count("/update_weights") == before
+
+
+def test_a_server_of_ours_that_never_gets_up_is_given_up_with_its_last_words(fakes, make_engine):
+    starts = []
+
+    def restart():
+        starts.append(1)
+        return True
+
+    fakes[0].close()
+    with pytest.raises(EngineError, match=r"ended 3 times before it was up. no such argument"):
+        make_engine(fakes[0], restart_timeout=300.0, own={"restart": restart, "last_words": lambda: "no such argument"})
+    assert len(starts) == 3
 
 
 def test_a_replica_that_missed_an_update_gets_no_requests(fakes, make_engine):
@@ -361,6 +406,34 @@ def test_teachers_with_other_weights_are_not_mixed(fakes, scorer):
     fakes[0].label = "another"
     with pytest.raises(EngineError, match=r"scored with the weights \{'another'\}, others with \{'default'\}"):
         scorer.score([[1, 2, 3]], [[0]])
+
+
+def test_scores_are_asked_for_within_the_bound_and_come_back_in_order(fakes, scorer, monkeypatch):
+    monkeypatch.setattr("opd.engines.scoring.SCORE_VALUES", 8)
+    flying, most, lock = 0, 0, threading.Lock()
+
+    def slow(answer):
+        nonlocal flying, most
+        with lock:
+            flying += 1
+            most = max(most, flying)
+        time.sleep(0.05)
+        with lock:
+            flying -= 1
+        return answer
+
+    fakes[0].script[GENERATE] = [slow] * 6
+    scores = scorer.score([[1, 2, 3, 4]] * 5 + [[1] * 20], [[n % 3] * n for n in range(6)])
+    assert [len(s.logprobs) for s in scores] == [0, 1, 2, 3, 4, 5]
+    assert most == 2
+
+
+def test_what_a_server_tells_of_its_cache_is_reported_and_nonsense_is_not(fakes, scorer):
+    details = [{"cached_tokens": 3}, {"cached_tokens": -1}, {"cached_tokens": "3"}, [], None]
+    fakes[0].script[GENERATE] = [lambda a, d=d: {**a, "usage": {"prompt_tokens_details": d}} for d in details]
+    scorer.score([[1] * 6] * 5, [[0]] * 5)
+    assert scorer.metrics() == {"prefix_hits": 0.5}
+    assert scorer.metrics() == {}
 
 
 def test_a_row_without_an_id_after_it_is_refused(scorer):

@@ -1,13 +1,16 @@
-"""Real vLLM servers, started by the run: what they sample, and kill -9 in the middle of things.
+"""A real vLLM server: what it samples, and kill -9 in the middle of things, to be started again by a person.
 
-One server serves the whole file. Not covered: servers on other nodes, and several GPUs.
+One server serves the whole file; those that a run starts itself are in `tests/launch/test_vllm_runs.py`. Not covered:
+servers on other nodes, and several GPUs.
 """
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -18,7 +21,7 @@ from opd.config import RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import engine_args
-from opd.engines.vllm_http import Server
+from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
@@ -49,10 +52,11 @@ def own(model, tmp_path_factory):
 
 
 def connect(own, model, *, key=KEY, retries=4, restart_timeout=900.0):
+    """An engine over the server as one that a person has started: nothing here starts it again."""
     server = Server(own.url, key=key, timeout=120.0, connections=33)
     config = RolloutConfig(vllm={"retries": retries, "restart_timeout": restart_timeout}).vllm
-    replica = Replica(server=server, restart=own.start)
-    return VllmServerEngine([replica], config, vocabulary=model.config.vocab_size, concurrency=32)
+    replica = Replica(server=server)
+    return VllmServerEngine([replica], config, model=sizes(model.config), concurrency=32)
 
 
 @pytest.fixture
@@ -87,11 +91,19 @@ def gap(model, asked, done):
     return worst
 
 
-def kill(own):
-    """kill -9 of the server itself, as `kill` or the kernel out of memory would do it."""
-    launcher = own._process.pid
-    [server] = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=True).stdout.split()
+def kill_and_restart(own):
+    """kill -9 of the server itself, as the kernel out of memory would do it; a person starts it again later."""
+    launcher = own._process
+    children = ["pgrep", "-P", str(launcher.pid)]
+    [server] = subprocess.run(children, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(server), signal.SIGKILL)
+
+    def restart():
+        launcher.wait()
+        time.sleep(1)
+        own.start()
+
+    threading.Thread(target=restart).start()
 
 
 def test_a_server_samples_what_the_model_says_and_the_same_for_the_same_seed(engine, model):
@@ -124,6 +136,40 @@ def test_a_server_of_ours_listens_on_loopback_alone_and_asks_for_the_key(own, en
     stranger.close()
 
 
+def test_a_server_that_holds_another_model_is_refused_by_its_sizes(own, engine, make_model):
+    other = make_model(**(SHAPE | {"num_hidden_layers": 3, "hidden_size": 64}))
+    stranger = connect(own, other)
+    with pytest.raises(
+        EngineError, match=r"another model .*: hidden_size is 32 there, 64 here, num_hidden_layers is 2"
+    ):
+        stranger.update_weights(ModelWeights(other), 1)
+    stranger.close()
+
+
+def test_the_same_seed_gives_the_same_episodes_whoever_else_is_in_flight(
+    engine, model, make_scheduler, scripted_env, turns_then_end
+):
+    def play(pause):
+        def answer(env, action):
+            time.sleep(0.01 * (pause(env.seed, env.turn) % 5))
+            return turns_then_end(3)(env, action)
+
+        engine.update_weights(ModelWeights(model), 0)
+        with closing(
+            make_scheduler(
+                lambda: scripted_env(answer), engine=engine, deterministic=False, concurrency=32, max_tokens=8
+            )
+        ) as scheduler:
+            tasks = [task(n, split="train") for n in range(12)]
+            groups = scheduler.run(tasks, group_size=2, sampling=Sampling(temperature=1.0), seed=3)
+        return [[turn.completion_ids for turn in t.turns] for group in groups for t in group.trajectories]
+
+    engine.metrics()
+    first = play(lambda seed, turn: seed + turn)
+    assert engine.metrics()["prefix_hits"] > 0.2
+    assert play(lambda seed, turn: seed // 7 + 2 * turn) == first
+
+
 def test_a_server_scores_what_the_model_says(own, engine, model):
     server = Server(own.url, key=KEY, timeout=120.0, connections=8)
     scorer = VllmScorer([server], vocabulary=model.config.vocab_size, retries=1, restart_timeout=10.0)
@@ -134,6 +180,8 @@ def test_a_server_scores_what_the_model_says(own, engine, model):
             logprobs = model.model(input_ids=torch.tensor([sequence])).logits[0].log_softmax(-1)
         assert score.logprobs == pytest.approx([float(logprobs[r, sequence[r + 1]]) for r in own_rows], abs=1e-4)
         assert score.top_ids == logprobs[own_rows].topk(30).indices.tolist()
+    scorer.score(sequences, rows)
+    assert scorer.metrics() == {"prefix_hits": 0.0}  # what was asked a moment ago as well
     server.close()
 
 
@@ -149,7 +197,7 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_time_and_nothing_else(
     def kill_once(trajectory):
         finished.append(trajectory)
         if len(finished) == 8:
-            kill(own)
+            kill_and_restart(own)
 
     groups = scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=3, on_finish=kill_once)
     episodes = [t for group in groups for t in group.trajectories]
@@ -174,7 +222,7 @@ def test_a_server_killed_in_the_middle_of_an_update_is_given_all_of_it_again(own
             Slow.passes += 1
             for number, pair in enumerate(ModelWeights(new)):
                 if number == 6 and Slow.passes == 1:
-                    kill(own)
+                    kill_and_restart(own)
                 yield pair
 
     engine.update_weights(Slow(), 3)
