@@ -1,7 +1,12 @@
-"""DeepSpeed compiles small extensions when they are first used; torch guards each by a file called `lock`.
+"""Where DeepSpeed compiles its extensions, and whether it can: before any of them is used.
 
-Whoever compiles creates the file, keeps it open, and deletes it in the end; the others wait until it is gone. A
-process that is killed while it compiles leaves the file behind, and every later one waits for ever, in silence.
+DeepSpeed compiles small extensions when they are first used. torch keeps them in one folder for all installations of
+a user, so that two of these (two environments, two versions) overwrite each other's, also while a run loads them:
+here every installation has a folder of its own.
+
+torch guards each extension by a file called `lock`. Whoever compiles creates the file, keeps it open, and deletes it
+in the end; the others wait until it is gone. A process that is killed while it compiles leaves the file behind, and
+every later one waits for ever, in silence.
 """
 
 from __future__ import annotations
@@ -9,12 +14,36 @@ from __future__ import annotations
 import os
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 _PATIENCE = 180.0
 """Seconds without any news in its folder after which a lock that nobody here holds is taken for left behind. A
 process on another machine with the same home may hold it, and cannot be seen from here."""
 _PAUSE = 1.0
+
+
+def prepare(*, first: bool) -> None:
+    """Choose the folder, unless TORCH_EXTENSIONS_DIR names one, and see that nobody waits there for the dead.
+
+    Called by every process; `first` is one of each machine.
+    """
+    import torch
+
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder())))
+    settle(root, first=first)
+    if first and not torch.cuda.is_available() and not list(root.glob("deepspeed_shm_comm/*.so")):
+        _say("DeepSpeed compiles a part of itself for this machine, once: about a minute, or several on a busy one")
+
+
+def own_folder() -> Path:
+    """The folder of this installation of Python, torch and DeepSpeed, where nothing else says."""
+    import deepspeed
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    parts = [sys.version, torch.__file__, torch.__version__, deepspeed.__file__, deepspeed.__version__]
+    return Path(get_default_build_root()) / f"opd-{sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def settle(root: Path, *, first: bool, patience: float = _PATIENCE) -> None:
@@ -39,16 +68,8 @@ def settle(root: Path, *, first: bool, patience: float = _PATIENCE) -> None:
         time.sleep(_PAUSE)
 
 
-def build_root() -> Path:
-    """The folder that extensions are compiled in."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-
-
 def _locks(root: Path) -> list[Path]:
-    """`root/NAME/lock`, or below a folder for each kind of torch."""
-    return sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
+    return sorted(root.glob("*/lock"))
 
 
 def _is_held(lock: Path) -> bool:

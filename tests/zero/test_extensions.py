@@ -1,4 +1,4 @@
-"""A lock that a killed compiler left is said and deleted; one that somebody holds, or may hold, is not."""
+"""Every installation compiles in a folder of its own; what a killed compiler left there is said and deleted."""
 
 import os
 import subprocess
@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from torch.utils.file_baton import FileBaton
+import torch
+from torch.utils.cpp_extension import _get_build_directory
 
-from opd.extension_locks import build_root, settle
+from opd.extensions import own_folder, prepare, settle
 
 HOLD = """
 import sys, time
@@ -23,8 +25,8 @@ time.sleep(99)
 
 @pytest.fixture
 def lock(tmp_path):
-    folder = tmp_path / "py3_cpu" / "deepspeed_shm_comm"
-    folder.mkdir(parents=True)
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
     return folder / "lock"
 
 
@@ -87,15 +89,26 @@ def test_other_ranks_wait_for_the_first_to_delete_it(lock, tmp_path, capsys):
     assert not other.is_alive()
 
 
-def test_locks_are_looked_for_where_torch_makes_them(tmp_path, monkeypatch):
+def test_locks_are_looked_for_where_torch_makes_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert build_root() == tmp_path
-    (tmp_path / "fused_adam").mkdir()
-    baton = FileBaton(str(tmp_path / "fused_adam" / "lock"))
-    assert baton.try_acquire()
-    age(tmp_path / "fused_adam" / "lock", 1000)
-    settle(tmp_path, first=True)
-    assert (tmp_path / "fused_adam" / "lock").exists()
-    baton.fd = os.close(baton.fd)
-    settle(tmp_path, first=True)
-    assert not (tmp_path / "fused_adam" / "lock").exists()
+    lock = Path(_get_build_directory("fused_adam", verbose=False)) / "lock"
+    lock.touch()
+    age(lock, 1000)
+    prepare(first=True)
+    assert not lock.exists()
+    assert "DeepSpeed compiles a part of itself" in capsys.readouterr().err
+
+
+def test_another_version_of_torch_compiles_elsewhere_and_the_users_own_folder_counts(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    one = own_folder()
+    assert one == own_folder()
+    assert tmp_path in one.parents
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    assert own_folder() != one
+    prepare(first=False)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(own_folder())
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/ours")
+    prepare(first=False)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/ours"
