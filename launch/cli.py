@@ -130,7 +130,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if arguments.ranks and not arguments.dry_run:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides)))
+    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
     out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
@@ -148,10 +148,14 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
-def _startable(config: Config) -> Config:
+def _startable(config: Config, source: str) -> Config:
     from opd.launch.checks import check_started
 
     check_started(config)
+    if config.deepspeed is not None:
+        from opd.launch.deepspeed_check import check_deepspeed
+
+        check_deepspeed(config, source=source)
     return config
 
 

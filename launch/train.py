@@ -58,9 +58,16 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
 
 
 def ranks_of(config: Config) -> Ranks:
-    """The processes that this run is to be trained by. Raises ConfigError where the backend cannot use them."""
+    """The processes that this run is to be trained by. Raises ConfigError where the backend cannot use them, or
+    its JSON cannot be used."""
     check_started(config)
-    return join() if config.backend == "deepspeed" else Ranks()
+    if config.backend == "local":
+        return Ranks()
+    from opd.launch.deepspeed_check import check_deepspeed
+
+    ranks = join()
+    ranks.agree(lambda: check_deepspeed(config))
+    return ranks
 
 
 def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:

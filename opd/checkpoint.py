@@ -129,8 +129,10 @@ def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (fr
 def rotate(root: Path, keep_last: int, *, keep: Path | None = None) -> None:
     """Delete all but the newest `keep_last` checkpoints, and `keep`."""
     for folder in step_folders(root)[:-keep_last]:
-        if folder != keep:
-            shutil.rmtree(folder)
+        if folder != keep:  # a run that is killed meanwhile leaves no half of one under its name
+            folder.rename(folder.with_name(f".{folder.name}.deleted"))
+    for gone in root.glob(".step-*.deleted"):
+        shutil.rmtree(gone)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -32,6 +32,11 @@ _REFUSED = {
     "curriculum_learning": "tasks come from the environment",
     "data_efficiency": "tasks come from the environment",
     "managed_gradient_accumulation": "the run says itself where a step ends",
+    "autotuning": "it would choose batch sizes",
+}
+_REFUSED_ZERO = {
+    "mics_shard_size": "weights are cut over all ranks",
+    "zenflow": "the teacher and the engine need every update when it is made",
 }
 
 
@@ -47,8 +52,9 @@ def read(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(value, str):
         value = _read_file(value)
-    _check(value)
-    return dict(value)
+    given = {key: own for key, own in value.items() if own is not None}
+    _check(given)
+    return given
 
 
 def _read_file(name: str) -> Mapping[str, Any]:
@@ -79,19 +85,24 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(data: Mapping[str, Any]) -> None:
     for key, what in _OURS.items():
-        if data.get(key, AUTO) not in (AUTO, None):
+        if data.get(key, AUTO) != AUTO:
             raise ValueError(
                 f'{key} = {data[key]!r} must be "auto" or absent: {what}. Remove it; lower train.tokens_per_microbatch '
                 "if a micro-batch does not fit"
             )
-    for key, why in _REFUSED.items():
-        if data.get(key) not in (None, False):
-            raise ValueError(f"{key} is not supported: {why}. Remove it")
     for section in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16"):
-        if not isinstance(data.get(section) or {}, Mapping):
+        if not isinstance(data.get(section, {}), Mapping):
             raise ValueError(f"{section} = {data[section]!r} must be an object")
+    clip = data.get("gradient_clipping", AUTO)
+    if clip != AUTO and not (isinstance(clip, int | float) and clip >= 0):
+        raise ValueError(
+            f'gradient_clipping = {_show(clip)} must be "auto", absent, or a number of at least 0 (0: off)'
+        )
     if stage(data) not in (0, 1, 2, 3):
         raise ValueError(f"zero_optimization.stage = {stage(data)!r} must be 0, 1, 2 or 3")
+    _check_supported(data)
+    for name, example in (("optimizer", "AdamW"), ("scheduler", "WarmupLR")):
+        _check_made(name, data.get(name), example)
     for name in ("bf16", "fp16"):
         if _enabled(data, name) not in (True, False, AUTO):
             raise ValueError(f'{name}.enabled = {_enabled(data, name)!r} must be true, false or "auto"')
@@ -99,13 +110,39 @@ def _check(data: Mapping[str, Any]) -> None:
         raise ValueError("bf16.enabled and fp16.enabled are both true; choose one")
 
 
+def _check_supported(data: Mapping[str, Any]) -> None:
+    zero = data.get("zero_optimization", {})
+    for path, value, why in (
+        *((key, data.get(key), why) for key, why in _REFUSED.items()),
+        *((f"zero_optimization.{key}", zero.get(key), why) for key, why in _REFUSED_ZERO.items()),
+    ):
+        off = value in (None, False, -1) or (isinstance(value, Mapping) and value.get("enabled") is False)
+        if not off:
+            raise ValueError(f"{path} is not supported: {why}. Remove it")
+    operation = data.get("gradient_allreduce_op", "average")
+    if operation != "average":
+        raise ValueError(
+            f"gradient_allreduce_op = {operation!r} is not supported: the run undoes an average. Remove it"
+        )
+
+
+def _check_made(name: str, section: Mapping[str, Any] | None, example: str) -> None:
+    """What is made by its name and parameters: `optimizer` and `scheduler`."""
+    if section is None:
+        return
+    if not isinstance(section.get("type"), str):
+        raise ValueError(f'{name}.type = {_show(section.get("type"))} must be a name, such as "{example}"')
+    if not isinstance(section.get("params", {}), Mapping):
+        raise ValueError(f"{name}.params = {_show(section['params'])} must be an object")
+
+
 def stage(data: Mapping[str, Any]) -> Any:
     """The ZeRO stage; 0 where the JSON does not say."""
-    return (data.get("zero_optimization") or {}).get("stage", 0)
+    return data.get("zero_optimization", {}).get("stage", 0)
 
 
 def _enabled(data: Mapping[str, Any], name: str) -> Any:
-    return (data.get(name) or {}).get("enabled", AUTO)
+    return data.get(name, {}).get("enabled", AUTO)
 
 
 def dtype(data: Mapping[str, Any]) -> str | None:
@@ -118,7 +155,7 @@ def dtype(data: Mapping[str, Any]) -> str | None:
 
 def offloads(data: Mapping[str, Any], what: str) -> str | None:
     """Where `optimizer` or `param` goes instead of the device: cpu, nvme, or None."""
-    device = ((data.get("zero_optimization") or {}).get(f"offload_{what}") or {}).get("device")
+    device = (data.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device")
     return device if device in ("cpu", "nvme") else None
 
 
@@ -206,7 +243,7 @@ def _fill_scheduler(filled: Filled, train: TrainConfig, total_steps: int) -> Non
 
 
 def _fill_buckets(filled: Filled, hidden_size: int | None) -> None:
-    zero = filled.settings.get("zero_optimization") or {}
+    zero = filled.settings.get("zero_optimization", {})
     square = (hidden_size or 0) ** 2
     sizes = {
         "reduce_bucket_size": square,

@@ -157,6 +157,7 @@ def _meet() -> Ranks:
     import torch
     import torch.distributed as dist
 
+    from opd import extensions
     from opd.watch import watch
 
     # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.
@@ -170,6 +171,7 @@ def _meet() -> Ranks:
         os.environ.update(alone)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    extensions.prepare(first=int(os.environ.get("LOCAL_RANK") or 0) == 0)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), group=group)

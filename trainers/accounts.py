@@ -22,8 +22,11 @@ def account(
     `skipped`, samples whose update was left out since its gradient was not finite; `unused`, the method made
     no sample of it.
     """
-    updated, left_out = _weighed(trained), _weighed(skipped)
     fates: Counter[str] = Counter(trained=0, masked=0)
+    if not groups:  # samples of a stored set, in which a task may stand often: nothing was sampled in this step
+        weights = (zip(*(getattr(sample, name) for name in WEIGHTS), strict=True) for sample in trained)
+        fates["trained"] = sum(any(token) for tokens in weights for token in tokens)
+    updated, left_out = (_weighed(trained), _weighed(skipped)) if groups else ({}, {})
     for group in groups:
         fates["dropped/retried"] += sum(t.completion_tokens for t in group.replaced)
         for trajectory in group.trajectories:
@@ -37,9 +40,6 @@ def account(
                     fates["masked"] += size - sum(updated[key])
                 else:
                     fates["dropped/skipped" if key in left_out else "dropped/unused"] += size
-    if not groups:  # samples of a stored set: nothing was sampled in this step
-        weights = (zip(*(getattr(sample, name) for name in WEIGHTS), strict=True) for sample in trained)
-        fates["trained"] = sum(any(token) for tokens in weights for token in tokens)
     row = {f"tokens/{fate}": float(count) for fate, count in fates.items() if count or "/" not in fate}
     return {"tokens/sampled": float(sum(t.completion_tokens for g in groups for t in g.attempts)), **row}
 

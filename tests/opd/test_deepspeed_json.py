@@ -34,6 +34,12 @@ def test_a_batch_size_in_numbers_is_an_error_that_names_our_key(key, ours):
     ("data", "message"),
     [
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not supported: only data parallelism"),
+        ({"autotuning": {"enabled": True}}, "autotuning is not supported: it would choose batch sizes"),
+        ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow is not supported"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum' is not supported"),
+        ({"gradient_clipping": -1}, "gradient_clipping = -1 must be"),
+        ({"optimizer": {"params": {"lr": 1}}}, 'optimizer.type = null must be a name, such as "AdamW"'),
+        ({"scheduler": {"type": "WarmupLR", "params": [1]}}, r"scheduler.params = \[1\] must be an object"),
         ({"zero_optimization": {"stage": 4}}, "stage = 4 must be 0, 1, 2 or 3"),
         ({"zero_optimization": 3}, "zero_optimization = 3 must be an object"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both true"),
@@ -43,6 +49,11 @@ def test_a_batch_size_in_numbers_is_an_error_that_names_our_key(key, ours):
 def test_what_cannot_be_is_refused_by_name(data, message):
     with pytest.raises(ValueError, match=message):
         read(data)
+
+
+def test_what_is_switched_off_or_null_is_as_if_it_were_not_there():
+    off = {"autotuning": {"enabled": False}, "zero_optimization": {"mics_shard_size": -1}}
+    assert read({**off, "optimizer": None, "train_batch_size": None}) == off
 
 
 def test_a_file_that_is_no_json_object_is_refused_with_the_mend(tmp_path):

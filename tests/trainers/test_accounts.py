@@ -105,3 +105,8 @@ def test_the_parts_add_up_when_tokens_have_every_fate():
     row = account(groups, trained)
     assert row["tokens/sampled"] == 18 == math.fsum(row.values()) - 18
     assert row["tokens/masked"] == 3
+
+
+def test_a_stored_set_may_hold_a_task_more_than_once():
+    short, long = samples(group(episode(turns=[[5]]))), samples(group(episode(turns=[[5, 6]])))
+    assert account([], [*short, *long]) == {"tokens/sampled": 0, "tokens/trained": 3, "tokens/masked": 0}

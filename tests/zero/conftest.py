@@ -78,7 +78,7 @@ def zero_settings(tiny_folder):
 
 
 def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(WORKER.parent)}
 
 
 @pytest.fixture(scope="session")

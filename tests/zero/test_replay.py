@@ -14,6 +14,7 @@ from opd.launch.config import Config
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
+SYNCED = {"teacher": {"weights": "synced", "every": 2}}
 TRUST = {"teacher": {"weights": "trust_region", "rate": 0.3}}
 LORA = {"lora": {"r": 4}}
 GROUPS = {"opsd": None, "rollout": {"group_size": 2}}
@@ -28,6 +29,9 @@ CASES = {
     "untied-3": (3, {}),
     "ema-2": (2, {"opsd": EMA}),
     "ema-3": (3, {"opsd": EMA}),
+    "synced-3": (3, {"opsd": SYNCED}),
+    "lora-synced-2": (2, {"model": LORA, "opsd": SYNCED}),
+    "untied-trust-3": (3, {"opsd": TRUST}),
     "untied-persistent-3": (3, {"opsd": EMA, "persistent": True, "train": {"tokens_per_microbatch": 256}}),
     "live-3": (3, {"opsd": LIVE}),
     "lora-frozen-2": (2, {"model": LORA}),
@@ -56,7 +60,7 @@ def recorded(tmp_path_factory, zero_settings):
 
     def record(group_size):
         run = build(Config.from_dict(zero_settings(folder / "x", rollout={"group_size": group_size})))
-        groups = [group for number in range(5) for group in run.loop.play(number)]
+        groups = [group for number in range(5) for group in run.loop.rollout_step(number)]
         run.close()
 
         def broken(group):

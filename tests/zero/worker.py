@@ -41,9 +41,11 @@ def replay(case):
     ranks = ranks_of(config)
     run = build(config, ranks)
     rollouts = run.loop.rollouts = Replay(run.loop.rollouts, pickle.loads(Path(case["rollouts"]).read_bytes()))
+    run.loop.checks = 1  # what was recorded is of the first weights: it agrees with no later ones
     if case["spoil"] is not None:
         spoil(run.loop, ranks, step=case["spoil"])
     rows = [run.loop.step(number)[0] for number in range(config.train.steps)]
+    run.loop.sync()
     weights = {name: w.clone() for name, w in whole_in_turn(run.loop.student)}
     sampling = {name: w.clone() for name, w in whole_in_turn(rollouts.engine.model)}
     if ranks.first:
@@ -57,8 +59,8 @@ def replay(case):
 def spoil(loop, ranks, *, step):
     """Make the last rank's gradients of a step infinite."""
     train, steps = loop.backend.train, []
-    play = loop.play
-    loop.play = lambda number: steps.append(number) or play(number)
+    play = loop.rollout_step
+    loop.rollout_step = lambda number: steps.append(number) or play(number)
 
     def spoiled(work, *, last):
         def infinite():
@@ -111,7 +113,17 @@ def fresh(case):
 
 
 def copy(case):
-    join().from_first(lambda: shutil.copytree(case["source"], case["to"]))
+    """A folder as it would be had its run been stopped earlier: without some of it, and with a shorter data file."""
+
+    def cut():
+        to = Path(shutil.copytree(case["source"], case["to"]))
+        for path in (to / name for name in case.get("gone", [])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if case.get("short"):
+            file = to / "data" / "revisions.jsonl"
+            file.write_bytes(file.read_bytes()[: -case["short"]])
+
+    join().from_first(cut)
 
 
 def size(tensors):

@@ -1,0 +1,200 @@
+"""What DeepSpeed would refuse in the user's JSON, or pass over in silence: asked of DeepSpeed itself, ahead of a run.
+
+Its own messages come when the model is loaded, from every rank, and seldom name a setting. What can be known without
+DeepSpeed (batch sizes, values that are "auto") is in `opd.deepspeed_json`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from pydantic import ValidationError
+
+from opd import deepspeed_json
+from opd.errors import ConfigError
+from opd.launch.problems import Problem, did_you_mean, nearest, report, show
+
+if TYPE_CHECKING:
+    from opd.launch.config import Config
+
+Finding = tuple[str, str]
+"""A key of the JSON, dotted, or nothing for all of it; and what is wrong, as the rest of a sentence."""
+
+_MODELS: dict[str, tuple[str, Any]] = {
+    "DeepSpeedZeroConfig": ("zero_optimization", DeepSpeedZeroConfig),
+    "DeepSpeedZeroOffloadParamConfig": ("zero_optimization.offload_param", DeepSpeedZeroOffloadParamConfig),
+    "DeepSpeedZeroOffloadOptimizerConfig": ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
+    "DeepSpeedFP16Config": ("fp16", DeepSpeedFP16Config),
+    "DeepSpeedBF16Config": ("bf16", DeepSpeedBF16Config),
+}
+"""Where the sections stand that DeepSpeed checks by itself, by what its errors call them."""
+_LISTED = ("optimizer", "scheduler", "aio", "activation_checkpointing")
+"""Sections that it only looks through: a key in them that it never asks for does nothing."""
+_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+"""What DeepSpeed takes for Adam and AdamW beside what their classes take."""
+
+
+def check_deepspeed(config: Config, *, source: str = "config") -> None:
+    """Raises ConfigError with a line for each thing that DeepSpeed would stumble over. Nothing is written."""
+    if config.deepspeed is None:
+        return
+    dtype = deepspeed_json.dtype(config.deepspeed) or config.model.dtype
+    facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype=dtype, hidden_size=1, gpu=torch.cuda.is_available())
+    settings = deepspeed_json.fill(config.deepspeed, config.train, facts).settings
+    found = [*_unparsed(settings), *_optimizer(settings), *_scheduler(settings), *_offload(settings)]
+    problems = [Problem(("deepspeed",), f"{f'deepspeed.{key}'.rstrip('.')} {text}") for key, text in found]
+    if problems:
+        raise ConfigError(report(problems, source))
+
+
+class _Watched(dict[str, Any]):
+    """Settings that remember which of their keys were asked for."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        super().__init__({k: _Watched(v) if k in _LISTED and isinstance(v, dict) else v for k, v in data.items()})
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def _unparsed(settings: dict[str, Any]) -> Iterator[Finding]:
+    """What DeepSpeed's own reading refuses; of what it accepts, the keys that it never asked for."""
+    # How many ranks there are is not its to check.
+    watched = _Watched({key: value for key, value in settings.items() if key != "train_batch_size"})
+    level = logging.getLogger("DeepSpeed").level
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the run will say it
+    try:
+        DeepSpeedConfig(watched)
+    except ValidationError as error:
+        yield from _invalid(error)
+        return
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        yield "", f"is refused by DeepSpeed {deepspeed.__version__}: {error}"
+        return
+    finally:
+        logging.getLogger("DeepSpeed").setLevel(level)
+    sections = [("", watched), *((f"{key}.", watched[key]) for key in _LISTED if key in settings)]
+    for prefix, section in sections:
+        for key in section.keys() - section.asked:
+            if key[:1].isalpha():  # "_comment" is how people write remarks
+                known = did_you_mean(nearest(key, section.asked))
+                yield f"{prefix}{key}", f"is unknown to DeepSpeed {deepspeed.__version__}. Remove it.{known}"
+
+
+def _invalid(error: ValidationError) -> Iterator[Finding]:
+    section, _ = _MODELS.get(error.title, (error.title, None))
+    names = {name for _, model in _MODELS.values() for name in model.model_fields}
+    for problem in error.errors():
+        key = ".".join([section, *map(str, problem["loc"])])
+        if problem["type"] == "extra_forbidden":
+            known = did_you_mean(nearest(str(problem["loc"][-1]), names))
+            yield key, f"is unknown to DeepSpeed {deepspeed.__version__}. Remove it.{known}"
+        else:
+            yield key, f"= {show(problem['input'])} is not possible: {problem['msg']}"
+
+
+def _optimizer(settings: dict[str, Any]) -> Iterator[Finding]:
+    section = settings["optimizer"]
+    name, params = section.get("type"), section.get("params") or {}
+    own = {choice.lower() for choice in DEEPSPEED_OPTIMIZERS}
+    torchs = {each.__name__: each for each in vars(torch.optim).values() if _makes_optimizers(each)}
+    if str(name).lower() not in own and name not in torchs:
+        known = did_you_mean(nearest(str(name), ["AdamW", "Adam", "Lamb", "Lion", "Adagrad", "Muon", *torchs]))
+        yield "optimizer.type", f"= {show(name)} is neither DeepSpeed's nor torch.optim's.{known}"
+        return
+    if "lr" not in params:
+        yield "optimizer.params.lr", 'is missing, and the default is not train.lr. Set "lr": "auto", or a number.'
+    adam = str(name).lower() in ("adam", "adamw")
+    if adam:
+        classes = (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
+        allowed = _ADAM.union(*(inspect.signature(each).parameters for each in classes))
+        for key in params.keys() - allowed:
+            known = did_you_mean(nearest(key, allowed))
+            yield f"optimizer.params.{key}", f"is unknown to {name}. Remove it.{known}"
+        params = {key: value for key, value in params.items() if key in ("lr", "betas", "eps", "weight_decay")}
+    if adam or str(name).lower() not in own:
+        try:
+            (torch.optim.AdamW if adam else torchs[name])([torch.zeros(1)], **params)
+        except (TypeError, ValueError) as error:
+            yield "optimizer.params", f"= {show(params)} is refused: {error}"
+
+
+def _makes_optimizers(what: object) -> bool:
+    return inspect.isclass(what) and issubclass(what, torch.optim.Optimizer)
+
+
+def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
+    if "scheduler" not in settings:
+        return
+    section = settings["scheduler"]
+    name, params = section.get("type"), section.get("params") or {}
+    own = lr_schedules.VALID_LR_SCHEDULES
+    made = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
+    if not inspect.isclass(made):
+        yield (
+            "scheduler.type",
+            f"= {show(name)} is neither DeepSpeed's ({', '.join(own)}) nor torch's. Without a scheduler "
+            f"train.lr_schedule counts.{did_you_mean(nearest(str(name), own))}",
+        )
+        return
+    try:
+        made(torch.optim.AdamW([torch.zeros(1)], lr=1.0), **params)
+    except (TypeError, ValueError, AssertionError) as error:
+        yield "scheduler.params", f"= {show(params)} is refused: {error}"
+
+
+def _offload(settings: dict[str, Any]) -> Iterator[Finding]:
+    """Whether there is a place for what is offloaded, and a way to it."""
+    zero = settings.get("zero_optimization") or {}
+    stage = deepspeed_json.stage(settings)
+    for what, stages in (("optimizer", (1, 2, 3)), ("param", (3,))):
+        key, device = f"zero_optimization.offload_{what}", deepspeed_json.offloads(settings, what)
+        if device and stage not in stages:
+            allowed = "3" if what == "param" else "1, 2 or 3"
+            yield key, f"has no effect with zero_optimization.stage = {stage}. Set that to {allowed}, or remove it."
+        if device == "nvme":
+            if stage != 3:
+                yield f"{key}.device", f"= nvme needs zero_optimization.stage = 3, not {stage}. Use cpu."
+            if not deepspeed.ops.__compatible_ops__.get("async_io"):
+                yield (
+                    f"{key}.device",
+                    "= nvme needs libaio and its headers (Debian: apt install libaio-dev; elsewhere set CFLAGS and "
+                    "LDFLAGS to where they are). Use cpu.",
+                )
+            if problem := _unwritable(zero[f"offload_{what}"].get("nvme_path")):
+                yield f"{key}.nvme_path", problem
+
+
+def _unwritable(path: str | None) -> str | None:
+    """Why nothing can be written below a path that may not exist yet; None where it can."""
+    if not path:
+        return "is missing: it says on which disk. Set it to a folder."
+    nearest_folder = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest_folder):
+            return None
+    except OSError as error:
+        return f'= "{path}" cannot be written ({error.strerror}). Name a folder on a local disk.'
