@@ -169,6 +169,20 @@ def test_a_run_in_which_nothing_teaches_is_warned_of_once(run, caplog, method):
     assert "rollout.group_size" in said[0]
 
 
+@pytest.mark.parametrize("method", ["sdpo", "srpo"])
+def test_a_run_whose_teacher_may_read_nothing_is_warned_of_once(run, caplog, method):
+    """In SRPO rewards go on to teach, so that only this warning tells."""
+    rows, _ = run(method, {"max_teacher_tokens": 10}, steps=3, updates=1)
+    said = [record.message for record in caplog.records if "nothing is distilled" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("step 1: nothing is distilled")
+    assert f"max_teacher_tokens of each of the {rows[0]['route/too_long']:.0f} sequences" in said[0]
+    assert "route/distill" not in rows[0]
+    caplog.clear()
+    run(method, steps=1, updates=1)
+    assert "nothing is distilled" not in caplog.text
+
+
 def test_without_feedback_or_success_nothing_teaches_and_with_feedback_something_does(run, caplog):
     rows, _ = run("sdpo", env={"solvable": False, "says": False}, steps=1, updates=1)
     assert rows[0]["signal/zero"] == 1
