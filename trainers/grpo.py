@@ -20,8 +20,8 @@ from opd.trainers.base import Method, register
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 ALONE = (
-    "an episode is compared with others of its task, and there are none (rollout.group_size = 1): nothing can be "
-    "learned; published: 8"
+    "an episode is compared with others of its task, and there are none (rollout.group_size = 1; published: 8): "
+    "nothing can be learned"
 )
 
 
