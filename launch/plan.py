@@ -269,8 +269,7 @@ def _notes(config: Config) -> list[str]:
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    if policy and rollout.group_size == 1:
-        notes.append("an episode is compared with others of its task, and there are none (rollout.group_size = 1)")
+    notes += dict.fromkeys(note for stage in config.stages for note in stage.advice(rollout))
     bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
     if bounded and train.updates_per_step == 1:
         notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")

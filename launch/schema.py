@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -57,13 +57,19 @@ class Setting:
         return "\n".join(lines)
 
 
-def walk(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a model, sections before what they hold, in the order of the file."""
+def walk(model: type[BaseModel], prefix: str = "", made: BaseModel | None = None) -> Iterator[Setting]:
+    """Every setting of a model, sections before what they hold, in the order of the file.
+
+    `made` is the section as it is where the file leaves it out: its values are the defaults, not those of its class.
+    """
     for name, field in model.model_fields.items():
         setting = describe(f"{prefix}{name}", field)
+        if made is not None:
+            setting = replace(setting, default=getattr(made, name))
         yield setting
         if setting.section is not None:
-            yield from walk(setting.section, f"{setting.key}.")
+            inner = setting.default if isinstance(setting.default, setting.section) else None
+            yield from walk(setting.section, f"{setting.key}.", inner)
 
 
 def describe(key: str, field: FieldInfo) -> Setting:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opd.config import Strict, TeacherConfig, TrainConfig
+from opd.config import RolloutConfig, Strict, TeacherConfig, TrainConfig
 from opd.losses import Losses
 from opd.types import Message, Sample, TrajectoryGroup
 
@@ -64,6 +64,10 @@ class Method:
     def teacher(self) -> TeacherConfig:
         """Whose weights teach. A live teacher holds no weights and is never asked unless the method distils."""
         return TeacherConfig(weights="live", rate=None)
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        """What these settings allow and a person may not mean; notes of the plan. Known without a tokenizer."""
+        return []
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
         """What the teacher reads in place of the task's first messages; also how its own success is measured."""

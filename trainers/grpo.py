@@ -14,10 +14,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import Strict
+from opd.config import RolloutConfig, Strict
 from opd.losses import Losses, Policy
 from opd.trainers.base import Method, register
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
+
+ALONE = (
+    "an episode is compared with others of its task, and there are none (rollout.group_size = 1; published: 8): "
+    "nothing can be learned"
+)
 
 
 class PolicyConfig(Strict):
@@ -87,6 +92,9 @@ class Grpo(Method):
     def losses(self) -> Losses:
         config = self.config
         return Losses(policy=config.loss(), reduction=config.reduction, length=config.length or 1.0)
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        return [ALONE] if rollout.group_size == 1 else []
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         advantages = self.config.advantages(group.usable)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from opd.config import Strict, TeacherConfig
+from opd.config import RolloutConfig, Strict, TeacherConfig
 from opd.losses import Distill, SampledDistill
 from opd.privileged import (
     DEMONSTRATION,
@@ -38,10 +38,13 @@ _BELONGS = {
 """Which forms use a setting that the others leave alone."""
 
 
+_TEACHER = TeacherConfig(weights="ema", rate=0.05)
+
+
 class HindsightConfig(Strict):
     """Settings that `sdpo` and `srpo` share; their defaults are SDPO's without rich feedback."""
 
-    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="ema", rate=0.05))
+    teacher: TeacherConfig = _TEACHER
     form: Literal["full", "top_k", "sampled"] = Field(
         "top_k",
         description="Compare whole distributions, or the student's `top_k` likeliest entries and the rest as one, or "
@@ -88,6 +91,14 @@ class HindsightConfig(Strict):
     max_teacher_tokens: int = Field(
         18_432, ge=1, description="Where the teacher's sequence would be longer, the episode is not distilled."
     )
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _what_is_left_out_stays(cls, teacher: Any) -> Any:
+        """A rate alone is the default teacher's rate."""
+        if isinstance(teacher, dict) and "weights" not in teacher:
+            return {**_TEACHER.model_dump(), **teacher}
+        return teacher
 
     @field_validator("demonstration_template")
     @classmethod
@@ -156,6 +167,15 @@ class HindsightMethod(Method):
     @property
     def teacher(self) -> TeacherConfig:
         return self.config.teacher
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        most = self.config.max_teacher_tokens
+        if most >= rollout.max_length:
+            return []
+        return [
+            f"max_teacher_tokens = {most} is less than rollout.max_length = {rollout.max_length}: a teacher reads the "
+            "whole episode and what it is shown, so long episodes are not distilled (route/too_long counts them)"
+        ]
 
     def right(self, trajectory: Trajectory) -> bool:
         least = self.config.right_from

@@ -84,8 +84,8 @@ class Loop:
     checks: int = 2
     """How often the sampler's log-probs are still to be compared with the student's: as the engine was started, and
     after its first update."""
-    silent_steps: int = 0
-    """Steps in a row in which nothing taught."""
+    streaks: Counter[str] = field(default_factory=Counter)
+    """Steps in a row of which there is something to warn, by what it is."""
 
     @property
     def sampling(self) -> Sampling:
@@ -125,6 +125,7 @@ class Loop:
         row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         self.note_silence(number, row)
+        self.note_unread(number, row)
         return row, everyone
 
     def _measured(
@@ -192,23 +193,33 @@ class Loop:
         return drawn
 
     def note_silence(self, number: int, row: dict[str, float]) -> None:
-        """Warn of a step from which nothing could be learned, and again after 10 and 100 of them in a row.
-
-        Where there are several ranks, the first one knows, and tells.
-        """
-        if "tokens/trained" not in row or row.get("signal/zero", 1.0) < 1:
-            self.silent_steps = 0
-            return
-        self.silent_steps += 1
-        if self.silent_steps in (1, 10, 100):
+        """Warn of a step from which nothing could be learned. Where there are several ranks, the first one knows."""
+        if self._again("silent", "tokens/trained" in row and row.get("signal/zero", 1.0) == 1):
             logger.warning(
                 "step %d: nothing teaches (%d in a row): no token has a weight and an advantage, or a weight and a "
                 "teacher that is shown something; solved episodes: %.0f%%. More episodes a task (rollout.group_size), "
                 "easier tasks, or an environment that gives feedback would help",
                 number + 1,
-                self.silent_steps,
+                self.streaks["silent"],
                 100 * row.get("reward/success", 0.0),
             )
+
+    def note_unread(self, number: int, row: dict[str, float]) -> None:
+        """Warn of a step whose teacher would have read more than it may of all that it was to correct."""
+        unread = row.get("route/too_long", 0.0)
+        if self._again("unread", unread > 0 and "route/distill" not in row):
+            logger.warning(
+                "step %d: nothing is distilled (%d in a row): a teacher would read more than max_teacher_tokens of "
+                "each of the %d sequences that it has something to say about; raise that",
+                number + 1,
+                self.streaks["unread"],
+                unread,
+            )
+
+    def _again(self, what: str, holds: bool) -> bool:
+        """Whether something is to be told: at its first step, and after 10 and 100 of them in a row."""
+        self.streaks[what] = self.streaks[what] + 1 if holds else 0
+        return self.streaks[what] in (1, 10, 100)
 
     def preflight(self, samples: list[Sample]) -> None:
         """Compare the log-probs of the shortest samples with the student's. Raises ModelError if they differ.

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from opd.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.base import register
-from opd.trainers.grpo import PolicyConfig
+from opd.trainers.grpo import ALONE, PolicyConfig
 from opd.trainers.hindsight import HindsightConfig, HindsightMethod
 from opd.types import Sample, TrajectoryGroup
+
+UNSHOWN = (
+    "no sibling can demonstrate (rollout.group_size = 1; published: 8): the environment's feedback alone teaches, "
+    "where there is any"
+)
 
 
 class SdpoConfig(HindsightConfig):
@@ -53,6 +59,10 @@ class Sdpo(HindsightMethod):
             distill=config.loss(coef=1 - share),
             reduction=config.reduction,
         )
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        alone = ALONE if self.config.feedback == "never" else UNSHOWN
+        return [*super().advice(rollout), *([alone] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         """Right episodes are taught as well, by other right ones; where there is nothing to show, nothing is."""

@@ -17,9 +17,10 @@ from collections.abc import Callable
 
 from pydantic import Field
 
+from opd.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.base import register
-from opd.trainers.grpo import PolicyConfig
+from opd.trainers.grpo import ALONE, PolicyConfig
 from opd.trainers.hindsight import HindsightConfig, HindsightMethod, When
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
@@ -58,6 +59,9 @@ class Srpo(HindsightMethod):
     @property
     def needs_scores(self) -> bool:
         return self.config.entropy_beta > 0
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        return [*super().advice(rollout), *([ALONE] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         advantages = self.config.policy.advantages(group.usable)

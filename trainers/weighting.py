@@ -43,7 +43,9 @@ def weigh(
 
 def by_entropy(samples: Sequence[Sample], beta: float, all_sum: AllSum) -> list[Sample]:
     """SRPO's weights on the distilled tokens: `opd.weighting.entropy_weights` over their mean in the step."""
-    factors = [entropy_weights(torch.tensor(_known(s, "teacher_entropy")), beta=beta).tolist() for s in samples]
+    # In float32 the weight of a token could vanish, and the token with it from the denominator.
+    entropies = (torch.tensor(_known(s, "teacher_entropy"), dtype=torch.float64) for s in samples)
+    factors = [entropy_weights(entropy, beta=beta).tolist() for entropy in entropies]
     return _times(samples, factors, ("distill_weight",), all_sum)
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +64,10 @@ WRONG = {
         "method: opds\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
         f'method = "opds" is unknown. Allowed: {", ".join(methods())}. Did you mean "opsd"?',
     ),
-    "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", "method is missing. Allowed: grpo, opsd, sd_zero, sdpo, srpo"),
+    "no method": (
+        "model: tiny:lookup\nenv: opd/Lookup-v0",
+        "method is missing. Allowed: grpo, opsd, sd_zero, sdpo, srpo",
+    ),
     "no model": ("method: opsd\nenv: opd/Lookup-v0", "model is missing. Allowed: a name or a section with name, dtype"),
     "an empty model": (GOOD.replace("tiny:lookup", ""), "model is missing."),
     "a model without a name": (
@@ -441,6 +445,15 @@ def test_explaining_a_setting_gives_default_allowed_values_and_meaning():
     assert setting.explanation() == (
         "rollout.temperature = 1.0\n    allowed: a number above 0\n    Sampling temperature of training rollouts."
     )
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_explained_defaults_are_what_a_file_that_leaves_them_out_gets(name):
+    made = methods()[name].config()
+    own = {key: setting for key, setting in all_settings().items() if key.startswith(f"{name}.")}
+    assert {key: setting.default for key, setting in own.items()} == {
+        key: attrgetter(key.removeprefix(f"{name}."))(made) for key in own
+    }
 
 
 def test_explaining_a_section_lists_what_it_holds():

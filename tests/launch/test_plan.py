@@ -127,6 +127,20 @@ IDLE = "with one update a step all ratios are 1, and no clip acts"
             ["an episode is compared with others"],
         ),
         (
+            "method: srpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1, max_length: 512}",
+            ["an episode is compared with others"],
+        ),
+        ("method: sdpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}", ["no sibling can demonstrate"]),
+        (
+            "method: sdpo\nsdpo: {feedback: never}\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}",
+            ["an episode is compared with others"],
+        ),
+        (
+            "method: srpo\nsrpo: {max_teacher_tokens: 500}\ntrain: {updates_per_step: 2}\n"
+            "rollout: {group_size: 4, max_length: 501}",
+            ["max_teacher_tokens = 500 is less than rollout.max_length = 501"],
+        ),
+        (
             "method: sdpo\nsdpo: {max_ratio: null, form: sampled, divergence: reverse_kl}\n"
             "rollout: {group_size: 4, temperature: 0.7}",
             [],

@@ -146,6 +146,29 @@ def test_pass_rates_and_baselines_compose_with_grpo(run):
         run("grpo", weighting={"pass_rate": {}})
 
 
+@pytest.mark.parametrize("method", ["sdpo", "srpo"])
+def test_the_average_moves_after_every_update_of_a_step(run, monkeypatch, method):
+    """teacher <- 0.95 teacher + 0.05 student, from the initial weights on, once an optimiser update."""
+    step, seen = LocalBackend.step, []
+
+    def weights(backend):
+        return {name: p.detach().clone() for name, p in backend.model.named_parameters()}
+
+    def watched(backend):
+        seen.append(weights(backend))
+        return step(backend)
+
+    monkeypatch.setattr(LocalBackend, "step", watched)
+    _, last = run(method, steps=2, updates=3)
+    assert len(seen) == 6
+    teacher, (expected, *students) = run.saved.tensors("teacher"), [*seen, last]
+    for student in students:
+        assert not same(student, expected)
+        expected = {name: 0.95 * weight + 0.05 * student[name] for name, weight in expected.items()}
+    for name, weight in teacher.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7)
+
+
 def test_a_step_that_is_skipped_moves_no_average(run, monkeypatch):
     run("sdpo", steps=1, updates=1)
     after_one, step, calls = run.saved.tensors("teacher"), LocalBackend.step, []
@@ -167,6 +190,20 @@ def test_a_run_in_which_nothing_teaches_is_warned_of_once(run, caplog, method):
     assert len(said) == 1
     assert said[0].startswith("step 1: nothing teaches")
     assert "rollout.group_size" in said[0]
+
+
+@pytest.mark.parametrize("method", ["sdpo", "srpo"])
+def test_a_run_whose_teacher_may_read_nothing_is_warned_of_once(run, caplog, method):
+    """In SRPO rewards go on to teach, so that only this warning tells."""
+    rows, _ = run(method, {"max_teacher_tokens": 10}, steps=3, updates=1)
+    said = [record.message for record in caplog.records if "nothing is distilled" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("step 1: nothing is distilled")
+    assert f"max_teacher_tokens of each of the {rows[0]['route/too_long']:.0f} sequences" in said[0]
+    assert "route/distill" not in rows[0]
+    caplog.clear()
+    run(method, steps=1, updates=1)
+    assert "nothing is distilled" not in caplog.text
 
 
 def test_without_feedback_or_success_nothing_teaches_and_with_feedback_something_does(run, caplog):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd.config import TeacherConfig
 from opd.losses import Distill, SampledDistill
 from opd.trainers.sdpo import Sdpo, SdpoConfig
 from opd.trainers.srpo import SrpoConfig
@@ -200,6 +201,14 @@ def test_the_published_defaults(config):
     made = config()
     assert made.loss() == Distill(kind="jsd", beta=0.5, temperature=1.0, top_k=100, support="student", max_ratio=2.0)
     assert (made.teacher.weights, made.teacher.rate) == ("ema", 0.05)
+
+
+@pytest.mark.parametrize("config", [SdpoConfig, SrpoConfig])
+def test_a_rate_alone_is_that_of_the_default_teacher(config):
+    assert config(teacher={"rate": 0.01}).teacher == TeacherConfig(weights="ema", rate=0.01)
+    assert config(teacher={"weights": "frozen"}).teacher == TeacherConfig(weights="frozen")
+    with pytest.raises(ValueError, match=r"teacher\.every is used by synced alone, but teacher\.weights = ema"):
+        config(teacher={"every": 5})
 
 
 @pytest.mark.parametrize(

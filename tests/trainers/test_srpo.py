@@ -175,6 +175,22 @@ def test_beta_zero_gives_uniform_weights_and_asks_the_teacher_only_once(make_cha
     assert sum(two) / len(two) == pytest.approx(1.0)
 
 
+def test_the_weights_are_those_of_all_ranks_together(make_chat, make_model, make_group):
+    """Two ranks, the second of which has only successes, and then one that has something to distil as well."""
+    for outcomes in (("RWW", "RR"), ("RWW", "WRWW")):
+        method, _, _, samples = setup(make_chat, make_model, make_group, *outcomes)
+        whole = method.weigh(samples, lambda sums: sums)
+        cut = len(outcomes[0])
+        parts, told = (samples[:cut], samples[cut:]), []
+        for part in parts:
+            method.weigh(part, lambda sums, told=told: told.append(sums) or sums)
+        together = [sum(column) for column in zip(*told, strict=True)]
+        ranks = [s for part in parts for s in method.weigh(part, lambda sums, total=together: total)]
+        own, expected = ([w for s in some for w in s.distill_weight] for some in (ranks, whole))
+        assert own == pytest.approx(expected)
+        assert len(set(expected)) > 2
+
+
 def test_without_a_routed_sample_it_is_the_clipped_policy_gradient_to_the_bit(make_chat, make_model, make_group):
     def both(rewards, outcomes):
         _, model, teacher, _ = setup(make_chat, make_model, make_group)

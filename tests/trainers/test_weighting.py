@@ -54,6 +54,13 @@ def test_the_mean_of_entropy_weights_is_taken_over_all_ranks_and_over_distilled_
     assert (second.distill_weight, second.policy_weight) == ([0.0, 0.0], [0.0, 1.0])
 
 
+def test_a_teacher_that_is_very_unsure_everywhere_still_teaches():
+    """e^-110 is 0 in float32: both tokens would count for nothing, in the mean and in the denominator."""
+    [weighed] = by_entropy([sample([0, 0], entropy=[11.0, 11.1])], 10.0, one_rank)
+    mean = (1 + math.exp(-1)) / 2
+    assert weighed.distill_weight == pytest.approx([0.0, 1 / mean, math.exp(-1) / mean])
+
+
 def test_beta_zero_gives_uniform_weights():
     samples = [sample([0, 0], entropy=[0.3, 5.0], distill=0.5)]
     assert by_entropy(samples, 0.0, one_rank)[0].distill_weight == [0.0, 0.5, 0.5]
