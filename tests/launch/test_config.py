@@ -63,10 +63,7 @@ WRONG = {
         "method: opds\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
         f'method = "opds" is unknown. Allowed: {", ".join(methods())}. Did you mean "opsd"?',
     ),
-    "no method": (
-        "model: tiny:lookup\nenv: opd/Lookup-v0",
-        "method is missing. Allowed: grpo, opsd, sd_zero, sdpo, srpo",
-    ),
+    "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", "method is missing. Allowed: grpo, opsd, sd_zero, sdpo, srpo"),
     "no model": ("method: opsd\nenv: opd/Lookup-v0", "model is missing. Allowed: a name or a section with name, dtype"),
     "an empty model": (GOOD.replace("tiny:lookup", ""), "model is missing."),
     "a model without a name": (
