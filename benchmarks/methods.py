@@ -5,8 +5,9 @@
     python benchmarks/methods.py FILE.yaml --table          # only what has finished, without running anything
 
 A file holds `base` (settings of every run, as `opd train` reads them), `methods` (a label, and the settings that differ
-by dotted key), `seeds`, `tokens` (sampled by each run) and `points` (evaluations on the way). A run that has finished
-is kept in the folder of results and not run again. Each run is one process's work, on as many threads as
+by dotted key), `seeds`, `tokens` (sampled by each run) and `points` (evaluations on the way). What a stage collects
+before its first step counts; a stage on stored samples takes `train.steps`. A run that has finished is kept in the
+folder of results and not run again. Each run is one process's work, on as many threads as
 `train.threads` says; parts of a comparison can run beside each other with `--methods` and `--seeds`.
 """
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -71,27 +74,58 @@ class Result(Strict):
     seconds: float
 
 
+class Moment(NamedTuple):
+    """A run on its way."""
+
+    run: Run
+    sampled: int
+    """Tokens, of all stages so far."""
+    steps: int
+    over: bool = False
+
+
 def play(config: Config, comparison: Comparison) -> Result:
     """Train until the tokens are sampled, with evaluations on the way."""
     since = time.perf_counter()
-    run = build(config)
-    try:
-        points = list(_points(run, comparison.tokens, comparison.points))
-    finally:
-        run.close()
+    with TemporaryDirectory() as folder:
+        points = list(_points(config, comparison, Path(folder)))
     return Result(settings=config.dump(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
 
 
-def _points(run: Run, tokens: int, count: int) -> Iterator[Point]:
+def _points(config: Config, comparison: Comparison, folder: Path) -> Iterator[Point]:
+    """The evaluations. Those that were due while a stage collected are of the weights before its first step."""
+    tokens, count = comparison.tokens, comparison.points
+    waiting = [tokens * number // count for number in range(count + 1)]
+    known: dict[int, list[bool]] = {}
+    for run, sampled, steps, over in _moments(config, tokens, folder):
+        while waiting and (over or waiting[0] < min(max(sampled, 1), tokens)):
+            if steps not in known:
+                known = {steps: list(run.evaluate()[0].outcomes)}
+            yield Point(tokens=waiting.pop(0), sampled=sampled, steps=steps, outcomes=known[steps])
+
+
+def _moments(config: Config, tokens: int, folder: Path) -> Iterator[Moment]:
+    """The run before anything, after what each stage collects, after each step, and once it is over."""
     sampled = steps = 0
-    for number in range(count + 1):
-        planned = tokens * number // count
-        while sampled < planned:
-            row, _ = run.loop.step(steps)
-            steps += 1
-            sampled += int(row["tokens/sampled"])
-        score, _ = run.evaluate()
-        yield Point(tokens=planned, sampled=sampled, steps=steps, outcomes=list(score.outcomes))
+    model: Path | None = None
+    for stage in range(len(config.stages)):
+        last = stage + 1 == len(config.stages)
+        with closing(build(config, stage=stage, model=model)) as run:
+            yield Moment(run, sampled, steps)
+            sampled += int(run.method.prepare(run.loop, folder).get("tokens/collected", 0))
+            yield Moment(run, sampled, steps)
+            first = steps
+            plays = last and run.method.dataset is None
+            while sampled < tokens if plays else steps - first < run.loop.train.steps:
+                row, _ = run.loop.step(steps - first)
+                steps += 1
+                sampled += int(row.get("tokens/sampled", 0))
+                yield Moment(run, sampled, steps)
+            if last:
+                yield Moment(run, sampled, steps, over=True)
+            else:
+                model = folder / f"export-stage-{stage + 1}"
+                run.export(model)
 
 
 def finished(path: Path, config: Config, comparison: Comparison) -> Result | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.envs.text_env import Reply
 from opd.errors import ConfigError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/methods.py"
@@ -72,6 +73,24 @@ def test_every_method_samples_as_many_tokens_for_each_seed_and_finished_runs_are
     assert (out / "success.png").stat().st_size > 10_000
     methods.main([str(file()), "--out", str(out), "--table"])
     assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_what_a_stage_collects_counts_and_does_not_teach_before_it_trains(methods, file, tmp_path, monkeypatch):
+    solved = Reply(reward=1.0, terminated=True, success=True)
+    monkeypatch.setattr("opd.envs.arithmetic.ArithmeticEnv.respond", lambda env, action: solved)
+    settings = {"train.steps": 3, "sd_zero.questions": 8, "sd_zero.revisions": 1}
+    path = file(methods={"A": {"method": "sd_zero", **settings}}, seeds=[0], points=6, tokens=900)
+    methods.main([str(path), "--out", str(tmp_path / "results")])
+    points = json.loads((tmp_path / "results/A-seed-0.json").read_text())["points"]
+    # 8 tasks x 4 attempts x 2 of up to 8 tokens are sampled by the model as it was, which then trains for 3 steps.
+    collected = points[1]["sampled"]
+    early = [p for p in points[1:] if p["tokens"] < collected]
+    assert 0 < len(early) < 5
+    assert {(p["sampled"], p["steps"]) for p in early} == {(collected, 0)}
+    late = points[1 + len(early) :]
+    assert all(p["steps"] > 3 for p in late)
+    assert late[-1]["sampled"] >= 900
+    assert [p["outcomes"] for p in points] == [[True] * 5] * 7
 
 
 def test_results_of_other_settings_are_refused_before_anything_runs(methods, file, tmp_path):

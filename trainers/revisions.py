@@ -13,18 +13,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
 from opd.privileged import episode_text, in_first_user_message, with_attempt
-from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory
+from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.chat import ChatFormat
     from opd.trainers.loop import Loop
 
-Part = Literal["generation", "revision"]
+Part = Literal["attempt", "generation", "revision"]
 SEPARATOR = "\n\n"
 """Stands around the cue where the model says it, or reads it in its own turn, as in the released code."""
 
@@ -97,15 +98,18 @@ class Trace:
     """An attempt, and what became of it."""
 
     task: Task
-    member: int
-    right: bool
     cue: str
     attempt: list[Spoken]
+    learnable: bool
+    """Whether the attempt itself may be learned from, as a revision may: it was right."""
     revisions: list[list[Spoken]] = field(default_factory=list)
     """Those that were right; the others are only in the file."""
 
     def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
-        """What trains on it: each revision by itself, and as the end of what the model might say unasked."""
+        """What trains on it: each revision by itself, and as the end of what the model might say unasked; or the
+        attempt, if it was right."""
+        if "attempt" in weights and self.learnable:
+            yield supervised(self.attempt, self.task, weights["attempt"])
         for revision in self.revisions:
             if "generation" in weights:
                 sequence = reviser.generation(self.attempt, self.cue, revision)
@@ -114,33 +118,36 @@ class Trace:
                 yield supervised(revision, self.task, weights["revision"])
 
 
-def dropped(revision: Trajectory) -> str | None:
-    """Why a revision is not learned from; None for one that is."""
-    if revision.failed is not None:
-        return "failed"
-    if not revision.success:
-        return "cut by a limit" if revision.truncated else "wrong"
-    return "rewritten by the chat template" if len(revision.segments()) > 1 else None
+def dropped(episode: Trajectory, group: TrajectoryGroup) -> str | None:
+    """Why an episode of a group is not learned from; None for one that is."""
+    if episode.failed is not None or group.dropped:
+        return "failed" if episode.failed is not None else "another of its group failed"
+    if not (episode.success and episode.completion_tokens):
+        return "cut by a limit" if episode.truncated else "wrong"
+    return "rewritten by the chat template" if len(episode.segments()) > 1 else None
 
 
-def to_row(origin: str, cue: str, attempt: Trajectory, revisions: Sequence[Trajectory]) -> dict[str, Any]:
-    """One attempt and its revisions as they stand in the file: outcomes first, ids last."""
-    tried = [(revision, dropped(revision)) for revision in revisions]
+def to_row(
+    origin: str, cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
+) -> dict[str, Any]:
+    """One attempt of a group and its revisions, if there are any, as they stand in the file: ids last."""
+    revised = [] if revisions is None else [_episode(r, revisions) for r in revisions.trajectories]
     return {
         "task": attempt.task.id,
         "seed": attempt.task.seed,
         "member": attempt.member,
         "right": attempt.success,
         "cue": cue,
-        "kept": sum(reason is None for _, reason in tried),
-        "attempt": _episode(attempt),
-        "revisions": [{"dropped": reason, **_episode(revision)} for revision, reason in tried],
+        "kept": sum(revision["dropped"] is None for revision in revised),
+        "attempt": _episode(attempt, group),
+        "revisions": revised,
         "origin": origin,
     }
 
 
-def _episode(trajectory: Trajectory) -> dict[str, Any]:
+def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
     return {
+        "dropped": dropped(trajectory, group),
         "success": trajectory.success,
         "truncated": trajectory.truncated,
         "failed": trajectory.failed,
@@ -155,29 +162,31 @@ def _episode(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def read_trace(data: Any) -> Trace:
-    """The reverse of `to_row`. Raises ValueError for what is no such row."""
-    try:
-        split, index = data["task"].split("/")
-        kept = [r for r in data["revisions"] if r["dropped"] is None]
-        return Trace(
-            task=Task(index=int(index), seed=data["seed"], split=split),
-            member=data["member"],
-            right=data["right"],
-            cue=data["cue"],
-            attempt=_turns(data["attempt"]),
-            revisions=[_turns(r) for r in kept],
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no attempt with its revisions ({error!r})") from error
+def read_trace(row: dict[str, Any]) -> Trace:
+    """The reverse of `to_row`."""
+    split, index = row["task"].split("/")
+    return Trace(
+        task=Task(index=int(index), seed=row["seed"], split=split),
+        cue=row["cue"],
+        attempt=_turns(row["attempt"]),
+        learnable=row["attempt"]["dropped"] is None,
+        revisions=[_turns(r) for r in row["revisions"] if r["dropped"] is None],
+    )
 
 
 def _turns(episode: dict[str, Any]) -> list[Spoken]:
-    return [Spoken([int(i) for i in t["prompt_ids"]], [int(i) for i in t["completion_ids"]]) for t in episode["turns"]]
+    return [Spoken(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
+
+
+def _seal(row: dict[str, Any]) -> str:
+    return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
 
 
 class TraceFile:
-    """The rows of a run's attempts, in a file to which they are appended as they come."""
+    """The rows of a run's attempts, in a file to which they are appended as they come.
+
+    A line ends with a checksum, so that what trains is what was sampled, and not what became of it since.
+    """
 
     def __init__(self, path: Path, origin: str) -> None:
         self.path = path
@@ -193,17 +202,25 @@ class TraceFile:
         *whole, _ = self.path.read_bytes().split(b"\n")
         rows = []
         for number, line in enumerate(whole, start=1):
-            try:
-                rows.append(json.loads(line))
-                read_trace(rows[-1])
-            except ValueError as error:
-                raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
-            if rows[-1].get("origin") != self.origin:
+            rows.append(self._row(line, number))
+            if rows[-1]["origin"] != self.origin:
                 raise DataError(
                     f"{self.path}, line {number} was collected under other settings; delete the file, or resume with "
                     "the settings that it was made with"
                 )
         return rows
+
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            if row.pop("seal") == _seal(row):
+                return cast(dict[str, Any], row)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            pass
+        raise DataError(
+            f"{self.path}, line {number} is not as it was written: cut short, or changed since. Delete it and what "
+            "follows; the run then collects that again"
+        )
 
     def write(self, rows: Sequence[dict[str, Any]], *, after: int) -> None:
         """Append rows behind the first `after` of those that are there; what else is there is cut."""
@@ -213,22 +230,29 @@ class TraceFile:
             file.truncate(sum(len(line) + 1 for line in old))
             file.seek(0, os.SEEK_END)
             for row in rows:
-                file.write(json.dumps(row, default=str).encode() + b"\n")
+                file.write(json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n")
 
 
 def collect(
-    loop: Loop, file: TraceFile, reviser: Reviser, questions: int, revisions: int, *, revise_right: bool
+    loop: Loop, file: TraceFile, reviser: Reviser, questions: int, revisions: int, *, revise_right: bool, whole: bool
 ) -> list[dict[str, Any]]:
     """Attempts at the first `questions` tasks of the run, and their revisions: as rows, which `file` holds too.
 
     Each task is attempted `rollout.group_size` times, and each attempt revised `revisions` times, as many tasks at a
     time as there are episodes at once. What the file holds already is not played again, and is played again to the
     same ids if it is cut there. Ends early, with what there is, once `loop.stopping()` holds.
+
+    Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
     """
     ranks, size = loop.backend.ranks, loop.rollout.group_size
     at_once = max(1, loop.rollout.concurrency // size)
     rows = ranks.from_first(file.read)
     if len(rows) < questions * size:
+        if whole:
+            raise DataError(
+                f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
+                "trained since. Put the file back, or start afresh (--overwrite)"
+            )
         rows = rows[: len(rows) - len(rows) % (at_once * size)]
     while len(rows) < questions * size and not loop.stopping():
         first = len(rows) // size
@@ -246,19 +270,19 @@ def _attempted(
     from opd.rollout import derive_seed  # late: it needs torch
 
     groups = loop.play(tasks, seed=derive_seed("attempts", loop.seed))
-    revised: dict[tuple[Task, int], list[Trajectory]] = {}
+    revised: dict[tuple[Task, int], TrajectoryGroup] = {}
     for member in range(loop.rollout.group_size):
         attempts = [t for group in groups for t in group.usable if t.member == member]
-        chosen = {t.task: t for t in attempts if revise_right or not t.success}
+        chosen = {t.task: t for t in attempts if revisions and (revise_right or not t.success)}
 
         def opening(task: Task, _: list[Message], __: Any, chosen: dict[Task, Trajectory] = chosen) -> list[int]:
             return reviser.opening(chosen[task], chosen[task].segments()[-1 if reviser.place == "reply" else 0])
 
         seed = derive_seed("revisions", loop.seed, member)
         for group in loop.play(list(chosen), seed=seed, group_size=revisions, opening=opening):
-            revised[group.task, member] = group.trajectories
+            revised[group.task, member] = group
     return [
-        to_row(origin, reviser.cue(attempt.success), attempt, revised.get((group.task, attempt.member), []))
+        to_row(origin, reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))
         for group in groups
         for attempt in group.trajectories
     ]
@@ -275,25 +299,32 @@ def to_samples(
     kept = [sample for sample in found if len(sample.token_ids) <= most_tokens]
     if not kept:
         raise DataError(
-            f"{where} holds nothing to learn from: {len(rows)} attempts gave {len(found)} sequences with a revision "
-            f"that was right, none of at most sd_zero.max_teacher_tokens = {most_tokens}. Raise sd_zero.questions or "
-            "that limit, or choose easier tasks."
+            f"{where} holds nothing to learn from: {len(rows)} attempts gave {len(found)} sequences that end right, "
+            f"none of at most sd_zero.max_teacher_tokens = {most_tokens}. Raise sd_zero.questions or that limit, or "
+            "choose easier tasks."
         )
     return kept, len(found) - len(kept)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What was collected, in numbers: attempts and revisions, the share of each that was right, and their tokens."""
+    """What was collected, in numbers: attempts and revisions, the share of each that was right, and their tokens.
+
+    `collect/corrected` is the share of the revisions of wrong attempts that are right: compare it with what attempting
+    such tasks once more gives, which is less than `collect/right`.
+    """
     revisions = [revision for row in rows for revision in row["revisions"]]
+    second = [revision["success"] for row in rows if not row["right"] for revision in row["revisions"]]
     numbers = {
         "collect/attempts": float(len(rows)),
         "collect/right": sum(row["right"] for row in rows) / len(rows),
         "collect/revisions": float(len(revisions)),
-        "collect/kept": float(sum(revision["dropped"] is None for revision in revisions)),
+        "collect/kept": float(sum(row["kept"] for row in rows)),
         "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *(row["attempt"] for row in rows)))),
     }
     if revisions:
         numbers["collect/revisions_right"] = sum(revision["success"] for revision in revisions) / len(revisions)
+    if second:
+        numbers["collect/corrected"] = sum(second) / len(second)
     return numbers
 
 

@@ -36,7 +36,12 @@ class SdZeroConfig(Strict):
         "renormalised on the teacher's top 64.",
     )
     questions: int = Field(256, ge=1, description="Phase 1: tasks that are attempted, rollout.group_size times each.")
-    revisions: int = Field(3, ge=1, description="Phase 1: revisions of each attempt.")
+    revisions: int = Field(
+        3,
+        ge=0,
+        description="Phase 1: revisions of each attempt. 0: none, and the attempts that were right are learned from "
+        "as they stand (rejection fine-tuning, the paper's baseline).",
+    )
     generation: float = Field(
         1.0, ge=0, description="Phase 1: weight of attempt, cue and revision, said from the plain task; 0 is off."
     )
@@ -62,6 +67,8 @@ class SdZeroConfig(Strict):
     def _phase_1_learns_something(self) -> SdZeroConfig:
         if not (self.generation or self.revision):
             raise ValueError("sd_zero.generation = sd_zero.revision = 0: for phase 2 alone set phases: distillation")
+        if not (self.generation or self.revisions):
+            raise ValueError("sd_zero.revisions = 0 learns from attempts, by the weight sd_zero.generation; set that")
         return self
 
 
@@ -74,6 +81,8 @@ class SdZero(Method):
     def stages(self) -> Sequence[Method]:
         config = self.config
         both: dict[Part, float] = {"generation": config.generation, "revision": config.revision}
+        if not config.revisions:
+            both = {"attempt": config.generation}
         parts = {part: weight for part, weight in both.items() if weight}
         split = [parts] if config.variant == "paper" else [{part: weight} for part, weight in parts.items()]
         stages: list[Method] = []
@@ -109,8 +118,15 @@ class Revising(_Phase):
 
     def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
         config, file = self.config, TraceFile(folder / "revisions.jsonl", loop.origin)
-        questions = config.questions if self.collects else 0  # the second half of phase 1 finds them in the file
-        rows = collect(loop, file, self.reviser, questions, config.revisions, revise_right=config.variant == "paper")
+        rows = collect(
+            loop,
+            file,
+            self.reviser,
+            config.questions,
+            config.revisions,
+            revise_right=config.variant == "paper",
+            whole=loop.version > 0,  # then this phase has trained already
+        )
         if loop.stopping():
             return {}
         self.dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=file.path)

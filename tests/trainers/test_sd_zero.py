@@ -16,7 +16,7 @@ from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.ranks import Ranks
 from opd.rollout import task
 from opd.teacher import Teacher
-from opd.trainers.revisions import Reviser, Spoken, TraceFile, collect, supervised, to_samples
+from opd.trainers.revisions import Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
 from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
 from opd.types import Sample, TeacherView
 
@@ -211,9 +211,9 @@ def make_loop(make_scheduler, scripted_env, make_chat, make_model):
     return make
 
 
-def gather(loop, chat, path, *, revise_right=True, place="prompt"):
+def gather(loop, chat, path, *, revisions=2, revise_right=True, place="prompt", whole=False):
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
-    return collect(loop, TraceFile(path, loop.origin), reviser, 5, 2, revise_right=revise_right)
+    return collect(loop, TraceFile(path, loop.origin), reviser, 5, revisions, revise_right=revise_right, whole=whole)
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
@@ -232,7 +232,8 @@ def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_
             shown = chat.tokenizer.decode(revision["turns"][0]["prompt_ids"])
             assert row["cue"] in shown
             assert row["attempt"]["messages"][1]["content"] in shown
-    assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == rows
+    written = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [{key: value for key, value in row.items() if key != "seal"} for row in written] == rows
 
 
 def test_with_right_attempts_left_alone_only_the_wrong_ones_are_revised(make_loop, tmp_path):
@@ -255,21 +256,74 @@ def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_loop, tm
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda line: line[:-20], "line 2 is damaged"),
-        (lambda line: "[1]", "line 2 is damaged"),
-        (lambda line: line.replace('"seed"', '"sed"'), "line 2 is damaged"),
-        (lambda line: line.replace('"abc"', '"abd"'), "line 2 was collected under other settings"),
+        lambda line: line[:-20],
+        lambda line: "",
+        lambda line: "[1]",
+        lambda line: line.replace('"right": true', '"right": false'),
+        lambda line: line.replace('"seed"', '"sed"'),
+        lambda line: line.replace('"completion_ids": [', '"completion_ids": [7, ', 1),
     ],
 )
-def test_a_row_that_cannot_be_trusted_is_named(make_loop, tmp_path, change, message):
+def test_a_row_that_is_not_as_it_was_written_is_named(make_loop, tmp_path, change):
     path = tmp_path / "r.jsonl"
     gather(*make_loop(), path)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], change(lines[1]), *lines[2:]]) + "\n")
-    with pytest.raises(DataError, match=message):
+    whole = path.read_bytes()
+    first, second, *rest = path.read_text().splitlines()
+    assert change(second) != second
+    path.write_text("\n".join([first, change(second), *rest]) + "\n")
+    with pytest.raises(DataError, match="line 2 is not as it was written"):
         gather(*make_loop(), path)
+    path.write_text(first + "\n")  # as the message says
+    gather(*make_loop(), path)
+    assert path.read_bytes() == whole
+
+
+def test_rows_of_other_settings_are_refused(make_loop, tmp_path):
+    loop, chat = make_loop()
+    gather(loop, chat, tmp_path / "r.jsonl")
+    loop.origin = "abd"
+    with pytest.raises(DataError, match="line 1 was collected under other settings"):
+        gather(loop, chat, tmp_path / "r.jsonl")
+
+
+def test_what_is_lost_after_training_is_not_collected_again_by_other_weights(make_loop, tmp_path):
+    path = tmp_path / "r.jsonl"
+    gather(*make_loop(), path)
+    loop, chat = make_loop()
+    assert len(gather(loop, chat, path, whole=True)) == 10
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+    with pytest.raises(DataError, match="8 of 10 attempts, and the weights that made them have trained since"):
+        gather(loop, chat, path, whole=True)
+    assert loop.rounds == 0
+
+
+def test_without_revisions_the_attempts_that_were_right_are_learned_from_as_they_stand(make_loop, tmp_path):
+    loop, chat = make_loop()
+    rows = gather(loop, chat, tmp_path / "r.jsonl", revisions=0)
+    [rejecting] = SdZero(SdZeroConfig(revisions=0, phases="revision", generation=0.5), chat).stages()
+    samples, _ = to_samples(rows, rejecting.reviser, rejecting.parts, 10_000, where=tmp_path)
+    right = [turns for row in rows if row["right"] for turns in [row["attempt"]["turns"]]]
+    assert [s.completion_ids for s in samples] == [[i for t in turns for i in t["completion_ids"]] for turns in right]
+    assert [s.token_ids for s in samples] == [
+        [i for t in turns for i in (*t["prompt_ids"], *t["completion_ids"])] for turns in right
+    ]
+    assert {w for s in samples for w, m in zip(s.ce_weight, s.completion_mask, strict=True) if m} == {0.5}
+    assert summary(rows)["collect/revisions"] == 0
+    with pytest.raises(ValueError, match=r"sd_zero\.generation"):
+        SdZeroConfig(revisions=0, generation=0)
+
+
+def test_the_summary_tells_how_often_a_wrong_attempt_is_put_right():
+    def row(right, *revisions):
+        episodes = [{"success": s, "tokens": 3} for s in revisions]
+        return {"right": right, "kept": sum(revisions), "attempt": {"tokens": 2}, "revisions": episodes}
+
+    numbers = summary([row(True, True), row(False, True, False), row(False, False, False), row(False)])
+    assert numbers["collect/corrected"] == 1 / 4
+    assert numbers["collect/revisions_right"] == 2 / 5
+    assert (numbers["collect/right"], numbers["collect/kept"], numbers["tokens/collected"]) == (1 / 4, 2, 4 * 2 + 5 * 3)
 
 
 def test_what_trains_is_what_was_said_and_what_is_too_long_is_counted(make_loop, tmp_path):
