@@ -114,7 +114,9 @@ class Server:
             _, other, why = str(fault).partition(OTHER_MODEL)
             if not other:
                 raise
-            detail = f"{self.url}: {OTHER_MODEL}{why.partition(chr(39))[0]}. Start it with `opd serve` on the run's file"
+            detail = (
+                f"{self.url}: {OTHER_MODEL}{why.partition(chr(39))[0]}. Start it with `opd serve` on the run's file"
+            )
             raise ServerFault(FaultKind.REFUSED, detail) from fault
         self._post("/pause?mode=abort", {})
         try:
