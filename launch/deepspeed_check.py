@@ -152,7 +152,7 @@ def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
     section = settings["scheduler"]
     name, params = section.get("type"), section.get("params") or {}
     own = lr_schedules.VALID_LR_SCHEDULES
-    made: Any = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
+    made = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
     if not inspect.isclass(made):
         yield (
             "scheduler.type",
@@ -160,8 +160,9 @@ def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
             f"train.lr_schedule counts.{did_you_mean(nearest(str(name), own))}",
         )
         return
+    build: Any = made
     try:
-        made(torch.optim.AdamW([torch.zeros(1)], lr=1.0), **params)
+        build(torch.optim.AdamW([torch.zeros(1)], lr=1.0), **params)
     except (TypeError, ValueError, AssertionError) as error:
         yield "scheduler.params", f"= {show(params)} is refused: {error}"
 
