@@ -37,6 +37,7 @@ from opd.launch.parse import bad_value, parse
 from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
 from opd.launch.reader import read_settings, to_yaml
 from opd.launch.schema import Setting, describe, walk
+from opd.launch.server_checks import check_engine_args
 from opd.trainers.base import Method, methods
 
 
@@ -193,19 +194,23 @@ class Config(Strict):
 
 
 def served(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:
-    """What `opd serve` serves, and how: a run's file, or a model by name with the settings of `overrides`.
+    """What `opd serve` serves, and how: a model by name, or the sections `model` and `rollout` of a run's file.
 
-    Raises ConfigError with a line for each problem.
+    What the file's run does with vLLM is not looked at. Raises ConfigError with a line for each problem.
     """
-    if target.endswith((".yaml", ".yml")) or out.holds_run(Path(target)):
-        config = Config.load(target, overrides)
-        return config.model, config.rollout
+    path = Path(target)
+    path = path / "config.yaml" if out.holds_run(path) else path
     types = {"model": ModelSetting, "rollout": RolloutConfig}
-    values, problems = parse(merge({"model": target}, overrides), types, all_settings())
+    data: dict[str, Any] = {"model": target}
+    if path.suffix in (".yaml", ".yml"):
+        data = {name: value for name, value in read_settings(path).items() if name in types}
+    values, problems = parse(merge(data, overrides), types, all_settings())
     if "model" in values:
         problems += check_model(values["model"])
+    if "rollout" in values:
+        problems += check_engine_args(values["rollout"])
     if problems:
-        raise ConfigError(report(problems, "opd serve", list(overrides)))
+        raise ConfigError(report(problems, str(path) if path.suffix else "opd serve", list(overrides)))
     return values["model"], values.get("rollout", RolloutConfig())
 
 

@@ -195,6 +195,15 @@ def test_a_model_is_served_by_name_or_as_a_runs_file_says(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\nrollout: {max_length: 300}\n")
     assert served(str(file), {})[1].max_length == 300
+    # Where the run will find this server is of no account here, and both sides of the settings may be given.
+    file.write_text(
+        "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\nrollout:\n  engine: vllm_server\n"
+        "  vllm: {servers: ['http://127.0.0.1:9'], api_key_env: A_KEY}\n"
+    )
+    assert served(str(file), {"rollout": {"vllm": {"kv_cache_gib": 0.5}}})[1].vllm.kv_cache_gib == 0.5
+    file.write_text("method: opsd\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: model is missing"):
+        served(str(file), {})
     with pytest.raises(ConfigError, match=r'model.name = "tiny:lokup" is unknown.*Did you mean "tiny:lookup"'):
         served("tiny:lokup", {})
 

@@ -10,6 +10,7 @@ import subprocess
 from collections import Counter
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from opd.engines.vllm_http import Server
 from opd.engines.vllm_process import OwnServer
@@ -71,6 +72,21 @@ def assert_learned(result):
 def test_a_run_learns_from_rollouts_of_vllm_in_its_own_process(settings):
     rows = assert_learned(train(settings("vllm")))
     assert min(row["engine/prefix_hits"] for row in rows) > 0
+
+
+def test_a_resumed_run_with_adapters_samples_from_them_merged_once(settings):
+    short = settings("vllm") | {"eval": {"tasks": 0}}
+    short["model"] = {"name": short["model"], "lora": {"r": 4}}
+    short["train"] |= {"steps": 2, "tasks_per_step": 8, "lr": 1e-2}
+    train(short)
+    short["train"]["steps"] = 4
+    result = train(short, resume=True)
+    rows = read_rows(result.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert max(row["sampler/gap"] for row in rows) < 1e-5
+    first, last = (AutoModelForCausalLM.from_pretrained(f) for f in (short["model"]["name"], result.out / "export"))
+    moved = [(p - q).abs().max() for p, q in zip(first.parameters(), last.parameters(), strict=True)]
+    assert max(moved) > 1e-3  # else a second merge would not show
 
 
 @pytest.fixture
