@@ -314,11 +314,13 @@ class VllmServerEngine:
             if len(up) >= count:
                 return up
             if time.monotonic() > deadline:
-                urls = ", ".join(replica.server.url for replica in replicas if replica not in up)
+                down = [replica for replica in replicas if replica not in up]
+                urls = ", ".join(replica.server.url for replica in down)
+                words = " ".join(filter(None, (replica.last_words() for replica in down)))
                 raise EngineError(
                     f"{urls} did not come up within rollout.vllm.restart_timeout = "
-                    f"{self._config.restart_timeout:g} seconds. Start it with `opd serve`; go on with --resume. "
-                    + " ".join(replica.last_words() for replica in replicas if replica not in up)
+                    f"{self._config.restart_timeout:g} seconds. {words or 'Start it with `opd serve`.'} "
+                    "Go on with --resume."
                 )
             time.sleep(PROBE_EVERY)
 
