@@ -74,15 +74,24 @@ def spoil(loop, ranks, *, step):
 
 
 def measure(case):
-    """What the first rank holds after a step, in bytes of distinct storage."""
+    """What the first rank holds in a step, in bytes of distinct storage."""
     run = build(Config.from_dict(case["config"]), join())
+    optimizer, step, gradients = run.loop.backend._engine.optimizer, run.loop.backend.step, []
+
+    def measured():
+        flat = getattr(optimizer, "grad_partitions_flat_buffer", None)  # of ZeRO-3
+        lists = [[flat]] if flat is not None else optimizer.averaged_gradients.values()
+        gradients.append(size(gradient for own in lists for gradient in own))
+        return step()
+
+    run.loop.backend.step = measured
     run.loop.step(0)
-    optimizer = run.loop.backend._engine.optimizer
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO-3, of ZeRO-1 and 2
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     sizes = {
         "weights": size(map(held, run.loop.student.parameters())),
+        "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
         "teacher": size(run.loop.teacher.weights.values()),
         "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
