@@ -81,6 +81,16 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(WORKER.parent)}
 
 
+def end(process):
+    """End a launcher and the ranks, which have process groups of their own and which it ends when it is asked to."""
+    process.terminate()
+    try:
+        process.wait(timeout=45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """`launch(cases, launcher, ranks)`: the worker does the cases on so many ranks."""
@@ -96,8 +106,9 @@ def launch(tmp_path_factory):
             try:
                 code = process.wait(timeout=SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
                 code = None
+            finally:
+                end(process)
         assert code == 0, f"exit code {code}:\n{(folder / 'log').read_text()[-6000:]}"
 
     return run

@@ -173,5 +173,11 @@ def test_the_plan_counts_what_is_really_held(runs, tiny_folder, name, ranks):
         assert counted["copy for rollouts"] == pytest.approx(real["copy for rollouts"], rel=0.01)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_run_that_is_closed_leaves_nothing_for_the_next_stage_to_stumble_over(runs, name):
+    sizes = _sizes(runs, name, 2)
+    assert sizes["left"] < 0.02 * sizes["weights"]
+
+
 def _sizes(runs, name, ranks):
     return json.loads((runs / f"{name}-on-{ranks}.json").read_text())

@@ -29,10 +29,15 @@ def started(command, log, folder):
 
 
 def stopped(processes):
+    """End launchers and their ranks, which have process groups of their own and which they end when asked to."""
     for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=45)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_for(condition, seconds, logs, processes=()):

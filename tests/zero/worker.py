@@ -1,10 +1,11 @@
 """What the ranks of a test do: started as a script by a launcher, with a JSON file that says what.
 
 `replay` trains on recorded rollouts, and writes metrics and weights; `train` makes a whole run with `opd.train`;
-`measure` makes one step and writes what the first rank holds then; `copy` copies a folder; `fresh` makes a whole run
+`measure` makes one step and writes what the first rank holds then and afterwards; `copy` copies a folder; `fresh` makes a whole run
 and notes whether the engine samples from the weights that train.
 """
 
+import gc
 import json
 import pickle
 import shutil
@@ -74,7 +75,15 @@ def spoil(loop, ranks, *, step):
 
 
 def measure(case):
-    """What the first rank holds in a step, in bytes of distinct storage."""
+    """What the first rank holds in a step, and once the run is closed, in bytes of distinct storage."""
+    sizes = sizes_of_a_step(case)
+    gc.collect()
+    sizes["left"] = size(found for found in gc.get_objects() if isinstance(found, torch.Tensor))
+    if join().first:
+        Path(case["out"]).write_text(json.dumps(sizes))
+
+
+def sizes_of_a_step(case):
     run = build(Config.from_dict(case["config"]), join())
     optimizer, step, gradients = run.loop.backend._engine.optimizer, run.loop.backend.step, []
 
@@ -96,9 +105,8 @@ def measure(case):
         "teacher": size(run.loop.teacher.weights.values()),
         "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
     }
-    if run.loop.backend.ranks.first:
-        Path(case["out"]).write_text(json.dumps(sizes))
     run.close()
+    return sizes
 
 
 def fresh(case):
