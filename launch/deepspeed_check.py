@@ -167,8 +167,8 @@ def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
     section = settings["scheduler"]
     name, params = section.get("type"), section.get("params") or {}
     own = lr_schedules.VALID_LR_SCHEDULES
-    made = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
-    if not inspect.isclass(made):
+    made: Any = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
+    if not callable(made):
         yield (
             "scheduler.type",
             f"= {show(name)} is neither DeepSpeed's ({', '.join(own)}) nor torch's. Without a scheduler "

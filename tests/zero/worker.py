@@ -1,8 +1,8 @@
 """What the ranks of a test do: started as a script by a launcher, with a JSON file that says what.
 
 `replay` trains on recorded rollouts, and writes metrics and weights; `train` makes a whole run with `opd.train`;
-`measure` makes one step and writes what the first rank holds then and afterwards; `copy` copies a folder; `fresh` makes a whole run
-and notes whether the engine samples from the weights that train.
+`measure` makes one step and writes what the first rank holds then and afterwards; `copy` copies a folder; `fresh` makes
+a whole run and notes whether the engine samples from the weights that train.
 """
 
 import gc
