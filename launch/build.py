@@ -105,10 +105,11 @@ class Run:
         ranks.from_first(lambda: export(loaded, folder))
 
     def close(self) -> None:
-        """Close the environments and the engine."""
+        """Close the environments and the engine, and give the memory of training back."""
         self.loop.rollouts.close()
         self.held_out.close()
         self.loop.rollouts.engine.close()
+        self.loop.backend.close()
 
 
 def build(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
@@ -54,7 +55,13 @@ def check_deepspeed(config: Config, *, source: str = "config") -> None:
     dtype = deepspeed_json.dtype(config.deepspeed) or config.model.dtype
     facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype=dtype, hidden_size=1, gpu=torch.cuda.is_available())
     settings = deepspeed_json.fill(config.deepspeed, config.train, facts).settings
-    found = [*_unparsed(settings), *_optimizer(settings), *_scheduler(settings), *_offload(settings)]
+    found = [
+        *_unparsed(settings),
+        *_precision(settings),
+        *_optimizer(settings),
+        *_scheduler(settings),
+        *_offload(settings),
+    ]
     problems = [Problem(("deepspeed",), f"{f'deepspeed.{key}'.rstrip('.')} {text}") for key, text in found]
     if problems:
         raise ConfigError(report(problems, source))
@@ -116,6 +123,14 @@ def _invalid(error: ValidationError) -> Iterator[Finding]:
             yield key, f"= {show(problem['input'])} is not possible: {problem['msg']}"
 
 
+def _precision(settings: dict[str, Any]) -> Iterator[Finding]:
+    device = get_accelerator()
+    for name, supported in (("fp16", device.is_fp16_supported), ("bf16", device.is_bf16_supported)):
+        if settings.get(name, {}).get("enabled") is True and not supported():
+            other = "bf16, or float32" if name == "fp16" else "fp16, or float32"
+            yield f"{name}.enabled", f"= true, but DeepSpeed has no {name} on this {device.device_name()}. Use {other}."
+
+
 def _optimizer(settings: dict[str, Any]) -> Iterator[Finding]:
     section = settings["optimizer"]
     name, params = section.get("type"), section.get("params") or {}
@@ -152,8 +167,8 @@ def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
     section = settings["scheduler"]
     name, params = section.get("type"), section.get("params") or {}
     own = lr_schedules.VALID_LR_SCHEDULES
-    made = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
-    if not inspect.isclass(made):
+    made: Any = getattr(lr_schedules if name in own else torch.optim.lr_scheduler, str(name), None)
+    if not callable(made):
         yield (
             "scheduler.type",
             f"= {show(name)} is neither DeepSpeed's ({', '.join(own)}) nor torch's. Without a scheduler "

@@ -126,7 +126,10 @@ def traffic(size: ModelSize, work: Work, sharding: Sharding, *, microbatches: in
     if sharding.stage == 3:
         parts.append(Part("weights", round(updates * microbatches * 2 * whole), "gathered forward and backward"))
         if work.teacher:
-            parts.append(Part("teacher", round(updates * microbatches * whole), "gathered for its forward pass"))
+            passes = 2 if work.teacher.weights == "trust_region" else 1
+            parts.append(
+                Part("teacher", round(updates * microbatches * passes * whole), "gathered for its forward pass")
+            )
         if work.embedded:
             parts.append(Part("engine", round(whole), "gathered for the rollouts' copy"))
     return parts
@@ -148,9 +151,11 @@ def _gathered(size: ModelSize, work: Work, sharding: Sharding) -> int:
     gradient = 0 if work.model.lora else 4 * head
     bucket = (sharding.bucket if sharding.bucket is not None else size.hidden**2) * work.width
     bucket = 0 if sharding.stage == 0 else min(bucket, work.trained(size) * work.width)
+    # A trust region lays the heads of two teachers side by side, unless no head trains.
+    mixed = 2 if work.teacher and work.teacher.weights == "trust_region" and not work.model.lora else 0
     if sharding.stage < 3:
-        return gradient + bucket
-    heads = head * work.width * (2 if work.teacher else 1)
+        return gradient + bucket + mixed * head * work.width
+    heads = head * work.width * (mixed + (2 if work.teacher else 1))
     return gradient + bucket + heads + 2 * largest_layer(size) * work.width
 
 

@@ -119,6 +119,11 @@ def _check_supported(data: Mapping[str, Any]) -> None:
         off = value in (None, False, -1) or (isinstance(value, Mapping) and value.get("enabled") is False)
         if not off:
             raise ValueError(f"{path} is not supported: {why}. Remove it")
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ValueError(
+            "zero_optimization.compute_grad_norm is not supported: without the norm nobody sees that a gradient is not "
+            "finite. Remove it"
+        )
     operation = data.get("gradient_allreduce_op", "average")
     if operation != "average":
         raise ValueError(

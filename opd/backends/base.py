@@ -55,3 +55,7 @@ class Backend(Protocol):
     def load(self, folder: Path, *, saved_ranks: int) -> None:
         """The reverse of `save`. Raises CheckpointError where the folder holds other weights than this model's."""
         ...
+
+    def close(self) -> None:
+        """Give back what training takes; neither this nor the model can be used any more."""
+        ...

@@ -111,5 +111,8 @@ class LocalBackend:
         for master, saved in zip(masters, state["masters"], strict=True):
             master.copy_(saved)
 
+    def close(self) -> None:
+        """Nothing outlives this object."""
+
     def _named(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

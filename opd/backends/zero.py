@@ -28,7 +28,7 @@ from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.modeling import CausalModel
 from opd.objective import Objective
 from opd.ranks import Ranks
-from opd.sharding import whole
+from opd.sharding import is_sharded, whole
 
 T = TypeVar("T")
 
@@ -78,13 +78,16 @@ class ZeroBackend:
                 num_training_steps=total_steps,
             )
 
-        self._engine, _, _, self._schedule = deepspeed.initialize(
-            model=self._wrapped,
-            model_parameters=trained,
-            config=settings,
-            lr_scheduler=None if "scheduler" in settings else schedule,
-            dist_init_required=False,
-        )
+        try:
+            self._engine, _, _, self._schedule = deepspeed.initialize(
+                model=self._wrapped,
+                model_parameters=trained,
+                config=settings,
+                lr_scheduler=None if "scheduler" in settings else schedule,
+                dist_init_required=False,
+            )
+        except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise ConfigError(f"deepspeed: DeepSpeed cannot work by these settings: {error!r}") from error
         if self._engine.dp_world_size != ranks.world_size:
             raise ConfigError(
                 f"the DeepSpeed settings leave {self._engine.dp_world_size} data-parallel ranks of {ranks.world_size}: "
@@ -155,6 +158,22 @@ class ZeroBackend:
 
     def _norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+
+    def close(self) -> None:
+        """Give back what weights, gradients and optimiser take.
+
+        DeepSpeed's caches keep modules and hooks reachable for as long as the process lives: their memory would be
+        there twice when a method's next stage begins.
+        """
+        engine = self._engine
+        engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+            for store in (parameter, parameter.ds_tensor) if is_sharded(parameter) else (parameter,):  # type: ignore[attr-defined]
+                store.data = store.data.new_empty(0)
+        for optimizer in (engine.optimizer, engine.basic_optimizer):
+            vars(optimizer).clear()
+        engine.optimizer = None  # it is destroyed
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint of what trains, in `deepspeed/`; every rank writes its part."""

@@ -5,6 +5,7 @@ import json
 import deepspeed
 import pytest
 import yaml
+from deepspeed.accelerator import get_accelerator
 
 from opd.errors import ConfigError
 from opd.launch.config import Config
@@ -27,7 +28,7 @@ def check(data):
         ("{zero_optimization: {reduce_bucket_size: x}}", r"zero_optimization.reduce_bucket_size = \"x\" is not"),
         ("{zero_optimization: {stage: 2, offload_param: {device: cpu}}}", "no effect with .*stage = 2. Set that to 3"),
         ("{zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}}", "Set that to 1, 2 or 3"),
-        ("{fp16: {enabled: true, loss_scale: x}}", r"fp16.loss_scale = \"x\" is not possible"),
+        ("{fp16: {loss_scale: x}}", r"fp16.loss_scale = \"x\" is not possible"),
         ("{amp: {enabled: true}}", "is refused by DeepSpeed .*AMP integration has been removed"),
         ("{aio: {blocksize: 1}}", r"aio.blocksize is unknown .* Did you mean \"block_size\""),
         ("{optimizer: {type: AdamW}}", r"optimizer.params.lr is missing.* Set \"lr\": \"auto\""),
@@ -79,6 +80,16 @@ def test_the_ready_files_pass(data):
 )
 def test_what_deepspeed_takes_is_let_pass(data):
     check(data)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_precision_that_the_device_lacks_is_refused_wherever_it_comes_from(name, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), f"is_{name}_supported", lambda: False)
+    with pytest.raises(ConfigError, match=rf"deepspeed.{name}.enabled = true, but DeepSpeed has no {name} on this"):
+        check({name: {"enabled": True}})
+    check({name: {"enabled": False}})
+    monkeypatch.setattr(get_accelerator(), f"is_{name}_supported", lambda: True)
+    check({name: {"enabled": True}})
 
 
 def offloaded(path):

@@ -22,7 +22,9 @@ def work(dtype="bfloat16", teacher="frozen", *, embedded=True, lora=None):
     return Work(
         model=ModelConfig(name="x", dtype=dtype, lora=lora),
         rollout=RolloutConfig(concurrency=4, max_length=50, max_tokens=10),
-        teacher=None if teacher is None else TeacherConfig(weights=teacher, rate=0.1 if teacher == "ema" else None),
+        teacher=None
+        if teacher is None
+        else TeacherConfig(weights=teacher, rate=0.1 if teacher in ("ema", "trust_region") else None),
         tokens_per_microbatch=64,
         episodes=6,
         embedded=embedded,
@@ -70,6 +72,20 @@ def test_what_is_gathered_is_two_layers_the_heads_and_the_heads_gradient():
     assert largest_layer(SIZE) == 1000  # the embedding
     parts = memory(work(), stage=3, ranks=4)
     assert parts["gathered"] == 4 * 1000 + 100 * 2 + 2 * 1000 * 2 + 2 * 1000 * 2
+
+
+def test_a_trust_region_lays_two_heads_side_by_side_unless_no_head_trains_and_is_gathered_twice():
+    for stage in (2, 3):
+        one, both = (
+            memory(work(teacher=kind), stage=stage, ranks=4)["gathered"] for kind in ("frozen", "trust_region")
+        )
+        assert both == one + 2 * 1000 * 2
+    lora = LoraConfig(r=4)
+    assert len({memory(work(teacher=t, lora=lora), stage=3, ranks=4)["gathered"] for t in ("ema", "trust_region")}) == 1
+    sharding = Sharding(stage=3, ranks=4)
+    sent = [traffic(SIZE, work(teacher=t), sharding, microbatches=3) for t in ("frozen", "trust_region")]
+    one, two = ({part.name: part.bytes for part in parts}["teacher"] for parts in sent)
+    assert two == 2 * one
 
 
 def test_an_offload_moves_to_the_host():

@@ -36,6 +36,7 @@ def test_a_batch_size_in_numbers_is_an_error_that_names_our_key(key, ours):
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not supported: only data parallelism"),
         ({"autotuning": {"enabled": True}}, "autotuning is not supported: it would choose batch sizes"),
         ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow is not supported"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm is not supported"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum' is not supported"),
         ({"gradient_clipping": -1}, "gradient_clipping = -1 must be"),
         ({"optimizer": {"params": {"lr": 1}}}, 'optimizer.type = null must be a name, such as "AdamW"'),

@@ -53,9 +53,10 @@ def zero_settings(tiny_folder):
     """`zero_settings(out, stage=3, **sections)`: a run's settings as plain data; stage None is the local backend.
 
     `persistent` leaves ZeRO-3's threshold alone: then it keeps all of so small a model gathered between passes.
+    `zero` is added to its settings.
     """
 
-    def make(out, stage=None, *, persistent=False, **sections):
+    def make(out, stage=None, *, persistent=False, zero=None, **sections):
         data = {
             "method": "opsd",
             "out": str(out),
@@ -70,8 +71,8 @@ def zero_settings(tiny_folder):
             own = data.get(section)
             data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
         if stage is not None:
-            zero = {"stage": stage} | ({} if persistent else {"stage3_param_persistence_threshold": 0})
-            data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+            own = {"stage": stage} | ({} if persistent else {"stage3_param_persistence_threshold": 0}) | (zero or {})
+            data |= {"backend": "deepspeed", "deepspeed": {"zero_optimization": own}}
         return {key: value for key, value in data.items() if value is not None}
 
     return make
@@ -79,6 +80,16 @@ def zero_settings(tiny_folder):
 
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(WORKER.parent)}
+
+
+def end(process):
+    """End a launcher and the ranks, which have process groups of their own and which it ends when it is asked to."""
+    process.terminate()
+    try:
+        process.wait(timeout=45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +107,9 @@ def launch(tmp_path_factory):
             try:
                 code = process.wait(timeout=SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
                 code = None
+            finally:
+                end(process)
         assert code == 0, f"exit code {code}:\n{(folder / 'log').read_text()[-6000:]}"
 
     return run

@@ -16,7 +16,12 @@ from opd.launch.scaling import Sharding, Work, device_memory
 from opd.tracking import read_rows
 
 EMA = {"opsd": {"teacher": {"weights": "ema", "rate": 0.2}}}
-SIZES = {"zero-2": (2, "float32"), "zero-3": (3, "float32"), "zero-3-bf16": (3, "bfloat16")}
+SIZES = {
+    "zero-2": (2, {"dtype": "float32"}),
+    "zero-3": (3, {"dtype": "float32"}),
+    "zero-3-bf16": (3, {"dtype": "bfloat16"}),
+    "zero-3-lora": (3, {"dtype": "float32", "lora": {"r": 4}}),
+}
 CASES = {"zero-2": (2, {}), "zero-3": (3, EMA), "lora-3": (3, EMA | {"model": {"lora": {"r": 4}}})}
 
 
@@ -36,8 +41,8 @@ def runs(tmp_path_factory, zero_settings, launch):
 
     def measured(ranks):
         found = []
-        for name, (stage, dtype) in SIZES.items():
-            sections = {"model": {"dtype": dtype}, "train": {"tasks_per_step": 2}}
+        for name, (stage, model) in SIZES.items():
+            sections = {"model": model, "train": {"tasks_per_step": 2}}
             config = zero_settings(root / "unused", stage, **sections)
             found.append({"do": "measure", "config": config, "out": str(root / f"{name}-on-{ranks}.json")})
         return found
@@ -138,19 +143,20 @@ def test_the_json_is_kept_in_the_runs_own_settings(runs):
     json.dumps(config.dump())
 
 
-@pytest.mark.parametrize("name", ["zero-3", "zero-3-bf16"])
+@pytest.mark.parametrize("name", [name for name in SIZES if name.startswith("zero-3")])
 def test_two_ranks_hold_half_of_the_weights_and_the_optimiser_each(runs, name):
     one, two = (_sizes(runs, name, ranks) for ranks in (1, 2))
     assert two["weights"] + two["optimiser"] <= 0.55 * (one["weights"] + one["optimiser"])
     assert two["teacher"] <= 0.55 * one["teacher"]
+    assert two["gradients"] <= 0.55 * one["gradients"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", SIZES)
 def test_the_plan_counts_what_is_really_held(runs, tiny_folder, name, ranks):
-    stage, dtype = SIZES[name]
+    stage, model = SIZES[name]
     work = Work(
-        model=ModelConfig(name="x", dtype=dtype),
+        model=ModelConfig(name="x", **model),
         rollout=RolloutConfig(),
         teacher=TeacherConfig(weights="frozen", rate=None),
         tokens_per_microbatch=512,
@@ -161,10 +167,17 @@ def test_the_plan_counts_what_is_really_held(runs, tiny_folder, name, ranks):
     parts = device_memory(size_of_folder(Path(tiny_folder)), work, Sharding(stage=stage, ranks=ranks))
     counted = {part.name: part.bytes for part in parts}
     real = _sizes(runs, name, ranks)
-    for part in ("weights", "optimiser", "teacher"):
-        assert counted[part] == pytest.approx(real[part], rel=0.01), part
+    for part in ("weights", "gradients", "optimiser", "teacher"):
+        # ZeRO-2 cuts between parameters where it can, so that of so small a model one rank has more gradients.
+        assert counted[part] == pytest.approx(real[part], rel=0.03 if part == "gradients" else 0.01), part
     if stage == 3:
         assert counted["copy for rollouts"] == pytest.approx(real["copy for rollouts"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_run_that_is_closed_leaves_nothing_for_the_next_stage_to_stumble_over(runs, name):
+    sizes = _sizes(runs, name, 2)
+    assert sizes["left"] < 0.02 * sizes["weights"]
 
 
 def _sizes(runs, name, ranks):

@@ -29,10 +29,15 @@ def started(command, log, folder):
 
 
 def stopped(processes):
+    """End launchers and their ranks, which have process groups of their own and which they end when asked to."""
     for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=45)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def wait_for(condition, seconds, logs, processes=()):
@@ -102,8 +107,25 @@ def _rank(rank, path):
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_launch_of_several_processes_with_the_local_backend_is_refused_once(tmp_path, zero_settings):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(zero_settings(tmp_path / "run")))
+WRONG = {
+    "local": (
+        {"backend": "local"},
+        "error: backend = local is one process, but a launcher started 2: all would train the same. "
+        "Set backend: deepspeed, or start one.",
+    ),
+    "json": (
+        {"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}},
+        "error: run.yaml: deepspeed.optimizer.params.lr is missing, and the default is not train.lr. "
+        'Set "lr": "auto", or a number.',
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_loads(tmp_path, zero_settings, wrong):
+    changed, message = WRONG[wrong]
+    settings = zero_settings(tmp_path / "run", None if wrong == "local" else 3) | changed
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     log = tmp_path / "log"
     process = started(
         [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
@@ -113,11 +135,8 @@ def test_a_launch_of_several_processes_with_the_local_backend_is_refused_once(tm
     finally:
         stopped([process])
     assert process.returncode != 0
-    said = [line for line in log.read_text().splitlines() if line.startswith("error:")]
-    assert said == [
-        "error: backend = local is one process, but a launcher started 2: all would train the same. "
-        "Set backend: deepspeed, or start one."
-    ]
+    assert [line for line in log.read_text().splitlines() if line.startswith("error:")] == [message]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
 SYNCED = {"teacher": {"weights": "synced", "every": 2}}
 TRUST = {"teacher": {"weights": "trust_region", "rate": 0.3}}
+CPU = {"device": "cpu", "pin_memory": False}
 LORA = {"lora": {"r": 4}}
 GROUPS = {"opsd": None, "rollout": {"group_size": 2}}
 CASES = {
@@ -37,6 +38,7 @@ CASES = {
     "lora-frozen-2": (2, {"model": LORA}),
     "lora-frozen-3": (3, {"model": LORA}),
     "lora-ema-3": (3, {"model": LORA, "opsd": EMA}),
+    "offloaded-3": (3, {"opsd": EMA, "zero": {"offload_optimizer": CPU, "offload_param": CPU}}),
     "recomputed-3": (3, {"model": {"gradient_checkpointing": True}}),
     "two-updates-3": (3, {"train": {"updates_per_step": 2}}),
     "weighted-3": (3, {"weighting": {"entropy": 1.0}}),

@@ -52,8 +52,9 @@ def runs(tmp_path_factory, zero_settings, launch):
 
 
 def collected(folder):
+    """The rows, but for the settings that they are bound to."""
     lines = (folder / "data" / "revisions.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "origin"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("origin", "seal")} for line in lines]
 
 
 def measured(folder):

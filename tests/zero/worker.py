@@ -1,10 +1,11 @@
 """What the ranks of a test do: started as a script by a launcher, with a JSON file that says what.
 
 `replay` trains on recorded rollouts, and writes metrics and weights; `train` makes a whole run with `opd.train`;
-`measure` makes one step and writes what the first rank holds then; `copy` copies a folder; `fresh` makes a whole run
-and notes whether the engine samples from the weights that train.
+`measure` makes one step and writes what the first rank holds then and afterwards; `copy` copies a folder; `fresh` makes
+a whole run and notes whether the engine samples from the weights that train.
 """
 
+import gc
 import json
 import pickle
 import shutil
@@ -74,22 +75,38 @@ def spoil(loop, ranks, *, step):
 
 
 def measure(case):
-    """What the first rank holds after a step, in bytes of distinct storage."""
+    """What the first rank holds in a step, and once the run is closed, in bytes of distinct storage."""
+    sizes = sizes_of_a_step(case)
+    gc.collect()
+    sizes["left"] = size(found for found in gc.get_objects() if isinstance(found, torch.Tensor))
+    if join().first:
+        Path(case["out"]).write_text(json.dumps(sizes))
+
+
+def sizes_of_a_step(case):
     run = build(Config.from_dict(case["config"]), join())
+    optimizer, step, gradients = run.loop.backend._engine.optimizer, run.loop.backend.step, []
+
+    def measured():
+        flat = getattr(optimizer, "grad_partitions_flat_buffer", None)  # of ZeRO-3
+        lists = [[flat]] if flat is not None else optimizer.averaged_gradients.values()
+        gradients.append(size(gradient for own in lists for gradient in own))
+        return step()
+
+    run.loop.backend.step = measured
     run.loop.step(0)
-    optimizer = run.loop.backend._engine.optimizer
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO-3, of ZeRO-1 and 2
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     sizes = {
         "weights": size(map(held, run.loop.student.parameters())),
+        "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
         "teacher": size(run.loop.teacher.weights.values()),
         "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
     }
-    if run.loop.backend.ranks.first:
-        Path(case["out"]).write_text(json.dumps(sizes))
     run.close()
+    return sizes
 
 
 def fresh(case):
