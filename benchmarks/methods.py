@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,15 @@ class Result(Strict):
     seconds: float
 
 
-def play(config: Config, comparison: Comparison) -> Result:
-    """Train until the tokens are sampled, with evaluations on the way."""
+def play(config: Config, comparison: Comparison, tell: Callable[[Point], None] = lambda _: None) -> Result:
+    """Train until the tokens are sampled, with evaluations on the way, each of which is told of."""
     since = time.perf_counter()
     run = build(config)
     try:
-        points = list(_points(run, comparison.tokens, comparison.points))
+        points = []
+        for point in _points(run, comparison.tokens, comparison.points):
+            points.append(point)
+            tell(point)
     finally:
         run.close()
     return Result(settings=config.dump(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
@@ -169,6 +173,12 @@ def picture(path: Path, results: Mapping[str, Sequence[Result]], comparison: Com
     )
 
 
+def tell(name: str, point: Point) -> None:
+    """A line for whoever watches: a run that has collapsed can be stopped."""
+    outcome = f"{point.solved} of {len(point.outcomes)} solved"
+    print(f"{name}: {outcome} after {point.steps} steps, {point.sampled:,} tokens", flush=True)
+
+
 def read(path: Path) -> Comparison:
     """Raises ConfigError where the file holds no comparison."""
     try:
@@ -196,12 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = finished(path, config, comparison)
         wanted = label in (options.methods or [label]) and seed in (options.seeds or [seed])
         if result is None and wanted and not options.table:
-            result = play(config, comparison)
+            result = play(config, comparison, partial(tell, f"{label}, seed {seed}"))
             aside = path.with_suffix(".tmp")
             aside.write_text(result.model_dump_json(), encoding="utf-8")
             aside.rename(path)
-            last = result.points[-1]
-            print(f"{label}, seed {seed}: {last.solved} of {len(last.outcomes)}, {result.seconds:.0f} s", flush=True)
         if result is not None:
             results.setdefault(label, []).append(result)
     if not results:
