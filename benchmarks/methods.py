@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -84,11 +85,14 @@ class Moment(NamedTuple):
     over: bool = False
 
 
-def play(config: Config, comparison: Comparison) -> Result:
-    """Train until the tokens are sampled, with evaluations on the way."""
+def play(config: Config, comparison: Comparison, tell: Callable[[Point], None] = lambda _: None) -> Result:
+    """Train until the tokens are sampled, with evaluations on the way, each of which is told of."""
     since = time.perf_counter()
+    points = []
     with TemporaryDirectory() as folder:
-        points = list(_points(config, comparison, Path(folder)))
+        for point in _points(config, comparison, Path(folder)):
+            points.append(point)
+            tell(point)
     return Result(settings=config.dump(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
 
 
@@ -203,6 +207,12 @@ def picture(path: Path, results: Mapping[str, Sequence[Result]], comparison: Com
     )
 
 
+def tell(name: str, point: Point) -> None:
+    """A line for whoever watches: a run that has collapsed can be stopped."""
+    outcome = f"{point.solved} of {len(point.outcomes)} solved"
+    print(f"{name}: {outcome} after {point.steps} steps, {point.sampled:,} tokens", flush=True)
+
+
 def read(path: Path) -> Comparison:
     """Raises ConfigError where the file holds no comparison."""
     try:
@@ -230,12 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = finished(path, config, comparison)
         wanted = label in (options.methods or [label]) and seed in (options.seeds or [seed])
         if result is None and wanted and not options.table:
-            result = play(config, comparison)
+            result = play(config, comparison, partial(tell, f"{label}, seed {seed}"))
             aside = path.with_suffix(".tmp")
             aside.write_text(result.model_dump_json(), encoding="utf-8")
             aside.rename(path)
-            last = result.points[-1]
-            print(f"{label}, seed {seed}: {last.solved} of {len(last.outcomes)}, {result.seconds:.0f} s", flush=True)
         if result is not None:
             results.setdefault(label, []).append(result)
     if not results:
