@@ -53,7 +53,7 @@ def runs(tmp_path_factory, zero_settings, launch):
 
 def collected(folder):
     lines = (folder / "data" / "revisions.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "origin"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in ("origin", "seal")} for line in lines]
 
 
 def measured(folder):
