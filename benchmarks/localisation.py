@@ -17,6 +17,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from opd.envs.lookup import LookupEnv
 from opd.launch.build import Run, build
 from opd.launch.config import Config
@@ -40,6 +42,11 @@ class Scored(NamedTuple):
     """Divergence at each sampled token."""
     wrong: list[bool]
     """Whether each sampled token is in the wrong span."""
+
+    @property
+    def mass(self) -> float:
+        """The wrong span's share of the divergence."""
+        return sum(n for n, wrong in zip(self.nats, self.wrong, strict=True) if wrong) / sum(self.nats)
 
 
 def wrong_span(completions: Sequence[Sequence[int]], perfect: Sequence[Sequence[int]]) -> list[bool]:
@@ -82,7 +89,7 @@ def scored(run: Run, world: Any, attempts: int) -> list[Scored]:
 
 
 def measure(name: str, model: str, attempts: int, folder: Path) -> str:
-    """One row of the table; the attempt with the strongest objection goes into a picture."""
+    """One row of the table; a typical attempt goes into a picture."""
     env, world = WORLDS[name]
     config = Config.from_dict(
         {
@@ -97,12 +104,15 @@ def measure(name: str, model: str, attempts: int, folder: Path) -> str:
     run = build(config)
     try:
         found = scored(run, world(), attempts)
-        # Of the attempts of the usual length: one that rambles makes no picture.
+        # Of the attempts of the usual length, as one that rambles makes no picture, the one in the middle.
         usual = Counter(len(one.wrong) for one in found).most_common(1)[0][0]
-        best = max((one for one in found if len(one.wrong) == usual), key=lambda one: max(one.nats))
+        ranked = sorted((one for one in found if len(one.wrong) == usual), key=lambda one: one.mass)
+        typical = ranked[len(ranked) // 2]
         folder.mkdir(parents=True, exist_ok=True)
         title = f"a wrong attempt ({name}), shaded by how much its reviser objects"
-        episode_picture(folder / f"{name}.png", shaded(run, best), title=title)
+        path = folder / f"{name}.png"
+        episode_picture(path, shaded(run, typical), title=title)
+        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the bytes
     finally:
         run.close()
     tokens = sum(len(one.wrong) for one in found)

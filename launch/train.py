@@ -156,6 +156,8 @@ class _Course:
         with tracker.phase("prepare"):
             made = run.method.prepare(loop, self.out / "data")
         self.interrupted = loop.stopping()
+        if self.done == stage.first:
+            tracker.prepared(made)
         while self.done < stage.end and not self.interrupted:
             row, groups = loop.step(self.done - stage.first)
             row |= made if self.done == stage.first else {}

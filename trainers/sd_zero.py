@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import StageConfig, Strict, TeacherConfig, TrainConfig
+from opd.config import RolloutConfig, StageConfig, Strict, TeacherConfig, TrainConfig
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
@@ -115,6 +115,13 @@ class Revising(_Phase):
 
     def schedule(self, train: TrainConfig) -> TrainConfig:
         return self.config.revising.over(train)
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        if not self.collects:
+            return []
+        attempts = self.config.questions * rollout.group_size
+        revisions = f" and up to {attempts * self.config.revisions:,} revisions" if self.config.revisions else ""
+        return [f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"]
 
     def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
         config, file = self.config, TraceFile(folder / "revisions.jsonl", loop.origin)

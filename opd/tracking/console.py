@@ -85,9 +85,8 @@ class _State:
 
     @property
     def doing(self) -> str:
-        if self.phase is not None:
-            return self.phase
-        return f"{self.episodes} episodes" if self.episodes else "working"
+        played = [f"{self.episodes} episodes"] if self.episodes else []
+        return ", ".join([self.phase, *played] if self.phase else played) or "working"
 
     @property
     def sparkline(self) -> str:
@@ -131,14 +130,14 @@ class RunConsole:
     def phase(self, name: str) -> Iterator[None]:
         """Say that this is going on."""
         self._open()
-        self._state.phase = name
+        self._state.phase, self._state.episodes = name, 0
         try:
             yield
         finally:
-            self._state.phase = None
+            self._state.phase, self._state.episodes = None, 0
 
     def episode(self) -> None:
-        """One more episode of the step at hand is finished."""
+        """One more episode of the step at hand, or of the phase, is finished."""
         self._open()
         self._state.episodes += 1
 

@@ -85,6 +85,11 @@ class Tracker:
             self._wandb.log(step, plain)
         self._console.step(step, plain)
 
+    def prepared(self, made: Mapping[str, float]) -> None:
+        """Say what a stage made before its first step; the numbers are for the row of that step."""
+        if made:
+            self._console.say("prepared: " + ", ".join(f"{name} {value:.5g}" for name, value in made.items()))
+
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """An evaluation of the weights after `step` steps: a row of evals.jsonl.
 
@@ -156,6 +161,8 @@ class NoTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def prepared(self, made: Mapping[str, float]) -> None: ...
 
     def log_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None: ...
 

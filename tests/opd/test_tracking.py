@@ -573,7 +573,10 @@ def test_the_bar_shows_what_is_going_on():
     console, out = live_console()
     with console.phase("evaluate"):
         console._live.refresh()
-    assert "evaluate" in out.getvalue()
+        assert "evaluate" in out.getvalue()
+        console.episode()
+        console._live.refresh()
+        assert "evaluate, 1 episodes" in out.getvalue()
     console.episode()
     console.episode()
     console._live.refresh()

@@ -176,6 +176,15 @@ def test_the_switch_between_paper_and_code_makes_the_stages_and_their_losses():
         SdZeroConfig(generation=0, revision=0)
 
 
+def test_the_plan_tells_how_much_is_played_before_the_first_step():
+    first, *rest = SdZero(SdZeroConfig(questions=500, revisions=2, variant="code"), None).stages()
+    rollout = RolloutConfig(group_size=2)
+    assert first.advice(rollout)[0].startswith("phase 1 begins with 1,000 attempts and up to 2,000 revisions; ")
+    assert [stage.advice(rollout) for stage in rest] == [[], []]
+    [rejecting] = SdZero(SdZeroConfig(revisions=0, phases="revision"), None).stages()
+    assert rejecting.advice(rollout)[0].startswith("phase 1 begins with 512 attempts; ")
+
+
 @pytest.fixture
 def make_loop(make_scheduler, scripted_env, make_chat, make_model):
     """What `collect` asks of a loop, with a real scheduler; `rounds` counts what is played."""
