@@ -75,12 +75,17 @@ def spoil(loop, ranks, *, step):
 
 
 def measure(case):
-    """What the first rank holds in a step, and once the run is closed, in bytes of distinct storage."""
+    """What the first rank holds in a step, and what a closed run leaves, in bytes of distinct storage."""
+    before = alive()
     sizes = sizes_of_a_step(case)
-    gc.collect()
-    sizes["left"] = size(found for found in gc.get_objects() if isinstance(found, torch.Tensor))
+    sizes["left"] = alive() - before
     if join().first:
         Path(case["out"]).write_text(json.dumps(sizes))
+
+
+def alive():
+    gc.collect()
+    return size(found for found in gc.get_objects() if isinstance(found, torch.Tensor))
 
 
 def sizes_of_a_step(case):
