@@ -202,7 +202,7 @@ def picture(path: Path, results: Mapping[str, Sequence[Result]], comparison: Com
         ylabel="Solved held-out tasks",
         xlabel="Sampled tokens",
         title=comparison.title,
-        note=f"{seeds} seeds together, 95% intervals",
+        note=f"{seeds} seeds together, 95% intervals" if seeds != 1 else "1 seed, 95% intervals",
         percent=True,
     )
 
