@@ -233,18 +233,34 @@ class TraceFile:
                 file.write(json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n")
 
 
-def collect(
-    loop: Loop, file: TraceFile, reviser: Reviser, questions: int, revisions: int, *, revise_right: bool, whole: bool
-) -> list[dict[str, Any]]:
-    """Attempts at the first `questions` tasks of the run, and their revisions: as rows, which `file` holds too.
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What phase 1 plays: tasks, each attempted `rollout.group_size` times."""
 
-    Each task is attempted `rollout.group_size` times, and each attempt revised `revisions` times, as many tasks at a
-    time as there are episodes at once. What the file holds already is not played again, and is played again to the
-    same ids if it is cut there. Ends early, with what there is, once `loop.stopping()` holds.
+    questions: int
+    revisions: int
+    """Of each attempt."""
+    revise_right: bool
+    """Or of the wrong attempts only."""
+
+    def announced(self, group_size: int) -> str:
+        """What is ahead, for the plan."""
+        attempts = self.questions * group_size
+        revisions = f" and up to {attempts * self.revisions:,} revisions" if self.revisions else ""
+        return f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"
+
+
+def collect(
+    loop: Loop, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
+) -> list[dict[str, Any]]:
+    """Attempts at the first tasks of the run, and their revisions: as rows, which `file` holds too.
+
+    As many tasks at a time as there are episodes at once. What the file holds already is not played again, and is
+    played again to the same ids if it is cut there. Ends early, with what there is, once `loop.stopping()` holds.
 
     Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
     """
-    ranks, size = loop.backend.ranks, loop.rollout.group_size
+    ranks, size, questions = loop.backend.ranks, loop.rollout.group_size, collection.questions
     at_once = max(1, loop.rollout.concurrency // size)
     rows = ranks.from_first(file.read)
     if len(rows) < questions * size:
@@ -257,14 +273,14 @@ def collect(
     while len(rows) < questions * size and not loop.stopping():
         first = len(rows) // size
         tasks = [loop.task(i) for i in range(first, min(first + at_once, questions))]
-        more = _attempted(loop, tasks, file.origin, reviser, revisions=revisions, revise_right=revise_right)
+        more = _attempted(loop, tasks, file.origin, reviser, collection)
         ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
     return rows
 
 
 def _attempted(
-    loop: Loop, tasks: Sequence[Task], origin: str, reviser: Reviser, *, revisions: int, revise_right: bool
+    loop: Loop, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
 ) -> list[dict[str, Any]]:
     """A row for each attempt at these tasks."""
     from opd.rollout import derive_seed  # late: it needs torch
@@ -273,13 +289,14 @@ def _attempted(
     revised: dict[tuple[Task, int], TrajectoryGroup] = {}
     for member in range(loop.rollout.group_size):
         attempts = [t for group in groups for t in group.usable if t.member == member]
-        chosen = {t.task: t for t in attempts if revisions and (revise_right or not t.success)}
+        wanted = [t for t in attempts if collection.revisions and (collection.revise_right or not t.success)]
+        chosen = {t.task: t for t in wanted}
 
         def opening(task: Task, _: list[Message], __: Any, chosen: dict[Task, Trajectory] = chosen) -> list[int]:
             return reviser.opening(chosen[task], chosen[task].segments()[-1 if reviser.place == "reply" else 0])
 
         seed = derive_seed("revisions", loop.seed, member)
-        for group in loop.play(list(chosen), seed=seed, group_size=revisions, opening=opening):
+        for group in loop.play(list(chosen), seed=seed, group_size=collection.revisions, opening=opening):
             revised[group.task, member] = group
     return [
         to_row(origin, reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))

@@ -17,7 +17,7 @@ from opd.config import RolloutConfig, StageConfig, Strict, TeacherConfig, TrainC
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
-from opd.trainers.revisions import Part, Reviser, TraceFile, collect, summary, to_samples
+from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
 from opd.types import Sample, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
@@ -37,14 +37,9 @@ class SdZeroConfig(Strict):
     )
     questions: int = Field(256, ge=1, description="Phase 1: tasks that are attempted, rollout.group_size times each.")
     revisions: int = Field(
-        3,
-        ge=0,
-        description="Phase 1: revisions of each attempt. 0: none, and the attempts that were right are learned from "
-        "as they stand (rejection fine-tuning, the paper's baseline).",
+        3, ge=0, description="Phase 1: revisions of each attempt; 0 learns right attempts as they stand (RFT)."
     )
-    generation: float = Field(
-        1.0, ge=0, description="Phase 1: weight of attempt, cue and revision, said from the plain task; 0 is off."
-    )
+    generation: float = Field(1.0, ge=0, description="Phase 1: weight of attempt, cue, revision, said unasked; 0: off.")
     revision: float = Field(1.0, ge=0, description="Phase 1: weight of the revision, given the others; 0 is off.")
     place: Literal["prompt", "reply"] = Field(
         "prompt",
@@ -54,9 +49,7 @@ class SdZeroConfig(Strict):
     cue_right: str = Field(CUE_RIGHT, description="Said of an attempt that was right.")
     cue_wrong: str = Field(CUE_WRONG, description="Said of an attempt that was not, or that a limit cut.")
     max_teacher_tokens: int = Field(
-        32768,
-        ge=8,
-        description="Most tokens of what the teacher reads, and of a sequence of phase 1; longer is dropped.",
+        32768, ge=8, description="Most that the teacher reads, and of a sequence of phase 1; longer is dropped."
     )
     temperature: float = Field(1.0, gt=0, description="Phase 2: divides both sides' logits in the loss.")
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
@@ -65,10 +58,8 @@ class SdZeroConfig(Strict):
 
     @model_validator(mode="after")
     def _phase_1_learns_something(self) -> SdZeroConfig:
-        if not (self.generation or self.revision):
-            raise ValueError("sd_zero.generation = sd_zero.revision = 0: for phase 2 alone set phases: distillation")
-        if not (self.generation or self.revisions):
-            raise ValueError("sd_zero.revisions = 0 learns from attempts, by the weight sd_zero.generation; set that")
+        if not (self.generation or (self.revision and self.revisions)):
+            raise ValueError("sd_zero.generation = 0: phase 1 learns nothing; for phase 2 alone, phases: distillation")
         return self
 
 
@@ -85,12 +76,9 @@ class SdZero(Method):
             both = {"attempt": config.generation}
         parts = {part: weight for part, weight in both.items() if weight}
         split = [parts] if config.variant == "paper" else [{part: weight} for part, weight in parts.items()]
-        stages: list[Method] = []
-        if config.phases != "distillation":
-            stages += [Revising(config, self.chat, part, collects=number == 0) for number, part in enumerate(split)]
-        if config.phases != "revision":
-            stages.append(Distilling(config, self.chat))
-        return stages
+        first: list[Method] = [Revising(config, self.chat, part, collects=n == 0) for n, part in enumerate(split)]
+        second: list[Method] = [Distilling(config, self.chat)]
+        return {"revision": first, "distillation": second, "both": first + second}[config.phases]
 
 
 class _Phase(Method):
@@ -110,30 +98,18 @@ class Revising(_Phase):
 
     def __init__(self, config: SdZeroConfig, chat: ChatFormat, parts: dict[Part, float], *, collects: bool) -> None:
         super().__init__(config, chat)
-        self.parts = parts
-        self.collects = collects
+        self.parts, self.collects = parts, collects
+        self.collection = Collection(config.questions, config.revisions, revise_right=config.variant == "paper")
 
     def schedule(self, train: TrainConfig) -> TrainConfig:
         return self.config.revising.over(train)
 
     def advice(self, rollout: RolloutConfig) -> list[str]:
-        if not self.collects:
-            return []
-        attempts = self.config.questions * rollout.group_size
-        revisions = f" and up to {attempts * self.config.revisions:,} revisions" if self.config.revisions else ""
-        return [f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"]
+        return [self.collection.announced(rollout.group_size)] if self.collects else []
 
     def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
         config, file = self.config, TraceFile(folder / "revisions.jsonl", loop.origin)
-        rows = collect(
-            loop,
-            file,
-            self.reviser,
-            config.questions,
-            config.revisions,
-            revise_right=config.variant == "paper",
-            whole=loop.version > 0,  # then this phase has trained already
-        )
+        rows = collect(loop, file, self.reviser, self.collection, whole=loop.version > 0)
         if loop.stopping():
             return {}
         self.dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=file.path)

@@ -16,7 +16,7 @@ from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.ranks import Ranks
 from opd.rollout import task
 from opd.teacher import Teacher
-from opd.trainers.revisions import Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
+from opd.trainers.revisions import Collection, Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
 from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
 from opd.types import Sample, TeacherView
 
@@ -222,7 +222,8 @@ def make_loop(make_scheduler, scripted_env, make_chat, make_model):
 
 def gather(loop, chat, path, *, revisions=2, revise_right=True, place="prompt", whole=False):
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
-    return collect(loop, TraceFile(path, loop.origin), reviser, 5, revisions, revise_right=revise_right, whole=whole)
+    collection = Collection(5, revisions, revise_right=revise_right)
+    return collect(loop, TraceFile(path, loop.origin), reviser, collection, whole=whole)
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
