@@ -246,7 +246,8 @@ def test_an_interrupted_round_leaves_no_process_at_work(make_scheduler, tmp_path
 
 
 TRAINER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
 sys.path.insert(0, {here!r})
 from functools import partial
 from opd.envs.factory import make
