@@ -108,8 +108,8 @@ class Run:
         """Close the environments and the engine, and give the memory of training back."""
         self.loop.rollouts.close()
         self.held_out.close()
+        self.loop.backend.close()  # before vLLM, which may end the process groups that DeepSpeed still asks
         self.loop.rollouts.engine.close()
-        self.loop.backend.close()
 
 
 def build(

@@ -13,7 +13,7 @@ from opd.config import ModelConfig, RolloutConfig
 from opd.engines.vllm import common_arguments, engine_args
 from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer, server_command, server_environment
-from opd.engines.vllm_server import Replica, VllmServerEngine
+from opd.engines.vllm_server import Replica, Sharing, VllmServerEngine
 from opd.errors import ConfigError
 from opd.launch.checks import is_installed, is_loopback
 from opd.launch.config import Config
@@ -26,14 +26,13 @@ from opd.ranks import Ranks
 def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServerEngine:
     """The engine over this rank's share of `rollout.vllm.servers`, or over servers of its own, which end with it.
 
-    Raises ConfigError where there are fewer servers than ranks: each rank gives its servers the weights itself.
+    Where there are fewer servers than ranks, several ranks sample from one, and the first of them sends it the weights.
     """
     vllm = config.rollout.vllm
-    urls = vllm.servers[ranks.rank :: ranks.world_size]
-    if vllm.servers and not urls:
-        raise ConfigError(
-            f"rollout.vllm.servers names {len(vllm.servers)} for {ranks.world_size} ranks; each needs one"
-        )
+    count = len(vllm.servers)
+    shared = 0 < count < ranks.world_size
+    urls = [vllm.servers[ranks.rank % count]] if shared else ranks.share(vllm.servers)
+    run = ranks.from_first(lambda: secrets.token_hex(6)) if shared else ""
     with ExitStack() as stack:
         replicas = (
             [_replica(url, os.environ.get(vllm.api_key_env), config.rollout) for url in urls]
@@ -45,6 +44,7 @@ def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServe
             vllm,
             model=sizes(model.config.get_text_config()),
             concurrency=config.rollout.concurrency,
+            sharing=Sharing(run, sends=ranks.rank < count, wait=ranks.wait) if shared else None,
             on_close=stack.pop_all().close,
         )
 
@@ -93,9 +93,9 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
         )
     check_port(host, port)
     arguments = common_arguments(rollout, on_cpu=not has_gpu())
-    dtype = vllm.dtype if vllm.dtype != "auto" else model.dtype
-    if dtype != "auto":
-        arguments["dtype"] = dtype
+    dtypes = [dtype for dtype in (vllm.dtype, model.dtype) if dtype != "auto"]
+    # What a run would take: vLLM's own "auto" halves float32, and a run refuses log-probs that are so far off.
+    arguments["dtype"] = dtypes[0] if dtypes else "bfloat16" if has_gpu() else "float32"
     command = server_command(_served_name(model.name), arguments, host=host, port=port, keyed=bool(key))
     os.execve(command[0], command, server_environment(key))
 

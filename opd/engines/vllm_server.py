@@ -76,10 +76,23 @@ class _Flight:
     dropped: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Several ranks over the same servers: one of them sends the weights for all."""
+
+    run: str
+    """What the weights of this run are called, the same on all ranks."""
+    sends: bool
+    """Whether this rank gives its servers the weights; the others of a server only take part in gathering them."""
+    wait: Callable[[], object]
+    """Until every rank has come so far."""
+
+
 class VllmServerEngine:
     """Samples from servers that are up or will be within `rollout.vllm.restart_timeout`.
 
     `model` holds the sizes of the model that trains (`opd.engines.vllm_http.sizes`), its vocabulary among them.
+    `sharing` is given where there are fewer servers than ranks.
     """
 
     def __init__(
@@ -89,9 +102,11 @@ class VllmServerEngine:
         *,
         model: dict[str, int],
         concurrency: int,
+        sharing: Sharing | None = None,
         on_close: Callable[[], None] = _nothing,
     ) -> None:
         self.policy_version = 0
+        self._sharing = sharing
         self._config = config
         self._model = model
         self._replicas = list(replicas)
@@ -234,15 +249,24 @@ class VllmServerEngine:
         """
         self._check_idle("update_weights")
         first = self._weights is None
-        self._weights, self._label = weights, f"{self._run}-{version}"
+        self._weights = weights
+        self._label = f"{self._sharing.run if self._sharing else self._run}-{version}"
         self.policy_version = version
         for replica in self._replicas:
             replica.label = ""
-        deadline = time.monotonic() + self._config.restart_timeout
-        up = self._wait_for(self._replicas, len(self._replicas) if first else 1, deadline)
-        self._push(up)
-        if not any(replica.label for replica in self._replicas):
-            self._bring_back(up[0])
+        if self._sharing is None or self._sharing.sends:
+            deadline = time.monotonic() + self._config.restart_timeout
+            up = self._wait_for(self._replicas, len(self._replicas) if first else 1, deadline)
+            self._push(up)
+            if not any(replica.label for replica in self._replicas):
+                self._bring_back(up[0])
+        elif weights.collective:
+            for _ in weights:
+                pass  # gathered here as well, for the rank that sends them
+        if self._sharing is not None:
+            self._sharing.wait()
+            for replica in self._replicas:
+                self._bring_back(replica)
 
     def _push(self, replicas: Sequence[Replica]) -> None:
         """One pass over the weights to several replicas; one that fails on the way is left without a label."""
@@ -284,9 +308,10 @@ class VllmServerEngine:
                 if self._holds_ours(replica):  # a broken connection is not a dead server
                     replica.label = self._label
                     replica.epoch += 1
-                elif self._weights.collective:
+                elif self._weights.collective or self._sharing is not None:
+                    whose = "sharded ones" if self._weights.collective else "those of a server that ranks share"
                     raise EngineError(
-                        f"{replica.server.url} lost its weights ({replica.trouble}), and sharded ones cannot be sent "
+                        f"{replica.server.url} lost its weights ({replica.trouble}), and {whose} cannot be sent "
                         "again in the middle of a step. Go on with --resume."
                     )
                 else:

@@ -1,24 +1,54 @@
-"""The whole shape: OPSD on a tool environment, ZeRO-3 on two ranks, and vLLM in each of them, or as its server."""
+"""The whole shape: OPSD on a tool environment, ZeRO-3 on two ranks, and vLLM in each of them, or as its
+server, or as one server for both."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
+import yaml
 
 from opd.tracking import read_rows
 
 pytest.importorskip("vllm", reason="the real vLLM is not installed")
-ENGINES = ("vllm_server", "vllm")  # in this order: an engine in process, when it is closed, ends the process groups
+ENGINES = (
+    "vllm_server",
+    "one_server",
+    "vllm",
+)  # in this order: an engine in process, when it is closed, ends the process groups
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, zero_settings, launch):
+def served(tmp_path_factory, zero_settings):
+    """The port of a server that stands by itself, which both ranks share."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "run.yaml").write_text(yaml.safe_dump(zero_settings(folder / "out", rollout={"engine": "vllm_server"})))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "opd.launch.cli", "serve", str(folder / "run.yaml"), "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    yield port
+    server.terminate()
+    server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, zero_settings, launch, served):
     """Three steps with each engine; every step but the first samples after an update."""
     root = tmp_path_factory.mktemp("whole")
 
-    def case(engine):
+    def case(name):
+        engine = "vllm" if name == "vllm" else "vllm_server"
         rollout = {"engine": engine, "deterministic": False, "concurrency": 8}
+        if name == "one_server":
+            rollout["vllm"] = {"servers": [f"http://127.0.0.1:{served}"]}
         train = {"steps": 3, "tasks_per_step": 4, "lr": 1e-2}
-        return {"do": "fresh", "config": zero_settings(root / engine, 3, rollout=rollout, train=train)}
+        return {"do": "fresh", "config": zero_settings(root / name, 3, rollout=rollout, train=train)}
 
     launch([case(engine) for engine in ENGINES])
     return root
