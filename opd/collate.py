@@ -55,6 +55,10 @@ class Batch:
     """[N] float32, or None where the student is still what it was when the rollouts were played."""
     teacher_logprobs: Tensor | None = None
     """[N] float32, where the teacher's word was stored; None where it reads for itself, or was not asked."""
+    teacher_top_ids: Tensor | None = None
+    """[N, k] long, where the teacher's likeliest ids were stored; None elsewhere."""
+    teacher_top_logprobs: Tensor | None = None
+    """[N, k] float32 of these."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -138,6 +142,12 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
             raise ValueError(f"a micro-batch mixes samples with and without {name}")
         return None if any(missing) else sampled(name)
 
+    top = [s for s in samples if s.teacher_top_ids is not None and s.teacher_top_logprobs is not None]
+    if top and len(top) < len(samples):
+        raise ValueError("a micro-batch mixes samples with and without a stored top k")
+    top_ids = [row for s in top for row in s.teacher_top_ids or []]
+    top_logprobs = [row for s in top for row in s.teacher_top_logprobs or []]
+
     return Batch(
         input_ids=ids,
         rows=_flat_rows([s.rows for s in samples], ids.shape[1]),
@@ -154,6 +164,8 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         old_logprobs=sampled_or_none("old_logprobs"),
         # Where there are views, what the teacher said before training has done its work, in the weights.
         teacher_logprobs=None if views else sampled_or_none("teacher_logprobs"),
+        teacher_top_ids=torch.tensor(top_ids, dtype=torch.long) if top else None,
+        teacher_top_logprobs=torch.tensor(top_logprobs, dtype=torch.float32) if top else None,
     )
 
 

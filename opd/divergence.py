@@ -35,6 +35,9 @@ Kind = Literal["forward_kl", "reverse_kl", "jsd", "mixed_kl"]
 `(1 - beta)` of the first and `beta` of the second."""
 Support = Literal["teacher", "student"]
 
+LEAST_TAIL = 1e-7
+"""Stored log-probs are rounded, so that k of them may add up to 1: less than this is not taken for the rest."""
+
 COMPILE = True
 """On a GPU, `torch.compile` the work on a tile; False runs it operation by operation, as on a CPU."""
 
@@ -175,6 +178,45 @@ def weighted_divergence(
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
     student, start, logged = _prepare(*sides, rule, temperature, chunk_size)
     total, values = weighted_sum(student_hidden, student, start, weights)
+    return WeightedDivergence(total, _finite(values), *logged)
+
+
+def stored_divergence(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    kind: Kind,
+    *,
+    weights: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    tail: bool = True,
+    chunk_size: int | None = None,
+) -> WeightedDivergence:
+    """`weighted_divergence` from a teacher of whom only the likeliest entries are known: ids and log-probs [N, k].
+
+    The log-probs are the teacher's at `temperature`. With `tail` all other entries together are one more; its mass
+    under the teacher is what the k leave of 1, at least `LEAST_TAIL`. Of the entropies only the student's is known.
+
+    Raises:
+        ConfigError: an unknown kind, or an option outside its range.
+        DataError: shapes that do not match.
+    """
+    if top_ids.shape != top_logprobs.shape or top_ids.ndim != 2 or len(top_ids) != len(student_hidden):
+        shapes = [list(t.shape) for t in (student_hidden, top_ids, top_logprobs)]
+        raise DataError(f"hidden states, ids and log-probs of the top k do not match: {shapes}")
+    student = Projection.of(student_hidden, student_head, temperature, chunk_size)
+    tail = tail and top_ids.shape[1] < student.head.vocabulary  # the whole vocabulary leaves no tail
+    rule = _Rule.of(kind, beta, None, top_ids.shape[1], "teacher", tail)
+    teacher = top_logprobs.detach().to(student.dtype)
+    mass = teacher.exp().sum(-1, keepdim=True)
+    teacher = torch.cat([teacher, (1 - mass).clamp(min=LEAST_TAIL).log()], -1) if tail else teacher.log_softmax(-1)
+    columns = torch.zeros(4, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
+    logged = _Logged(*columns)
+    logged.teacher_entropy.fill_(torch.nan)
+    logged.kept.copy_(mass.squeeze(-1).clamp(max=1))
+    total, values = weighted_sum(student_hidden, student, partial(_StoredTile, rule, top_ids, teacher, logged), weights)
     return WeightedDivergence(total, _finite(values), *logged)
 
 
@@ -330,6 +372,33 @@ class _DivergenceTile:
             (gradient,) = torch.autograd.grad(values, leaf, weight.squeeze(-1))
             logits.copy_(gradient)
         return values.detach()
+
+
+class _StoredTile:
+    """The divergence of a tile from what is known of the teacher: its likeliest ids, and their log-probs and tail."""
+
+    def __init__(self, rule: _Rule, ids: Tensor, teacher: Tensor, logged: _Logged) -> None:
+        self.rule, self.ids, self.teacher, self.logged = rule, ids, teacher, logged
+
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+        values = logits.new_empty(len(logits))
+        for part in tiles(len(logits), row_block(logits)):
+            ids, teacher = self.ids[rows][part], self.teacher[rows][part]
+            with torch.enable_grad():
+                leaf = logits[part].detach().requires_grad_(weights is not None)
+                student = leaf.log_softmax(-1)
+                told = _with_tail(student, ids) if self.rule.tail else student.gather(-1, ids).log_softmax(-1)
+                found: Tensor = _FromLogProbs.apply(told, teacher, self.rule)
+            own = student.detach()
+            p = own.exp()
+            kept = self.logged.kept[rows][part]
+            kept.copy_(torch.minimum(kept, p.gather(-1, ids).sum(-1)))
+            self.logged.student_entropy[rows][part].copy_(entropy_of(own, p))
+            if weights is not None:
+                (gradient,) = torch.autograd.grad(found, leaf, weights[part])
+                logits[part].copy_(gradient)
+            values[part] = found.detach()
+        return values
 
 
 class _Rows(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd.errors import DataError
-from opd.head import Head, Projection, per_token, row_block, tiles, weighted_sum
+from opd.errors import ConfigError, DataError
+from opd.head import Head, Projection, Projector, per_token, row_block, tiles, weighted_sum
 
 
 class Scored(NamedTuple):
@@ -58,6 +58,28 @@ def chunked_scores(
     projection = _projection(hidden, head, token_ids, temperature, chunk_size)
     entropy = torch.empty(len(hidden), dtype=projection.dtype, device=hidden.device)
     return Scored(per_token(hidden, projection, partial(_LogProbTile, token_ids, entropy)), entropy)
+
+
+@torch.no_grad()
+def chunked_top_k(
+    hidden: Tensor, head: Head | Tensor, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `top_k` likeliest ids after hidden states `[N, H]`, likeliest first, and their log-probs: `[N, k]` each.
+
+    Raises ConfigError for an option outside its range.
+    """
+    projection = Projection.of(hidden, head, temperature, chunk_size)
+    if not 1 <= top_k <= projection.head.vocabulary:
+        raise ConfigError(f"top_k = {top_k}: must be between 1 and the vocabulary's {projection.head.vocabulary}")
+    ids = torch.empty(len(hidden), top_k, dtype=torch.long, device=hidden.device)
+    values = torch.empty(len(hidden), top_k, dtype=projection.dtype, device=hidden.device)
+    projector = Projector(projection)
+    for rows in tiles(len(hidden), projection.size):
+        logits = projector.logits(hidden[rows])
+        for part in tiles(len(logits), row_block(logits)):
+            top = logits[part].log_softmax(-1).topk(top_k, dim=-1)
+            values[rows][part], ids[rows][part] = top.values, top.indices
+    return ids, values
 
 
 def chunked_entropy(

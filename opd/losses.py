@@ -32,7 +32,8 @@ class Distill:
     """The exact divergence between teacher and student, over the full vocabulary or over its top k."""
 
     kind: Divergence
-    temperature: float
+    temperature: float | None
+    """Divides both sides' logits; None: the sampling temperature, at which a stored teacher's word was taken."""
     beta: float = 0.5
     clip: float | None = None
     """OPSD's point-wise clip: no vocabulary entry adds more than this many nats."""

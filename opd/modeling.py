@@ -38,6 +38,8 @@ class CausalModel(nn.Module):
         # In a tuple, which torch does not look into: asking the linear layer for a sharded weight gathers it for good.
         weight: Any = linear.weight  # a parameter; torch's own annotation says only that it is a tensor
         self._head: tuple[nn.Parameter, nn.Parameter | None] = (weight, linear.bias)
+        self.vocabulary = int(weight.shape[0])
+        """Rows of the head; beyond the tokenizer's ids they are padding."""
         self._check_head()
 
     @property

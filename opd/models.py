@@ -73,6 +73,36 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
     return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops))
 
 
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Raises ModelError when it cannot be loaded."""
+    source, options = _source(config.name)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"the tokenizer of {config.name!r} cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | None = None) -> CausalModel:
+    """A model that teaches `student`, in its type of weights, with nothing that trains.
+
+    Raises ModelError when it cannot be loaded, or knows fewer ids than the student.
+    """
+    dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
+    plain = ModelConfig.model_validate(
+        {"name": config.name, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    )
+    teacher = load(plain, device=device).model
+    if teacher.vocabulary < student.vocabulary:
+        raise ModelError(
+            f"the teacher {config.name!r} has {teacher.vocabulary} rows in its head, the student "
+            f"{student.vocabulary}: it has nothing to say about the rest, which the student may sample"
+        )
+    return teacher.requires_grad_(False)
+
+
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     if name == "smollm2":
         return str(smollm2_folder()), {}

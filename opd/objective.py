@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.advantage import chunked_advantages
 from opd.collate import Batch
-from opd.divergence import weighted_divergence
+from opd.divergence import stored_divergence, weighted_divergence
 from opd.estimators import estimator_loss
 from opd.head import Head
 from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
@@ -89,9 +89,9 @@ def objective(
 ) -> Objective:
     """The student's forward pass, then every component that the method asked for.
 
-    `taught` is the teacher's side; it may be None where nothing is distilled, or only sampled tokens whose
-    teacher's log-probs the batch holds. With `meter` the variance of the sampled-token gradient is measured, with and
-    without a baseline, for about what two forward projections cost.
+    `taught` is the teacher's side; it may be None where nothing is distilled, or only from what the batch holds of the
+    teacher: log-probs of the sampled tokens, or its top k. With `meter` the variance of the sampled-token gradient is
+    measured, with and without a baseline, for about what two forward projections cost.
     """
     hidden = student(batch.input_ids, batch.rows)
     run = _Pass(batch=batch, sampler=sampler, hidden=hidden, head=student.head())
@@ -101,6 +101,8 @@ def objective(
         loss = loss + _policy(run, losses.policy)
     if isinstance(losses.distill, Distill) and taught is not None:
         loss = loss + _distill(run, losses.distill, taught)
+    elif isinstance(losses.distill, Distill) and batch.teacher_top_ids is not None:
+        loss = loss + _stored(run, losses.distill)
     if isinstance(losses.distill, SampledDistill) and (taught or batch.teacher_logprobs is not None):
         loss = loss + _sampled(run, losses.distill, taught)
     if meter and taught is not None:
@@ -164,7 +166,7 @@ def _distill(run: _Pass, distill: Distill, taught: Taught) -> Tensor:
         taught.head,
         distill.kind,
         beta=distill.beta,
-        temperature=distill.temperature,
+        temperature=distill.temperature or run.sampler.temperature,
         clip=distill.clip,
         top_k=distill.top_k,
         support=distill.support,
@@ -179,6 +181,28 @@ def _distill(run: _Pass, distill: Distill, taught: Taught) -> Tensor:
         run.note("clipped", part.clipped, where)
     if distill.top_k is not None:
         run.note("kept", part.kept, where)
+    return part.total
+
+
+def _stored(run: _Pass, distill: Distill) -> Tensor:
+    """The divergence from what was stored of the teacher: its top k."""
+    batch = run.batch
+    assert batch.teacher_top_ids is not None
+    assert batch.teacher_top_logprobs is not None
+    part = stored_divergence(
+        run.hidden,
+        run.head,
+        batch.teacher_top_ids,
+        batch.teacher_top_logprobs,
+        distill.kind,
+        weights=run.weights("distill_weight"),
+        beta=distill.beta,
+        temperature=distill.temperature or run.sampler.temperature,
+        tail=distill.tail,
+    )
+    run.note("nats", part.per_token)
+    run.note("kept", part.kept)
+    run.note("entropy", part.student_entropy)
     return part.total
 
 

@@ -1,17 +1,18 @@
-"""Who teaches: the student's own network under other weights, without a second copy of it.
+"""Who teaches: the student's own network under other weights, without a second copy of it, or another model.
 
 `live` is the student as it is. `frozen`, `ema` and `synced` are weights by name that take the place of the student's
 for one forward pass: only what trains needs a copy, so that with LoRA a frozen teacher costs the adapters'
 initial values and nothing more. Of sharded weights each rank keeps its own slices, as it does of the student's.
-`trust_region` listens to both, the frozen one and the live one, for two forward passes.
+`trust_region` listens to both, the frozen one and the live one, for two forward passes. `external` is a model of its
+own (`opd.models.load_teacher`), here or behind servers, which never changes and is never saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from opd.errors import CheckpointError, ModelError
 from opd.head import Head
 from opd.modeling import CausalModel
 from opd.ranks import Ranks
+from opd.served_teacher import ServedTeacher
 from opd.sharding import full_shape, held, is_sharded, part_of, swapped
 
 
@@ -34,16 +36,37 @@ class Taught(NamedTuple):
 
 
 class Teacher:
-    """Scores sequences with weights derived from the student's."""
+    """Scores sequences with weights derived from the student's, or with a model of its own.
 
-    def __init__(self, config: TeacherConfig, student: CausalModel) -> None:
+    `other` is that model, of `external` alone, or `served` the servers that hold it, which answer ahead of a pass and
+    are not taught by; `fingerprint` tells it from any other. `look` runs what uses it, where
+    it is in slices (`opd.backends.zero.ZeroModel`), and `close` gives its memory back.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        student: CausalModel,
+        other: CausalModel | None = None,
+        *,
+        served: ServedTeacher | None = None,
+        fingerprint: str = "",
+        look: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        assert (config.weights == "external") == ((other or served) is not None)
         self.config = config
         self.student = student
+        self.other = other
+        self.served = served
+        self.fingerprint = fingerprint
+        self.close = close
+        self._look = look
         self.updates = 0
         """Optimiser updates that it was told of; a resumed run sets it."""
         # An average that moves by a rate of 0.01 a step stands still in bfloat16: it is kept in float32.
         self.weights: dict[str, Tensor] = {}
-        if config.weights != "live":
+        if config.weights not in ("live", "external"):
             dtype = torch.float32 if config.weights == "ema" else None
             self.weights = {
                 name: held(parameter).clone().to(dtype=_wider(parameter, dtype))
@@ -60,6 +83,10 @@ class Teacher:
         """The teacher's side of a micro-batch. Raises ValueError if the batch holds no teacher's views."""
         if batch.teacher_ids is None or batch.teacher_rows is None:
             raise ValueError("the method distils, but the samples hold no teacher's view")
+        if self.other is not None:
+            other, ids, rows = self.other, batch.teacher_ids, batch.teacher_rows
+            taught: Taught = self._look(lambda: Taught(other(ids, rows), self._others_head(other)))
+            return taught
         with self._in_place():
             own = Taught(self.student(batch.teacher_ids, batch.teacher_rows), self._head())
         if self.config.weights != "trust_region":
@@ -70,6 +97,10 @@ class Teacher:
     @torch.no_grad()
     def head(self) -> Head:
         """The teacher's map from hidden states to logits."""
+        if self.other is not None:
+            other = self.other
+            head: Head = self._look(lambda: self._others_head(other))
+            return head
         with self._in_place():
             own = self._head()
         return self._mixed_head(own) if self.config.weights == "trust_region" else own
@@ -83,6 +114,12 @@ class Teacher:
             softcap=head.softcap,
             scale=head.scale,
         )
+
+    def _others_head(self, other: CausalModel) -> Head:
+        """Of another model, without the rows of padding that it has beyond the student's."""
+        head, rows = other.head(), self.student.vocabulary
+        bias = None if head.bias is None else head.bias.detach()[:rows]
+        return Head(head.weight.detach()[:rows], bias=bias, softcap=head.softcap, scale=head.scale)
 
     def _mixed_hidden(self, own: Tensor, live: Tensor) -> Tensor:
         """Hidden states whose logits are `(1 - rate) * own's + rate * live's`: [N, H], or [N, 2H] for both heads.

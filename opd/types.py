@@ -247,6 +247,10 @@ class Sample:
     """The teacher's, at the sampled ids, where they were scored before training."""
     teacher_entropy: list[float] | None = None
     """Nats of the teacher's whole distribution, where it was scored before training."""
+    teacher_top_ids: list[list[int]] | None = None
+    """[N, k] the teacher's likeliest ids at each of the N sampled tokens, where they were stored."""
+    teacher_top_logprobs: list[list[float]] | None = None
+    """[N, k] nats of these."""
     teacher_view: TeacherView | None = None
     task: Task | None = None
     member: int = 0
@@ -262,6 +266,9 @@ class Sample:
             stream = getattr(self, name)
             if stream is not None and len(stream) != size:
                 raise DataError(f"sample.{name} has {len(stream)} entries for {size} tokens")
+        for top in (self.teacher_top_ids, self.teacher_top_logprobs):
+            if top is not None and len(top) != sum(self.completion_mask):
+                raise DataError(f"a teacher's top k of {len(top)} tokens, but {sum(self.completion_mask)} were sampled")
         if self.completion_mask and self.completion_mask[0]:
             raise DataError("the first token of a sample cannot be trained: no row predicts it")
         for name in WEIGHTS:

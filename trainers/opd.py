@@ -1,0 +1,121 @@
+"""OPD: the student acts, and another, stronger model that sees the same prompt scores the student's own tokens.
+
+Source: on-policy distillation as in the recipe of tinker-cookbook (`form: sampled`: the advantage of a token is the
+teacher's log-prob less the student's), GKD (arXiv 2306.13649: `full`, `top_k`), and vOPD (arXiv 2605.07865: `baseline`;
+its own name, `method: vopd`, is this one with the baseline on). Here an episode may have many turns: every token that
+was sampled is scored, in the conversation that it was sampled in.
+
+Left out: discounted sums of later log-ratios (the recipe's default discount is 0), teachers with another tokenizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from opd.config import RolloutConfig, TeacherConfig
+from opd.losses import Losses
+from opd.trainers.base import Method, register
+from opd.trainers.forms import FormConfig
+from opd.trainers.grpo import PolicyConfig
+from opd.types import Message, Sample, TrajectoryGroup, to_sample
+
+UNPAID = (
+    "rewards add nothing: an episode is compared with others of its task, and there are none (rollout.group_size = 1)"
+)
+
+
+class OpdConfig(FormConfig):
+    """Settings of `method: opd`."""
+
+    teacher: TeacherConfig = Field(description="Who teaches: `weights: external` and its `model`.")
+    form: Literal["full", "top_k", "sampled"] = Field(
+        "sampled",
+        description="The sampled token alone (a policy gradient), or whole distributions, or the `top_k` likeliest "
+        "entries (of `support`) and the rest as one.",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "reverse_kl", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+    )
+    teacher_chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."
+    )
+    policy_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the reward's policy gradient, beside one less this of the teacher; 0 leaves rewards out.",
+    )
+    policy: PolicyConfig = Field(
+        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
+    )
+
+    @field_validator("teacher")
+    @classmethod
+    def _somebody_else_teaches(cls, teacher: TeacherConfig) -> TeacherConfig:
+        if teacher.weights != "external":
+            raise ValueError(
+                f"teacher.weights = {teacher.weights} would see what the student sees and say the same; set weights: "
+                "external and model, or choose a method whose teacher sees more (opsd, sdpo)"
+            )
+        return teacher
+
+    @model_validator(mode="after")
+    def _policy_settings_need_a_share(self) -> OpdConfig:
+        if not self.policy_share and self.policy != PolicyConfig():
+            raise ValueError("policy has no effect while policy_share = 0; set a share, or remove it")
+        return self
+
+
+@register("opd", OpdConfig)
+class Opd(Method):
+    """On-policy distillation from another model that sees the same prompt (OPD)."""
+
+    config: OpdConfig
+
+    @property
+    def losses(self) -> Losses:
+        config, share = self.config, self.config.policy_share
+        return Losses(
+            policy=config.policy.loss(coef=share) if share else None,
+            distill=config.loss(coef=1 - share),
+            reduction=config.reduction,
+        )
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        return self.config.teacher
+
+    def advice(self, rollout: RolloutConfig) -> list[str]:
+        notes = [UNPAID] if self.config.policy_share and rollout.group_size == 1 else []
+        if self.config.baseline and rollout.truncated:
+            notes.append(
+                "a baseline is without bias for tokens of the whole distribution, not with rollout.top_p, top_k"
+            )
+        return notes
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        share = 1.0 if self.config.policy_share else 0.0
+        advantages = self.config.policy.advantages(group.usable)
+        samples = []
+        for trajectory, advantage in zip(group.usable, advantages, strict=True):
+            for segment in trajectory.segments():
+                view = self.chat.view(trajectory, segment, _as_it_is, **self.config.teacher_chat_template_kwargs)
+                samples.append(
+                    to_sample(
+                        trajectory,
+                        segment,
+                        view=view,
+                        distill=1.0,
+                        policy=share,
+                        advantage=share * advantage,
+                        route="distill",
+                    )
+                )
+        return samples
+
+
+def _as_it_is(turn: int, messages: list[Message]) -> list[Message]:
+    """The teacher reads what the student read."""
+    return messages
