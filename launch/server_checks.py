@@ -10,14 +10,14 @@ import errno
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
-from opd.config import RolloutConfig
+from opd.config import RolloutConfig, TeacherConfig
 from opd.errors import ConfigError
 from opd.launch.problems import Problem, did_you_mean, nearest
 
@@ -61,40 +61,86 @@ def check_servers(rollout: RolloutConfig) -> None:
     """Raises ConfigError for the first of `rollout.vllm.servers` that a run could not use."""
     if rollout.engine == "vllm_server":
         for url in rollout.vllm.servers:
-            _check_server(url.rstrip("/"), rollout)
+            name = f"rollout.vllm.servers: {url}"
+            key = _Key(rollout.vllm.api_key_env, "rollout.vllm.api_key_env")
+            held, models = _asked(url, name, key, ("/weight_info", "/v1/models"), start="opd serve FILE --port N")
+            if held.status_code != httpx.codes.OK:
+                raise ConfigError(
+                    f"{name} is not a server that takes weights (/weight_info: status {held.status_code}). "
+                    "Start it with `opd serve FILE --port N`."
+                )
+            longest = _longest(models)
+            if longest is not None and longest < rollout.max_length:
+                raise ConfigError(
+                    f"{name} takes sequences of at most {longest} ids, but rollout.max_length = {rollout.max_length}. "
+                    f"Start it with `opd serve FILE --rollout.max_length {rollout.max_length}`, or lower it here."
+                )
 
 
-def _check_server(url: str, rollout: RolloutConfig) -> None:
-    vllm = rollout.vllm
-    key = os.environ.get(vllm.api_key_env)
-    where = f"rollout.vllm.servers: {url}"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=PROBE_SECONDS, trust_env=False) as client:
-        try:
-            up = client.get("/health").status_code == httpx.codes.OK
-            held = client.get("/weight_info")
-            models = client.get("/v1/models")
-        except httpx.HTTPError as error:
+def check_teaching_servers(teacher: TeacherConfig, max_length: int, section: str) -> None:
+    """Raises ConfigError for the first of the servers that cannot be asked about `max_length` ids.
+
+    `section` is where the teacher's settings stand, for messages.
+
+    To score a sequence vLLM samples one id more. A teacher that sees more than the student may need a longer one yet.
+    """
+    for url in teacher.servers:
+        name, start = f"{section}.servers: {url}", f"opd serve FILE --model {teacher.model}"
+        key = _Key(teacher.api_key_env, f"{section}.api_key_env")
+        [models] = _asked(url, name, key, ("/v1/models",), start=f"{start} --port N")
+        if models.status_code != httpx.codes.OK or not _named(models):
             raise ConfigError(
-                f"{where} does not answer ({error or type(error).__name__}). Start it with `opd serve FILE --port N`, "
-                f"and wait until it is up: until curl -sf {url}/health; do sleep 1; done"
+                f"{name} is no vLLM server: /v1/models names no model (status {models.status_code}). Start one with "
+                f"`{start} --port N`."
+            )
+        longest = _longest(models)
+        if longest is not None and longest <= max_length:
+            raise ConfigError(
+                f"{name} takes sequences of at most {longest} ids, but one of rollout.max_length = {max_length} and "
+                f"the id that it has to sample are more. Start it with `{start} --rollout.max_length "
+                f"{max_length + 1}` or more, or lower it here."
+            )
+
+
+class _Key(NamedTuple):
+    """Where a server's key stands, and the setting that says so."""
+
+    variable: str
+    setting: str
+
+
+def _asked(url: str, name: str, key: _Key, paths: Sequence[str], *, start: str) -> list[httpx.Response]:
+    """What a server that is up says at these paths. Raises ConfigError where it is not, or does not take the key."""
+    value = os.environ.get(key.variable)
+    if value is not None and not (value.isascii() and value.isprintable()):
+        raise ConfigError(
+            f"the environment variable {key.variable} ({key.setting}) holds what no key can: {value!r:.20}"
+        )
+    headers = {"Authorization": f"Bearer {value}"} if value else {}
+    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=PROBE_SECONDS, trust_env=False) as client:
+        try:
+            health, *answers = [client.get(path) for path in ("/health", *paths)]
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(
+                f"{name} does not answer ({error or type(error).__name__}). Start it with `{start}`, "
+                f"and wait until it is up: until curl -sf {url.rstrip('/')}/health; do sleep 1; done"
             ) from error
-    if held.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+    if any(answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN) for answer in answers):
         raise ConfigError(
-            f"{where} does not take {'the key of' if key else 'requests without a key, and there is none in'} the "
-            f"environment variable {vllm.api_key_env} (rollout.vllm.api_key_env). Set it to the server's."
+            f"{name} does not take {'the key of' if value else 'requests without a key, and there is none in'} the "
+            f"environment variable {key.variable} ({key.setting}). Set it to the server's."
         )
-    if not up or held.status_code != httpx.codes.OK:
-        raise ConfigError(
-            f"{where} is not a server that takes weights (/health, /weight_info: status {held.status_code}). "
-            "Start it with `opd serve FILE --port N`."
-        )
-    longest = _longest(models)
-    if longest is not None and longest < rollout.max_length:
-        raise ConfigError(
-            f"{where} takes sequences of at most {longest} ids, but rollout.max_length = {rollout.max_length}. "
-            f"Start it with `opd serve FILE --rollout.max_length {rollout.max_length}`, or lower it here."
-        )
+    if health.status_code != httpx.codes.OK:
+        raise ConfigError(f"{name} is not up (/health: status {health.status_code}). Start it with `{start}`.")
+    return answers
+
+
+def _named(models: httpx.Response) -> bool:
+    """Whether a server names a model that it holds."""
+    try:
+        return isinstance(models.json()["data"][0]["id"], str)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False
 
 
 def _longest(models: httpx.Response) -> int | None:

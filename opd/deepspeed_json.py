@@ -273,3 +273,10 @@ def _autos(data: Any, path: str = "") -> Iterator[str]:
 
 def _show(value: Any) -> str:
     return json.dumps(value)
+
+
+def reading(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without "auto" for a model that only says something, cut into slices as the one that trains."""
+    zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+    kept = {key: settings[key] for key in ("bf16", "fp16") if key in settings}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **kept}

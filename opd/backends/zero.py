@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -52,11 +53,79 @@ class _Wrapped(nn.Module):
         return torch.zeros(()) if loss is None else loss
 
 
-class ZeroBackend:
+class ZeroModel:
+    """A model in a DeepSpeed engine, to be looked at: cut into slices with ZeRO-3, and nothing in it trains.
+
+    `settings` is a DeepSpeed configuration without "auto" (`opd.deepspeed_json.fill`, `reading`). Every rank does the
+    same with it, in the same order.
+    """
+
+    def __init__(self, model: CausalModel, settings: dict[str, Any], **options: Any) -> None:
+        self.model = model
+        self._wrapped = _Wrapped(model)
+        try:
+            self._engine, _, _, self._schedule = deepspeed.initialize(
+                model=self._wrapped, config=settings, dist_init_required=False, **options
+            )
+        except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise ConfigError(f"deepspeed: DeepSpeed cannot work by these settings: {error!r}") from error
+        self._engine.eval()  # no dropout: the loop decides what is recomputed
+        self._stage = int(self._engine.zero_optimization_stage())
+        self._open = ExitStack()
+        if self._stage == 3:
+            model.gather_head, model.release = self._gather_head, self._release
+
+    @torch.no_grad()
+    def look(self, work: Callable[[], T]) -> T:
+        """Use the model without training it; on every rank."""
+        self._run(work)
+        self._open.close()
+        result: T = self._wrapped.result
+        self._wrapped.result = None
+        return result
+
+    def _gather_head(self) -> None:
+        self._open.close()
+        # A pass that asks for the head alone was expected to begin with the embedding, which is on its way already; if
+        # it is the head, gathering it would find nothing to do, and not wait.
+        if any(p.ds_status is ZeroParamStatus.INFLIGHT for p in self.model.head_parameters):  # type: ignore[attr-defined]
+            self._engine.optimizer.empty_partition_cache()
+        self._open.enter_context(whole(self.model.head_parameters))
+
+    def _release(self) -> None:
+        self._open.close()
+        self._engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage, which takes seconds
+
+    def _run(self, work: Callable[[], Any]) -> Tensor:
+        self._wrapped.work = work
+        try:
+            output: Tensor = self._engine()
+        finally:
+            self._wrapped.work = lambda: None  # it holds the batch
+        return output
+
+    def close(self) -> None:
+        """Give back what weights, gradients and optimiser take.
+
+        DeepSpeed's caches keep modules and hooks reachable for as long as the process lives: their memory would be
+        there twice when a method's next stage begins.
+        """
+        engine = self._engine
+        engine.destroy()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+            for store in (parameter, parameter.ds_tensor) if is_sharded(parameter) else (parameter,):  # type: ignore[attr-defined]
+                store.data = store.data.new_empty(0)
+        for optimizer in (engine.optimizer, engine.basic_optimizer):
+            if optimizer is not None:
+                vars(optimizer).clear()
+        engine.optimizer = None  # it is destroyed
+
+
+class ZeroBackend(ZeroModel):
     """One rank of the ranks that train `model` together.
 
-    `settings` is a DeepSpeed configuration without "auto" (`opd.deepspeed_json.fill`). The optimiser is
-    DeepSpeed's, by that configuration, and so is the schedule, if there is one in it; else `config` says.
+    The optimiser is DeepSpeed's, by `settings`, and so is the schedule, if there is one in it; else `config` says.
     """
 
     def __init__(
@@ -65,9 +134,7 @@ class ZeroBackend:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ModelError("no parameter of the model requires a gradient: there is nothing to train")
-        self.model = model
         self.ranks = ranks
-        self._wrapped = _Wrapped(model)
         self._waiting = False  # whether gradients wait for a step
 
         def schedule(optimizer: Any) -> Any:
@@ -78,28 +145,15 @@ class ZeroBackend:
                 num_training_steps=total_steps,
             )
 
-        try:
-            self._engine, _, _, self._schedule = deepspeed.initialize(
-                model=self._wrapped,
-                model_parameters=trained,
-                config=settings,
-                lr_scheduler=None if "scheduler" in settings else schedule,
-                dist_init_required=False,
-            )
-        except (AssertionError, ValueError, TypeError, KeyError, ImportError) as error:
-            raise ConfigError(f"deepspeed: DeepSpeed cannot work by these settings: {error!r}") from error
+        lr_scheduler = None if "scheduler" in settings else schedule
+        super().__init__(model, settings, model_parameters=trained, lr_scheduler=lr_scheduler)
         if self._engine.dp_world_size != ranks.world_size:
             raise ConfigError(
                 f"the DeepSpeed settings leave {self._engine.dp_world_size} data-parallel ranks of {ranks.world_size}: "
                 "only data parallelism is supported; remove tensor, sequence and pipeline parallelism"
             )
-        self._engine.eval()  # no dropout: the loop decides what is recomputed
-        self._stage = int(self._engine.zero_optimization_stage())
         # Then DeepSpeed leaves all to the optimiser, and neither tells a norm nor stops at one that is not finite.
         self._bare = self._stage == 0 and not (self._engine.fp16_enabled() or self._engine.bfloat16_enabled())
-        self._open = ExitStack()
-        if self._stage == 3:
-            model.gather_head, model.release = self._gather_head, self._release
 
     @property
     def device(self) -> torch.device:
@@ -119,31 +173,6 @@ class ZeroBackend:
         self._waiting = True
         return replace(cast(Objective, self._wrapped.result), loss=loss.detach())
 
-    @torch.no_grad()
-    def look(self, work: Callable[[], T]) -> T:
-        """Use the model without training it; on every rank."""
-        self._run(work)
-        self._open.close()
-        result: T = self._wrapped.result
-        self._wrapped.result = None
-        return result
-
-    def _gather_head(self) -> None:
-        self._open.close()
-        self._open.enter_context(whole(self.model.head_parameters))
-
-    def _release(self) -> None:
-        self._open.close()
-        self._engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage, which takes seconds
-
-    def _run(self, work: Callable[[], Any]) -> Tensor:
-        self._wrapped.work = work
-        try:
-            output: Tensor = self._engine()
-        finally:
-            self._wrapped.work = lambda: None  # it holds the batch
-        return output
-
     def step(self) -> float:
         """Clip, update, advance the schedule, unless the norm, which is returned, is not finite."""
         if not self._waiting:  # no rank had anything to train
@@ -158,22 +187,6 @@ class ZeroBackend:
 
     def _norm(self) -> float:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-
-    def close(self) -> None:
-        """Give back what weights, gradients and optimiser take.
-
-        DeepSpeed's caches keep modules and hooks reachable for as long as the process lives: their memory would be
-        there twice when a method's next stage begins.
-        """
-        engine = self._engine
-        engine.destroy()
-        for parameter in self.model.parameters():
-            parameter.grad = None
-            for store in (parameter, parameter.ds_tensor) if is_sharded(parameter) else (parameter,):  # type: ignore[attr-defined]
-                store.data = store.data.new_empty(0)
-        for optimizer in (engine.optimizer, engine.basic_optimizer):
-            vars(optimizer).clear()
-        engine.optimizer = None  # it is destroyed
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint of what trains, in `deepspeed/`; every rank writes its part."""

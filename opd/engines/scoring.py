@@ -70,6 +70,10 @@ class VllmScorer:
         self._lock = threading.Lock()
         self._seen: Counter[str] = Counter()
 
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+
     def metrics(self) -> dict[str, float]:
         """`prefix_hits`: the share of the ids asked about since the last call that were found in the servers' caches;
         nothing where they do not tell. vLLM 0.32 finds none.

@@ -8,11 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from opd.config import TeacherConfig
 from opd.errors import ConfigError
 from opd.launch import checks, server_checks
 from opd.launch.cli import main
 from opd.launch.config import Config
-from opd.launch.server_checks import check_port, check_servers
+from opd.launch.server_checks import check_port, check_servers, check_teaching_servers
 
 GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
 UP = {
@@ -73,6 +74,32 @@ def test_a_server_that_does_not_tell_its_longest_sequence_is_good_too(serve, mod
     check_servers(config(serve(UP | {"/v1/models": models})[0]))
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000", "http://127.0.0.1:port", "http://[::1", "http://127.0.0.1:8000/v1", "http://a:99999", "ftp://a",
+     "http://", "http://me@a:1", "http://a:1?x=1", "http://a:1\n"],
+)  # fmt: skip
+@pytest.mark.parametrize("section", ["rollout.vllm", "opd.teacher"])
+def test_what_is_no_address_is_said_with_one_that_is(section, url):
+    data = {**GOOD, "method": "opd", "opd": {"teacher": {"weights": "external", "model": "a", "servers": []}}}
+    data["rollout"] = {"engine": "vllm_server", "vllm": {"servers": []}}
+    {"rollout.vllm": data["rollout"]["vllm"], "opd.teacher": data["opd"]["teacher"]}[section]["servers"].append(url)
+    with pytest.raises(ConfigError, match=rf"{section}.servers: .*is like http://127.0.0.1:8000, with nothing behind"):
+        Config.from_dict(data, check_machine=False)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://host/", "http://[::1]:1"])
+def test_what_is_an_address_is_taken_as_it_is(url):
+    assert TeacherConfig(weights="external", model="a", servers=[url]).servers == [url]
+
+
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "two\nlines"])
+def test_a_key_that_no_request_can_carry_is_said_by_its_variable(serve, monkeypatch, key):
+    monkeypatch.setenv("OPD_VLLM_KEY", key)
+    with pytest.raises(ConfigError, match=r"OPD_VLLM_KEY \(rollout.vllm.api_key_env\) holds what no key can"):
+        check_servers(config(serve(UP)[0]))
+
+
 def test_nobody_at_the_address_is_an_error_with_the_command_that_starts_a_server():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -90,10 +117,36 @@ def test_a_missing_or_wrong_key_names_the_variable(serve, monkeypatch, key, said
         check_servers(config(url))
 
 
-@pytest.mark.parametrize("path", ["/health", "/weight_info"])
-def test_a_server_that_opd_serve_did_not_start_is_refused(serve, path):
-    with pytest.raises(ConfigError, match=r"is not a server that takes weights .*Start it with `opd serve"):
+@pytest.mark.parametrize(("path", "said"), [("/health", "is not up"), ("/weight_info", "is not .* that takes weights")])
+def test_a_server_that_opd_serve_did_not_start_is_refused(serve, path, said):
+    with pytest.raises(ConfigError, match=rf"{said} \({path}: status 404\). Start it with `opd serve"):
         check_servers(config(serve({**UP, path: (404, {})})[0]))
+
+
+def test_a_teachers_server_needs_no_path_of_weights_and_room_for_one_id_more(serve):
+    url, _ = serve({path: answer for path, answer in UP.items() if path != "/weight_info"})
+    teacher = TeacherConfig(weights="external", model="large", servers=[f"{url}/"])
+    check_teaching_servers(teacher, 511, "opd.teacher")
+    with pytest.raises(
+        ConfigError, match=r"at most 512 ids, but one of .* = 512 .* `opd serve FILE --model large --r.* 513"
+    ):
+        check_teaching_servers(teacher, 512, "opd.teacher")
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"/health": (503, {})}, r"is not up \(/health: status 503\). Start it with `opd serve FILE --model large"),
+        ({"/v1/models": (401, {})}, r"and there is none in the .* OPD_VLLM_KEY \(opd.teacher.api_key_env\)"),
+        ({"/v1/models": (404, {})}, r"is no vLLM server: /v1/models names no model \(status 404\)"),
+        ({"/v1/models": (200, b"<html>welcome</html>")}, r"is no vLLM server: /v1/models names no model"),
+        ({"/v1/models": (200, {"data": []})}, r"is no vLLM server: /v1/models names no model"),
+    ],
+)
+def test_a_teachers_server_that_cannot_be_asked_is_refused(serve, answers, said):
+    teacher = TeacherConfig(weights="external", model="large", servers=[serve(UP | answers)[0]])
+    with pytest.raises(ConfigError, match=said):
+        check_teaching_servers(teacher, 100, "opd.teacher")
 
 
 def test_a_server_for_shorter_sequences_is_refused_with_both_lengths(serve):

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opd.launch.tiny import build_tiny
 
@@ -35,6 +36,17 @@ def untied_folder(tiny_folder, tmp_path_factory):
     untied = type(tied)(tied.config)
     untied.load_state_dict(tied.state_dict())
     untied.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tiny_folder, tmp_path_factory):
+    """Another model of the same tokenizer, with random weights."""
+    folder = tmp_path_factory.mktemp("other")
+    config = AutoConfig.from_pretrained(tiny_folder, hidden_size=64)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     return str(folder)
 

@@ -42,8 +42,20 @@ CASES = {
     "recomputed-3": (3, {"model": {"gradient_checkpointing": True}}),
     "two-updates-3": (3, {"train": {"updates_per_step": 2}}),
     "weighted-3": (3, {"weighting": {"entropy": 1.0}}),
+    "weighted-live-3": (3, {"opsd": LIVE, "weighting": {"entropy": 1.0}}),
     "trust-3": (3, {"opsd": TRUST}),
     "lora-trust-3": (3, {"model": LORA, "opsd": TRUST}),
+    "external-2": (2, {"opsd": {"privileged": None, "clip": None}}),
+    "external-3": (3, {"opsd": {"privileged": None, "clip": None}}),
+    "external-weighted-3": (3, {"opsd": {"privileged": None, "clip": None}, "weighting": {"entropy": 1.0}}),
+    "external-offloaded-3": (
+        3,
+        {
+            "opsd": {"privileged": None, "clip": None},
+            "zero": {"offload_optimizer": CPU, "offload_param": CPU},
+            "persistent": True,
+        },
+    ),
     "grpo-3": (3, {"method": "grpo", **GROUPS, "train": {"updates_per_step": 2}}),
     "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": TRUST | {"feedback_at": "start"}}),
     "srpo-2": (2, {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"form": "full"}}),
@@ -89,13 +101,16 @@ def _with_rewards(group):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, zero_settings, recorded, launch, replay, untied_folder):
+def results(tmp_path_factory, zero_settings, recorded, launch, replay, untied_folder, other_folder):
     """Of all cases, locally and on two ranks: metrics of each step, weights after the last."""
     folder = tmp_path_factory.mktemp("results")
 
     def case(name, stage, sections, place):
         if name.startswith("untied"):
             sections = sections | {"model": {"name": untied_folder}}
+        if name.startswith("external"):
+            teacher = {"weights": "external", "model": other_folder}
+            sections = sections | {"opsd": sections["opsd"] | {"teacher": teacher}}
         config = zero_settings(place / "run", stage, **sections)
         size = config["rollout"].get("group_size", 1)
         return {
