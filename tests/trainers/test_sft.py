@@ -1,0 +1,267 @@
+"""Supervised fine-tuning: which tokens of which episodes are learned, and where these come from."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.checkpoint import Checkpoint
+from opd.errors import ConfigError, DataError
+from opd.launch.build import build
+from opd.launch.config import Config
+from opd.launch.tiny import build_tiny
+from opd.launch.train import train
+from opd.tracking import read_rows
+from opd.trainers.conversations import read_conversations
+from opd.trainers.episodes import EpisodeFile, read_episode, segments, to_row
+from opd.types import to_sample
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A student, and a teacher of the same tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return [build_tiny("lookup", steps=3, seed=seed, quiet=True) for seed in (0, 1)]
+
+
+@pytest.fixture
+def settings(models, tmp_path):
+    student, teacher = models
+
+    def make(name="run", source="teacher", **sections):
+        own = {"source": source, "keep": "all"}
+        own |= {"tasks": 5} if source != "file" else {}
+        own |= {"teacher": {"weights": "external", "model": str(teacher)}} if source == "teacher" else {}
+        data = {
+            "method": "sft",
+            "out": str(tmp_path / name),
+            "model": str(student),
+            "env": {"id": "opd/Lookup-v0", "max_turns": 3},
+            "rollout": {"max_tokens": 8, "max_length": 256, "concurrency": 2},
+            "train": {"steps": 3, "tasks_per_step": 4, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
+            "tracking": {"wandb": "disabled", "console": False, "plot": False},
+            "sft": own,
+        }
+        for section, values in sections.items():
+            before = data.get(section)
+            data[section] = before | values if isinstance(before, dict) and isinstance(values, dict) else values
+        return data
+
+    return make
+
+
+def timeless(out):
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_rows(out / "metrics.jsonl")]
+
+
+def completions(row):
+    return [turn["completion_ids"] for turn in row["turns"]]
+
+
+def test_the_teacher_plays_first_and_the_student_learns_what_it_said(settings, models):
+    out = train(settings()).out
+    header, rows = EpisodeFile(out / "data/episodes-teacher.jsonl").read()
+    assert header["name"] == str(models[1])
+    # The same episodes as the teacher would play by itself.
+    own = settings("itself", source="own", train={"steps": 1}) | {"model": str(models[1])}
+    _, alone = EpisodeFile(train(own).out / "data/episodes-own.jsonl").read()
+    assert [completions(row) for row in rows] == [completions(row) for row in alone]
+    assert [row["task"] for row in rows] == [f"train/{n}" for n in range(5)]
+    first = read_rows(out / "metrics.jsonl")[0]
+    assert (first["stage"], first["collect/episodes"], first["tokens/sampled"]) == (2, 5, 0)
+    assert first["tokens/collected"] == sum(row["tokens"] for row in rows)
+    assert Checkpoint(out / "checkpoints/step-3").record("run")["step"] == 3
+
+
+def test_what_trains_is_each_sampled_token_of_each_turn_and_nothing_else(settings):
+    run = build(Config.from_dict(settings(source="own")))
+    try:
+        run.method.prepare(run.loop, _folder(run))
+        dataset = run.method.dataset
+    finally:
+        run.close()
+    _, rows = EpisodeFile(_folder(run) / "episodes-own.jsonl").read()
+    assert len(dataset) == len(rows) == 5
+    assert any(len(row["turns"]) > 1 for row in rows)
+    for sample, row in zip(dataset, rows, strict=True):
+        assert sample.completion_ids == [i for turn in completions(row) for i in turn]
+        assert sample.ce_weight == [float(m) for m in sample.completion_mask]
+        assert sample.token_ids == [i for turn in row["turns"] for i in turn["prompt_ids"] + turn["completion_ids"]]
+
+
+def _folder(run):
+    return Path(run.config.out) / "data"
+
+
+def test_playing_that_was_cut_goes_on_to_the_same_bytes_and_loss(settings, tmp_path):
+    whole = train(settings("whole")).out
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints")
+    (cut / "data/stage-1.json").unlink()
+    file = cut / "data/episodes-teacher.jsonl"
+    full = file.read_bytes()
+    file.write_bytes(full[: full.index(b"\n", len(full) // 2) + 50])  # killed within a row
+    train(settings("cut"), resume=True)
+    assert file.read_bytes() == full
+    assert timeless(cut) == timeless(whole)
+
+
+def test_a_resumed_run_does_not_load_the_teacher_again(settings, models, tmp_path):
+    _, teacher = models
+    moved = tmp_path / "teacher"
+    shutil.copytree(teacher, moved)
+    own = {"sft": {"teacher": {"weights": "external", "model": str(moved)}}}
+    whole = train(settings("whole", train={"save_every": 1, "keep_last": 9}, **own)).out
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for step in (2, 3):
+        shutil.rmtree(cut / f"checkpoints/step-{step}")
+    config = Config.from_dict(settings("cut", train={"save_every": 1, "keep_last": 9}, **own))
+    shutil.rmtree(moved)
+    train(config, resume=True)
+    assert timeless(cut) == timeless(whole)
+
+
+def test_only_right_episodes_are_kept_and_none_left_is_an_error(settings, play, scripted_env, make_chat, make_model):
+    def outcome(env, action):
+        return "", 0.0, True, False, {"success": env.seed % 2 == 0}
+
+    groups = play(lambda: scripted_env(outcome), tasks=6, model=make_model(stops=True))
+    rows = [to_row(t) for group in groups for t in group.trajectories]
+    assert {row["success"] for row in rows} == {True, False}
+    kept = [trajectory.task.seed for trajectory, _ in segments(rows, only_right=True)]
+    assert kept == [row["seed"] for row in rows if row["seed"] % 2 == 0]
+    assert len(list(segments(rows))) == 6
+    with pytest.raises(DataError, match="holds nothing to learn from: 0 sequences with keep = right"):
+        train(settings("run", sft={"keep": "right"}))
+
+
+def test_an_episode_is_read_as_it_was_played(play, scripted_env, turns_then_end, make_chat, make_model):
+    [group] = play(lambda: scripted_env(turns_then_end(3)), tasks=1, model=make_model(stops=True))
+    [played] = group.trajectories
+    back = read_episode(json.loads(json.dumps(to_row(played))))
+    ours, theirs = ([to_sample(t, s, ce=1.0) for s in t.segments()] for t in (played, back))
+    assert [s.token_ids for s in ours] == [s.token_ids for s in theirs]
+    assert [s.turn for s in ours] == [s.turn for s in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.sampler_logprobs == pytest.approx(other.sampler_logprobs, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: line[:-20], "line 3 is damaged"),
+        (lambda line: "[1]", "line 3 is damaged"),
+        (lambda line: line.replace('"turns"', '"turn"'), "line 3 is damaged"),
+    ],
+)
+def test_a_damaged_row_is_named(settings, change, message):
+    path = train(settings(train={"steps": 1})).out / "data/episodes-teacher.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], change(lines[2]), *lines[3:]]) + "\n")
+    with pytest.raises(DataError, match=message):
+        EpisodeFile(path).read()
+
+
+def test_episodes_of_other_settings_are_refused_by_what_differs(settings):
+    out = train(settings(train={"steps": 1})).out
+    header, _ = EpisodeFile(out / "data/episodes-teacher.jsonl").read()
+    with pytest.raises(DataError, match="was played with another template; delete the file"):
+        EpisodeFile(out / "data/episodes-teacher.jsonl").open(header | {"template": "x"}, wanted=5)
+
+
+CALL = {"role": "assistant", "content": "ab the 1"}
+SAID = [
+    {"role": "user", "content": "Go on"},
+    CALL,
+    {"role": "tool", "content": "ab"},
+    {"role": "assistant", "content": "in"},
+]
+
+
+def test_conversations_of_a_file_are_learned_where_the_assistant_speaks(make_chat, tmp_path):
+    chat, path = make_chat(), tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": SAID}) + "\n\n" + json.dumps({"messages": SAID, "success": False}) + "\n")
+    one, two = read_conversations(path, chat)
+    assert (one.success, two.success) == (True, False)
+    [segment] = one.segments()
+    sample = to_sample(one, segment, ce=1.0)
+    whole = chat.tokenizer.apply_chat_template(SAID, tokenize=True, return_dict=False)
+    # What the template puts after the last answer is not learned, nor is it there.
+    assert sample.token_ids == whole[: len(sample.token_ids)]
+    learned = [i for i, w in zip(sample.token_ids, sample.ce_weight, strict=True) if w]
+    assert learned == [*chat.encode("ab the 1"), chat.end_id, *chat.encode("in"), chat.end_id]
+    assert all(math.isnan(value) for value in sample.sampler_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: "),
+        ('{"text": "x"}', r'line 1: it is no \{"messages"'),
+        ('{"messages": [{"role": "user"}]}', r'line 1: it is no \{"messages"'),
+        (json.dumps({"messages": SAID[:1]}), "line 1: there is no message of an assistant"),
+        (json.dumps({"messages": [CALL]}), "line 1: the assistant speaks first"),
+        (json.dumps({"messages": [SAID[0], CALL, CALL]}), "line 1: the assistant speaks first, or twice in a row"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(make_chat, tmp_path, line, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_conversations(path, make_chat())
+
+
+def test_a_file_that_is_not_there_is_said_before_the_model_loads(settings):
+    with pytest.raises(ConfigError, match=r'sft.file = "/nonexistent.jsonl": there is no such file'):
+        Config.from_dict(settings(source="file", sft={"file": "/nonexistent.jsonl"}))
+
+
+def test_a_file_of_conversations_trains(settings, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text((json.dumps({"messages": SAID}) + "\n") * 4)
+    rows = read_rows(train(settings(source="file", sft={"file": str(path)}, train={"steps": 6})).out / "metrics.jsonl")
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"source": "teacher"}, "teacher is missing"),
+        ({"source": "own"}, "tasks is missing"),
+        ({"source": "file", "file": "x", "tasks": 3}, "tasks has no effect with source = file"),
+        (
+            {"source": "teacher", "tasks": 3, "teacher": {"weights": "frozen"}},
+            "teacher.weights = frozen is the model itself",
+        ),
+        ({"source": "teacher", "tasks": 3, "teacher": {"weights": "external", "model": "./no"}}, "does not exist"),
+    ],
+)
+def test_settings_that_do_not_belong_to_the_source_are_refused(settings, own, message):
+    data = settings() | {"sft": own}
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(data)
+
+
+def test_a_borrowed_teacher_of_another_tokenizer_is_refused(settings, make_model, make_tokenizer, tmp_path):
+    from opd.errors import ModelError
+
+    make_model().model.save_pretrained(tmp_path / "stranger")
+    make_tokenizer().save_pretrained(tmp_path / "stranger")
+    own = {"teacher": {"weights": "external", "model": str(tmp_path / "stranger")}}
+    with pytest.raises(ModelError, match="does not have the tokenizer of the student"):
+        train(settings(sft=own))
+
+
+def test_the_plan_counts_only_stages_with_steps(settings, tmp_path):
+    from opd.launch.plan import plan
+
+    made = plan(Config.from_dict(settings(eval={"tasks": 5})), tmp_path, gpu=False)
+    assert dict(made.rows())["updates"].startswith("3 ")
+    assert made.evaluations == 2
+    assert torch.get_num_threads() >= 1

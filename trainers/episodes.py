@@ -1,0 +1,216 @@
+"""Episodes on disk: played once, kept as token ids, learned from later. For methods whose stages hand them on.
+
+A file holds one JSON object a line: first who played, and under which settings; then an episode each, with its
+messages to read and the ids and log-probs that were sampled, so that what trains is what was said, to the token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.errors import DataError
+from opd.losses import Losses
+from opd.trainers.base import Method
+from opd.types import Segment, StopReason, Task, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from opd.chat import ChatFormat
+    from opd.trainers.loop import Loop
+
+TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
+"""Files in a run's `data/`: of another model, and of the model that trains."""
+
+
+class Playing(Method):
+    """A stage that plays episodes into a file and trains nothing, as another model or as the run's own."""
+
+    trains = False
+    losses = Losses()
+
+    def __init__(self, config: Any, chat: ChatFormat, *, tasks: int, first: int = 0, model: str | None = None) -> None:
+        super().__init__(config, chat)
+        self.tasks, self.first_task, self.borrowed = tasks, first, model
+
+    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+        return summary(collect(loop, self._file(folder), self.tasks, name=self.borrowed or "the run's model"))
+
+    def kept(self, folder: Path, made: Mapping[str, float]) -> bool:
+        return self._file(folder).lines > made["collect/episodes"]
+
+    def _file(self, folder: Path) -> EpisodeFile:
+        return EpisodeFile(folder / (TEACHERS if self.borrowed else OWN))
+
+
+class EpisodeFile:
+    """Episodes as rows, appended as they come; the first line says what they depend on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def lines(self) -> int:
+        """Whole lines, the header's included; none where there is no file."""
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+
+    def open(self, header: Mapping[str, Any], *, wanted: int) -> list[dict[str, Any]]:
+        """The episodes so far, or a new file. Raises DataError for one that was played under another header.
+
+        Where all that are `wanted` are there, the model is not compared: it may have been trained on them since.
+        """
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(_line(header))
+            return []
+        known, rows = self.read()
+        differing = [key for key in header if known.get(key) != header[key]]
+        if len(rows) >= wanted and "model" in differing:
+            differing.remove("model")
+        if differing:
+            raise DataError(
+                f"{self.path} was played with another {' and '.join(differing)}; delete the file, or go on with what "
+                "it was made with"
+            )
+        return rows
+
+    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The header and the episodes; a half-written last row is not counted.
+
+        Raises DataError, with the line's number, for what is damaged.
+        """
+        try:
+            *whole, _ = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+        found = []
+        for number, line in enumerate(whole, start=1):
+            try:
+                found.append(json.loads(line))
+                if number > 1:
+                    read_episode(found[-1])
+                elif not all(isinstance(found[0][name], str) for name in ("model", "tokenizer", "template")):
+                    raise ValueError("it does not say who played")
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
+        if not found:
+            raise DataError(f"{self.path} is empty; delete the file")
+        return found[0], found[1:]
+
+    def write(self, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
+        """Append rows behind the first `after` episodes that are there; what else is there is cut."""
+        lines = self.path.read_bytes().split(b"\n")[: after + 1]
+        with self.path.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+            file.seek(0, os.SEEK_END)
+            file.write(b"".join(map(_line, rows)))
+
+
+def _line(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, default=str).encode() + b"\n"
+
+
+def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dict[str, Any]]:
+    """Episodes of the first `tasks` tasks of the stage, `rollout.group_size` of each, which `file` holds too.
+
+    What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
+    early, with what there is, once `loop.stopping()` holds.
+    """
+    from opd.identity import weights_fingerprint  # late: it needs torch
+    from opd.rollout import derive_seed
+
+    ranks, size = loop.backend.ranks, loop.rollout.group_size
+    at_once = max(1, loop.rollout.concurrency // size)
+    header = {"model": weights_fingerprint(loop.student), **rendering(loop.method.chat), "settings": loop.origin}
+    rows = ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * size))
+    if len(rows) < tasks * size:
+        rows = rows[: len(rows) - len(rows) % (at_once * size)]
+    while len(rows) < tasks * size and not loop.stopping():
+        first = len(rows) // size
+        goals = [loop.task(i) for i in range(first, min(first + at_once, tasks))]
+        groups = loop.play(goals, seed=derive_seed("episodes", loop.seed))
+        more = [to_row(trajectory) for group in groups for trajectory in group.trajectories]
+        ranks.from_first(partial(file.write, more, after=len(rows)))
+        rows += more
+    return rows
+
+
+def rendering(chat: ChatFormat) -> dict[str, str]:
+    """Fingerprints of what makes ids of messages."""
+    from opd.identity import template_fingerprint, tokenizer_fingerprint  # late: it needs torch
+
+    return {
+        "tokenizer": tokenizer_fingerprint(chat.tokenizer),
+        "template": template_fingerprint(chat.tokenizer, chat.template_kwargs),
+    }
+
+
+def to_row(trajectory: Trajectory) -> dict[str, Any]:
+    """An episode as it stands in the file: outcome first, ids last."""
+    return {
+        "task": trajectory.task.id,
+        "seed": trajectory.task.seed,
+        "member": trajectory.member,
+        "success": trajectory.success,
+        "reward": trajectory.reward,
+        "truncated": trajectory.truncated,
+        "failed": trajectory.failed,
+        "tokens": trajectory.completion_tokens,
+        "messages": trajectory.messages,
+        "turns": [
+            {
+                "prompt_ids": turn.prompt_ids,
+                "completion_ids": turn.completion_ids,
+                "logprobs": turn.logprobs,
+                "forked": turn.forked,
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def read_episode(row: Mapping[str, Any]) -> Trajectory:
+    """The reverse of `to_row`, as far as learning needs it. Raises ValueError for what is no such row."""
+    try:
+        split, index = row["task"].split("/")
+        turns = [
+            Turn(
+                prompt_ids=[int(i) for i in turn["prompt_ids"]],
+                completion_ids=[int(i) for i in turn["completion_ids"]],
+                logprobs=[float(value) for value in turn["logprobs"]],
+                stop_reason=StopReason.STOP,
+                messages=[],
+                text="",
+                forked=turn["forked"],
+            )
+            for turn in row["turns"]
+        ]
+        return Trajectory(
+            task=Task(index=int(index), seed=row["seed"], split=split),
+            member=row["member"],
+            turns=turns,
+            success=row["success"],
+            truncated=row["truncated"],
+            failed=row["failed"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no episode ({error!r})") from error
+
+
+def segments(rows: Sequence[Mapping[str, Any]], *, only_right: bool = False) -> Iterator[tuple[Trajectory, Segment]]:
+    """The sequences that may train: nothing broke, something was sampled and, if asked, the episode was right."""
+    for trajectory in map(read_episode, rows):
+        if trajectory.failed is None and (trajectory.success or not only_right):
+            yield from ((trajectory, s) for s in trajectory.segments() if any(turn.completion_ids for turn in s.turns))
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What was played, in numbers."""
+    return {
+        "collect/episodes": float(len(rows)),
+        "collect/right": sum(row["success"] for row in rows) / max(1, len(rows)),
+        "tokens/collected": float(sum(row["tokens"] for row in rows)),
+    }

@@ -1,0 +1,123 @@
+"""Lightning OPD: on-policy distillation whose teacher is asked once, ahead of training, and then is not there.
+
+Source: Lightning OPD (arXiv 2604.13010). Five stages, each of which holds one model and can be resumed by itself:
+the teacher plays; the student learns what it said (SFT); the student so made plays once; the teacher scores each token
+that was sampled, once, into a store; the student trains on these for many steps, with its own log-probs of now.
+
+`A_t = log teacher(y_t) - log student(y_t)`, detached and bounded, times the gradient of the token's log-prob; no
+importance ratio. Here an episode may have many turns, ids are stored and not texts, and, beyond the paper, a store may
+hold the teacher's top k, from which a divergence is trained. Teacher consistency, which the paper asks for, is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from opd.config import StageConfig, TeacherConfig
+from opd.losses import Distill, Losses, SampledDistill
+from opd.trainers.base import Method, register
+from opd.trainers.episodes import Playing
+from opd.trainers.offline import Offline, Scoring, Terms
+from opd.trainers.sft import Imitating, ImitationConfig
+
+
+class LightningConfig(ImitationConfig):
+    """Settings of `method: lightning_opd`."""
+
+    teacher: TeacherConfig = Field(
+        description="Who plays for the SFT and scores: `weights: external` and its `model`.",
+    )
+    keep: Literal["right", "all"] = Field(
+        "all",
+        description="SFT: learn from all of the teacher's episodes (the paper), or from those that the environment "
+        "called solved.",
+    )
+    sft_tasks: int = Field(
+        256,
+        ge=0,
+        description="SFT: tasks that the teacher plays, rollout.group_size times each; 0: the run's model has learned "
+        "from this teacher already.",
+    )
+    sft_teacher: str | None = Field(
+        None, min_length=1, description="SFT: another model that plays, to see what that costs; needs mismatch: allow."
+    )
+    tasks: int = Field(512, ge=1, description="Other tasks, which the student plays, rollout.group_size times each.")
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="The data/ folder of an earlier run: the run's model, which played its episodes, is trained on "
+        "these and on the store beside them, and no other stage is run.",
+    )
+    max_advantage: float | None = Field(
+        10.0, gt=0, description="Bound on the absolute advantage (the paper; its code has none)."
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Also store the teacher's likeliest ids at each position, and train `divergence` over these, with "
+        "the rest as one entry; 0: the sampled token's policy gradient (the paper).",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "reverse_kl", description="With top_k: forward_kl is KL(teacher || student), reverse_kl KL(student || teacher)."
+    )
+    mismatch: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="Where whoever scores is not whoever played for the SFT, or the episodes are another student's.",
+    )
+    shard_tokens: int = Field(
+        1 << 18, ge=1, description="Tokens in a shard of the store: the most that a kill can lose."
+    )
+    imitating: StageConfig = Field(default_factory=StageConfig, description="The SFT, where it differs from train.")
+    distilling: StageConfig = Field(default_factory=StageConfig, description="The last stage, likewise.")
+
+    @field_validator("teacher")
+    @classmethod
+    def _another_model_teaches(cls, teacher: TeacherConfig) -> TeacherConfig:
+        if teacher.weights != "external":
+            raise ValueError(f"teacher.weights = {teacher.weights} cannot be asked ahead; set external and model")
+        return teacher
+
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> LightningConfig:
+        if self.sft_teacher is not None and (self.mismatch == "refuse" or not self.sft_tasks):
+            raise ValueError(
+                f"sft_teacher = {self.sft_teacher} is not the one that scores ({self.teacher.model}), which moves the "
+                "fixed point. Remove it, or set mismatch: allow and sft_tasks to see that"
+            )
+        if not self.top_k and self.divergence != "reverse_kl":
+            raise ValueError(f"divergence = {self.divergence} needs top_k; a sampled token trains the reverse KL")
+        return self
+
+    def loss(self) -> Distill | SampledDistill:
+        """The component of the last stage."""
+        if self.top_k:
+            return Distill(kind=self.divergence, temperature=None, top_k=self.top_k)
+        return SampledDistill(clip=self.max_advantage)
+
+
+@register("lightning_opd", LightningConfig)
+class LightningOpd(Method):
+    """Distillation from a teacher that is asked once, ahead of training, into a store (Lightning OPD)."""
+
+    config: LightningConfig
+
+    def stages(self) -> Sequence[Method]:
+        config, chat = self.config, self.chat
+        losses = Losses(distill=config.loss(), reduction=config.reduction)
+        allowed = config.mismatch == "allow"
+        terms = Terms(top_k=config.top_k, shard_tokens=config.shard_tokens, allow_mismatch=allowed)
+        last = Offline(config, chat, terms, losses, over=config.distilling, data=config.data)
+        if config.data is not None:
+            return (last,)
+        first: list[Method] = []
+        if config.sft_tasks:
+            player = config.sft_teacher or config.teacher.model
+            first = [
+                Playing(config, chat, tasks=config.sft_tasks, model=player),
+                Imitating(config, chat, source="teacher", over=config.imitating),
+            ]
+        own = Playing(config, chat, tasks=config.tasks, first=config.sft_tasks)
+        return (*first, own, Scoring(config, chat, terms, model=config.teacher.model), last)

@@ -1,0 +1,253 @@
+"""Distillation from stored scores: a teacher is asked once about episodes that are over, then nobody is.
+
+The stage that scores borrows the teacher in place of the run's model, so that it is held, or sharded, as that one is,
+and is gone before anything trains. For `trainers/lightning_opd.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.config import StageConfig, TrainConfig
+from opd.errors import DataError
+from opd.losses import Losses
+from opd.store import Scored, Scorer, Store, Tokens, count, open_store
+from opd.trainers.base import Method
+from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
+from opd.types import Sample, to_sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opd.chat import ChatFormat
+    from opd.collate import Batch
+    from opd.trainers.loop import Loop
+
+logger = logging.getLogger(__name__)
+STORE = "store"
+"""The store's folder in a run's `data/`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What the stage that scores and the one that trains agree on."""
+
+    top_k: int
+    shard_tokens: int
+    allow_mismatch: bool
+
+
+class Scoring(Method):
+    """The teacher, in place of the run's model, says once how likely each token of the student's episodes was."""
+
+    trains = False
+    losses = Losses()
+
+    def __init__(self, config: Any, chat: ChatFormat, terms: Terms, *, model: str | None) -> None:
+        super().__init__(config, chat)
+        self.terms, self.borrowed = terms, model
+
+    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+        from opd.identity import weights_fingerprint  # late: it needs torch
+
+        ranks = loop.backend.ranks
+        header, samples = ranks.from_first(lambda: episodes(folder / OWN, self.chat))
+        scorer = Scorer(
+            teacher=weights_fingerprint(loop.student),
+            **rendering(self.chat),
+            temperature=loop.sampler.temperature,
+            top_k=self.terms.top_k,
+        )
+        sft_teacher = ranks.from_first(partial(_sft, folder))
+        about = {"name": self.borrowed, "student": header["model"], "sft_teacher": sft_teacher}
+        mismatch = sft_teacher not in (None, scorer.teacher)
+        if mismatch:
+            _object(
+                f"{self.borrowed!r} ({scorer.teacher}) is to score, but another model ({sft_teacher}) played the "
+                "episodes of the SFT: the student would be drawn to another fixed point (teacher consistency)",
+                allow=self.terms.allow_mismatch,
+            )
+        scored, store = score(loop, samples, folder / STORE, scorer, about, shard_tokens=self.terms.shard_tokens)
+        return summary(store, samples) | {"store/scored": float(scored), "store/mismatch": float(mismatch)}
+
+    def kept(self, folder: Path, made: Mapping[str, float]) -> bool:
+        return count(folder / STORE) >= made["store/sequences"]
+
+
+class Offline(Method):
+    """Trains on stored episodes with stored scores."""
+
+    asks = False
+
+    def __init__(
+        self, config: Any, chat: ChatFormat, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None
+    ) -> None:
+        super().__init__(config, chat)
+        self.terms, self.over, self.data = terms, over, data
+        self._losses = losses
+
+    @property
+    def losses(self) -> Losses:
+        return self._losses
+
+    def schedule(self, train: TrainConfig) -> TrainConfig:
+        return self.over.over(train)
+
+    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+        folder = folder if self.data is None else Path(self.data).expanduser()
+        header, samples = loop.backend.ranks.agree(lambda: episodes(folder / OWN, self.chat))
+        store = loop.backend.ranks.agree(lambda: self._store(folder / STORE, loop.sampler.temperature))
+        sft_teacher = _sft(folder) or store.about["sft_teacher"]
+        mismatch = sft_teacher not in (None, store.scorer.teacher)
+        if mismatch and self.data is not None:
+            _object(
+                f"the store {store.folder} was scored by another model ({store.scorer.teacher}) than played the "
+                f"episodes of the SFT ({sft_teacher})",
+                allow=self.terms.allow_mismatch,
+            )
+        mismatch |= self._is_another_student(loop, header["model"])
+        self.dataset = loop.backend.ranks.agree(lambda: with_scores(samples, store))
+        return summary(store, samples) | {"store/mismatch": float(mismatch)}
+
+    def _store(self, folder: Path, temperature: float) -> Store:
+        """The store, made under the settings of this run. Raises DataError naming what differs."""
+        store = open_store(folder)
+        wanted = replace(store.scorer, **rendering(self.chat), temperature=temperature, top_k=self.terms.top_k)
+        store.check(wanted)
+        return store
+
+    def _is_another_student(self, loop: Loop, player: str) -> bool:
+        """Whether the stage starts from other weights than played the episodes; a resumed one has moved since."""
+        from opd.identity import weights_fingerprint  # late: it needs torch
+
+        if loop.teacher.updates or (now := weights_fingerprint(loop.student)) == player:
+            return False
+        _object(
+            f"the stored episodes were played by another model ({player}) than the one that is to train ({now}): they "
+            "are not its own",
+            allow=self.terms.allow_mismatch,
+        )
+        return True
+
+
+def _object(problem: str, *, allow: bool) -> None:
+    """Raises DataError, or warns where the user has allowed it."""
+    if not allow:
+        raise DataError(f"{problem}. Use the same one, or set mismatch: allow")
+    logger.warning("mismatch: allow: %s", problem)
+
+
+def _sft(folder: Path) -> str | None:
+    """Who played the episodes that the SFT learned from; None where there was none."""
+    path = folder / TEACHERS
+    return str(EpisodeFile(path).read()[0]["model"]) if path.exists() else None
+
+
+def episodes(path: Path, chat: ChatFormat) -> tuple[dict[str, Any], list[Sample]]:
+    """Who played the episodes in a file, and their sequences, all to be distilled.
+
+    Raises DataError where they were rendered by another tokenizer or template than this run's.
+    """
+    header, rows = EpisodeFile(path).read()
+    for name, value in rendering(chat).items():
+        if header.get(name) != value:
+            raise DataError(f"{path} was played with another {name} ({header.get(name)!r} there, {value!r} here)")
+    samples = [to_sample(trajectory, segment, distill=1.0, route="distill") for trajectory, segment in segments(rows)]
+    if not samples:
+        raise DataError(f"{path} holds nothing that could be scored: {len(rows)} episodes were played, and all broke")
+    return header, samples
+
+
+def score(
+    loop: Loop,
+    samples: Sequence[Sample],
+    folder: Path,
+    scorer: Scorer,
+    about: Mapping[str, Any],
+    *,
+    shard_tokens: int,
+) -> tuple[int, Store]:
+    """Positions that the loop's model scored now, and the store, where each sequence stands once.
+
+    After every `shard_tokens` tokens the scores are on disk, and stay there whatever happens. Ends early, with what
+    there is, once `loop.stopping()` holds. Raises DataError where the store is another scorer's, or cannot be written.
+    """
+    ranks = loop.backend.ranks
+    store = ranks.agree(lambda: Store(folder, scorer, about=about) if ranks.first else None)
+    unique = list({tokens_of(sample): sample for sample in samples}.values())
+    missing = ranks.from_first(
+        lambda: [n for n, s in enumerate(unique) if store is not None and tokens_of(s) not in store]
+    )
+    pending: list[tuple[Tokens, Scored]] = []
+    scored = 0
+
+    def write(least: int) -> None:
+        if store is not None and pending and sum(len(tokens.token_ids) for tokens, _ in pending) >= least:
+            store.append(pending)
+            pending.clear()
+
+    for part, columns in loop.looked(unique, ranks.share(missing), partial(_said, loop, scorer.top_k)):
+        found = [
+            (tokens_of(unique[n]), Scored(*(values.tolist() for values in scores)))
+            for n, *scores in zip(part, *columns, strict=True)
+        ]
+        pending += [entry for share in ranks.to_first(found) for entry in share]
+        scored += sum(sum(unique[n].completion_mask) for n in part)
+        ranks.from_first(partial(write, shard_tokens))
+        if loop.stopping():
+            break
+    ranks.from_first(partial(write, 1))
+    return int(ranks.sum([scored])[0]), ranks.agree(lambda: open_store(folder) if store is None else store)
+
+
+def _said(loop: Loop, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
+    """Of each sampled token: its log-prob, the entropy, and the top k."""
+    import torch
+
+    from opd.logprobs import chunked_scores, chunked_top_k
+
+    hidden, head = loop.student(batch.input_ids, batch.rows), loop.student.head()
+    temperature = loop.sampler.temperature
+    scores = chunked_scores(hidden, head, batch.targets, temperature=temperature)
+    ids, logprobs = torch.empty(2, len(hidden), 0)
+    if top_k:
+        ids, logprobs = chunked_top_k(hidden, head, top_k, temperature=temperature)
+    return scores.logprobs.cpu(), scores.entropy.cpu(), ids.cpu(), logprobs.cpu()
+
+
+def tokens_of(sample: Sample) -> Tokens:
+    """What a store knows a sample by."""
+    return Tokens(tuple(sample.token_ids), tuple(sample.completion_mask))
+
+
+def with_scores(samples: Sequence[Sample], store: Store) -> list[Sample]:
+    """The samples with what the store knows of them. Raises DataError for one that it does not."""
+    scored = []
+    for sample in samples:
+        found = store.get(tokens_of(sample))
+        scored.append(
+            replace(
+                sample,
+                teacher_logprobs=sample.spread(found.logprobs),
+                teacher_entropy=sample.spread(found.entropy),
+                teacher_top_ids=[list(row) for row in found.top_ids] if store.scorer.top_k else None,
+                teacher_top_logprobs=[list(row) for row in found.top_logprobs] if store.scorer.top_k else None,
+            )
+        )
+    return scored
+
+
+def summary(store: Store, samples: Sequence[Sample]) -> dict[str, float]:
+    """What is stored, and the share of the samples' sequences whose scores are there."""
+    hits = sum(tokens_of(sample) in store for sample in samples)
+    return {
+        "store/sequences": float(len(store)),
+        "store/positions": float(store.positions),
+        "store/bytes": float(store.bytes),
+        "store/hit_rate": hits / len(samples),
+    }
