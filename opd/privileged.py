@@ -26,6 +26,7 @@ CUE_RIGHT = "Let me rephrase the above solution."
 CUE_WRONG = "Wait, this response is not correct, let me start over."
 # Skill-SD (arXiv 2604.10674): a skill distilled from earlier episodes.
 SKILL = "{prompt}\n\nA skill from earlier episodes that may help:\n{skill}"
+SKILL_OF_LIKE_TASK = "From a like task: {task}\n{skill}"
 
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
@@ -62,6 +63,11 @@ def with_attempt(prompt: str, episode: str, *, cue: str, template: str = ATTEMPT
 
 def with_skill(prompt: str, skill: str, *, template: str = SKILL) -> str:
     return fill(template, prompt=prompt, skill=skill)
+
+
+def of_like_task(skill: str, task: str) -> str:
+    """A skill that was made of another task's episodes: what that task was belongs to it."""
+    return fill(SKILL_OF_LIKE_TASK, skill=skill, task=task)
 
 
 def episode_text(messages: Iterable[Message]) -> str:

@@ -1,0 +1,80 @@
+"""`data/skills.jsonl`: the bank as a person may read it and change it, a skill a line.
+
+The run writes it after every step and reads nothing of it but what a person changed (`edited`, `retired`). A file that
+is ahead of the checkpoint which a run goes on from so changes nothing by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from opd.errors import DataError
+from opd.skills.bank import Lesson, Skill, SkillBank, from_row, to_row
+
+NAME = "skills.jsonl"
+_PLACES = {"own": "its task", "like": "like tasks"}
+
+
+def read(path: Path) -> list[Skill]:
+    """The skills of a file. Raises DataError with the line that holds none."""
+    skills = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            skills.append(from_row(json.loads(line.decode())))
+        except (ValueError, DataError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+    return skills
+
+
+def write(path: Path, skills: Iterable[Skill]) -> None:
+    """All of them, so that the file is the old one or the new one, whenever one looks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    text = "".join(f"{json.dumps(to_row(skill), ensure_ascii=False)}\n" for skill in skills)
+    aside.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(aside, path)
+
+
+def by_hand(path: Path, bank: SkillBank) -> list[Skill]:
+    """What a person changed in the file since the bank last saw it, also of a skill that the run renewed meanwhile."""
+    if not path.is_file():
+        return []
+    changed = ((skill, bank.skills.get(skill.id)) for skill in read(path) if skill.by_hand)
+    return [s for s, known in changed if known is None or not known.by_hand or s.version > known.version]
+
+
+def edit(skill: Skill, lesson: Lesson, *, who: str) -> Skill:
+    """A skill with another text, and where it came from untouched. Raises DataError for no text at all."""
+    if not lesson.text:
+        raise DataError(f"skill {skill.id}: a skill without text says nothing; retire it instead")
+    return skill if lesson == skill.lesson else replace(skill.rewritten(lesson), edited=who)
+
+
+def retire(skill: Skill, *, who: str) -> Skill:
+    """A skill that is not shown any more."""
+    return replace(skill, version=skill.version + 1, retired=True, edited=who)
+
+
+def markdown(skills: Sequence[Skill]) -> str:
+    """Skills as a page to read: text first, then where it comes from."""
+    parts = []
+    for skill in skills:
+        source = skill.source
+        lifts = [f"{lift:+.3f} on {_PLACES[where]} ({skill.trials[where]})" for where, lift in skill.lifts.items()]
+        lifted = ", ".join(lifts) or "not tried"
+        facts = [
+            f"- tasks: {', '.join(skill.tasks)}; episodes: {', '.join(source.episodes)}",
+            f"- made by {source.summariser} after step {source.step} (weights {source.policy_version})",
+            f"- version {skill.version}{f', changed by {skill.edited}' if skill.edited else ''}"
+            f"{', retired' if skill.retired else ''}",
+            f"- PDI {skill.pdi:+.2f}; shown {skill.shown} times; lift in nats a token: {lifted}",
+        ]
+        old = [f"- before: {' / '.join(text.splitlines())}" for text in skill.history]
+        parts.append("\n".join([f"## {skill.id}", "", skill.lesson.text, "", *facts, *old]))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,274 @@
+"""Who makes skills of finished episodes: rules, the policy itself, or a model behind a server.
+
+A case is what there is to learn from one task's episodes; a summariser makes a lesson of each, or nothing. Lessons are
+what a stranger said: `trainers/skill_keeper.py` bounds them, makes them harmless, and asks whether they are true.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opd.engines.base import Request, Sampling, generate
+from opd.envs.tool_calls import ToolCall, parse_tool_calls
+from opd.privileged import episode_text, without_thinking
+from opd.skills.bank import Lesson
+from opd.skills.server import ChatServer
+from opd.skills.text import neutral, one_line, shortened, structural_tokens
+from opd.types import Message, Task, Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from opd.chat import ChatFormat
+    from opd.trainers.loop import Loop
+
+logger = logging.getLogger(__name__)
+
+MOST_WRONG = 3
+"""Failed episodes that a case holds, each with another thing said about it."""
+_ACTION_CHARACTERS = 200
+_EPISODE_CHARACTERS = 4000
+_PROMPT_CHARACTERS = 6 * _EPISODE_CHARACTERS
+_MOST_OBJECTS = 16
+"""Places in an answer where its JSON may begin that are looked at."""
+_ASKED_AT_ONCE = 8
+_KEYS = {"golden_workflow": "workflow", "success_analysis": "success", "mistake_analysis": "mistakes"}
+"""The paper's names of a skill's parts."""
+
+PROMPT = """\
+An agent tried a task several times. Write down what it should know the next time it meets this task or one like it.
+
+The task:
+{task}
+
+{episodes}
+
+Answer with one JSON object and nothing else: {{"success_analysis": "what made attempts succeed", "mistake_analysis": \
+"what went wrong and how to avoid it", "golden_workflow": "the steps to take, in order"}}. A sentence or two each. Say \
+only what the attempts above show; leave a text empty if they show nothing about it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What there is to learn from the episodes of one task."""
+
+    task: Task
+    prompt: str
+    right: Trajectory | None
+    """The best episode that solved it."""
+    wrong: tuple[Trajectory, ...]
+    """Some that did not."""
+    mixed: bool
+    """Whether some solved it and some did not: that is where there is most to learn."""
+
+    @property
+    def episodes(self) -> list[Trajectory]:
+        return [*([self.right] if self.right else []), *self.wrong]
+
+    @property
+    def evidence(self) -> list[str]:
+        """What was done where it went right, and what the environment said where it did not."""
+        done = [action(turn.text) for turn in self.right.turns] if self.right else []
+        return [*done, *(text for episode in self.wrong for text in said(episode))]
+
+
+def case_of(group: TrajectoryGroup, right_from: float | None) -> Case | None:
+    """A group's case; None where nothing can be learned: nobody solved it, and the environment said nothing."""
+    solved = [t for t in group.usable if is_right(t, right_from)]
+    failed = [t for t in group.usable if not is_right(t, right_from)]
+    best = min(solved, key=lambda t: (-t.reward, len(t.turns), t.completion_tokens, t.member), default=None)
+    wrong: dict[str, Trajectory] = {}
+    for trajectory in failed:
+        if said(trajectory):
+            wrong.setdefault(" ".join(said(trajectory)), trajectory)
+    if best is None and not wrong:
+        return None
+    few = tuple(wrong.values())[:MOST_WRONG] or tuple(failed[:1])
+    return Case(
+        task=group.task, prompt=task_text(group), right=best, wrong=few, mixed=best is not None and bool(failed)
+    )  # fmt: skip
+
+
+def is_right(trajectory: Trajectory, right_from: float | None) -> bool:
+    """Whether an episode is right: by its reward, or where the environment calls it solved."""
+    return trajectory.success if right_from is None else trajectory.reward >= right_from
+
+
+def task_text(group: TrajectoryGroup) -> str:
+    """What the first user message says of the task; nothing where nobody came to read it."""
+    first = next((t.turns[0].messages for t in group.trajectories if t.turns), [])
+    return prompt_text(first)
+
+
+def prompt_text(messages: Sequence[Message]) -> str:
+    """The first user message."""
+    return next((str(m["content"]) for m in messages if m["role"] == "user"), "")
+
+
+def said(trajectory: Trajectory) -> list[str]:
+    """The environment's feedback on an episode."""
+    return [one_line(turn.feedback, _ACTION_CHARACTERS) for turn in trajectory.turns if turn.feedback]
+
+
+def action(text: str) -> str:
+    """An action in few words: its tool calls as one would write them in a program, or the beginning of what was said.
+
+    >>> action('<tool_call>{"name": "get", "arguments": {"person": "ann", "field": "boss"}}</tool_call>')
+    'get(person=ann, field=boss)'
+    """
+    calls = [call for call in parse_tool_calls(text) if isinstance(call, ToolCall)]
+    if not calls:
+        return one_line(without_thinking(text), _ACTION_CHARACTERS)
+    written = (f"{c.name}({', '.join(f'{key}={value}' for key, value in c.arguments.items())})" for c in calls)
+    return one_line("; ".join(written), _ACTION_CHARACTERS)
+
+
+def by_rules(done: Iterable[str], feedback: Iterable[str]) -> Lesson:
+    """The lesson of a successful episode's actions and of what was said about failed ones, the most frequent first."""
+    counts = Counter(feedback)
+    return Lesson(
+        workflow="; ".join(action(text) for text in done),
+        mistakes=" ".join(text for text, _ in counts.most_common(MOST_WRONG)),
+    )
+
+
+class Summariser(Protocol):
+    """Makes lessons of cases."""
+
+    name: str
+
+    def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
+        """One for each case, the same on all ranks; None where none was to be had."""
+
+
+class Rules:
+    """No model: the actions of the best episode that went right, and the feedback on those that went wrong, as is.
+
+    It understands nothing: what worked here stands there word for word, names and numbers of the task included.
+    """
+
+    name = "rules"
+
+    def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
+        return [
+            by_rules([turn.text for turn in case.right.turns] if case.right else [], _feedback(case)) for case in cases
+        ]
+
+
+class Policy:
+    """The policy itself, with the weights that it has after the step."""
+
+    name = "policy"
+
+    def __init__(self, loop: Loop, chat: ChatFormat, *, max_tokens: int) -> None:
+        self._loop, self._chat, self._max_tokens = loop, chat, max_tokens
+        self._structure = structural_tokens(chat.tokenizer)
+        self._warned = False
+
+    def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
+        loop, ranks = self._loop, self._loop.backend.ranks
+        loop.sync()
+        answers = self._answers(ranks.share(list(enumerate(cases))))
+        loop.rollouts.engine.sleep()
+        loop.synced = None  # an engine that sleeps may have given its weights up
+        everyone = ranks.deal(ranks.gather(answers))
+        if cases and everyone.count(None) == len(cases):
+            self._warn()
+        return [None if text is None else parse_lesson(text) for text in everyone]
+
+    def _warn(self) -> None:
+        """Once a run, that no case of a step fits: a run without skills is not what anybody asked for."""
+        if not self._warned:
+            logger.warning(
+                "no question about a task's episodes fits: with skill_sd.skills.max_tokens = %d for the answer it is "
+                "longer than rollout.max_length = %d, so the policy writes no skills; raise rollout.max_length",
+                self._max_tokens,
+                self._loop.rollout.max_length,
+            )
+        self._warned = True
+
+    def _answers(self, cases: Sequence[tuple[int, Case]]) -> list[str | None]:
+        """What the policy says to this rank's cases; None where one does not fit."""
+        loop, engine = self._loop, self._loop.rollouts.engine
+        engine.begin(Sampling(temperature=0.0), self._chat.stop_ids)
+        requests = []
+        for number, case in cases:
+            asked = neutral(prompt_for(case), self._structure, most=_PROMPT_CHARACTERS)
+            ids = self._chat.start([{"role": "user", "content": asked}])
+            if len(ids) + self._max_tokens <= loop.rollout.max_length:
+                requests.append(Request(session=number, prompt_ids=ids, seed=0, max_tokens=self._max_tokens))
+        texts: dict[int, str] = {}
+        for completion in generate(engine, requests):
+            texts[completion.session] = self._chat.text(completion.token_ids)
+            engine.release(completion.session)
+        return [texts.get(number) for number, _ in cases]
+
+
+class Server:
+    """Another model, behind an OpenAI-compatible server: asked by the first rank, for all."""
+
+    name = "server"
+
+    def __init__(self, loop: Loop, server: ChatServer) -> None:
+        self._loop, self._server = loop, server
+        self._silent = False
+
+    def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
+        answers = self._loop.backend.ranks.from_first(lambda: self._ask(cases))
+        if cases and not any(answers) and not self._silent:
+            logger.warning("%s gives no answer; the run goes on without new skills", self._server.url)
+        self._silent = bool(cases) and not any(answers)
+        return [None if text is None else parse_lesson(text) for text in answers]
+
+    def _ask(self, cases: Sequence[Case]) -> list[str | None]:
+        with ThreadPoolExecutor(max_workers=_ASKED_AT_ONCE) as pool:
+            return list(pool.map(self._server.ask, [prompt_for(case) for case in cases]))
+
+
+def prompt_for(case: Case) -> str:
+    """What a language model is asked about a case."""
+    parts = []
+    for number, episode in enumerate(case.episodes, start=1):
+        outcome = "succeeded" if episode is case.right else "failed"
+        text = shortened(episode_text(_without_thinking(episode.messages)), _EPISODE_CHARACTERS)
+        told = "".join(f"\nWhat was said about it: {line}" for line in said(episode))
+        parts.append(f"Attempt {number}, which {outcome}:\n{text}{told}")
+    return PROMPT.format(task=shortened(case.prompt, _EPISODE_CHARACTERS), episodes="\n\n".join(parts))
+
+
+def parse_lesson(answer: str) -> Lesson | None:
+    """The lesson in an answer: its first JSON object with the parts that were asked for; None where there is none."""
+    text = without_thinking(answer)
+    at = -1
+    for _ in range(_MOST_OBJECTS):
+        if (at := text.find("{", at + 1)) < 0:
+            break
+        try:
+            data, _ = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            continue
+        lesson = Lesson(**{part: _sentence(data.get(key)) for key, part in _KEYS.items()})
+        if lesson.text:
+            return lesson
+    return None
+
+
+def _sentence(value: Any) -> str:
+    """A part as text: a string, or a list of them."""
+    if isinstance(value, list):
+        return " ".join(item for item in value if isinstance(item, str))
+    return value if isinstance(value, str) else ""
+
+
+def _feedback(case: Case) -> list[str]:
+    return [text for episode in case.wrong for text in said(episode)]
+
+
+def _without_thinking(messages: Iterable[Message]) -> list[Message]:
+    return [
+        {**m, "content": without_thinking(str(m["content"]))} if m["role"] == "assistant" else m for m in messages
+    ]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Skill-SD: a teacher that reads skills, made of the agent's own earlier episodes, beside the reward.
+
+Source: Skill-SD (arXiv 2604.10674), by its abstract and by notes that quote its equations; no code of the authors is
+public, and what they leave open is said in docs/skills.md. The loss is GRPO's plus `distill` times
+
+    mean over sampled tokens of  ratio * (exp(-gap) - 1 + gap),  gap = log student - log teacher of the token,
+
+whose ratio of student to old policy keeps its gradient: on average this is the reverse KL's gradient, while the same
+without the ratio is the forward KL's (`opd/estimators.py`). The student never sees a skill.
+
+Left out: skills are written after the step, not in the background, so that runs repeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from opd.config import Strict, TeacherConfig
+from opd.errors import DataError
+from opd.losses import Losses, SampledDistill
+from opd.privileged import in_first_user_message, with_skill, with_solution
+from opd.trainers.base import Method, register
+from opd.trainers.grpo import PolicyConfig
+from opd.trainers.skill_keeper import SkillKeeper, SkillsConfig
+from opd.trainers.skill_makers import prompt_text
+from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
+
+if TYPE_CHECKING:
+    from opd.chat import ChatFormat
+    from opd.trainers.loop import Loop
+
+
+class SkillSdConfig(Strict):
+    """Settings of `method: skill_sd`."""
+
+    teacher: TeacherConfig = Field(TeacherConfig(weights="live"), description="Who teaches; left out: weights = live.")
+    distill: float = Field(0.001, ge=0, description="The teacher's coefficient beside the reward's 1.")
+    estimator: Literal["weighted_k3", "k3", "k2", "policy_gradient"] = Field(
+        "weighted_k3",
+        description="How the sampled token's gap becomes a loss; k3, the naive one, trains the forward KL.",
+    )
+    max_ratio: float | None = Field(
+        2.0, gt=0, description="Bound on the ratio of student to old policy; null: none. Not used by k2 and k3."
+    )
+    policy: PolicyConfig = Field(default_factory=PolicyConfig, description="The policy gradient's settings.")
+    skills: SkillsConfig = Field(default_factory=SkillsConfig)
+    fixed: str | None = Field(
+        None,
+        description="Show the teacher this privileged text of the environment in place of skills (`solution`, ...): "
+        "self-distillation from fixed solutions beside the reward, to compare with.",
+    )
+    right_from: float | None = Field(
+        None, description="Reward from which an episode is right; null: where the environment calls it solved."
+    )
+    max_teacher_tokens: int = Field(18_432, ge=8, description="What would be longer for the teacher is not distilled.")
+
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> SkillSdConfig:
+        if self.estimator in ("k2", "k3") and self.max_ratio != 2.0:
+            raise ValueError(f"skill_sd.max_ratio has no effect with estimator = {self.estimator}; remove it")
+        if self.fixed is not None and self.skills != SkillsConfig():
+            raise ValueError(f"skill_sd.skills has no effect with fixed = {self.fixed}; remove one of them")
+        return self
+
+
+@register("skill_sd", SkillSdConfig)
+class SkillSd(Method):
+    """GRPO beside a teacher that reads skills made of the agent's own earlier episodes (Skill-SD)."""
+
+    config: SkillSdConfig
+
+    def __init__(self, config: SkillSdConfig, chat: ChatFormat) -> None:
+        super().__init__(config, chat)
+        self.keeper = SkillKeeper(config.skills, chat, right_from=config.right_from)
+
+    @property
+    def losses(self) -> Losses:
+        config = self.config
+        bound = None if config.estimator in ("k2", "k3") else config.max_ratio
+        distill = SampledDistill(form=config.estimator, max_ratio=bound, coef=config.distill)
+        return Losses(policy=config.policy.loss(), distill=distill)
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        return self.config.teacher
+
+    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+        self.keeper.open(loop, folder)
+        return {}
+
+    def annotate(self, group: TrajectoryGroup) -> list[Sample]:
+        samples = []
+        for trajectory, advantage in zip(group.usable, self.config.policy.advantages(group.usable), strict=True):
+            text = self._skills(group.task.id, trajectory.turns[0].messages)
+            for segment in trajectory.segments():
+                sample = to_sample(trajectory, segment, policy=1.0, advantage=advantage, route="policy")
+                samples.append(sample if text is None else self._taught(sample, self._view(trajectory, segment, text)))
+        return samples
+
+    def _skills(self, task: str, messages: list[Message]) -> str | None:
+        """What there is to show: skills, or in the comparison the name of a text that the environment has."""
+        return self.keeper.text_for(task, prompt_text(messages)) if self.config.fixed is None else self.config.fixed
+
+    def _taught(self, sample: Sample, view: TeacherView | None) -> Sample:
+        if view is None:
+            return replace(sample, route="too_long")
+        weight = [float(sampled) for sampled in sample.completion_mask]
+        view = replace(view, shows=("skill" if self.config.fixed is None else self.config.fixed,))
+        return replace(sample, teacher_view=view, distill_weight=weight, route="distill")
+
+    def _view(self, trajectory: Trajectory, segment: Segment, text: str | None) -> TeacherView | None:
+        """The teacher's side with a text of skills, or without; None where it would be too long."""
+
+        def rewrite(turn: int, messages: list[Message]) -> list[Message]:
+            return self._told(messages, trajectory.privileged, text) if turn == segment.start else messages
+
+        view = self.chat.view(trajectory, segment, rewrite)
+        return view if len(view.token_ids) <= self.config.max_teacher_tokens else None
+
+    def _told(self, messages: list[Message], privileged: dict[str, str], text: str | None) -> list[Message]:
+        if text is None:
+            return messages
+        if self.config.fixed is None:
+            return in_first_user_message(messages, partial(with_skill, skill=text))
+        if text not in privileged:
+            raise DataError(f"skill_sd.fixed = {text!r}, but the environment offers {sorted(privileged) or 'nothing'}")
+        return in_first_user_message(messages, partial(with_solution, solution=privileged[text]))
+
+    def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
+        """With the skills of like tasks: which task this is, is not known here."""
+        return self._told(messages, privileged, self._skills("", messages))
+
+    def observe(self, groups: list[TrajectoryGroup]) -> None:
+        if self.config.fixed is None:
+            self.keeper.learn(groups, self._view)
+
+    def metrics(self) -> dict[str, float]:
+        return self.keeper.numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.keeper.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.keeper.load_state_dict(state)
