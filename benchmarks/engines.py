@@ -70,7 +70,7 @@ def measure(model: str, engine: str, concurrencies: list[int]) -> list[str]:
         config = Config.from_dict(
             {"method": "opsd", "model": model, "env": settings["env"], "rollout": rollout, "out": f"{out}/run"}
         )
-        config.prepare_out()
+        config.write_to(config.choose_out())
         since = time.perf_counter()
         run = build(config)
         try:

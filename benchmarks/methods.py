@@ -31,7 +31,7 @@ from opd.launch.build import Run, build
 from opd.launch.config import Config
 from opd.launch.overrides import merge
 from opd.launch.reader import read_settings
-from opd.plots import curves, success_curve
+from opd.plots import COLORS, curves, success_curve
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,7 +41,8 @@ class Comparison(Strict):
 
     title: str = ""
     base: dict[str, Any]
-    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    methods: dict[str, dict[str, Any]] = Field(min_length=1, max_length=len(COLORS))
+    """At most as many as one picture can tell apart."""
     seeds: list[int] = Field(min_length=1)
     tokens: int = Field(ge=1)
     points: int = Field(10, ge=1)

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from opd import deepspeed_json
 from opd.backends.base import Backend
+from opd.backends.idle import IdleBackend
 from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
-from opd.config import RolloutConfig, TrainConfig
+from opd.config import ModelConfig, RolloutConfig, TrainConfig
 from opd.engines.base import RolloutEngine, Sampling
+from opd.engines.scoring import VllmScorer
 from opd.engines.transformers import TransformersEngine
+from opd.engines.vllm_http import Server
 from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.errors import ConfigError
+from opd.identity import check_same_tokenizer, weights_fingerprint
 from opd.intervals import wilson
 from opd.launch.config import Config
-from opd.losses import Correction, Sampler
+from opd.losses import Correction, Distill, Sampler
 from opd.modeling import CausalModel
-from opd.models import Loaded, export, load
+from opd.models import Loaded, export, load, load_teacher, load_tokenizer
 from opd.ranks import Ranks
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
+from opd.served_teacher import ServedTeacher
 from opd.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.teacher import Teacher
 from opd.trainers.base import Method, methods
@@ -108,6 +115,7 @@ class Run:
         """Close the environments and the engine, and give the memory of training back."""
         self.loop.rollouts.close()
         self.held_out.close()
+        self.loop.teacher.close()
         self.loop.backend.close()  # before vLLM, which may end the process groups that DeepSpeed still asks
         self.loop.rollouts.engine.close()
 
@@ -116,17 +124,30 @@ def build(
     config: Config,
     ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     *,
-    stage: int = 0,
+    stage: int | None = 0,
     model: Path | None = None,
 ) -> Run:
     """Load the model and join the parts of one stage; `model` is the export that a later stage starts from.
+
+    Without a stage the run can be evaluated and not trained: no other model is loaded to teach.
 
     Raises ModelError, ConfigError or EnvError before anything trains.
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)  # adapters are initialised at random
-    loaded = _load(config, ranks, str(model) if model else config.model.name)
+    own = _named(config, ranks, str(model) if model else config.model.name)
+    planned = Method(None, cast(Any, None)) if stage is None else config.stages[stage]
+    name = planned.borrowed or planned.teacher.model
+    other = _named(config, ranks, name) if name else None
+    if other is not None:
+        ranks.agree(lambda: _check_tokenizers(own, other))
+    if planned.borrowed is None or other is None:
+        loaded = _load(config, ranks, own)
+    else:
+        loaded = _load(config, ranks, other.model_copy(update={"lora": None}))
+        loaded = replace(loaded, tokenizer=load_tokenizer(own))
+    _check_top_k(config, loaded.model.vocabulary)
     chat = ChatFormat(
         loaded.tokenizer,
         template_kwargs=config.rollout.chat_template_kwargs,
@@ -134,10 +155,11 @@ def build(
         stop_ids=loaded.stop_ids,
     )
     spec = methods()[config.method]
-    method = spec.cls(config.section, chat).stages()[stage]
+    method = spec.cls(config.section, chat)
+    method = method if stage is None else method.stages()[stage]
     train = method.schedule(config.train)
     blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
-    backend, engine = _backend(config, train, loaded.model, ranks)
+    backend, engine = _backend(config, train, loaded.model, ranks, trains=method.trains)
     scheduler = partial(
         RolloutScheduler,
         engine,
@@ -154,7 +176,7 @@ def build(
         method=method,
         student=loaded.model,
         weights=ModelWeights(loaded.model, gather=whole if any(map(is_sharded, loaded.model.parameters())) else None),
-        teacher=Teacher(method.teacher, loaded.model),
+        teacher=_teacher(config, planned, loaded.model, other, ranks),
         rollouts=rollouts,
         backend=backend,
         rollout=config.rollout,
@@ -167,6 +189,16 @@ def build(
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
 
+def _check_top_k(config: Config, vocabulary: int) -> None:
+    """Of every stage: what only the last would find out costs all those before it. Raises ConfigError."""
+    for stage in config.stages:
+        top_k = getattr(stage.losses.distill, "top_k", None)
+        if top_k is not None and top_k > vocabulary:
+            raise ConfigError(
+                f"{config.method}: top_k = {top_k} is more than the {vocabulary} entries of the model's vocabulary"
+            )
+
+
 def _sampler(rollout: RolloutConfig) -> Sampler:
     """What the losses know of the rollouts; another network than the one that trains is always measured against it."""
     mode, config = rollout.correction_mode, rollout.correction
@@ -175,17 +207,56 @@ def _sampler(rollout: RolloutConfig) -> Sampler:
     return Sampler(temperature=rollout.temperature, correction=corrected, measured=measured)
 
 
-def _load(config: Config, ranks: Ranks, name: str) -> Loaded:
-    """The model, where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
+def _named(config: Config, ranks: Ranks, name: str) -> ModelConfig:
+    """The model's settings for another name, which `tiny:` may build, and for the type that DeepSpeed was told."""
     if name.startswith("tiny:"):
         ranks.from_first(lambda: _built_name(name))  # on one rank first: the others of its machine find it there
         name = _built_name(name)
-    model = config.model.model_copy(update={"name": name})
-    device = None
-    if config.deepspeed is not None:
-        model = model.model_copy(update={"dtype": deepspeed_json.dtype(config.deepspeed) or model.dtype})
-        device = "cpu" if deepspeed_json.stage(config.deepspeed) == 3 else None
-    return ranks.agree(lambda: load(model, device=device))
+    dtype = deepspeed_json.dtype(config.deepspeed) if config.deepspeed else None
+    return config.model.model_copy(update={"name": name, "dtype": dtype or config.model.dtype})
+
+
+def _load(config: Config, ranks: Ranks, model: ModelConfig) -> Loaded:
+    """The model, where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
+    return ranks.agree(lambda: load(model, device="cpu" if _in_slices(config) else None))
+
+
+def _in_slices(config: Config) -> bool:
+    """Whether no rank holds a whole model (ZeRO-3)."""
+    return config.deepspeed is not None and deepspeed_json.stage(config.deepspeed) == 3
+
+
+def _check_tokenizers(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Before any weights are read. Raises ModelError."""
+    check_same_tokenizer(load_tokenizer(student), load_tokenizer(teacher), names=(student.name, teacher.name))
+
+
+def _teacher(config: Config, method: Method, student: CausalModel, other: ModelConfig | None, ranks: Ranks) -> Teacher:
+    """Who teaches; another model is cut into slices where the student is, or asked where it is served."""
+    teaching = method.teacher
+    if other is None or teaching.model is None:
+        return Teacher(teaching, student)
+    if teaching.servers:
+        served = _served(method, student)
+        named = f"served: {teaching.model}"
+        return Teacher(teaching, student, served=served, fingerprint=named, close=served.scorer.close)
+    sharded = _in_slices(config)
+    model = ranks.agree(lambda: load_teacher(other, student, device="cpu" if sharded else None))
+    fingerprint = weights_fingerprint(model)
+    if not sharded:
+        return Teacher(teaching, student, model, fingerprint=fingerprint)
+    from opd.backends.zero import ZeroModel
+
+    held = ZeroModel(model, deepspeed_json.reading(_filled(config, config.train, model, ranks)))
+    return Teacher(teaching, student, model, fingerprint=fingerprint, look=held.look, close=held.close)
+
+
+def _served(method: Method, student: CausalModel) -> ServedTeacher:
+    teaching, distill = method.teacher, method.losses.distill
+    key = os.environ.get(teaching.api_key_env)
+    servers = [Server(url, key=key, timeout=teaching.timeout, connections=16) for url in teaching.servers]
+    scorer = VllmScorer(servers, vocabulary=student.vocabulary, retries=4, restart_timeout=300.0)
+    return ServedTeacher(scorer, distill.top_k or 0 if isinstance(distill, Distill) else 0)
 
 
 def _engine(config: Config, model: CausalModel, ranks: Ranks) -> RolloutEngine:
@@ -201,32 +272,45 @@ def _engine(config: Config, model: CausalModel, ranks: Ranks) -> RolloutEngine:
     return VllmEngine(model, config.rollout)
 
 
-def _backend(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> tuple[Backend, RolloutEngine]:
+def _backend(
+    config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks, *, trains: bool
+) -> tuple[Backend, RolloutEngine]:
     """What trains the model, and what samples: the model itself, a copy where it is cut into slices, or vLLM."""
     total_steps = train.steps * train.updates_per_step
+    if config.deepspeed is None and not trains:
+        return IdleBackend(model), _engine(config, model, ranks)
     if config.deepspeed is None:
         return LocalBackend(model, train, total_steps=total_steps), _engine(config, model, ranks)
     from opd.backends.zero import ZeroBackend
 
-    copied = deepspeed_json.stage(config.deepspeed) == 3 and config.rollout.engine == "transformers"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    twin = blank_copy(model, device) if copied else model
-    facts = deepspeed_json.Facts(
-        total_steps=total_steps,
-        ranks=ranks.world_size,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        hidden_size=getattr(model.config, "hidden_size", None),
-        gpu=device.type == "cuda",
-    )
-    try:
-        filled = deepspeed_json.fill(config.deepspeed, train, facts)
-    except ValueError as error:
-        raise ConfigError(f"deepspeed: {error}") from error
-    backend = ZeroBackend(model, train, filled.settings, ranks, total_steps=total_steps)
+    copied = _in_slices(config) and config.rollout.engine == "transformers"
+    twin = blank_copy(model, _device()) if copied else model
+    settings = _filled(config, train, model, ranks)
+    backend = ZeroBackend(model, train, settings, ranks, total_steps=total_steps)
     if not copied:
         return backend, _engine(config, model, ranks)
     fill(twin, model)
     return backend, TransformersEngine(twin, refresh=partial(fill, twin, model))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed settings without "auto". Raises ConfigError."""
+    assert config.deepspeed is not None
+    facts = deepspeed_json.Facts(
+        total_steps=train.steps * train.updates_per_step,
+        ranks=ranks.world_size,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        hidden_size=getattr(model.config, "hidden_size", None),
+        gpu=_device().type == "cuda",
+    )
+    try:
+        return deepspeed_json.fill(config.deepspeed, train, facts).settings
+    except ValueError as error:
+        raise ConfigError(f"deepspeed: {error}") from error
 
 
 def _built_name(name: str) -> str:

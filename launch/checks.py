@@ -18,8 +18,9 @@ from opd import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, RolloutConfig, TrackingConfig, VllmConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
-from opd.launch.server_checks import check_engine_args, check_servers
+from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
 from opd.launch.tiny_names import TINY_ENVS
+from opd.losses import Distill, SampledDistill
 from opd.ranks import started_ranks
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def check_combinations(config: Config) -> list[Problem]:
                 f"rollout.max_length = {rollout.max_length}. Raise the one or lower the other.",
             )
         )
-    problems += _undistilled(config)
+    problems += _undistilled(config) + _unserved(config)
     problems += _vllm_problems(config)
     for name in ("every", "env_kwargs"):
         if getattr(evaluation, name) and not evaluation.tasks:
@@ -91,6 +92,8 @@ def check_started(config: Config) -> None:
             "Set backend: deepspeed, or start one."
         )
     check_servers(config.rollout)
+    for teacher in {id(s.teacher): s.teacher for s in config.stages if s.losses.distill}.values():
+        check_teaching_servers(teacher, config.rollout.max_length, f"{config.method}.teacher")
 
 
 def _backend(config: Config) -> list[Problem]:
@@ -125,7 +128,7 @@ def _backend(config: Config) -> list[Problem]:
 
 def _undistilled(config: Config) -> list[Problem]:
     """Settings about a teacher's word, for a method that does not listen to one."""
-    if any(stage.losses.distill for stage in config.stages):
+    if any(stage.losses.distill and stage.asks for stage in config.stages):
         return []
     weighting = config.weighting
     asked = {
@@ -139,10 +142,38 @@ def _undistilled(config: Config) -> list[Problem]:
     return [Problem((key,), f"{key} {text}{mends.get(key, '')}") for key, value in asked.items() if value]
 
 
+def _unserved(config: Config) -> list[Problem]:
+    """What a teacher behind servers cannot say (`opd.engines.scoring`)."""
+    key = f"{config.method}.teacher.servers"
+    stage = next((s for s in config.stages if s.teacher.servers and s.losses.distill and s.asks), None)
+    if stage is None:
+        named = getattr(getattr(config.section, "teacher", None), "servers", [])
+        text = f"{key} has no effect: the method loads teacher.model to play or to score ahead. Remove it."
+        return [Problem((key,), text)] if named else []
+    distill, weighting = stage.losses.distill, config.weighting
+    wanted = {
+        "rollout.temperature other than 1": config.rollout.temperature != 1,
+        "weighting.entropy": weighting.entropy,
+        "weighting.steps": weighting.steps,
+        "train.variance_every": config.train.variance_every,
+    }
+    if isinstance(distill, SampledDistill):
+        wanted["a baseline, which needs whole distributions"] = distill.needs_distributions
+    elif isinstance(distill, Distill):
+        wanted["the whole vocabulary (choose form: top_k, or sampled)"] = distill.top_k is None
+        wanted["support = student (set support: teacher)"] = distill.top_k is not None and distill.support == "student"
+        wanted["a temperature other than 1"] = distill.temperature not in (None, 1)
+        wanted["clip"] = distill.clip is not None
+        wanted["max_ratio, over several updates a step"] = bool(distill.max_ratio) and config.train.updates_per_step > 1
+    wanted["scores that weigh the samples"] = stage.needs_scores
+    text = f"{key}: a served teacher says the sampled token's log-prob, or its top k, at temperature 1. It cannot do"
+    return [Problem((key,), f"{text}: {name}.") for name, asked in wanted.items() if asked]
+
+
 def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
     """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
     teachers = [stage.teacher.weights for stage in config.stages if stage.losses.distill]
-    own = next((weights for weights in teachers if weights != "live"), None)
+    own = next((weights for weights in teachers if weights not in ("live", "external")), None)
     if own is None:
         return []
     zero = data.get("zero_optimization") or {}
@@ -234,6 +265,31 @@ def check_model(model: ModelConfig) -> list[Problem]:
     """Whether there is such a model: on this disk, in a package, or on the hub."""
     problem = _model_problem(model.name)
     return [Problem(("model.name",), f'model.name = "{model.name}" {problem}')] if problem else []
+
+
+def check_teachers(config: Config) -> list[Problem]:
+    """Whether there are such models as other than the student are asked to teach."""
+    named = (name for stage in config.stages for name in (stage.teacher.model, stage.borrowed) if name)
+    other = getattr(config.section, "sft_teacher", None)
+    problems = []
+    for name in dict.fromkeys(named):
+        key = f"{config.method}.{'sft_teacher' if name == other else 'teacher.model'}"
+        if problem := _model_problem(name):
+            problems.append(Problem((key,), f'{key} = "{name}" {problem}'))
+    return problems
+
+
+def check_files(config: Config) -> list[Problem]:
+    """Whether what a method is to read ahead of training is there."""
+    problems = []
+    for name, kind in (("file", "file"), ("data", "folder")):
+        value = getattr(config.section, name, None)
+        if value is None:
+            continue
+        path, key = Path(value).expanduser(), f"{config.method}.{name}"
+        if not (path.is_file() if kind == "file" else path.is_dir()):
+            problems.append(Problem((key,), f'{key} = "{value}": there is no such {kind}'))
+    return problems
 
 
 def _model_problem(name: str) -> str | None:

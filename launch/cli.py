@@ -159,6 +159,57 @@ def _startable(config: Config, source: str) -> Config:
     return config
 
 
+def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
+    parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
+
+
+def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.config import Config
+    from opd.launch.out import remove_run
+
+    _short(overrides, "train.steps", arguments.steps)
+    _short(overrides, "out", arguments.out)
+    ranks = join() if started_ranks() > 1 else Ranks()
+    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
+    if all(stage.trains for stage in config.stages):
+        why = "with data: it trains on what an earlier run prepared" if getattr(config.section, "data", None) else ""
+        raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
+    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    if arguments.overwrite:
+        ranks.from_first(lambda: remove_run(out))
+    from opd.launch.train import train
+
+    result = train(config.at(out), resume=arguments.resume, only_prepare=True)
+    if ranks.first:
+        done = "stopped; go on with: opd precompute" if result.interrupted else "prepared; train with: opd train"
+        print(f"{done} {out} --resume", file=sys.stderr)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _store_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, summary in (("inspect", "what it holds, and by whom"), ("verify", "whether it is whole, byte by byte")):
+        action = actions.add_parser(name, help=summary)
+        action.add_argument("folder", metavar="FOLDER", type=Path, help="a store, or the folder of a run that has one")
+
+
+def _store(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.stored import inspect, problems
+
+    if arguments.action == "inspect":
+        lines = inspect(arguments.folder)
+        width = max(len(name) for name, _ in lines)
+        print("\n".join(f"{name:{width}}  {value}" for name, value in lines))
+        return 0
+    found = problems(arguments.folder)
+    print("\n".join(found) or f"{arguments.folder} is whole")
+    return int(bool(found))
+
+
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", metavar="RUN_OR_FILE", help="the folder of a run, or a YAML file (its model as it is)"
@@ -253,6 +304,48 @@ def _methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return 0
 
 
+def _skills_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    summaries = {
+        "list": "a line a skill, those that lift the teacher most first",
+        "show": "one skill, and where it comes from",
+        "edit": "change a skill, or retire it; the run takes that up",
+        "export": "write them to a file, to read or to keep",
+    }
+    for name, summary in summaries.items():
+        action = actions.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        action.add_argument("target", metavar="RUN_OR_FILE", type=Path, help="the folder of a run, or a skills.jsonl")
+        if name in ("show", "edit"):
+            action.add_argument("id", metavar="ID", help="a skill's, from `opd skills list`")
+        if name == "edit":
+            action.add_argument("--retire", action="store_true", help="never show it again, nor make it anew")
+            for part in ("workflow", "success", "mistakes"):
+                action.add_argument(f"--{part}", metavar="TEXT", help="its new text; none given: $EDITOR opens all")
+        if name == "export":
+            action.add_argument("--to", metavar="FILE", type=Path, required=True, help="FILE.md or FILE.jsonl")
+            action.add_argument("--usable", action="store_true", help="only those that may be shown")
+
+
+def _skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from opd.launch import skills
+
+    if arguments.action == "list":
+        skills.show_all(arguments.target, Console())
+    elif arguments.action == "show":
+        print(skills.show_one(arguments.target, arguments.id), end="")
+    elif arguments.action == "edit":
+        given = {part: text for part in skills.PARTS if (text := getattr(arguments, part)) is not None}
+        if given and arguments.retire:
+            raise ConfigError("--retire takes no new text: give the one or the other")
+        changed = skills.change(arguments.target, arguments.id, given, retire=arguments.retire)
+        print(f"{changed.id} is now version {changed.version}{', retired' if changed.retired else ''}")
+    else:
+        print(f"{skills.export(arguments.target, arguments.to, usable=arguments.usable)} skills in {arguments.to}")
+    return 0
+
+
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="print its settings, defaults and all")
     parser.add_argument(
@@ -291,12 +384,18 @@ def _positive(text: str) -> int:
 _COMMANDS = (
     _Command("train", "train by a file of settings", "opd train examples/opsd.yaml --steps 20 --train.lr 1e-4",
              _train, _train_arguments, takes_settings=True),
+    _Command("precompute", "make a run's stored episodes and scores, without the training on them",
+             "opd precompute examples/lightning_opd.yaml", _precompute, _precompute_arguments, takes_settings=True),
+    _Command("store", "look into a store of a teacher's scores", "opd store verify runs/lightning-opd-lookup-tiny",
+             _store, _store_arguments),
     _Command("eval", "play held-out tasks with a trained run", "opd eval runs/opsd-lookup-tiny --tasks 300",
              _eval, _eval_arguments, takes_settings=True),
     _Command("serve", "serve a model with vLLM, for rollouts or as a teacher", "opd serve examples/opsd_vllm.yaml",
              _serve, _serve_arguments, takes_settings=True),
     _Command("demo", "watch a small agent get better, no download", "opd demo --seeds 3", _demo, _demo_arguments),
     _Command("envs", "list environments, or check one", "opd envs check opd/Lookup-v0", _envs, _envs_arguments),
+    _Command("skills", "read and change the skills of a run", "opd skills list runs/skill-sd-lookup-tiny",
+             _skills, _skills_arguments),
     _Command("methods", "list the methods that can train", "opd methods", _methods),
     _Command("config", "print resolved settings, or explain one", "opd config --explain rollout.temperature",
              _config, _config_arguments, takes_settings=True),

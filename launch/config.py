@@ -31,7 +31,15 @@ from opd.config import (
 )
 from opd.errors import ConfigError
 from opd.launch import out
-from opd.launch.checks import check_combinations, check_env, check_model, check_rollout, check_tracking
+from opd.launch.checks import (
+    check_combinations,
+    check_env,
+    check_files,
+    check_model,
+    check_rollout,
+    check_teachers,
+    check_tracking,
+)
 from opd.launch.overrides import merge
 from opd.launch.parse import bad_value, parse
 from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
@@ -55,6 +63,7 @@ _MAY_DIFFER = (
     "rollout.vllm",
     "train.steps",
     "train.save_every",
+    "lightning_opd.mismatch",  # what its own message says to set
     "train.keep_last",
     "train.keep_best",
     "train.threads",
@@ -140,6 +149,7 @@ class Config(Strict):
         if not problems:
             config = cls(**sections)
             problems = check_combinations(config)
+            problems += check_teachers(config) + check_files(config) if check_machine else []
         if problems:
             raise ConfigError(report(problems, source, list(overridden)))
         return config
@@ -152,7 +162,7 @@ class Config(Strict):
     @property
     def stage_steps(self) -> list[int]:
         """The steps of each stage."""
-        return [stage.schedule(self.train).steps for stage in self.stages]
+        return [stage.schedule(self.train).steps if stage.trains else 0 for stage in self.stages]
 
     @property
     def fingerprint(self) -> str:
@@ -174,9 +184,8 @@ class Config(Strict):
         name = out.default_name(self.method, self.env.id, self.model.name)
         return out.choose(self.out, name, resume=resume, overwrite=overwrite)
 
-    def prepare_out(self, *, resume: bool = False) -> Path:
-        """Make the run's folder and write its `config.yaml`. Raises ConfigError where it cannot be used."""
-        folder = self.choose_out(resume=resume)
+    def write_to(self, folder: Path) -> Path:
+        """Make the run's folder and write its `config.yaml`; returns the folder."""
         out.write_config(folder, self.at(folder).to_yaml(), opd.__version__)
         return folder
 
@@ -186,11 +195,14 @@ class Config(Strict):
 
     def differs_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
         """The keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""
-        ours, theirs = _flat(self.dump()), _flat(saved)
         longer = self.train.lr_schedule == "constant" and len(self.stages) == 1
-        free = [key for key in _MAY_DIFFER if key != "train.steps" or longer]
+        return self.differs(saved, may=[key for key in _MAY_DIFFER if key != "train.steps" or longer])
+
+    def differs(self, saved: Mapping[str, Any], *, may: Sequence[str] = _MAY_DIFFER) -> list[str]:
+        """The keys that differ from the settings `saved` (a `dump`), but for those that `may`."""
+        ours, theirs = _flat(self.dump()), _flat(saved)
         changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
-        return [key for key in changed if not any(is_within(key, prefix) for prefix in free)]
+        return [key for key in changed if not any(is_within(key, prefix) for prefix in may)]
 
 
 def served(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:

@@ -27,7 +27,7 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
         config = config.model_copy(update={"model": model})
     # Playing needs no gradients: one process will do, whatever trained the run.
     config = config.model_copy(update={"backend": "local", "deepspeed": None})
-    built = build(config, ranks_of(config))
+    built = build(config, ranks_of(config), stage=None)
     try:
         score, groups = built.evaluate()
     finally:

@@ -71,7 +71,7 @@ def memory_estimate(
     trained_width = width if model.lora is None else 4
     copies = {"live": 0, "frozen": trained_width, "synced": trained_width, "trust_region": trained_width}
     copies["ema"] = max(4, trained_width)
-    own = trained * copies[teacher.weights] if teacher else 0
+    own = trained * copies.get(teacher.weights, 0) + external_bytes(teacher, width) if teacher else 0
     if teacher and teacher.weights == "trust_region" and not model.lora:
         own += 2 * size.vocabulary * size.hidden * width  # both heads side by side
     # The teacher's view holds the student's sequence, so the student has at most half of a micro-batch.
@@ -83,7 +83,7 @@ def memory_estimate(
         Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
         Part("gradients", trained * trained_width),
         Part("AdamW", optimizer * trained, "two moments for each trained parameter"),
-        Part("teacher", own, teacher.weights if teacher else "none"),
+        Part("teacher", own, taught_by(teacher)),
         Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
         Part(
@@ -92,6 +92,21 @@ def memory_estimate(
             f"at most {rollout.concurrency} episodes of {rollout.max_length} tokens",
         ),
     ]
+
+
+def external_bytes(teacher: TeacherConfig, width: int) -> int:
+    """What another model that teaches takes, at so many bytes a weight; 0 where it is not known (`taught_by`)."""
+    size = known_size(teacher.model) if teacher.model and not teacher.servers else None
+    return size.parameters * width if size else 0
+
+
+def taught_by(teacher: TeacherConfig | None) -> str:
+    """Whose weights teach, in words."""
+    if teacher is None or teacher.model is None:
+        return teacher.weights if teacher else "none"
+    if teacher.servers:
+        return f"{teacher.model}, served by {', '.join(teacher.servers)}"
+    return teacher.model if known_size(teacher.model) else f"{teacher.model}, size not known before it is loaded"
 
 
 def tile_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:

@@ -89,7 +89,7 @@ class Plan:
 
     def _updates(self) -> str:
         config = self.config
-        counts = [steps * config.train.updates_per_step for steps in config.stage_steps]
+        counts = [steps * config.train.updates_per_step for steps in config.stage_steps if steps]
         if len(counts) > 1:
             return f"{sum(counts):,} in {len(counts)} stages ({' + '.join(f'{count:,}' for count in counts)})"
         return f"{counts[0]:,} ({config.train.steps * self.episodes_per_step:,} episodes in all)"
@@ -203,7 +203,7 @@ def _listed(head: str, parts: list[Part]) -> str:
 
 def teacher_of(config: Config) -> TeacherConfig | None:
     """Whose weights teach; None where nobody is listened to."""
-    return next((stage.teacher for stage in config.stages if stage.losses.distill), None)
+    return next((stage.teacher for stage in config.stages if stage.losses.distill and stage.asks), None)
 
 
 def has_gpu() -> bool:
@@ -217,7 +217,7 @@ def _evaluations(config: Config) -> int:
     """Before, after every stage, and between: the evaluation at a stage's last step is the one after it."""
     if not config.eval.tasks:
         return 0
-    ends = set(accumulate(config.stage_steps))
+    ends = set(accumulate(config.stage_steps)) - {0}
     between = range(config.eval.every, max(ends), config.eval.every) if config.eval.every else ()
     return 1 + len(ends.union(between))
 
@@ -273,11 +273,17 @@ def _notes(config: Config) -> list[str]:
     bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
     if bounded and train.updates_per_step == 1:
         notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
+    teacher = teacher_of(config)
+    if teacher and teacher.weights == "live" and train.updates_per_step > 1:
+        notes.append(
+            f"a live teacher is another one at each of a step's {train.updates_per_step} updates; the one of the whole "
+            f"step is teacher.weights = synced, every = {train.updates_per_step}"
+        )
     updates = train.steps * train.updates_per_step
     if train.warmup_steps >= updates:
         notes.append(f"train.warmup_steps = {train.warmup_steps} never ends in {updates} updates")
     tiny = config.model.name.removeprefix("tiny:")
-    if tiny != config.model.name and tiny not in config.env.id.lower():
+    if tiny != config.model.name and tiny.split("-")[0] not in config.env.id.lower():
         notes.append(f"the model was warmed up for {tiny}, but acts in {config.env.id}")
     return notes
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from opd import deepspeed_json
 from opd.config import ModelConfig, RolloutConfig, TeacherConfig
-from opd.launch.memory import BYTES, ModelSize, Part, activations, tile_bytes
+from opd.launch.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _DEFAULT_BUCKET = 500_000_000
@@ -84,13 +84,14 @@ def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]
     width, trained = work.width, work.trained(size)
     copies = {"live": 0, "frozen": width, "synced": width, "trust_region": width, "ema": 4}
     teaching = work.teacher.weights if work.teacher else "none"
+    other = round(external_bytes(work.teacher, width) * sharding.share(3)) if work.teacher else 0
     tokens = work.tokens_per_microbatch // 2 if work.teacher else work.tokens_per_microbatch
     tile = tile_bytes(tokens, size.vocabulary, gpu=work.gpu)
     parts = [
         Part("weights", _on_device(work.weights(size) * width * sharding.share(3), sharding.weights_on)),
         Part("gradients", round(trained * width * sharding.share(2))),
         Part("optimiser", _on_device(_optimizer(work, trained, sharding), sharding.optimizer_on), "float32"),
-        Part("teacher", round(trained * copies.get(teaching, 0) * sharding.share(3)), teaching),
+        Part("teacher", round(trained * copies.get(teaching, 0) * sharding.share(3)) + other, taught_by(work.teacher)),
         Part("gathered", _gathered(size, work, sharding), "layers, heads, the head's gradient, buckets"),
         Part("activations", activations(size, tokens, width, work.model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if work.teacher else 1), "a tile at a time, never all"),

@@ -29,7 +29,8 @@ from opd.answers import messages_of
 from opd.chat import ChatFormat
 from opd.errors import ConfigError
 from opd.launch import tiny_recipes, tiny_tokenizer
-from opd.launch.tiny_recipes import RECIPES, Recipe, privileged_phrases
+from opd.launch.tiny_recipes import Recipe, privileged_phrases
+from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
 from opd.losses import CrossEntropy, Losses
 from opd.modeling import CausalModel
@@ -215,7 +216,8 @@ class EpisodeWriter:
         goal = task(self.written, split="warm", run_seed=self._seed)
         self.written += 1
         first, tools, texts = self._reset(goal)
-        right = self._play(self._plain(self._env, self.rng) if form == "plain" else self._env.oracle())
+        uninformed = form in ("plain", "other_skill")
+        right = self._play(self._plain(self._env, self.rng) if uninformed else self._env.oracle())
         seen = in_first_user_message(first, lambda prompt: self._in_context(prompt, form, goal, texts, right))
         ids = self._chat.start(seen, tools)
         mask = [0] * len(ids)
@@ -232,9 +234,10 @@ class EpisodeWriter:
             return prompt
         if form in texts:
             return with_solution(prompt, texts[form])
-        if form == "skill":
+        if form in ("skill", "other_skill"):
             self._reset(goal)
-            return with_skill(prompt, self._env.skill(self.rng))
+            write = self._env.skill if form == "skill" else self._env.other_skill
+            return with_skill(prompt, write(self.rng))
         if form == "demonstration":
             return with_demonstration(prompt, right.text)
         if form == "attempt_right":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ class WarmStartEnv(Protocol):
     """An environment that knows how its current task is done well and done badly.
 
     For the form `skill` it also has `skill(rng)`: what an agent might have noted that helps with this task,
-    among other things.
+    among other things; for `other_skill`, `other_skill(rng)`: what it noted of tasks that have nothing to do with it.
     """
 
     def oracle(self) -> list[str]:
@@ -51,7 +51,7 @@ class Recipe:
     """Fixed texts that get one token each."""
     forms: Mapping[str, float]
     """The share of each form of context: `plain`, the name of a privileged text of the environment,
-    `demonstration`, `feedback`, `attempt_right`, `attempt_wrong` or `skill`."""
+    `demonstration`, `feedback`, `attempt_right`, `attempt_wrong`, `skill`, or `other_skill`, where play is plain."""
     steps: int
     batch: int = 16
     rates: tuple[float, float] = (0.02, 3e-3)
@@ -68,6 +68,7 @@ def privileged_phrases() -> list[str]:
         privileged.FEEDBACK,
         privileged.ATTEMPT,
         privileged.SKILL,
+        privileged.SKILL_OF_LIKE_TASK,
         privileged.CUE_RIGHT,
         privileged.CUE_WRONG,
     )
@@ -84,14 +85,14 @@ class SlangLookup(LookupEnv):
 
     def meanings(self, rng: np.random.Generator) -> Mapping[str, str]:
         self.slang = dict(MEANING)
-        for word, fields in _SLANG.items():
+        for word, fields in SLANG.items():
             self.slang[word] = fields[rng.integers(len(fields))]
         return self.slang
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
         words = self.question.words
         fields = [*[list(RELATIONS)] * (len(words) - 1), list(ATTRIBUTES)]
-        guessed = {i for i, word in enumerate(words) if word in _SLANG} or {int(rng.integers(len(words)))}
+        guessed = {i for i, word in enumerate(words) if word in SLANG} or {int(rng.integers(len(words)))}
         while True:
             plan = [str(rng.choice(fields[i])) if i in guessed else field for i, field in enumerate(self.plan)]
             actions = self.oracle(plan)
@@ -100,7 +101,7 @@ class SlangLookup(LookupEnv):
             guessed.add(len(words) - 1)  # a guess was right, or another path led to the same value
 
     def skill(self, rng: np.random.Generator) -> str:
-        notes = {word: self.slang[word] for word in self.question.words if word in _SLANG or rng.random() < 0.5}
+        notes = {word: self.slang[word] for word in self.question.words if word in SLANG or rng.random() < 0.5}
         others = [word for word in MEANING if word not in notes]
         for word in rng.choice(others, int(rng.integers(1, 4)), replace=False):
             notes[str(word)] = self.slang[str(word)]
@@ -108,7 +109,15 @@ class SlangLookup(LookupEnv):
         return "\n".join(str(line) for line in rng.permutation(lines))
 
 
-_SLANG = {
+class KnownLookup(SlangLookup):
+    """The look-up world as it is: every word has its one meaning. For a model that may teach."""
+
+    def meanings(self, rng: np.random.Generator) -> Mapping[str, str]:
+        self.slang = dict(MEANING)
+        return self.slang
+
+
+SLANG = {
     words[2]: [other for other in fields for _ in range(1 if other == field else 2)]
     for fields in (RELATIONS, ATTRIBUTES)
     for field, words in fields.items()
@@ -215,6 +224,9 @@ LOOKUP = Recipe(
     steps=500,
 )  # fmt: skip
 
+LOOKUP_EXPERT = replace(LOOKUP, env=KnownLookup, forms={"plain": 1.0})
+"""Knows what the student of `LOOKUP` cannot, in the same tokens: a teacher for it."""
+
 ARITHMETIC = Recipe(
     env=WarmArithmetic,
     words=["What", "is", "Answer", "with", "the", "number", "only"],
@@ -276,4 +288,10 @@ COUNTDOWN = Recipe(
     plain=WarmCountdown.wander,
 )  # fmt: skip
 
-RECIPES = {"lookup": LOOKUP, "arithmetic": ARITHMETIC, "sokoban": SOKOBAN, "countdown": COUNTDOWN}
+RECIPES = {
+    "lookup": LOOKUP,
+    "arithmetic": ARITHMETIC,
+    "sokoban": SOKOBAN,
+    "countdown": COUNTDOWN,
+    "lookup-expert": LOOKUP_EXPERT,
+}

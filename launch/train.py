@@ -9,9 +9,11 @@ import gc
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -43,8 +45,11 @@ class RunResult:
     """A signal ended the run early; it can be resumed."""
 
 
-def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunResult:
+def train(config: Config | Mapping[str, Any], *, resume: bool = False, only_prepare: bool = False) -> RunResult:
     """Train by `config`; with `resume`, go on from the newest whole checkpoint in `out`.
+
+    With `only_prepare` the run ends after its last stage without steps, before what is trained on its data; it can be
+    resumed.
 
     In this process, or, where a launcher started several and all of them call this, together with the others.
 
@@ -54,7 +59,7 @@ def train(config: Config | Mapping[str, Any], *, resume: bool = False) -> RunRes
         config = Config.from_dict(dict(config))
     ranks = ranks_of(config)
     with together():
-        return _train(config, ranks, resume=resume)
+        return _train(config, ranks, resume=resume, only_prepare=only_prepare)
 
 
 def ranks_of(config: Config) -> Ranks:
@@ -70,26 +75,32 @@ def ranks_of(config: Config) -> Ranks:
     return ranks
 
 
-def _train(config: Config, ranks: Ranks, *, resume: bool) -> RunResult:
-    out = ranks.from_first(lambda: config.prepare_out(resume=resume))
+def _train(config: Config, ranks: Ranks, *, resume: bool, only_prepare: bool) -> RunResult:
+    out = ranks.from_first(lambda: config.choose_out(resume=resume))
     saved = _newest(out, ranks) if resume else None
-    course = _Course(config=config, ranks=ranks, out=out)
+    course = _Course(config=config, ranks=ranks, out=out, only_prepare=only_prepare)
     if saved is not None:
         course.take_up(saved.record("run"), saved.folder)
+    left = ranks.from_first(course.stages_left)
+    ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
+    if resume and saved is None:
+        ranks.from_first(lambda: forget_rows(out))
     with _stop_signals() as stopped, closing(course):
         course.stopped = stopped
-        for stage in ranks.from_first(course.stages_left):
+        for stage in left:
             with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
-                if saved is not None and course.done > stage.first:
+                if saved is not None and course.done > stage.first and stage.record is None:
                     _restore(run, saved)
                 try:
                     course.go(run, stage)
                 except EngineError as error:
                     raise course.stopped_with_checkpoint(run, stage, error) from error
-                if course.interrupted or stage.next_model is None:
+                if run.method.trains and (course.interrupted or stage.last):
                     run.export(out / "export")
+                elif stage.next_model is not None:
+                    _export_whole(run, stage.next_model)
+                if course.interrupted:
                     break
-                _export_whole(run, stage.next_model)
             del run  # else two stages' models would be in memory while the next is loaded
             gc.collect()
         return course.finish()
@@ -107,7 +118,10 @@ class _Stage:
     model: Path | None
     """What it starts from; None for the run's own model."""
     next_model: Path | None
-    """What the next stage starts from; None where there is none."""
+    """Its model, for those after it; None where it trains none, or there are none."""
+    record: Path | None
+    """Of a stage without steps: the file that says that it is over, and what it made in numbers."""
+    last: bool
 
 
 @dataclass(kw_only=True)
@@ -117,6 +131,7 @@ class _Course:
     config: Config
     ranks: Ranks
     out: Path
+    only_prepare: bool = False
     stopped: list[int] = field(default_factory=list)
     """The signals that came so far."""
     tracker: Tracker | NoTracker | None = None
@@ -124,26 +139,71 @@ class _Course:
     before: Score | None = None
     after: Score | None = None
     interrupted: bool = False
+    made: dict[str, float] = field(default_factory=dict)
+    """What stages made in numbers before their first step, for the row of the next one."""
 
     def take_up(self, record: dict[str, Any], folder: Path) -> None:
         """Go on after the checkpoint in `folder`. Raises CheckpointError where it was saved under other settings."""
-        if changed := self.config.differs_for_resume(record["config"]):
-            raise CheckpointError(
-                f"{folder} was saved under other settings: {', '.join(changed)}. Resume with the settings of the saved "
-                "run (eval, tracking and, of a run of one stage, train.steps may change), or start afresh."
-            )
+        self._same(folder, self.config.differs_for_resume(record["config"]))
         self.done = record["step"]
         self.before = None if record["before"] is None else Score(tuple(record["before"]))
 
+    def _same(self, saved: Path, changed: list[str]) -> None:
+        if changed:
+            raise CheckpointError(
+                f"{saved} was saved under other settings: {', '.join(changed)}. Resume with the settings of the saved "
+                "run (eval, tracking and, of a run of one stage, train.steps may change), or start afresh."
+            )
+
     def stages_left(self) -> list[_Stage]:
-        """The stages from the first one that is not both trained and exported."""
+        """The stages from the first one that is not both trained and exported, or whose data is not there any more.
+
+        Raises CheckpointError where a stage without steps made its data under other settings.
+        """
         ends = list(accumulate(self.config.stage_steps))
-        models = [None, *(self.out / f"export-stage-{n + 1}" for n in range(len(ends) - 1)), None]
-        stages = [
-            _Stage(number=n, first=first, end=end, model=models[n], next_model=models[n + 1])
-            for n, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        ]
-        return [s for s in stages if self.done < s.end or s.next_model is None or not s.next_model.is_dir()]
+        stages: list[_Stage] = []
+        model = None
+        for n, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            last, trains = n == len(ends) - 1, self.config.stages[n].trains
+            stage = _Stage(
+                number=n,
+                first=first,
+                end=end,
+                model=model,
+                next_model=self.out / f"export-stage-{n + 1}" if trains and not last else None,
+                record=None if trains else self.out / f"data/stage-{n + 1}.json",
+                last=last,
+            )
+            model = stage.next_model or model
+            stages.append(stage)
+            if stage.record is not None and stage.end == self.done and self._is_over(stage):
+                self.made |= self._record(stage)["made"]
+        left = [stage for stage in stages if not self._is_over(stage)]
+        if not self.only_prepare:
+            return left
+        prepares = max(stage.number for stage in stages if stage.record is not None)
+        return [stage for stage in left if stage.number <= prepares]
+
+    def _is_over(self, stage: _Stage) -> bool:
+        if stage.record is not None:
+            made = self._record(stage)["made"]
+            return bool(made) and self.config.stages[stage.number].kept(self.out / "data", made)
+        return self.done >= stage.end and stage.next_model is not None and stage.next_model.is_dir()
+
+    def _record(self, stage: _Stage) -> dict[str, Any]:
+        """What a stage without steps wrote down when it was over; with nothing `made` where it is not."""
+        assert stage.record is not None
+        try:
+            record: dict[str, Any] = json.loads(stage.record.read_text())
+            config, made = dict(record["config"]), dict(record["made"])
+        except FileNotFoundError:
+            return {"made": {}}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{stage.record} cannot be read ({error}); delete it, and the stage is made anew"
+            ) from error
+        self._same(stage.record, self.config.differs(config))
+        return {"made": made}
 
     def go(self, run: Run, stage: _Stage) -> None:
         """Train the stage from where it stands to its end, or until a signal."""
@@ -151,37 +211,55 @@ class _Course:
         tracker = self.tracker = self.tracker or self._open_tracker()
         loop.on_finish, loop.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
         loop.version = self.done
-        if self.before is None and evaluation.tasks:
+        if self.before is None and evaluation.tasks and run.method.borrowed is None:
             self.before = _evaluate(run, tracker, self.done)
+        since = time.monotonic()
         with tracker.phase("prepare"):
             made = run.method.prepare(loop, self.out / "data")
+        if stage.record is not None:
+            made = {**made, f"time/stage_{stage.number + 1}": time.monotonic() - since}
+        self.made |= made
         self.interrupted = loop.stopping()
         if self.done == stage.first:
             tracker.prepared(made)
+        if stage.record is not None and not self.interrupted:
+            record = json.dumps({"config": config.dump(), "made": made})
+            self.ranks.from_first(partial(_write_whole, stage.record, record))
         while self.done < stage.end and not self.interrupted:
             row, groups = loop.step(self.done - stage.first)
-            row |= made if self.done == stage.first else {}
+            row |= self.made if self.done == stage.first else {}
+            self.made = {}
             row |= {"stage": stage.number + 1.0} if len(config.stages) > 1 else {}
             self.done += 1
             self.interrupted = loop.stopping()
             last = self.done == stage.end or self.interrupted
             score = None
-            if evaluation.tasks and (last or (evaluation.every and self.done % evaluation.every == 0)):
+            if (
+                loop.failed is None
+                and evaluation.tasks
+                and (last or (evaluation.every and self.done % evaluation.every == 0))
+            ):
                 self.after = score = _evaluate(run, tracker, self.done)
             tracker.log(self.done, row)
             tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
+            if loop.failed is not None:
+                raise loop.failed
             if last or (config.train.save_every and self.done % config.train.save_every == 0):
                 _save(run, self.out, self.done, self.before, score)
+        if stage.record is None:
+            self.made = {}  # of a stage that had its steps before a restart
 
     def stopped_with_checkpoint(self, run: Run, stage: _Stage, error: EngineError) -> EngineError:
-        """An engine was lost between two updates: the last whole step is saved, and the error says how to go on.
+        """An engine was lost: the last whole step is saved if the weights are still its, and the error says so.
 
         Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
         """
-        if self.done > stage.first and self.ranks.world_size == 1:
+        if self.done > stage.first and self.ranks.world_size == 1 and not run.loop.halfway:
             _save(run, self.out, self.done, self.before, None)
             return EngineError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
-        return error
+        saved = checkpoint.step_folders(self.out / "checkpoints")
+        last = f" The last checkpoint is {saved[-1].name}: opd train {self.out} --resume" if saved else ""
+        return EngineError(f"{error}{last}")
 
     def finish(self) -> RunResult:
         """The result of a run that went well, and its summary."""
@@ -189,8 +267,8 @@ class _Course:
         change = None
         if before and after and before.played == after.played:
             change = paired_difference(before.outcomes, after.outcomes)
-        assert self.tracker is not None
-        self.tracker.summary(before=before, after=after, change=change)
+        if self.tracker is not None:  # else all was there already
+            self.tracker.summary(before=before, after=after, change=change)
         return RunResult(out=self.out, steps=self.done, before=before, after=after, interrupted=self.interrupted)
 
     def close(self) -> None:
@@ -212,9 +290,15 @@ def _newest(out: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
         return checkpoint.latest(out / "checkpoints", ranks)
     if ranks.first:
-        print(f"{out} holds no checkpoint yet: the run begins anew", file=sys.stderr, flush=True)
-    ranks.from_first(lambda: forget_rows(out))
+        print(f"{out} holds no checkpoint yet: its training begins anew", file=sys.stderr, flush=True)
     return None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole or absent."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def _export_whole(run: Run, folder: Path) -> None:
@@ -247,6 +331,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | N
                 "step": step,
                 "ranks": ranks.world_size,
                 "teacher_updates": loop.teacher.updates,
+                "teacher_fingerprint": loop.teacher.fingerprint,
                 "policy_version": loop.version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
@@ -274,6 +359,12 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Load a checkpoint of this run's stage."""
     record, loop = saved.record("run"), run.loop
     ranks = loop.backend.ranks
+    if record["teacher_fingerprint"] != loop.teacher.fingerprint:
+        raise CheckpointError(
+            f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
+            f"teacher.model = {run.method.teacher.model!r} holds now ({loop.teacher.fingerprint!r}). Put the teacher "
+            "back, or start afresh."
+        )
     loop.backend.load(saved.folder, saved_ranks=record["ranks"])
     loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
     loop.teacher.updates = record["teacher_updates"]

@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
     """A section of the settings: unknown keys are errors, values are frozen once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _address(url: str) -> str:
+    """An address of a server and nothing else. Raises ValueError for what cannot be asked."""
+    wanted = "a server's address is like http://127.0.0.1:8000, with nothing behind the port"
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError as error:  # of the port, or of the brackets of an IPv6 address
+        raise ValueError(f"{url!r}: {error}; {wanted}") from None
+    if not named or url.rstrip("/") != f"{parts.scheme}://{parts.netloc}" or "@" in url or not url.isprintable():
+        raise ValueError(f"{url!r}: {wanted}")
+    return url
+
+
+ServerAddress = Annotated[str, AfterValidator(_address)]
 
 
 class LoraConfig(Strict):
@@ -112,7 +129,7 @@ class VllmConfig(Strict):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of vLLM's engine, under vLLM's own names."
     )
-    servers: list[Annotated[str, Field(pattern=r"^https?://[^/?#@]+/?$")]] = Field(
+    servers: list[ServerAddress] = Field(
         default_factory=list,
         description="Addresses of running servers (`opd serve`), such as http://127.0.0.1:8000. Without any, the run "
         "starts its own on this machine and stops them at its end.",
@@ -268,6 +285,9 @@ class TrainConfig(Strict):
 
     steps: int = Field(100, ge=1, description="Optimiser updates (per stage).")
     tasks_per_step: int = Field(32, ge=1, description="Tasks in a step; episodes are this times group_size.")
+    tasks: int | None = Field(
+        None, ge=1, description="Training tasks in all, played again and again in their order; null: without end."
+    )
     tokens_per_microbatch: int = Field(
         8192, ge=16, description="Most padded tokens (student and teacher) in one forward pass."
     )
@@ -295,6 +315,15 @@ class TrainConfig(Strict):
         description="Steps between measurements of the sampled-token gradient's variance, with and without a "
         "baseline (methods that distil); 0: never. One costs about two more projections of the head.",
     )
+
+    @model_validator(mode="after")
+    def _no_task_twice_in_a_step(self) -> TrainConfig:
+        if self.tasks is not None and self.tasks < self.tasks_per_step:
+            raise ValueError(
+                f"train.tasks = {self.tasks} is less than train.tasks_per_step = {self.tasks_per_step}: a step would "
+                "play a task twice. Raise the one, or lower the other and raise rollout.group_size"
+            )
+        return self
 
 
 class StageConfig(Strict):
@@ -389,12 +418,27 @@ class WeightingConfig(Strict):
 class TeacherConfig(Strict):
     """Who teaches: the same model in another role, or another one."""
 
-    weights: Literal["live", "frozen", "ema", "synced", "trust_region"] = Field(
+    weights: Literal["live", "frozen", "ema", "synced", "trust_region", "external"] = Field(
         "frozen",
         description="live: the student as it is now; frozen: as it was at the start; ema: a running average; "
         "synced: as it was at the last of every so many updates; "
-        "trust_region: the initial one's distribution times the student's, each to the power of its share.",
+        "trust_region: the initial one's distribution times the student's, each to the power of its share; "
+        "external: another model.",
     )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="external: the model that teaches, named as model.name is. It must have the student's tokenizer.",
+    )
+    servers: list[ServerAddress] = Field(
+        default_factory=list,
+        description="external: vLLM servers that hold `model` (`opd serve`), such as http://127.0.0.1:8000, which are "
+        "asked in place of loading it: for the sampled token, or its top k, at temperature 1.",
+    )
+    api_key_env: str = Field(
+        "OPD_VLLM_KEY", min_length=1, description="servers: the environment variable that holds their key."
+    )
+    timeout: float = Field(600.0, gt=0, description="servers: seconds that one may take for one sequence.")
     rate: float | None = Field(
         None,
         gt=0,
@@ -409,6 +453,21 @@ class TeacherConfig(Strict):
             raise ValueError("teacher.weights = synced needs teacher.every, in updates (published: once an epoch)")
         if self.weights != "synced" and self.every is not None:
             raise ValueError(f"teacher.every is used by synced alone, but teacher.weights = {self.weights}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _model_belongs_to_external(self) -> TeacherConfig:
+        if self.weights == "external" and self.model is None:
+            raise ValueError("teacher.weights = external needs teacher.model, named as model.name is")
+        if self.weights != "external":
+            for name in ("model", "servers"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"teacher.{name} is used by external alone, but teacher.weights = {self.weights}; set weights: "
+                        "external, or remove it"
+                    )
+        if not self.servers and (self.api_key_env, self.timeout) != ("OPD_VLLM_KEY", 600.0):
+            raise ValueError("teacher.api_key_env and timeout have no effect without teacher.servers; remove them")
         return self
 
     @model_validator(mode="after")

@@ -105,6 +105,7 @@ def test_results_of_other_settings_are_refused_before_anything_runs(methods, fil
     [
         ({"tokens": 0}, "tokens"),
         ({"methods": {}}, "methods"),
+        ({"methods": {str(n): {"method": "grpo"} for n in range(7)}}, r"methods\n.*at most 6 items"),
         ({"methods": {"A": {"method": "grpo", "train.lrr": 1.0}}}, r"train\.lrr is unknown"),
     ],
 )

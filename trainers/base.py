@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opd.chat import ChatFormat
     from opd.trainers.loop import Loop
 
-METHODS = ("grpo", "opsd", "sd_zero", "sdpo", "srpo")
+METHODS = ("grpo", "lightning_opd", "opd", "opsd", "sd_zero", "sdpo", "sft", "skill_sd", "srpo", "vopd")
 """The modules under `trainers/` that register a method of the same name."""
 
 
@@ -34,6 +34,9 @@ class MethodSpec:
     cls: type[Method]
     summary: str
 
+
+LIVE = TeacherConfig(weights="live", rate=None)
+"""Holds no weights, and is never asked unless a method distils."""
 
 _registry: dict[str, MethodSpec] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -62,8 +65,8 @@ class Method:
 
     @property
     def teacher(self) -> TeacherConfig:
-        """Whose weights teach. A live teacher holds no weights and is never asked unless the method distils."""
-        return TeacherConfig(weights="live", rate=None)
+        """Whose weights teach."""
+        return LIVE
 
     def advice(self, rollout: RolloutConfig) -> list[str]:
         """What these settings allow and a person may not mean; notes of the plan. Known without a tokenizer."""
@@ -99,6 +102,20 @@ class Method:
         """
         return {}
 
+    trains = True
+    """Whether the stage has steps. One without them only prepares what later stages need."""
+
+    def kept(self, folder: Path, made: Mapping[str, float]) -> bool:
+        """Whether what a stage without steps made, in these numbers, is still in `folder`; else it is made anew."""
+        return True
+
+    asks = True
+    """Whether its teacher, if its losses distil, is asked while it trains; else the samples hold what was said."""
+
+    borrowed: str | None = None
+    """The name of another model that a stage without steps takes in place of the run's own, to play or to score. It
+    is given the run's own chat template."""
+
     first_task = 0
     """The index of the first task that this stage plays; those before it are another stage's."""
 
@@ -117,7 +134,11 @@ class Method:
         return samples
 
     def observe(self, groups: list[TrajectoryGroup]) -> None:
-        """Learn from finished episodes after the step."""
+        """Learn from finished episodes after the step: those of all ranks, on all of them."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about what the method keeps, for the row of a step; asked after `observe`."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart; JSON-serialisable."""

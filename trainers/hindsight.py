@@ -1,6 +1,6 @@
 """What a teacher knows of an episode that is over: a sibling that succeeded, and what the environment said.
 
-SDPO and SRPO share this, and how far from such a teacher a token is; they differ in which episodes it corrects.
+SDPO and SRPO share this; they differ in which episodes it corrects.
 Nothing of it reaches the student's prompt.
 """
 
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from opd.config import RolloutConfig, Strict, TeacherConfig
-from opd.losses import Distill, SampledDistill
+from opd.config import RolloutConfig, TeacherConfig
 from opd.privileged import (
     DEMONSTRATION,
     FEEDBACK,
@@ -26,52 +25,17 @@ from opd.privileged import (
     without_thinking,
 )
 from opd.trainers.base import Method
+from opd.trainers.forms import FormConfig
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, to_sample
 
 When = Literal["without_demonstration", "always", "never"]
-_BELONGS = {
-    "top_k": ("top_k", "sampled"),
-    "tail": ("top_k",),
-    "baseline": ("sampled",),
-    "temperature": ("full", "top_k"),
-}
-"""Which forms use a setting that the others leave alone."""
-
-
 _TEACHER = TeacherConfig(weights="ema", rate=0.05)
 
 
-class HindsightConfig(Strict):
+class HindsightConfig(FormConfig):
     """Settings that `sdpo` and `srpo` share; their defaults are SDPO's without rich feedback."""
 
     teacher: TeacherConfig = _TEACHER
-    form: Literal["full", "top_k", "sampled"] = Field(
-        "top_k",
-        description="Compare whole distributions, or the student's `top_k` likeliest entries and the rest as one, or "
-        "the sampled token alone (a policy gradient).",
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "jsd", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
-    )
-    beta: float = Field(
-        0.5, ge=0, le=1, description="jsd: the teacher's share of the mixture; 0 and 1 are the forward and reverse KL."
-    )
-    top_k: int = Field(100, ge=1, description="Entries of form: top_k, or of baseline: top_k.")
-    tail: bool = Field(
-        True, description="form: top_k: keep what lies outside as one more entry; false renormalises both sides."
-    )
-    temperature: float = Field(1.0, gt=0, description="Divides both sides' logits, but for form: sampled.")
-    baseline: Literal["full", "top_k", "optimal"] | None = Field(
-        None,
-        description="form: sampled: what is taken off a token's log-ratio to lower the variance (vOPD); top_k "
-        "renormalises both sides on the student's likeliest entries.",
-    )
-    max_ratio: float | None = Field(
-        2.0, gt=0, description="A token counts by its ratio of student to old policy, at most this; null: it does not."
-    )
-    reduction: Literal["token_mean", "sequence_mean"] = Field(
-        "token_mean", description="Mean over the step's tokens, or first within each sequence."
-    )
     right_from: float | None = Field(
         None, description="Reward from which an episode is right; null: where the environment calls it solved."
     )
@@ -111,42 +75,6 @@ class HindsightConfig(Strict):
     def _has_prompt_and_feedback(cls, template: str) -> str:
         with_feedback("", "", template=template)
         return template
-
-    @model_validator(mode="after")
-    def _settings_belong_together(self) -> HindsightConfig:
-        for name, forms in _BELONGS.items():
-            idle = self.form not in forms or (name == "top_k" and self.form == "sampled" and self.baseline != "top_k")
-            if idle and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} = {getattr(self, name)} has no effect with form = {self.form}; remove it")
-        if self.form == "sampled" and self.divergence != "reverse_kl":
-            raise ValueError(
-                f"divergence = {self.divergence}, but form = sampled trains the reverse KL; set divergence: reverse_kl"
-            )
-        if self.divergence != "jsd" and self.beta != 0.5:
-            raise ValueError(f"beta is used by jsd alone, but divergence = {self.divergence}; remove it")
-        return self
-
-    def loss(self, *, coef: float = 1.0) -> Distill | SampledDistill:
-        """The component that these settings ask for."""
-        if self.form == "sampled":
-            by_top_k = self.baseline == "top_k"
-            return SampledDistill(
-                baseline=self.baseline,
-                top_k=self.top_k if by_top_k else None,
-                renormalise=by_top_k,
-                max_ratio=self.max_ratio,
-                coef=coef,
-            )
-        return Distill(
-            kind=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            top_k=self.top_k if self.form == "top_k" else None,
-            support="student",
-            tail=self.tail,
-            max_ratio=self.max_ratio,
-            coef=coef,
-        )
 
 
 @dataclass(frozen=True, slots=True)

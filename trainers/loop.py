@@ -20,6 +20,7 @@ from opd.backends.base import Backend
 from opd.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
 from opd.engines.base import Sampling, Weights
+from opd.errors import EngineError
 from opd.logprobs import chunked_logprobs, chunked_scores
 from opd.losses import Sampler
 from opd.modeling import CausalModel
@@ -79,6 +80,10 @@ class Loop:
     """A fingerprint of all that stored data depends on."""
     version: int = 0
     """Steps that the student's weights have seen."""
+    halfway: bool = False
+    """Whether the step at hand has changed the weights already: what is saved now belongs to no step."""
+    failed: EngineError | None = None
+    """What ended the last step after its last update. That step counts, and no other can follow it."""
     synced: int | None = None
     """The version that the engine samples from; None before it was given any."""
     checks: int = 2
@@ -119,7 +124,10 @@ class Loop:
         samples, taught = self.weigh(samples, everyone, clock)
         row, facts, skipped = self.update(samples, taught, clock, order=order, meter=self._metered(number))
         self.version += 1
-        self.method.observe(everyone)
+        with clock("teacher"):
+            self._observe(everyone)
+        self.halfway = False
+        row |= self.method.metrics()
         row |= metrics.of_groups(everyone) | self._measured(everyone, samples, facts, skipped)
         row |= self._dropped()
         row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
@@ -127,6 +135,15 @@ class Loop:
         self.note_silence(number, row)
         self.note_unread(number, row)
         return row, everyone
+
+    def _observe(self, groups: list[TrajectoryGroup]) -> None:
+        """Let the method learn. The updates are made: an engine that is lost here ends the run, not the step."""
+        try:
+            self.method.observe(groups)
+        except EngineError as error:
+            if self.backend.ranks.world_size > 1:  # the others may not know
+                raise
+            self.failed = error
 
     def _measured(
         self, groups: list[TrajectoryGroup], samples: list[Sample], facts: Facts, skipped: set[int]
@@ -158,8 +175,9 @@ class Loop:
         return self.play(tasks, seed=derive_seed("rollout", self.seed, number))
 
     def task(self, index: int) -> Task:
-        """The `index`-th training task of this stage."""
-        return task(self.method.first_task + index, split="train", run_seed=self.seed)
+        """The `index`-th training task of this stage; where there are but so many, they come round again."""
+        number = self.method.first_task + index
+        return task(number % (self.train.tasks or number + 1), split="train", run_seed=self.seed)
 
     def play(
         self, tasks: Sequence[Task], *, seed: int, group_size: int | None = None, opening: Opening | None = None
@@ -285,7 +303,7 @@ class Loop:
                 facts |= part
             losses.append(ranks.sum([total])[0])
             with clock("train"):
-                lr = self.backend.lr
+                lr, self.halfway = self.backend.lr, True
                 norms.append(self.backend.step())
                 if math.isfinite(norms[-1]):  # else the step was skipped
                     self.teacher.update()
@@ -323,6 +341,9 @@ class Loop:
         """The micro-batches of a share, the same number on all ranks, each with what its teacher says."""
         losses, ranks = self.method.losses, self.backend.ranks
         scaled = normalise([samples[i] for i in share], losses, ranks.sum)
+        if losses.distill and (served := self.teacher.served):
+            with clock("teacher"):
+                scaled = ranks.agree(lambda: served.asked(scaled))
         parts = microbatches(scaled, self.train.tokens_per_microbatch)
         # Sharded weights are gathered by all ranks together: each asks its teacher if any rank has to.
         teaches = _longest(ranks.gather([any(scaled[i].teacher_view is not None for i in part) for part in parts]))
@@ -360,7 +381,7 @@ class Loop:
 
         scored, hidden = list(samples), {}
         viewed = [i for i, s in enumerate(samples) if s.teacher_view is not None]
-        for part, (states, logprobs, entropy) in self._looked(samples, viewed, said):
+        for part, (states, logprobs, entropy) in self.looked(samples, viewed, said):
             for i, own, likely, unsure in zip(part, states, logprobs, entropy, strict=True):
                 hidden[i] = own
                 scored[i] = replace(
@@ -379,15 +400,18 @@ class Loop:
             return (chunked_logprobs(hidden, head, batch.targets, temperature=self.sampler.temperature).cpu(),)
 
         known = list(samples)
-        for part, (logprobs,) in self._looked(samples, list(range(len(samples))), said):
+        for part, (logprobs,) in self.looked(samples, list(range(len(samples))), said):
             for i, values in zip(part, logprobs, strict=True):
                 known[i] = replace(samples[i], old_logprobs=samples[i].spread(values.tolist()))
         return known
 
-    def _looked(
+    def looked(
         self, samples: list[Sample], indices: list[int], work: Callable[[Batch], tuple[Tensor, ...]]
     ) -> Iterator[tuple[list[int], list[Sequence[Tensor]]]]:
-        """What `work`, without training, finds out of each token: columns [N], cut by the samples in a micro-batch."""
+        """What `work`, without training, finds out of each token: columns [N, ...], cut by a micro-batch's samples.
+
+        Yields the indices of the samples and, for each column, its parts; on all ranks equally often.
+        """
         parts = microbatches([samples[i] for i in indices], self.train.tokens_per_microbatch)
         for number in range(self.backend.ranks.most(len(parts))):
             part = [indices[i] for i in parts[number]] if number < len(parts) else []

@@ -107,19 +107,23 @@ def of_tokens(samples: Sequence[Sample], facts: Mapping[int, Mapping[str, Tensor
 
 
 def of_variance(columns: Mapping[str, Column]) -> dict[str, float]:
-    """The variance meter: sums over the tokens that the teacher saw.
+    """The variance meter, over the tokens that the teacher saw.
 
+    `variance/plain`: of the sampled-token gradient by the logits, without a baseline, mean a token (nats squared).
     `variance/baseline` and `variance/least`: with the method's baseline (or the full one), and with the best that a
     state can have, over without; `variance/reached`: the share of that reduction which the baseline gets.
     """
     everywhere = np.ones(len(columns["turn"]), bool)
-    sums = {
-        name: float(_known(columns, f"variance_{name}", everywhere).sum()) for name in ("plain", "baselined", "least")
-    }
+    found = {name: _known(columns, f"variance_{name}", everywhere) for name in ("plain", "baselined", "least")}
+    sums = {name: float(values.sum()) for name, values in found.items()}
     if not sums["plain"] > 0:
         return {}
     reachable = sums["plain"] - sums["least"]
-    row = {"variance/baseline": sums["baselined"] / sums["plain"], "variance/least": sums["least"] / sums["plain"]}
+    row = {
+        "variance/plain": sums["plain"] / found["plain"].size,
+        "variance/baseline": sums["baselined"] / sums["plain"],
+        "variance/least": sums["least"] / sums["plain"],
+    }
     return row | ({"variance/reached": (sums["plain"] - sums["baselined"]) / reachable} if reachable > 0 else {})
 
 

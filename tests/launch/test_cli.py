@@ -32,20 +32,23 @@ def trained(monkeypatch):
 
     def train(config: Config, *, resume: bool = False) -> types.SimpleNamespace:
         calls.append((config, resume))
-        config.prepare_out(resume=resume)
+        config.write_to(config.choose_out(resume=resume))
         return types.SimpleNamespace(steps=config.train.steps, interrupted=config.train.steps == 13)
 
     monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))
     return calls
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["demo"], ["envs"], ["methods"], ["config"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["eval"], ["demo"], ["envs"], ["methods"], ["config"], ["precompute"], ["store"], ["skills"]],
+)
 def test_help_is_short_and_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert len(said.splitlines()) <= 22
+    assert len(said.splitlines()) <= 26
     assert (f"example: opd {command[0]}" if command else "opd demo") in said
 
 
@@ -233,7 +236,7 @@ def test_config_explains_one_setting_a_section_or_all(capsys):
     assert main(["config", "--explain", "opsd.teacher.weights"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
         'opsd.teacher.weights = "frozen"',
-        "    allowed: live, frozen, ema, synced, trust_region",
+        "    allowed: live, frozen, ema, synced, trust_region, external",
     ]
     assert main(["config", "--explain", "rollout"]) == 0
     assert "rollout.top_k = 0" in capsys.readouterr().out

@@ -26,6 +26,10 @@ def config(**settings: str) -> Config:
     return Config.from_dict({**SETTINGS, **settings}, check_machine=False)
 
 
+def prepared(settings: Config) -> Path:
+    return settings.write_to(settings.choose_out())
+
+
 def chosen(out: str | None, *, resume: bool = False, overwrite: bool = False) -> Path:
     return choose(out, "opsd-lookup-tiny", resume=resume, overwrite=overwrite)
 
@@ -124,17 +128,17 @@ def test_the_folder_in_which_one_stands_is_not_deleted(here, monkeypatch):
 
 
 def test_a_prepared_folder_holds_settings_that_load_as_the_same_run():
-    folder = config(out="mine").prepare_out()
+    folder = prepared(config(out="mine"))
     assert folder == Path("mine")
     assert holds_run(folder)
     assert Config.load(folder, check_machine=False) == config(out="mine")
 
 
 def test_a_run_that_was_moved_is_found_where_it_is():
-    config().prepare_out().rename("moved")
+    prepared(config()).rename("moved")
     assert Config.load("moved", check_machine=False).out == "moved"
 
 
 def test_preparing_twice_without_a_name_makes_two_runs():
-    assert [str(config().prepare_out()) for _ in range(2)] == ["runs/opsd-lookup-tiny", "runs/opsd-lookup-tiny-2"]
-    assert str(config().prepare_out(resume=True)) == "runs/opsd-lookup-tiny-2"
+    assert [str(prepared(config())) for _ in range(2)] == ["runs/opsd-lookup-tiny", "runs/opsd-lookup-tiny-2"]
+    assert str(config().choose_out(resume=True)) == "runs/opsd-lookup-tiny-2"

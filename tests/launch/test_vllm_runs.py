@@ -58,8 +58,8 @@ def settings(agent, tmp_path):
 
 def assert_learned(result):
     """On the way to what the embedded engine reaches (docs/vllm.md), by tokens of the trainer's own network."""
-    assert result.before.rate < 0.6
-    assert result.after.rate > 0.7
+    assert result.before.rate < 0.7
+    assert result.after.rate > max(0.7, result.before.rate + 0.1)
     rows = read_rows(result.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert max(row["sampler/gap"] for row in rows) < 1e-4

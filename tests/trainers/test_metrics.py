@@ -86,7 +86,8 @@ def test_the_variance_meter_sums_before_it_divides():
         "variance_least": torch.tensor([1.0, 1.0]).numpy(),
     }
     row = of_variance(columns)
-    assert row == pytest.approx({"variance/baseline": 0.5, "variance/least": 0.2, "variance/reached": 5 / 8})
+    ratios = {"variance/baseline": 0.5, "variance/least": 0.2, "variance/reached": 5 / 8}
+    assert row == pytest.approx({"variance/plain": 5.0, **ratios})
 
 
 def test_samples_from_which_nothing_can_be_learned_are_counted():

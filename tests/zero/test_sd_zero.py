@@ -81,7 +81,9 @@ def test_two_ranks_end_where_one_does(runs):
     for name in ("export-stage-1", "export"):
         local = exported(runs / "local", name)
         for key, weight in exported(runs / "whole", name).items():
-            torch.testing.assert_close(weight, local[key], rtol=0, atol=2e-5)
+            # Where a gradient is nearly nothing, Adam makes a step (1e-3) of its rounding.
+            torch.testing.assert_close(weight, local[key], rtol=0, atol=1e-3)
+            assert (weight - local[key]).abs().mean() < 1e-6
 
 
 @pytest.mark.parametrize("name", CUTS)
