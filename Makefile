@@ -40,7 +40,7 @@ wheel: build/site ## the built wheel works from another folder
 	bash .ci/check_wheel.sh build/site
 
 pytest: $(VENV)/.dev sandbox ## the tests; `make pytest ARGS=tests/launch` for a part
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # The one thing that lies outside this folder; without it the sandbox's tests fail, and say so.
 sandbox: ## bubblewrap, which runs untrusted code: installed where that needs no question, else how to

@@ -82,6 +82,8 @@ _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _MERGES = ("t h", "th e", "i n", "e r", "o n", "a b", "Ċ Ċ", "Ġ th", "1 2", "2 3")
 
+_SIZE = len(pre_tokenizers.ByteLevel.alphabet()) + len(_MERGES) + len(_SPECIAL) + len(_MARKUP)
+
 
 @cache
 def _tokenizer(template: str | None, pad: str) -> PreTrainedTokenizerFast:
@@ -104,8 +106,17 @@ def _tokenizer(template: str | None, pad: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    """`make_tokenizer(template, pad=...)`: a name of `TEMPLATES`, a template, or None for no template."""
+    """`make_tokenizer(template, pad=...)`: a name of `TEMPLATES`, a template, or None for no template.
+
+    All tests share one of each: whoever adds a token to it must copy it first.
+    """
     return lambda template="chatml", pad="<|endoftext|>": _tokenizer(template, pad)
+
+
+@pytest.fixture(autouse=True)
+def _the_shared_tokenizer_stays_as_it_is():
+    yield
+    assert len(_tokenizer("chatml", "<|endoftext|>")) == _SIZE, "this test changed a tokenizer that others share"
 
 
 @pytest.fixture(scope="session")
