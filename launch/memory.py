@@ -39,6 +39,12 @@ class ModelSize:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def query_width(self) -> int:
+        """Query heads times their width."""
+        rows = (shape[0] for name, shape in self.shapes.items() if name.endswith("q_proj.weight"))
+        return next(rows, self.hidden)
+
     def adapters(self, lora: LoraConfig) -> int:
         """Parameters that LoRA adds: two low-rank factors for each linear layer that is targeted."""
         return sum(lora.r * sum(shape) for name, shape in self.shapes.items() if _is_targeted(name, shape, lora))
@@ -77,11 +83,11 @@ def memory_estimate(
     # The teacher's view holds the student's sequence, so the student has at most half of a micro-batch.
     tokens = tokens_per_microbatch // 2 if teacher else tokens_per_microbatch
     tile = tile_bytes(tokens, size.vocabulary, gpu=gpu)
-    # Steps of 16-bit weights are taken on float32 copies of them.
+    # Steps of 16-bit weights are taken on float32 copies of them, by float32 gradients.
     optimizer = 12 if trained_width < 4 else 2 * trained_width
     return [
         Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
-        Part("gradients", trained * trained_width),
+        Part("gradients", trained * max(4, trained_width)),
         Part("AdamW", optimizer * trained, "two moments for each trained parameter"),
         Part("teacher", own, taught_by(teacher)),
         Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
@@ -115,9 +121,16 @@ def tile_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:
 
 
 def activations(size: ModelSize, tokens: int, width: int, checkpointing: bool) -> int:
-    """What a forward pass keeps for the backward pass: about 8 vectors of the hidden width a token and layer
-    (norms, queries, keys, values, attention, residuals) and 4 of the MLP's width."""
-    layer = tokens * (8 * size.hidden + 4 * size.intermediate) * width
+    """What a forward pass keeps for the backward pass, as Llama and Qwen3 do.
+
+    A token and layer: two norms (a float32 copy of what goes in, and two results), queries and what attention makes
+    of them, keys and values, four vectors of the MLP's width; and where queries and keys have norms, these too.
+    """
+    heads = size.query_width + size.key_value_width
+    kept = 2 * size.hidden * (4 + 2 * width) + 2 * heads * width + 4 * size.intermediate * width
+    if any("q_norm" in name for name in size.shapes):
+        kept += heads * (4 + width)
+    layer = tokens * kept
     return layer + size.layers * tokens * size.hidden * width if checkpointing else size.layers * layer
 
 

@@ -70,12 +70,14 @@ def gradient_variance(
     mean = p * (rewards - value.unsqueeze(-1))
     weights = p * squared_scores(p)
 
-    def variance(of: Tensor | float) -> Tensor:
-        return (weights * (rewards - torch.as_tensor(of).unsqueeze(-1)).square()).sum(-1) - mean.square().sum(-1)
+    def variance(of: Tensor) -> Tensor:
+        return (weights * (rewards - of.unsqueeze(-1)).square()).sum(-1) - mean.square().sum(-1)
 
     chosen = state_baseline(student, teacher, baseline, top_k=top_k, renormalise=renormalise)
     return GradientVariance(
-        plain=variance(0.0), baselined=variance(chosen), least=variance(state_baseline(student, teacher, "optimal"))
+        plain=variance(torch.zeros_like(value)),
+        baselined=variance(chosen),
+        least=variance(state_baseline(student, teacher, "optimal")),
     )
 
 

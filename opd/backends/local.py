@@ -36,7 +36,11 @@ class LocalBackend:
         # float32 copies, and the model's weights are these copies rounded.
         self._masters = [p.detach().float() if p.itemsize < 4 else p for p in self._trained]
         self.optimizer = torch.optim.AdamW(
-            self._masters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._masters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,  # elsewhere as torch thinks best
         )
         self.scheduler = get_scheduler(
             config.lr_schedule,
@@ -79,6 +83,7 @@ class LocalBackend:
         copies = [(p, m) for p, m in zip(self._trained, self._masters, strict=True) if m is not p]
         for parameter, master in copies:
             master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
         self.optimizer.step()
         for parameter, master in copies:
             parameter.copy_(master)
@@ -104,7 +109,7 @@ class LocalBackend:
             raise CheckpointError(f"{folder} holds other weights than this model trains")
         for name, weight in weights.items():
             own[name].copy_(weight)
-        state: dict[str, Any] = torch.load(folder / "backend.pt", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / "backend.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         masters = [m for p, m in zip(self._trained, self._masters, strict=True) if m is not p]

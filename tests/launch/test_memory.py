@@ -19,6 +19,8 @@ for layer in range(2):
     SHAPES[f"model.layers.{layer}.up_proj.weight"] = (20, 10)
     SHAPES[f"model.layers.{layer}.norm.weight"] = (10,)
 SIZE = ModelSize(shapes=SHAPES, layers=2, hidden=10, intermediate=20, key_value_width=5, vocabulary=100)
+LAYER = 2 * 10 * (4 + 2 * 4) + 2 * (10 + 5) * 4 + 4 * 20 * 4
+"""Norms, attention and MLP of one token in float32."""
 PARAMETERS = 1000 + 2 * (100 + 200 + 10)
 ROLLOUT = RolloutConfig(concurrency=4, max_length=50, max_tokens=10)
 FROZEN = TeacherConfig(weights="frozen")
@@ -46,7 +48,7 @@ def test_full_fine_tuning_on_a_cpu_is_counted_by_hand():
         "gradients": 1620 * 4,
         "AdamW": 2 * 1620 * 4,
         "teacher": 0,
-        "activations": 2 * 32 * (8 * 10 + 4 * 20) * 4,  # 2 layers, half of 64 tokens
+        "activations": 2 * 32 * LAYER,  # 2 layers, half of 64 tokens
         "logits": 2 * 32 * 100 * 4,  # student and teacher
         "cache of rollouts": 4 * 50 * 2 * 2 * 5 * 4,  # episodes, tokens, keys and values, layers, width
     }
@@ -86,8 +88,7 @@ def test_a_gpu_halves_the_weights_where_the_type_is_left_open():
 
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer_whole():
-    layer = 32 * (8 * 10 + 4 * 20) * 4
-    assert estimate(gradient_checkpointing=True)["activations"] == layer + 2 * 32 * 10 * 4
+    assert estimate(gradient_checkpointing=True)["activations"] == 32 * LAYER + 2 * 32 * 10 * 4
 
 
 def test_a_tile_of_logits_is_never_larger_than_the_core_makes_it():
