@@ -2,10 +2,15 @@
 
     python benchmarks/divergence.py                      # the table of docs/divergences.md
     python benchmarks/divergence.py --tokens 512 --kind jsd --frozen-head
+    python benchmarks/divergence.py --device cuda --dtype bfloat16 --tokens 1024 4096 16384
+    python benchmarks/divergence.py --device cuda --only "opd, weighted" --tile-mib 256 512 1024 --block-mib 128 512
 
-Every cell runs in a process of its own. Memory is the peak above inputs and heads, the gradient of the
-student's head included. Seconds are medians; CPU seconds say more than wall seconds on a busy machine. The
-losses and gradients of a row are compared with the dense ones, so nobody is fast by being wrong.
+Memory is the peak above inputs and heads, the gradient of the student's head included; times are medians. On a CPU
+every cell runs in a process of its own, and CPU seconds say more than wall seconds on a busy machine. On a GPU the
+first calls, which compile, are not counted.
+
+Loss and gradients stand beside the times, so that nobody is fast by being wrong. On a GPU they are told as
+distances from the exact ones: the dense form in float64, of the same inputs, a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -13,18 +18,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from opd import divergence, head
 from opd.divergence import chunked_divergence
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
@@ -41,10 +48,10 @@ class Inputs(NamedTuple):
 
 
 def dense(inputs: Inputs, kind: str) -> Tensor:
-    """Full logits, as one would write it."""
-    student = (inputs.hidden @ inputs.head.T).log_softmax(-1)
+    """Full logits, as one would write it; softmaxes in float32 at least."""
+    student = wide(inputs.hidden @ inputs.head.T).log_softmax(-1)
     with torch.no_grad():
-        teacher = (inputs.teacher_hidden @ inputs.teacher_head.T).log_softmax(-1)
+        teacher = wide(inputs.teacher_hidden @ inputs.teacher_head.T).log_softmax(-1)
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         return kl_div(q, p, log_target=True, reduction="none").sum(-1)
@@ -53,8 +60,12 @@ def dense(inputs: Inputs, kind: str) -> Tensor:
         return kl(teacher, student) @ inputs.weights
     if kind == "reverse_kl":
         return kl(student, teacher) @ inputs.weights
-    mix = torch.logaddexp(student, teacher) - torch.tensor(2.0).log()
+    mix = torch.logaddexp(student, teacher) - math.log(2)
     return (kl(teacher, mix) + kl(student, mix)) @ inputs.weights / 2
+
+
+def wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def weighted(inputs: Inputs, kind: Any) -> Tensor:
@@ -78,7 +89,8 @@ def liger(inputs: Inputs, kind: str) -> Tensor:
 
     # Its defaults, but for the cross-entropy; it has no weights: it takes the mean, and so do all of us here.
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[kind])
-    return loss(*inputs[:4], true_labels=torch.zeros(len(inputs.hidden), dtype=torch.long))
+    labels = torch.zeros(len(inputs.hidden), dtype=torch.long, device=inputs.hidden.device)
+    return loss(*inputs[:4], true_labels=labels)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Inputs, str], Tensor]] = {
@@ -91,16 +103,21 @@ IMPLEMENTATIONS: dict[str, Callable[[Inputs, str], Tensor]] = {
 NEEDS = {"trl": "trl", "liger": "liger_kernel"}
 
 
-def cell(name: str, tokens: int, options: argparse.Namespace) -> dict[str, float]:
-    """Runs in its own process: what one implementation needs for one size."""
+def draw(tokens: int, options: argparse.Namespace) -> Inputs:
     torch.manual_seed(0)
-    inputs = Inputs(
-        torch.randn(tokens, options.hidden).requires_grad_(),
-        torch.randn(options.vocabulary, options.hidden).mul_(0.05).requires_grad_(not options.frozen_head),
-        torch.randn(tokens, options.hidden),
-        torch.randn(options.vocabulary, options.hidden).mul_(0.05),  # in place: a copy would count as the peak
-        torch.full((tokens,), 1 / tokens),
+    make = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    return Inputs(
+        torch.randn(tokens, options.hidden, **make).requires_grad_(),
+        torch.randn(options.vocabulary, options.hidden, **make).mul_(0.05).requires_grad_(not options.frozen_head),
+        torch.randn(tokens, options.hidden, **make),
+        torch.randn(options.vocabulary, options.hidden, **make).mul_(0.05),  # in place: a copy would count as the peak
+        torch.full((tokens,), 1 / tokens, device=options.device),
     )
+
+
+def cpu_cell(name: str, tokens: int, options: argparse.Namespace) -> dict[str, float]:
+    """Runs in its own process: what one implementation needs for one size."""
+    inputs = draw(tokens, options)
     before, wall, cpu = resident(), [], []
     for _ in range(options.repeats):
         inputs.hidden.grad = inputs.head.grad = None
@@ -125,10 +142,8 @@ def resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
-def run(name: str, tokens: int) -> dict[str, float] | str:
+def in_a_process(name: str, tokens: int) -> dict[str, float] | str:
     """A cell's figures, or why there are none."""
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        return "not installed"
     command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(tokens)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -138,19 +153,80 @@ def run(name: str, tokens: int) -> dict[str, float] | str:
     return figures
 
 
-def report(options: argparse.Namespace) -> None:
+class Exact(NamedTuple):
+    """What all are held against, in the memory of the CPU: it must not count as anybody's."""
+
+    loss: float
+    hidden: Tensor
+    head: Tensor | None
+
+
+def exact(inputs: Inputs, kind: str) -> Exact:
+    """The dense form in float64, `SLICE` tokens at a time: gradients of slices add up."""
+    weight = inputs.head.detach().double().requires_grad_(inputs.head.requires_grad)
+    teacher = inputs.teacher_head.double()
+    total, slices = 0.0, []
+    for rows in head.tiles(len(inputs.hidden), SLICE):
+        hidden = inputs.hidden[rows].detach().double().requires_grad_()
+        taught = inputs.teacher_hidden[rows].double()
+        loss = dense(Inputs(hidden, weight, taught, teacher, inputs.weights[rows].double()), kind)
+        loss.backward()
+        total += loss.item()
+        assert hidden.grad is not None
+        slices.append(hidden.grad.cpu())
+    return Exact(total, torch.cat(slices), None if weight.grad is None else weight.grad.cpu())
+
+
+SLICE = 512
+
+
+def cuda_cell(name: str, inputs: Inputs, truth: Exact, options: argparse.Namespace) -> dict[str, float] | str:
+    """What one implementation needs for one size, and how far it is from what is exact."""
+    times = []
+    torch.cuda.empty_cache()  # of what another one left
+    try:
+        for _ in range(WARM_UP + options.repeats):
+            inputs.hidden.grad = inputs.head.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            loss = IMPLEMENTATIONS[name](inputs, options.kind)
+            loss.backward()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+            peak = torch.cuda.max_memory_allocated() - before
+    except Exception as error:
+        return f"failed: {type(error).__name__} {str(error).partition(chr(10))[0][:80]}"
+    return {
+        "ms": statistics.median(times[WARM_UP:]),
+        "first": times[0] / 1000,
+        "mib": peak / 2**20,
+        "loss": abs(loss.item() - truth.loss) / truth.loss,
+        "hidden": distance(inputs.hidden.grad, truth.hidden),
+        "head": distance(inputs.head.grad, truth.head),
+    }
+
+
+WARM_UP = 2
+
+
+def distance(ours: Tensor | None, theirs: Tensor | None) -> float:
+    if ours is None or theirs is None:
+        return float("nan")
+    theirs = theirs.to(ours.device)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def report_cpu(options: argparse.Namespace) -> None:
     """The table, row by row as it is measured."""
-    head_gradient = 0 if options.frozen_head else options.vocabulary * options.hidden * 4 / 2**20
-    print(
-        f"{options.kind}, vocabulary {options.vocabulary}, hidden {options.hidden}, float32, torch {torch.__version__}"
-    )
-    print(f"{torch.get_num_threads()} threads; MiB include {head_gradient:.0f} of the head's gradient\n")
     print("| tokens | implementation | wall s | CPU s | CPU / dense | MiB | MiB / dense | loss | gradient norm |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for tokens in options.tokens:
         base: dict[str, float] | None = None
         for name in options.only:
-            figures = run(name, tokens)
+            figures = in_a_process(name, tokens) if installed(name) else "not installed"
             if isinstance(figures, str):
                 print(f"| {tokens} | {name} | {figures} |", flush=True)
                 continue
@@ -163,19 +239,77 @@ def report(options: argparse.Namespace) -> None:
             )
 
 
+def report_cuda(options: argparse.Namespace) -> None:
+    """The table, row by row as it is measured, all in this process."""
+    print("| tokens | implementation | ms | / dense | MiB | / dense | first call s | loss | hidden | head |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for tokens in options.tokens:
+        inputs = draw(tokens, options)
+        truth = exact(inputs, options.kind)
+        base: dict[str, float] | None = None
+        for name, shown in variants(options):
+            figures = cuda_cell(name, inputs, truth, options) if installed(name) else "not installed"
+            if isinstance(figures, str):
+                print(f"| {tokens} | {shown} | {figures} |", flush=True)
+                continue
+            base = figures if name == "dense" else base
+            ratios = [figures[key] / base[key] if base else float("nan") for key in ("ms", "mib")]
+            print(
+                f"| {tokens} | {shown} | {figures['ms']:.2f} | {ratios[0]:.2f} | {figures['mib']:.0f} | "
+                f"{ratios[1]:.3f} | {figures['first']:.1f} | {figures['loss']:.1e} | {figures['hidden']:.1e} | "
+                f"{figures['head']:.1e} |",
+                flush=True,
+            )
+
+
+def variants(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Implementations and how they are called, ours once for each size of tile and block; sets these sizes."""
+    sizes = [(t, b) for t in options.tile_mib for b in options.block_mib if b <= t]
+    for name in options.only:
+        ours = name.startswith("opd")
+        for tile, block in sizes if ours else sizes[:1]:
+            head.TILE_BYTES["accelerator"], head.BLOCK_BYTES["accelerator"] = tile * 2**20, block * 2**20
+            yield name, f"{name}, tile {tile} MiB, block {block}" if ours and len(sizes) > 1 else name
+
+
+def installed(name: str) -> bool:
+    return name not in NEEDS or importlib.util.find_spec(NEEDS[name]) is not None
+
+
+def report(options: argparse.Namespace) -> None:
+    width = getattr(torch, options.dtype).itemsize
+    gradient = 0 if options.frozen_head else options.vocabulary * options.hidden * width / 2**20
+    print(f"{options.kind}, vocabulary {options.vocabulary}, hidden {options.hidden}, {options.dtype}", end=", ")
+    print(f"torch {torch.__version__}; MiB include {gradient:.0f} of the head's gradient")
+    if options.device == "cpu":
+        print(f"{torch.get_num_threads()} threads\n")
+        report_cpu(options)
+    else:
+        print(f"{torch.cuda.get_device_name()}; the work on a tile is {'' if divergence.COMPILE else 'not '}compiled\n")
+        report_cuda(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--kind", choices=list(BETA), default="forward_kl")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the student's head, as with LoRA")
     parser.add_argument("--only", choices=list(IMPLEMENTATIONS), nargs="+", default=list(IMPLEMENTATIONS))
+    sizes = {"tile": head.TILE_BYTES, "block": head.BLOCK_BYTES}
+    for name, known in sizes.items():
+        default = [known["accelerator"] // 2**20]
+        parser.add_argument(f"--{name}-mib", type=int, nargs="+", default=default, help=f"{name} sizes on a GPU")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, do not compile the work on a tile")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    divergence.COMPILE = not options.eager
     if options.cell:
-        print(json.dumps(cell(options.cell[0], int(options.cell[1]), options)))
+        print(json.dumps(cpu_cell(options.cell[0], int(options.cell[1]), options)))
     else:
         report(options)
 
