@@ -299,6 +299,8 @@ def _device() -> torch.device:
 
 def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> dict[str, Any]:
     """The DeepSpeed settings without "auto". Raises ConfigError."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
     assert config.deepspeed is not None
     facts = deepspeed_json.Facts(
         total_steps=train.steps * train.updates_per_step,
@@ -306,6 +308,7 @@ def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         hidden_size=getattr(model.config, "hidden_size", None),
         gpu=_device().type == "cuda",
+        nvcc=CUDA_HOME is not None,
     )
     try:
         return deepspeed_json.fill(config.deepspeed, train, facts).settings

@@ -177,6 +177,8 @@ class Facts:
     """The model's width, from which the buckets of ZeRO-3 follow, as with transformers; None where it is not known
     yet: they are then left to DeepSpeed."""
     gpu: bool
+    nvcc: bool = True
+    """Whether CUDA's compiler is there, with which DeepSpeed makes its own Adam for a GPU."""
 
 
 @dataclass(slots=True)
@@ -218,7 +220,7 @@ def fill(data: Mapping[str, Any], train: TrainConfig, facts: Facts) -> Filled:
     if facts.dtype == "bfloat16":
         # Without it DeepSpeed takes a step by a gradient that is not finite.
         settings["bf16"].setdefault("check_grad_overflow", True)
-    _fill_optimizer(filled, train, gpu=facts.gpu)
+    _fill_optimizer(filled, train, facts)
     if "scheduler" in settings:
         _fill_scheduler(filled, train, facts.total_steps)
     _fill_buckets(filled, facts.hidden_size)
@@ -227,7 +229,7 @@ def fill(data: Mapping[str, Any], train: TrainConfig, facts: Facts) -> Filled:
     return filled
 
 
-def _fill_optimizer(filled: Filled, train: TrainConfig, *, gpu: bool) -> None:
+def _fill_optimizer(filled: Filled, train: TrainConfig, facts: Facts) -> None:
     own = "optimizer" not in filled.settings
     known = {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay}
     filled.settings.setdefault("optimizer", {"type": "AdamW"})
@@ -235,8 +237,11 @@ def _fill_optimizer(filled: Filled, train: TrainConfig, *, gpu: bool) -> None:
         filled.put(f"optimizer.params.{key}", value, f"train.{key}", absent=own)
     filled.put("optimizer.params.eps", 1e-8, "as everywhere", absent=own)
     optimizer = filled.settings["optimizer"]
-    if not gpu and str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
-        optimizer["params"].setdefault("torch_adam", True)  # DeepSpeed's own must be compiled, and gains nothing here
+    # DeepSpeed's own must be compiled: without a GPU that gains nothing, with one it needs nvcc. Offloaded, it is a
+    # third one, for the CPU beside the GPU.
+    plain = not facts.gpu or (not facts.nvcc and not offloads(filled.settings, "optimizer"))
+    if plain and str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
+        optimizer["params"].setdefault("torch_adam", True)
 
 
 def _fill_scheduler(filled: Filled, train: TrainConfig, total_steps: int) -> None:

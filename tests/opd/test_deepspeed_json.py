@@ -127,8 +127,18 @@ def test_an_auto_that_nothing_fills_is_an_error_that_says_where_it_stands():
         fill({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, TRAIN, facts())
 
 
-def test_without_a_gpu_adam_is_torchs_own():
-    assert fill({}, TRAIN, facts(gpu=False)).settings["optimizer"]["params"]["torch_adam"] is True
+@pytest.mark.parametrize(
+    ("data", "known", "own"),
+    [
+        ({}, {"gpu": False}, True),
+        ({}, {"gpu": True}, None),
+        ({}, {"gpu": True, "nvcc": False}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"gpu": True, "nvcc": False}, None),
+        ({"optimizer": {"type": "Lamb", "params": {}}}, {"gpu": True, "nvcc": False}, None),
+    ],
+)
+def test_adam_is_torchs_own_where_deepspeeds_gains_nothing_or_cannot_be_compiled(data, known, own):
+    assert fill(data, TRAIN, facts(**known)).settings["optimizer"]["params"].get("torch_adam") is own
 
 
 @pytest.mark.parametrize(
