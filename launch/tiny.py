@@ -28,7 +28,7 @@ from opd import chat, collate, objective, privileged
 from opd.answers import messages_of
 from opd.chat import ChatFormat
 from opd.errors import ConfigError
-from opd.launch import tiny_recipes, tiny_tokenizer
+from opd.launch import muon, tiny_recipes, tiny_tokenizer
 from opd.launch.tiny_recipes import Recipe, privileged_phrases
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
@@ -82,7 +82,7 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
 
 def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
     """Changes with whatever the model depends on: a stale cache would be a wrong result."""
-    ours = (chat, collate, objective, privileged, tiny_recipes, tiny_tokenizer)
+    ours = (chat, collate, objective, privileged, muon, tiny_recipes, tiny_tokenizer)
     files = {__file__, *(str(module.__file__) for module in (*ours, *_env_modules(recipe)))}
     sources = [Path(file).read_bytes() for file in sorted(files)]
     settings = f"{seed} {steps} {torch.__version__} {transformers.__version__}"
@@ -147,7 +147,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _optimizers(model: LlamaForCausalLM, muon: float, adamw: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, inner_rate: float, outer_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest.
 
     Copying from the prompt is learned all at once after a plateau; with AdamW alone this took three times as
@@ -157,8 +157,8 @@ def _optimizers(model: LlamaForCausalLM, muon: float, adamw: float) -> list[torc
     chosen = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(inner, lr=muon, weight_decay=0.0, momentum=0.95),
-        torch.optim.AdamW(outer, lr=adamw, betas=(0.9, 0.95), weight_decay=0.0),
+        muon.Muon(inner, lr=inner_rate),
+        torch.optim.AdamW(outer, lr=outer_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
