@@ -3,7 +3,7 @@
     python benchmarks/divergence.py                      # the table of docs/divergences.md
     python benchmarks/divergence.py --tokens 512 --kind jsd --frozen-head
     python benchmarks/divergence.py --device cuda --dtype bfloat16 --tokens 1024 4096 16384
-    python benchmarks/divergence.py --device cuda --only "opd, weighted" --tile-mib 256 512 1024 --block-mib 128 512
+    python benchmarks/divergence.py --device cuda --only "opd, weighted" --tile-mib 256 512 1024
 
 Memory is the peak above inputs and heads, the gradient of the student's head included; times are medians. On a CPU
 every cell runs in a process of its own, and CPU seconds say more than wall seconds on a busy machine. On a GPU the
@@ -263,13 +263,13 @@ def report_cuda(options: argparse.Namespace) -> None:
 
 
 def variants(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Implementations and how they are called, ours once for each size of tile and block; sets these sizes."""
-    sizes = [(t, b) for t in options.tile_mib for b in options.block_mib if b <= t]
+    """Implementations and how they are called, ours once for each size of tile; sets that size."""
+    sizes = options.tile_mib
     for name in options.only:
         ours = name.startswith("opd")
-        for tile, block in sizes if ours else sizes[:1]:
-            head.TILE_BYTES["accelerator"], head.BLOCK_BYTES["accelerator"] = tile * 2**20, block * 2**20
-            yield name, f"{name}, tile {tile} MiB, block {block}" if ours and len(sizes) > 1 else name
+        for tile in sizes if ours else sizes[:1]:
+            head.TILE_BYTES["accelerator"] = tile * 2**20
+            yield name, f"{name}, tile {tile} MiB" if ours and len(sizes) > 1 else name
 
 
 def installed(name: str) -> bool:
@@ -285,7 +285,8 @@ def report(options: argparse.Namespace) -> None:
         print(f"{torch.get_num_threads()} threads\n")
         report_cpu(options)
     else:
-        print(f"{torch.cuda.get_device_name()}; the work on a tile is {'' if divergence.COMPILE else 'not '}compiled\n")
+        how = "operation by operation" if options.plain else "in one kernel"
+        print(f"{torch.cuda.get_device_name()}; the work on a tile is done {how}\n")
         report_cuda(options)
 
 
@@ -300,14 +301,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the student's head, as with LoRA")
     parser.add_argument("--only", choices=list(IMPLEMENTATIONS), nargs="+", default=list(IMPLEMENTATIONS))
-    sizes = {"tile": head.TILE_BYTES, "block": head.BLOCK_BYTES}
-    for name, known in sizes.items():
-        default = [known["accelerator"] // 2**20]
-        parser.add_argument(f"--{name}-mib", type=int, nargs="+", default=default, help=f"{name} sizes on a GPU")
-    parser.add_argument("--eager", action="store_true", help="on a GPU, do not compile the work on a tile")
+    tile = [head.TILE_BYTES["accelerator"] // 2**20]
+    parser.add_argument("--tile-mib", type=int, nargs="+", default=tile, help="tile sizes on a GPU")
+    parser.add_argument("--plain", action="store_true", help="on a GPU, no kernel for the work on a tile")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    divergence.COMPILE = not options.eager
+    divergence.KERNEL = not options.plain
     if options.cell:
         print(json.dumps(cpu_cell(options.cell[0], int(options.cell[1]), options)))
     else:

@@ -7,6 +7,8 @@ by is decided elsewhere (`opd.objective`).
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -38,8 +40,8 @@ Support = Literal["teacher", "student"]
 LEAST_TAIL = 1e-7
 """Stored log-probs are rounded, so that k of them may add up to 1: less than this is not taken for the rest."""
 
-COMPILE = True
-"""On a GPU, `torch.compile` the work on a tile; False runs it operation by operation, as on a CPU."""
+KERNEL = True
+"""On a GPU, do the work on a tile in one kernel (`opd.kernels`); False does it operation by operation, as on a CPU."""
 
 
 class WeightedDivergence(NamedTuple):
@@ -330,24 +332,27 @@ class _Logged(NamedTuple):
 class _DivergenceTile:
     """The divergence of a tile: projects the teacher's hidden states beside the student's."""
 
-    def __init__(self, rule: _Rule, teacher: Projection, hidden: Tensor, logged: _Logged) -> None:
-        self.rule, self.hidden, self.logged = rule, hidden, logged
+    def __init__(self, rule: _Rule, teacher: Projection, hidden: Tensor, logged: _Logged, narrow: torch.dtype) -> None:
+        self.rule, self.hidden, self.logged, self.narrow = rule, hidden, logged, narrow
         self.projector = Projector(teacher)
 
-    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         teacher_logits = self.projector.logits(self.hidden[rows])
         values = logits.new_empty(len(logits))
+        logged = _Logged(*(column[rows] for column in self.logged))
+        if self.rule.top_k is None and (kernel := _kernel(logits)) is not None:
+            rule = (self.rule.kind, self.rule.beta, self.rule.clip)
+            return values, kernel(*rule, logits, teacher_logits, weights, self.narrow, values, *logged[:3])
         work = self._full if self.rule.top_k is None else self._top_k
         for part in tiles(len(logits), row_block(logits)):
-            noted = _Logged(*(column[rows][part] for column in self.logged))
+            noted = _Logged(*(column[part] for column in logged))
             weight = None if weights is None else weights[part, None]
             values[part] = work(logits[part], teacher_logits[part], weight, noted)
-        return values
+        return values, logits
 
     def _full(self, logits: Tensor, teacher_logits: Tensor, weight: Tensor | None, noted: _Logged) -> Tensor:
         """Some rows: [n, V], [n, V] -> [n]; `logits` becomes the gradient."""
-        work = _fused() if COMPILE and logits.is_cuda else _full_rows
-        found = work(self.rule, logits, teacher_logits, weight)
+        found = _full_rows(self.rule, logits, teacher_logits, weight)
         noted.student_entropy.copy_(found.student_entropy)
         noted.teacher_entropy.copy_(found.teacher_entropy)
         if found.clipped is not None:
@@ -380,7 +385,7 @@ class _StoredTile:
     def __init__(self, rule: _Rule, ids: Tensor, teacher: Tensor, logged: _Logged) -> None:
         self.rule, self.ids, self.teacher, self.logged = rule, ids, teacher, logged
 
-    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         values = logits.new_empty(len(logits))
         for part in tiles(len(logits), row_block(logits)):
             ids, teacher = self.ids[rows][part], self.teacher[rows][part]
@@ -398,7 +403,7 @@ class _StoredTile:
                 (gradient,) = torch.autograd.grad(found, leaf, weights[part])
                 logits[part].copy_(gradient)
             values[part] = found.detach()
-        return values
+        return values, logits
 
 
 class _Rows(NamedTuple):
@@ -430,11 +435,22 @@ def _full_rows(rule: _Rule, logits: Tensor, teacher_logits: Tensor, weight: Tens
     return _Rows(values, gradient, clipped, *entropies)
 
 
+def _kernel(logits: Tensor) -> Callable[..., Tensor] | None:
+    """`opd.kernels.divergence_rows`, which does what `_full_rows` does, if it can for such logits."""
+    return _compiled_for(logits.device) if KERNEL and logits.is_cuda and logits.dtype == torch.float32 else None
+
+
 @cache
-def _fused() -> Callable[..., _Rows]:
-    """`_full_rows` in a few kernels, each of which reads the logits once."""
-    fused: Callable[..., _Rows] = torch.compile(_full_rows, dynamic=True)
-    return fused
+def _compiled_for(device: torch.device) -> Callable[..., Tensor] | None:
+    """None without Triton (it comes with torch for Linux) or its C compiler, and on cards that are too old for it."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    if torch.cuda.get_device_capability(device) < (8, 0) or not any(shutil.which(name) for name in compilers):
+        return None
+    try:
+        from opd.kernels import divergence_rows
+    except ImportError:
+        return None
+    return divergence_rows
 
 
 def _prepare(
@@ -451,7 +467,8 @@ def _prepare(
     columns = torch.zeros(4, len(student_hidden), dtype=student.dtype, device=student_hidden.device)
     logged = _Logged(*columns)
     logged.kept.fill_(1)
-    return student, partial(_DivergenceTile, rule, teacher, teacher_hidden.detach(), logged), logged
+    start = partial(_DivergenceTile, rule, teacher, teacher_hidden.detach(), logged, student.narrow)
+    return student, start, logged
 
 
 def _with_tail(logprobs: Tensor, ids: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class _LogProbTile:
         self.token_ids = token_ids
         self.entropy = entropy
 
-    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         ids = self.token_ids[rows, None]
         values = logits.new_empty(len(logits))
         for part in tiles(len(logits), row_block(logits)):
@@ -136,13 +136,13 @@ class _LogProbTile:
                 logits[part].scatter_add_(-1, ids[part], weight)
             elif self.entropy is not None:
                 self.entropy[rows][part] = entropy_of(logprobs, logprobs.exp())
-        return values
+        return values, logits
 
 
 class _EntropyTile:
     """The entropies of a tile. The way back through the log-softmax: minus p times (log p + entropy)."""
 
-    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         values = logits.new_empty(len(logits))
         for part in tiles(len(logits), row_block(logits)):
             logprobs = logits[part].log_softmax(-1)
@@ -151,4 +151,4 @@ class _EntropyTile:
             if weights is not None:
                 slope = logprobs.clamp_(min=torch.finfo(p.dtype).min).add_(values[part, None])
                 torch.mul(slope.mul_(p), -weights[part, None], out=logits[part])
-        return values
+        return values, logits

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd.divergence import chunked_divergence
+from opd import divergence
+from opd.divergence import chunked_divergence, weighted_divergence
+from opd.head import Head
 from opd.logprobs import chunked_logprobs
 
 pytestmark = [
@@ -42,12 +44,52 @@ def test_the_gpu_gives_the_float64_values_and_gradients(dtype, kind, chunk_size)
         assert (ours.cpu().double() - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm() + 1e-5
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_the_compiled_tile_is_the_plain_one(monkeypatch, kind):
-    sides, weights = inputs(torch.bfloat16), torch.linspace(-1, 1, N, device="cuda")
-    compiled = chunked_divergence(*sides, kind, weights=weights, chunk_size=128)
-    monkeypatch.setattr("opd.divergence.COMPILE", False)
-    assert_close(compiled, chunked_divergence(*sides, kind, weights=weights, chunk_size=128), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "mixed_kl"])
+@pytest.mark.parametrize("clip", [None, 1e-4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_kernel_does_what_the_plain_operations_do(monkeypatch, dtype, kind, clip, bias):
+    """A vocabulary of no whole block, tiles that begin anywhere, a temperature; an entry that both sides exclude."""
+    student, weight, teacher, teacher_weight = inputs(dtype)
+    excluded = torch.zeros(V, device="cuda")
+    excluded[7] = -torch.inf
+    leaves = [student, weight] + ([excluded.clone().requires_grad_()] if bias else [])
+    head = Head(weight, bias=leaves[2]) if bias else weight
+    teacher_head = Head(teacher_weight, bias=excluded) if bias else teacher_weight
+    weights = torch.linspace(-1, 1, N, device="cuda")
+    assert divergence._kernel(torch.empty(1, device="cuda")) is not None
+
+    def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        sides = (student, head, teacher, teacher_head)
+        options = {"temperature": 1.3, "chunk_size": 101, "clip": clip, "beta": 0.3}
+        found = weighted_divergence(*sides, kind, weights=weights, **options)
+        values = chunked_divergence(*sides, kind, **options)
+        totals = (found.total, values @ weights)
+        return [x.detach() for x in (*found, values)], [g for t in totals for g in torch.autograd.grad(t, leaves)]
+
+    columns, gradients = run()
+    monkeypatch.setattr(divergence, "KERNEL", False)
+    plain_columns, plain_gradients = run()
+    # Rounding decides whether an entry beside the clip is cut.
+    assert_close(columns, plain_columns, rtol=1e-4, atol=1e-4 if clip is None else 1e-3)
+    tolerance = 4 * max(torch.finfo(dtype).eps, 5e-6 if clip is None else 5e-4)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        assert ours.isfinite().all()
+        assert (ours.double() - theirs.double()).norm() < tolerance * theirs.double().norm() + 1e-5
+
+
+def test_a_head_in_float16_loses_no_small_gradient():
+    sides, weights = inputs(torch.float16), torch.full((N,), 1e-7, device="cuda")
+    total = chunked_divergence(*sides, "forward_kl", weights=weights)
+    exact = [side.detach().double().requires_grad_(side.requires_grad) for side in sides]
+    reference = chunked_divergence(*exact, "forward_kl", weights=weights.double())
+    factor = torch.tensor(1e7, device="cuda")
+    for ours, theirs in zip(
+        torch.autograd.grad(total, sides[:2], factor),
+        torch.autograd.grad(reference, exact[:2], factor.double()),
+        strict=True,
+    ):
+        assert (ours.double() - theirs).norm() < 4e-3 * theirs.norm()
 
 
 def test_the_gpu_gives_the_log_probs_of_the_cpu():

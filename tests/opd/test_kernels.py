@@ -1,0 +1,171 @@
+"""The kernel of the divergence against the plain formulas in float64, in Triton's interpreter, which needs no GPU.
+
+Not covered here: what a compiler and a GPU make of it (`test_divergence_gpu.py`). Triton reads TRITON_INTERPRET when
+it is imported, and a GPU's tests of the same process must not be interpreted: so these run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from opd import divergence
+from opd.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
+from opd.head import Head, Projection
+
+pytest.importorskip("triton", reason="no Triton: opd.kernels is not tested")
+
+# The interpreter computes with numpy, which warns where a GPU says inf or nan.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test of this file starts")
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("mixed_kl", 0.3)]
+every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
+every_clip = pytest.mark.parametrize("clip", [None, 0.02])
+
+N, V, BLOCK = 4, 37, 16
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] of both sides, of no common level, and weights [N], one of them 0."""
+    student, teacher = 2 * normal(N, V, seed=0) + 30, 2 * normal(N, V, seed=1) - 20
+    for side in (student, teacher):
+        side[1, [0, 5, V - 1]] = -torch.inf  # nothing, in the first block and in the last
+        side[2, 3:] = -torch.inf  # and in whole blocks
+    student[3, 7] = -400.0  # its probability is 0 in float32, its logarithm is not infinite
+    return student, teacher, torch.tensor([0.7, -1.0, 0.0, 2.0])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """In blocks of which V is no multiple, and in the place where a GPU would have it."""
+    from opd import kernels
+
+    monkeypatch.setattr(kernels, "BLOCK", BLOCK)
+    monkeypatch.setattr(divergence, "_kernel", lambda logits: kernels.divergence_rows)
+    return kernels.divergence_rows
+
+
+@inside
+@every_kind
+@every_clip
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_the_kernel_gives_the_float64_values_and_gradients(kernel, kind, beta, clip, narrow):
+    student, teacher, weights = rows()
+    rule = divergence._Rule.of(kind, beta, clip, None, "teacher", True)
+    exact = divergence._full_rows(rule, student.double(), teacher.double(), weights.double()[:, None])
+    columns = torch.zeros(4, N)
+    arguments = (None, torch.float32) if narrow is None else (weights, narrow)
+    gradient = kernel(kind, beta, clip, student, teacher, *arguments, *columns)
+    expected = [exact.values, exact.clipped if clip else torch.zeros(N), exact.student_entropy, exact.teacher_entropy]
+    assert_close(columns.double(), torch.stack([column.double() for column in expected]), rtol=1e-5, atol=1e-5)
+    assert exact.clipped is None or 0 < exact.clipped.mean() < 1
+    if narrow is not None:
+        assert gradient.dtype == narrow
+        assert gradient.data_ptr() == student.data_ptr()
+        # Logits near 30 have an error of 2e-6 themselves.
+        rounding = 1e-5 if narrow == torch.float32 else torch.finfo(narrow).eps
+        assert_close(gradient.double(), exact.gradient, rtol=rounding, atol=1e-5)
+        assert (gradient[exact.gradient == 0] == 0).all()
+
+
+@inside
+@every_kind
+def test_a_weight_for_all_tokens_may_be_one_number_in_memory(kernel, kind, beta):
+    student, teacher, _ = rows()
+    one = torch.tensor(0.5)
+    columns = torch.zeros(4, N)
+    arguments = (kind, beta, None, student.clone(), teacher)
+    expanded = kernel(*arguments, one.expand(N), torch.float32, *columns).clone()
+    arguments = (kind, beta, None, student.clone(), teacher)
+    assert_close(expanded, kernel(*arguments, torch.full((N,), 0.5), torch.float32, *columns), rtol=0, atol=0)
+
+
+@inside
+@every_kind
+@every_clip
+def test_equal_sides_give_neither_value_nor_gradient(kernel, kind, beta, clip):
+    student = normal(N, V, seed=0)
+    columns = torch.zeros(4, N)
+    gradient = kernel(kind, beta, clip, student, student.clone(), torch.ones(N), torch.float32, *columns)
+    assert columns[0].abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-6
+
+
+@inside
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_what_is_not_finite_is_seen(kernel, kind):
+    student, teacher = normal(N, V, seed=0), normal(N, V, seed=1)
+    student[0, 3] = torch.nan
+    teacher[1, 20] = torch.nan
+    student[2, 4] = -torch.inf
+    teacher[3, 4] = -torch.inf
+    columns = torch.zeros(4, N)
+    gradient = kernel(kind, 0.5, None, student, teacher, torch.ones(N), torch.float32, *columns)
+    assert columns[0, :2].isnan().all()
+    assert gradient[:2].isnan().any(-1).all()
+    assert columns[0].isinf().tolist() == [False, False, kind == "forward_kl", kind == "reverse_kl"]
+
+
+@inside
+@every_kind
+@every_clip
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_all_of_it_is_what_the_plain_rows_give(kernel, monkeypatch, kind, beta, clip, chunk_size):
+    """Tiles of which the last is smaller, columns that begin at any token, a temperature, both forms."""
+    hidden, weight = normal(7, 5, seed=0).requires_grad_(), normal(V, 5, seed=1).requires_grad_()
+    bias = normal(V, seed=2).requires_grad_()
+    teacher_hidden, teacher_weight, weights = normal(7, 4, seed=3), normal(V, 4, seed=4), normal(7, seed=5)
+    sides = (hidden, Head(weight, bias=bias, softcap=9.0, scale=0.8), teacher_hidden, teacher_weight)
+    options = {"beta": beta, "clip": clip, "temperature": 1.3, "chunk_size": chunk_size}
+
+    def run() -> tuple[Tensor, ...]:
+        found: WeightedDivergence = weighted_divergence(*sides, kind, weights=weights, **options)
+        values = chunked_divergence(*sides, kind, **options)
+        inputs = (hidden, weight, bias)
+        return *(x.detach() for x in (*found, values)), *(
+            gradient for total in (found.total, values @ weights) for gradient in torch.autograd.grad(total, inputs)
+        )
+
+    ours = run()
+    monkeypatch.setattr(divergence, "_kernel", lambda logits: None)
+    assert_close(ours, run(), rtol=1e-4, atol=1e-5)
+
+
+@inside
+def test_a_narrow_gradient_in_the_place_of_the_logits_is_what_the_products_take(kernel, monkeypatch):
+    """As on a GPU, where an operand may have 16 bits; a CPU's product is of float32 then, which rounds nothing."""
+    hidden, weight = normal(7, 5, seed=0).requires_grad_(), normal(V, 5, seed=1).requires_grad_()
+    sides = (hidden, weight, normal(7, 4, seed=3), normal(V, 4, seed=4))
+
+    def run() -> tuple[Tensor, ...]:
+        total = chunked_divergence(*sides, "reverse_kl", weights=normal(7, seed=5), chunk_size=3)
+        return total.detach(), *torch.autograd.grad(total, (hidden, weight))
+
+    plain = run()
+    monkeypatch.setattr(Projection, "narrow", torch.bfloat16)
+    narrow = run()
+    assert_close(narrow, plain, rtol=0.01, atol=0.01)
+    assert not torch.equal(narrow[1], plain[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process")
+def test_in_the_interpreter_of_triton():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
+    # What pytest-xdist tells its workers is not meant for this process.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
