@@ -297,10 +297,17 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> dict[str, Any]:
-    """The DeepSpeed settings without "auto". Raises ConfigError."""
+def _has_nvcc() -> bool:
+    """Where torch would look for it: images without the toolkit may have the folder all the same."""
+    if _device().type != "cuda":
+        return False
     from torch.utils.cpp_extension import CUDA_HOME
 
+    return CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").is_file()
+
+
+def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed settings without "auto". Raises ConfigError."""
     assert config.deepspeed is not None
     facts = deepspeed_json.Facts(
         total_steps=train.steps * train.updates_per_step,
@@ -308,7 +315,7 @@ def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         hidden_size=getattr(model.config, "hidden_size", None),
         gpu=_device().type == "cuda",
-        nvcc=CUDA_HOME is not None,
+        nvcc=_has_nvcc(),
     )
     try:
         return deepspeed_json.fill(config.deepspeed, train, facts).settings

@@ -7,8 +7,7 @@ by is decided elsewhere (`opd.objective`).
 
 from __future__ import annotations
 
-import os
-import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -442,13 +441,21 @@ def _kernel(logits: Tensor) -> Callable[..., Tensor] | None:
 
 @cache
 def _compiled_for(device: torch.device) -> Callable[..., Tensor] | None:
-    """None without Triton (it comes with torch for Linux) or its C compiler, and on cards that are too old for it."""
-    compilers = (os.environ.get("CC", ""), "gcc", "clang")
-    if torch.cuda.get_device_capability(device) < (8, 0) or not any(shutil.which(name) for name in compilers):
+    """None where Triton is missing or does not work, which is said, and on cards that are too old for it.
+
+    It comes with torch for Linux, and needs a C compiler, Python's headers and a folder to write to.
+    """
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from opd.kernels import divergence_rows
-    except ImportError:
+
+        tiny = torch.zeros(2, 16, device=device)
+        divergence_rows(
+            "forward_kl", 0.5, None, tiny, tiny.clone(), None, tiny.dtype, *torch.empty(4, 2, device=device)
+        )
+    except Exception as error:  # whatever a compiler says
+        warnings.warn(f"divergences run operation by operation, three times as slow: {error!r}", stacklevel=2)
         return None
     return divergence_rows
 

@@ -102,11 +102,11 @@ class CausalModel(nn.Module):
         """[..., H] -> [..., V] in the head's own type, or in float32 where the losses' products are of that type, too:
         at a logit of 20 bfloat16 is 0.06 nats off, and so would be what a sampler says of its tokens."""
         head = self.head()
-        if hidden.is_cuda and head.weight.itemsize == 2:
-            flat = hidden.flatten(0, -2)
-            return Projector(Projection.of(flat, head, 1.0, len(flat))).logits(flat).unflatten(0, hidden.shape[:-1])
-        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        if not (hidden.is_cuda and head.weight.itemsize == 2) or torch.is_grad_enabled():
+            return _plain_logits(hidden, head)
+        flat = hidden.flatten(0, -2)
+        projector = Projector(Projection.of(flat, head, 1.0, max(1, len(flat))))
+        return projector.logits(flat).unflatten(0, hidden.shape[:-1])
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -114,7 +114,7 @@ class CausalModel(nn.Module):
         was_training = self.model.training
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None]
-        ours = self.logits(self.hidden(ids)).float()
+        ours = _plain_logits(self.hidden(ids), self.head()).float()  # rounded where the model rounds
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         self.model.train(was_training)
         gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
@@ -124,6 +124,12 @@ class CausalModel(nn.Module):
                 f"{type(self._transformer).__name__} computes its logits in a way that is not known here: "
                 f"hidden states times the output embedding differ from them by {gap:.3g} nats"
             )
+
+
+def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
+    """As a model computes them itself, in the head's own type."""
+    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _nothing() -> None:

@@ -110,7 +110,13 @@ class LocalBackend:
         for name, weight in weights.items():
             own[name].copy_(weight)
         state: dict[str, Any] = torch.load(folder / "backend.pt", map_location="cpu", weights_only=True)
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # of this device, which may be another than the checkpoint's
+        if any(fused):
+            for moments in self.optimizer.state.values():
+                moments["step"] = moments["step"].to(self.device)
         self.scheduler.load_state_dict(state["scheduler"])
         masters = [m for p, m in zip(self._trained, self._masters, strict=True) if m is not p]
         for master, saved in zip(masters, state["masters"], strict=True):
