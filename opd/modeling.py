@@ -105,8 +105,8 @@ class CausalModel(nn.Module):
         if not (hidden.is_cuda and head.weight.itemsize == 2) or torch.is_grad_enabled():
             return _plain_logits(hidden, head)
         flat = hidden.flatten(0, -2)
-        projector = Projector(Projection.of(flat, head, 1.0, max(1, len(flat))))
-        return projector.logits(flat).unflatten(0, hidden.shape[:-1])
+        logits = Projector(Projection.of(flat, head, 1.0, max(1, len(flat)))).logits(flat)
+        return logits.view(*hidden.shape[:-1], head.vocabulary)
 
     @torch.no_grad()
     def _check_head(self) -> None:

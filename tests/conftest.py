@@ -23,6 +23,20 @@ from opd.modeling import CausalModel
 from opd.rollout import RolloutScheduler, task
 from opd.types import StopReason
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_gpu(request):
+    """What is not marked `gpu` tests the same on every machine, also in the processes that it starts."""
+    marks = getattr(request.module, "pytestmark", [])
+    if any(mark.name == "gpu" for mark in (marks if isinstance(marks, list) else [marks])):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 _CHATML = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' + (messages[0].content + '\\n' if messages[0].role == 'system' else '') }}
