@@ -192,6 +192,20 @@ def test_no_tokens_give_zero_with_a_live_graph():
     exactly(case.hidden.grad, torch.zeros_like(case.hidden))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_stood_in_the_memory_of_a_heads_gradient_is_not_added_to_it(monkeypatch, dtype):
+    case = Case(dtype)
+
+    def gradients():
+        total = chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights, chunk_size=3)
+        return torch.autograd.grad(total, case.student)
+
+    expected, empty = gradients(), torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_tokens_of_weight_zero_change_nothing():
     case = Case()
     weights = case.weights * torch.tensor([1, 0, 0, 1, 0, 1, 0])
