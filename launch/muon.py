@@ -1,7 +1,7 @@
 """Muon in float32, for the warm start of tiny models on a CPU.
 
 `torch.optim.Muon` makes its update orthogonal in bfloat16. A processor without bfloat16 arithmetic emulates it:
-on one such the update of a tiny model took 1.4 s of a step's 1.6, in float32 it takes 0.09 s. Its rounding also
+on one such the update of a tiny model took 1.4 s of each step, in float32 it takes 0.09 s. Its rounding also
 differs from one processor to the next, and with it how far a warm start comes.
 """
 
