@@ -7,7 +7,7 @@ in `opd.objective`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
 from opd.head import Head, compute_dtype, logit_blocks, projections
 from opd.logprobs import entropy_of
+from opd.losses import BASELINES, Baseline, check_known, unknown
 
 Scale = Literal["std", "none"]
-Baseline = Literal["full", "top_k", "optimal"]
+SCALES: tuple[Scale, ...] = ("std", "none")
+"""Those that have a formula."""
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation of a group's rewards, as the common implementations of GRPO do."""
@@ -39,8 +41,7 @@ def group_advantage(rewards: Tensor | Sequence[float], *, scale: Scale = "std", 
         ConfigError: an unknown scale.
         DataError: no rewards, or one that is not finite.
     """
-    if scale not in get_args(Scale):
-        raise ConfigError(f"advantage scale = {scale!r} is unknown. Allowed: {', '.join(get_args(Scale))}")
+    check_known("advantage scale", scale, SCALES)
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
         rewards = torch.as_tensor(rewards, dtype=torch.float64)
     rewards = rewards.detach().to(compute_dtype(rewards))
@@ -54,9 +55,11 @@ def group_advantage(rewards: Tensor | Sequence[float], *, scale: Scale = "std", 
     advantages = torch.where(spread, rewards - rewards.mean(-1, keepdim=True), 0)
     if size > 1 and leave_one_out:
         advantages = advantages * size / (size - 1)
-    if size > 1 and scale == "std":
-        advantages = advantages / (rewards.std(-1, keepdim=True) + STD_EPSILON)
-    return advantages
+    if scale == "std":
+        return advantages / (rewards.std(-1, keepdim=True) + STD_EPSILON) if size > 1 else advantages
+    if scale == "none":
+        return advantages
+    raise unknown("advantage scale", scale, SCALES)
 
 
 @torch.no_grad()
@@ -139,9 +142,11 @@ def state_baseline(
     if baseline == "top_k":
         kept = p.topk(top_k or 0, dim=-1)
         value = (kept.values * rewards.gather(-1, kept.indices)).sum(-1)
-    else:
+    elif baseline == "optimal":
         weights = p * squared_scores(p)
         value = (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    else:
+        raise unknown("baseline", baseline, BASELINES)
     if value.isinf().any():
         raise DataError("a baseline is infinite: the teacher excludes (-inf) a token that the student may sample")
     return value
@@ -201,8 +206,8 @@ def _logprobs(*logits: Tensor) -> list[Tensor]:
 
 
 def _check_options(baseline: Baseline | None, top_k: int | None, renormalise: bool, vocabulary: int) -> None:
-    if baseline is not None and baseline not in get_args(Baseline):
-        raise ConfigError(f"baseline = {baseline!r} is unknown. Allowed: {', '.join(get_args(Baseline))}, or None")
+    if baseline is not None and baseline not in BASELINES:
+        raise ConfigError(f"baseline = {baseline!r} is unknown. Allowed: {', '.join(BASELINES)}, or None")
     if (baseline == "top_k") != (top_k is not None):
         raise ConfigError(f"baseline = {baseline!r} with top_k = {top_k}: the one needs the other")
     if top_k is not None and not 1 <= top_k <= vocabulary:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,8 @@ from opd.head import (
     weighted_sum,
 )
 from opd.logprobs import entropy_of
-
-Kind = Literal["forward_kl", "reverse_kl", "jsd", "mixed_kl"]
-"""`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between, and `mixed_kl` is
-`(1 - beta)` of the first and `beta` of the second."""
-Support = Literal["teacher", "student"]
+from opd.losses import DIVERGENCES, SUPPORTS, Support, check_known, unknown
+from opd.losses import Divergence as Kind
 
 LEAST_TAIL = 1e-7
 """Stored log-probs are rounded, so that k of them may add up to 1: less than this is not taken for the rest."""
@@ -235,16 +232,14 @@ class _Rule:
     @staticmethod
     def of(kind: Kind, beta: float, clip: float | None, top_k: int | None, support: Support, tail: bool) -> _Rule:
         """Checked, with the ends of `jsd` and `mixed_kl` replaced by the two KLs that they stand for."""
-        if kind not in get_args(Kind):
-            raise ConfigError(f"divergence kind = {kind!r} is unknown. Allowed: {', '.join(get_args(Kind))}")
+        check_known("divergence kind", kind, DIVERGENCES)
         if not 0 <= beta <= 1:
             raise ConfigError(f"divergence beta = {beta}: must be between 0 and 1")
         if clip is not None and not clip > 0:
             raise ConfigError(f"divergence clip = {clip}: must be positive, or None for no clipping")
         if clip is not None and top_k is not None:
             raise ConfigError(f"clip = {clip} with top_k = {top_k}: the clip is for entries of the whole vocabulary")
-        if support not in get_args(Support):
-            raise ConfigError(f"support = {support!r} is unknown. Allowed: {', '.join(get_args(Support))}")
+        check_known("support", support, SUPPORTS)
         if kind in ("jsd", "mixed_kl") and beta in (0, 1):
             kind = "reverse_kl" if beta else "forward_kl"
         return _Rule(kind, beta, clip, top_k, support, tail)
@@ -261,7 +256,12 @@ class _Rule:
         vocabulary = student.shape[-1]
         if self.top_k is None or not 1 <= self.top_k <= vocabulary:
             raise ConfigError(f"top_k = {self.top_k}: must be between 1 and the vocabulary's {vocabulary}")
-        chosen = teacher if self.support == "teacher" else student
+        if self.support == "teacher":
+            chosen = teacher
+        elif self.support == "student":
+            chosen = student
+        else:
+            raise unknown("support", self.support, SUPPORTS)
         return chosen.detach().topk(self.top_k, dim=-1).indices
 
     def restrict(self, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +276,8 @@ class _Rule:
     def summands(self, student: Tensor, teacher: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """The entries' summands and the derivatives of their sum by the student's log-probs, before the clip.
 
-        Log-probs of both sides and their exponentials `p` (student) and `q` (teacher), all [..., V].
+        Log-probs of both sides and their exponentials `p` (student) and `q` (teacher), all [..., V]. Each kind has a
+        branch of its own; raises ConfigError for one that has none.
         """
         if self.kind == "forward_kl":
             return _times_log_ratio(q, teacher, student), -q
@@ -287,9 +288,11 @@ class _Rule:
             value = _times_log_ratio(p, student, teacher).mul_(self.beta)
             slope = value.add(p, alpha=self.beta).sub_(q, alpha=1 - self.beta)
             return value.add_(_times_log_ratio(q, teacher, student).mul_(1 - self.beta)), slope
-        mix = torch.lerp(p, q, self.beta).log_()
-        slope = _times_log_ratio(p, student, mix).mul_(1 - self.beta)
-        return _times_log_ratio(q, teacher, mix).mul_(self.beta).add_(slope), slope
+        if self.kind == "jsd":
+            mix = torch.lerp(p, q, self.beta).log_()
+            slope = _times_log_ratio(p, student, mix).mul_(1 - self.beta)
+            return _times_log_ratio(q, teacher, mix).mul_(self.beta).add_(slope), slope
+        raise unknown("divergence kind", self.kind, DIVERGENCES)
 
     def total(self, summands: Tensor) -> Tensor:
         """[..., V] -> [...]; rounding may leave a sum of -1e-17, which is no divergence."""
@@ -339,7 +342,7 @@ class _DivergenceTile:
         teacher_logits = self.projector.logits(self.hidden[rows])
         values = logits.new_empty(len(logits))
         logged = _Logged(*(column[rows] for column in self.logged))
-        if self.rule.top_k is None and (kernel := _kernel(logits)) is not None:
+        if (kernel := _kernel_for(self.rule, logits)) is not None:
             rule = (self.rule.kind, self.rule.beta, self.rule.clip)
             return values, kernel(*rule, logits, teacher_logits, weights, self.narrow, values, *logged[:3])
         work = self._full if self.rule.top_k is None else self._top_k
@@ -432,6 +435,15 @@ def _full_rows(rule: _Rule, logits: Tensor, teacher_logits: Tensor, weight: Tens
         # The way back through the log-softmax: slope - p * sum(slope).
         gradient = slope.addcmul_(p, slope.sum(-1, keepdim=True), value=-1).mul_(weight)
     return _Rows(values, gradient, clipped, *entropies)
+
+
+def _kernel_for(rule: _Rule, logits: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel, if it can and knows the divergence; what it does not know is done operation by operation."""
+    if rule.top_k is not None or (kernel := _kernel(logits)) is None:
+        return None
+    from opd.kernels import KINDS
+
+    return kernel if rule.kind in KINDS else None
 
 
 def _kernel(logits: Tensor) -> Callable[..., Tensor] | None:

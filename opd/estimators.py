@@ -16,16 +16,19 @@ The policy-gradient form (an advantage times a log-prob) is `opd.advantage.disti
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
+from opd.losses import check_known, unknown
 
 Estimator = Literal["k1", "k2", "k3"]
 EstimatorLoss = Literal["k1", "k2", "k3", "weighted_k3"]
 """With k1, so that asking for it is answered with the reason."""
+ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
+"""Those that have a formula."""
 
 
 @torch.no_grad()
@@ -36,8 +39,7 @@ def estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: Estimator
         ConfigError: an unknown kind.
         DataError: shapes that differ.
     """
-    if kind not in get_args(Estimator):
-        raise ConfigError(f"estimator = {kind!r} is unknown. Allowed: {', '.join(get_args(Estimator))}")
+    check_known("estimator", kind, ESTIMATORS)
     return _value(_gap(student_logprobs, teacher_logprobs), kind)
 
 
@@ -68,7 +70,7 @@ def estimator_loss(
             "estimator = 'k1' cannot be a loss: its expected gradient is 0, whoever teaches. Use 'k2', or the "
             "policy component with opd.advantage.distillation_advantage, for the gradient of the reverse KL"
         )
-    if kind not in get_args(EstimatorLoss):
+    if kind not in ("k2", "k3", "weighted_k3"):
         raise ConfigError(f"estimator = {kind!r} is unknown as a loss. Allowed: k2, k3, weighted_k3")
     if kind != "weighted_k3" and (sampler_logprobs is not None or max_ratio is not None):
         raise ConfigError(f"sampler_logprobs and max_ratio have no effect on {kind!r}; they belong to weighted_k3")
@@ -91,5 +93,9 @@ def _gap(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 def _value(gap: Tensor, kind: Estimator) -> Tensor:
     if kind == "k1":
         return gap
-    # expm1 keeps a small gap's k3, about gap squared / 2, from drowning in the rounding of 1.
-    return gap.square() / 2 if kind == "k2" else torch.expm1(-gap) + gap
+    if kind == "k2":
+        return gap.square() / 2
+    if kind == "k3":
+        # expm1 keeps a small gap's k3, about gap squared / 2, from drowning in the rounding of 1.
+        return torch.expm1(-gap) + gap
+    raise unknown("estimator", kind, ESTIMATORS)

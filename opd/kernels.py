@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opd.losses import check_known
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
+"""The divergences that the kernel below has a branch for. `opd.divergence` does any other by itself."""
 BLOCK = 2048
 """Entries of a row that are worked on at once."""
 WARPS = 8
@@ -36,7 +40,10 @@ def divergence_rows(
 
     With `weights` [n] the gradient, in the type `narrow`, takes the place of `logits`: it is a view of that memory,
     and a row of it begins where the row of `logits` did. Without, what is returned means nothing.
+
+    Raises ConfigError for a divergence that is not among `KINDS`.
     """
+    check_known("divergence kind of the GPU kernel", kind, KINDS)
     tokens, vocabulary = logits.shape
     gradient = logits if narrow == logits.dtype else logits.view(narrow)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
@@ -127,7 +134,7 @@ def _divergence_rows(
         if FROM_KL:
             reverse = tl.sum(distance * factor, 0) / total - (m - teacher_m) - (log_sum - teacher_log_sum)
             slopes = reverse + 1 if KIND == "reverse_kl" else beta * (reverse + 1) - (1 - beta)
-        elif CLIP or KIND == "jsd":
+        elif CLIP or KIND != "forward_kl":
             sums = zeros
             for start in range(0, VOCABULARY, BLOCK):
                 at = start + lanes
@@ -174,7 +181,7 @@ def _divergence_rows(
 
 @triton.jit
 def _summands(s, t, p, q, beta, KIND: tl.constexpr):
-    """As `summands` of a rule: student's and teacher's log-probs, and their exponentials."""
+    """As `summands` of a rule: student's and teacher's log-probs, and their exponentials. One branch for each kind."""
     if KIND == "forward_kl":
         value = _times(q, t - s)
         slope = -q
@@ -186,6 +193,7 @@ def _summands(s, t, p, q, beta, KIND: tl.constexpr):
         value = reverse + (1 - beta) * _times(q, t - s)
         slope = reverse + beta * p - (1 - beta) * q
     else:
+        tl.static_assert(KIND == "jsd", "the kernel has no formula for this divergence")
         mix = tl.log((1 - beta) * p + beta * q)
         slope = (1 - beta) * _times(p, s - mix)
         value = slope + beta * _times(q, t - mix)

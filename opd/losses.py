@@ -6,13 +6,48 @@ samples (`opd.types.Sample`) and the denominator is taken over all micro-batches
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Never
+
+from opd.errors import ConfigError
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "mixed_kl"]
-Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
-Level = Literal["token", "sequence"]
+"""`forward_kl` is KL(teacher || student), `reverse_kl` is KL(student || teacher), `jsd` lies between, and `mixed_kl` is
+`(1 - beta)` of the first and `beta` of the second."""
+Support = Literal["teacher", "student"]
 Form = Literal["policy_gradient", "k2", "k3", "weighted_k3"]
+Baseline = Literal["full", "top_k", "optimal"]
+Level = Literal["token", "sequence"]
+Mode = Literal["truncate", "mask"]
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+# What there is a formula for. A name that stands in one of the types above alone is refused, before torch is imported.
+DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
+SUPPORTS: tuple[Support, ...] = ("teacher", "student")
+FORMS: tuple[Form, ...] = ("policy_gradient", "k2", "k3", "weighted_k3")
+BASELINES: tuple[Baseline, ...] = ("full", "top_k", "optimal")
+LEVELS: tuple[Level, ...] = ("token", "sequence")
+MODES: tuple[Mode, ...] = ("truncate", "mask")
+REDUCTIONS: tuple[Reduction, ...] = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+def check_known(setting: str, value: object, known: Iterable[str]) -> None:
+    """Raises ConfigError, which names the setting, its value and what is known, for a value that is not known."""
+    if value not in (names := tuple(known)):
+        raise _unknown(setting, value, names)
+
+
+def unknown(setting: str, value: Never, known: Iterable[str]) -> ConfigError:
+    """What to raise where a chain of branches over the names of a type ends, and none of them took the name.
+
+    A type checker refuses the call itself as soon as the type holds a name that has no branch.
+    """
+    return _unknown(setting, value, known)
+
+
+def _unknown(setting: str, value: object, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"{setting} = {value!r} is unknown. Allowed: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +61,9 @@ class Policy:
     """Bonus on the student's entropy, in the same weights; needs one more projection."""
     coef: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_known("ratio level", self.level, LEVELS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distill:
@@ -38,12 +76,16 @@ class Distill:
     clip: float | None = None
     """OPSD's point-wise clip: no vocabulary entry adds more than this many nats."""
     top_k: int | None = None
-    support: Literal["teacher", "student"] = "teacher"
+    support: Support = "teacher"
     tail: bool = True
     max_ratio: float | None = None
     """SDPO's correction where the student has moved since the rollouts: a token counts by its ratio of student to
     old policy, detached, at most this."""
     coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_known("divergence kind", self.kind, DIVERGENCES)
+        check_known("support", self.support, SUPPORTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +97,7 @@ class SampledDistill:
     """
 
     form: Form = "policy_gradient"
-    baseline: Literal["full", "top_k", "optimal"] | None = None
+    baseline: Baseline | None = None
     top_k: int | None = None
     renormalise: bool = False
     clip: float | None = None
@@ -63,6 +105,11 @@ class SampledDistill:
     max_ratio: float | None = None
     """Bound on the ratio of student to old policy, which multiplies `policy_gradient` (detached) and `weighted_k3`."""
     coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_known("form of the sampled divergence", self.form, FORMS)
+        if self.baseline is not None:
+            check_known("baseline", self.baseline, BASELINES)
 
     @property
     def needs_distributions(self) -> bool:
@@ -93,15 +140,22 @@ class Losses:
     length: float = 1.0
     shared: bool = False
 
+    def __post_init__(self) -> None:
+        check_known("reduction", self.reduction, REDUCTIONS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
     """What to do about tokens that the sampler drew with another probability than the trainer gives them."""
 
-    mode: Literal["truncate", "mask"] = "truncate"
+    mode: Mode = "truncate"
     level: Level = "token"
     low: float = 0.0
     high: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_known("correction mode", self.mode, MODES)
+        check_known("correction level", self.level, LEVELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

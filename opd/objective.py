@@ -17,7 +17,7 @@ from opd.divergence import stored_divergence, weighted_divergence
 from opd.estimators import estimator_loss
 from opd.head import Head
 from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
-from opd.losses import Distill, Losses, Policy, SampledDistill, Sampler
+from opd.losses import FORMS, Distill, Losses, Policy, SampledDistill, Sampler, unknown
 from opd.modeling import CausalModel
 from opd.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.teacher import Taught
@@ -243,8 +243,10 @@ def _sampled(run: _Pass, distill: SampledDistill, taught: Taught | None) -> Tens
     if distill.form == "weighted_k3":
         old = None if run.batch.old_logprobs is None else _at(run.batch.old_logprobs, where)
         values = estimator_loss(own, teacher, "weighted_k3", sampler_logprobs=old, max_ratio=distill.max_ratio)
-    else:
+    elif distill.form == "k2" or distill.form == "k3":
         values = estimator_loss(own, teacher, distill.form)
+    else:
+        raise unknown("form of the sampled divergence", distill.form, FORMS)
     return (values * weights).sum()
 
 

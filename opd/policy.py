@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
-from opd.losses import Correction, Level
+from opd.losses import LEVELS, MODES, Correction, Level, unknown
 
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are cut here before they become ratios: e^20 is an outlier in any case, and e^89 is infinite."""
@@ -71,7 +71,7 @@ def policy_loss(
             value, and nothing is ever clipped.
 
     Raises:
-        ConfigError: a bound outside its range.
+        ConfigError: a bound outside its range, or an unknown level.
         DataError: shapes that differ, or a sequence level without lengths.
     """
     for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
@@ -85,6 +85,8 @@ def policy_loss(
     if level == "sequence":
         # In value the sequence's, in gradient the token's own.
         log_ratio = _mean_by_sequence(log_ratio.detach(), lengths) + logprobs - logprobs.detach()
+    elif level != "token":
+        raise unknown("ratio level", level, LEVELS)
     ratio = log_ratio.exp()
     low, high = 0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high
     bounded = ratio.clamp(low, high)
@@ -104,17 +106,22 @@ def importance_weights(
     product of its tokens', which alone corrects the distribution of the states, and varies with the length.
 
     Raises:
+        ConfigError: an unknown level or mode.
         DataError: shapes that differ, or a sequence level without lengths.
     """
     _same_shape(old_logprobs, sampler_logprobs)
     log_ratio = old_logprobs - sampler_logprobs
     if correction.level == "sequence":
         log_ratio = _sum_by_sequence(log_ratio, lengths)
+    elif correction.level != "token":
+        raise unknown("correction level", correction.level, LEVELS)
     ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     if correction.mode == "truncate":
         weights = ratio.clamp(max=correction.high)
-    else:
+    elif correction.mode == "mask":
         weights = torch.where((ratio >= correction.low) & (ratio <= correction.high), ratio, 0)
+    else:
+        raise unknown("correction mode", correction.mode, MODES)
     return Corrected(weights, ratio, (weights != ratio).to(ratio.dtype))
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from opd.config import Strict
-from opd.losses import Distill, SampledDistill
+from opd.losses import Distill, SampledDistill, unknown
 
 _BELONGS = {
     "top_k": ("top_k", "sampled"),
@@ -72,7 +72,7 @@ class FormConfig(Strict):
         return self
 
     def loss(self, *, coef: float = 1.0) -> Distill | SampledDistill:
-        """The component that these settings ask for."""
+        """The component that these settings ask for. Raises ConfigError for a name that there is no formula for."""
         if self.form == "sampled":
             by_top_k = self.baseline == "top_k"
             return SampledDistill(
@@ -83,6 +83,8 @@ class FormConfig(Strict):
                 max_ratio=self.max_ratio,
                 coef=coef,
             )
+        if self.form != "full" and self.form != "top_k":
+            raise unknown("form", self.form, ("full", "top_k", "sampled"))
         return Distill(
             kind=self.divergence,
             beta=self.beta,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from opd.config import RolloutConfig, StageConfig, Strict, TeacherConfig, TrainConfig
-from opd.losses import CrossEntropy, Distill, Losses
+from opd.losses import CrossEntropy, Distill, Losses, check_known
 from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
 from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
@@ -128,6 +128,7 @@ class Distilling(_Phase):
         temperature = self.config.temperature
         if self.config.variant == "paper":
             return Losses(distill=Distill(kind="reverse_kl", temperature=temperature))
+        check_known("sd_zero.variant", self.config.variant, ("paper", "code"))
         return Losses(distill=Distill(kind="mixed_kl", beta=0.5, top_k=64, tail=False, temperature=temperature))
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opd.config import WeightingConfig
+from opd.losses import unknown
 from opd.types import WEIGHTS, Sample
 from opd.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
 
@@ -34,6 +35,8 @@ def weigh(
     if config.pass_rate is not None:
         rule = config.pass_rate
         factors = {task: pass_rate_weight(rate, alpha=rule.alpha, beta=rule.beta) for task, rate in pass_rates.items()}
+        if rule.on != "distilled" and rule.on != "all":
+            raise unknown("weighting.pass_rate.on", rule.on, ("distilled", "all"))
         streams = WEIGHTS if rule.on == "all" else ("distill_weight",)
         weighed = by_task(weighed, factors, all_sum if rule.normalise else None, streams)
     if config.turns is not None:

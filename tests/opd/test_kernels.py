@@ -17,7 +17,9 @@ from torch.testing import assert_close
 
 from opd import divergence
 from opd.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
+from opd.errors import ConfigError
 from opd.head import Head, Projection
+from opd.losses import DIVERGENCES
 
 pytest.importorskip("triton", reason="no Triton: opd.kernels is not tested")
 
@@ -159,6 +161,40 @@ def test_a_narrow_gradient_in_the_place_of_the_logits_is_what_the_products_take(
     narrow = run()
     assert_close(narrow, plain, rtol=0.01, atol=0.01)
     assert not torch.equal(narrow[1], plain[1])
+
+
+@inside
+def test_a_kind_without_a_branch_is_no_other_kind(kernel, monkeypatch):
+    """Not even where the launcher is told that the kernel knows it."""
+    from opd import kernels
+
+    monkeypatch.setattr(kernels, "KINDS", (*kernels.KINDS, "skew_kl"))
+    student, teacher, weights = rows()
+    with pytest.raises(Exception, match="no formula for this divergence"):
+        kernel("skew_kl", 0.5, None, student, teacher, weights, torch.float32, *torch.zeros(4, N))
+
+
+@inside
+@pytest.mark.parametrize("kind", ["jsd", "mixed_kl"])
+def test_a_kind_that_the_kernel_does_not_know_is_computed_without_it(kernel, monkeypatch, kind):
+    from opd import kernels
+
+    sides = (normal(7, 5, seed=0), normal(V, 5, seed=1), normal(7, 4, seed=3), normal(V, 4, seed=4))
+    expected = chunked_divergence(*sides, kind)
+    monkeypatch.setattr(kernels, "KINDS", ("forward_kl", "reverse_kl"))
+    with pytest.raises(ConfigError, match=rf"kernel = '{kind}' is unknown\. Allowed: forward_kl, reverse_kl"):
+        kernel(kind, 0.5, None, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
+    assert_close(chunked_divergence(*sides, kind), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs neither a GPU nor the interpreter")
+def test_the_launcher_refuses_a_kind_that_it_does_not_know():
+    from opd.kernels import KINDS, divergence_rows
+
+    assert set(KINDS) <= set(DIVERGENCES)
+    known = "forward_kl, reverse_kl, jsd, mixed_kl"
+    with pytest.raises(ConfigError, match=rf"kernel = 'skew_kl' is unknown\. Allowed: {known}"):
+        divergence_rows("skew_kl", 0.5, None, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process")

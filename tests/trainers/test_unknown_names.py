@@ -1,0 +1,65 @@
+"""A setting of a method whose type grew by a name that nothing computes: refused by name, never taken for another."""
+
+import pytest
+
+from opd.config import PassRateWeighting, TeacherConfig, WeightingConfig
+from opd.errors import ConfigError
+from opd.trainers.base import methods
+from opd.trainers.forms import FormConfig
+from opd.trainers.grpo import PolicyConfig
+from opd.trainers.opd import OpdConfig
+from opd.trainers.opsd import OpsdConfig
+from opd.trainers.sd_zero import Distilling, SdZeroConfig
+from opd.trainers.skill_sd import SkillSdConfig
+from opd.trainers.weighting import weigh
+
+OTHER = TeacherConfig(weights="external", model="other")
+KINDS = "divergence kind = 'new' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl"
+
+
+def grown(settings, **names):
+    """The settings as they would be if their types knew the names."""
+    return settings.model_copy(update=names)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"divergence": "new"}, KINDS),
+        ({"form": "new"}, "form = 'new' is unknown. Allowed: full, top_k, sampled"),
+        ({"support": "new"}, "support = 'new' is unknown. Allowed: teacher, student"),
+        ({"form": "sampled", "baseline": "new"}, "baseline = 'new' is unknown. Allowed: full, top_k, optimal"),
+    ],
+)
+def test_a_form_that_nothing_computes_is_refused(names, message):
+    with pytest.raises(ConfigError, match=message):
+        grown(FormConfig(), **names).loss()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("opsd", grown(OpsdConfig(), divergence="new"), KINDS),
+        ("opsd", grown(OpsdConfig(), reduction="new"), "reduction = 'new' is unknown. Allowed: token_mean"),
+        ("opd", grown(OpdConfig(teacher=OTHER), form="full", divergence="new"), KINDS),
+        ("skill_sd", grown(SkillSdConfig(), estimator="new"), "form of the sampled divergence = 'new' is unknown"),
+        ("skill_sd", grown(SkillSdConfig(), policy=grown(PolicyConfig(), ratio="new")), "ratio level = 'new'"),
+    ],
+)
+def test_a_method_with_such_a_name_has_no_losses(name, settings, message):
+    method = methods()[name].cls(settings, None)
+    with pytest.raises(ConfigError, match=message):
+        method.losses  # noqa: B018  (a property)
+
+
+def test_a_variant_of_sd_zero_is_not_taken_for_that_of_the_code():
+    stage = Distilling(grown(SdZeroConfig(), variant="new"), None)
+    with pytest.raises(ConfigError, match=r"sd_zero\.variant = 'new' is unknown\. Allowed: paper, code"):
+        stage.losses  # noqa: B018  (a property)
+
+
+def test_a_weighting_is_not_laid_on_tokens_that_it_does_not_name():
+    weighting = WeightingConfig(pass_rate=PassRateWeighting())
+    weighting = grown(weighting, pass_rate=grown(PassRateWeighting(), on="new"))
+    with pytest.raises(ConfigError, match=r"weighting\.pass_rate\.on = 'new' is unknown\. Allowed: distilled, all"):
+        weigh([], weighting, {}, lambda sums: sums)
