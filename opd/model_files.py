@@ -1,0 +1,190 @@
+"""What the files of a checkpoint tell before a weight is read, and what a loader must have done with all of them.
+
+A model is loaded whole or refused by name: weights that are random, packed, dropped or cut short train without a
+word. `opd.models` does the loading. No torch here, so that a folder can be judged in a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a `config.json`, or of a part of it, under which the known packages say how they packed the weights."""
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where older GPTQ and AWQ checkpoints and those of ModelOpt say it instead."""
+POINTER = b"version "
+"""How a file begins that Git LFS has not fetched yet."""
+MOST_HEADER = 100_000_000
+"""Bytes that a header of safetensors may have, by the format."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+FORMER_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|causal_mask|inv_freq|position_ids|version)$")
+"""Masks, positions and marks that older versions of a model stored; today's compute what they need of these."""
+UNQUANTISED = "Name the checkpoint that it was made from, or a dequantised copy"
+MENDS = (
+    (r"(^|\.)_orig_mod\.", "It was saved from inside torch.compile: save `model._orig_mod`"),
+    (r"^module\.", "It was saved from inside a wrapper (DDP, DeepSpeed): save `model.module`"),
+    (r"_fsdp_wrapped_module|_flat_param", "It was saved from inside FSDP: gather the full state dict first"),
+    (r"lora_|\.base_layer\.|^base_model\.model\.", "Its adapters are not merged: peft's merge_and_unload(), then save"),
+    (r"\.(qweight|qzeros|weight_packed|weight_scale\w*|SCB|absmax|scales)$", f"It is quantised. {UNQUANTISED}"),
+    (r"(^|\.)(score|classifier|qa_outputs|v_head)\.", "It is a classifier, or has a value head: name a language model"),
+)
+"""What the names of tensors give away, and the mend."""
+
+
+def check_description(name: str, folder: Path) -> None:
+    """Look at what a folder says of its weights. Raises ModelError for adapters and for quantised weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise adapters_alone(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json holds no settings")
+    said = _quantisation(config) or next((file for file in QUANTISED_FILES if (folder / file).is_file()), None)
+    if said is not None:
+        raise ModelError(f"model.name = {name!r} is quantised ({said}), and such weights do not train. {UNQUANTISED}.")
+
+
+def check_weights(name: str, folder: Path) -> list[str]:
+    """Look at the safetensors of a folder, if they are there, without reading a weight. Returns their tensors' names.
+
+    Raises ModelError for files that are missing, ambiguous or damaged, and for weights that are no plain floats.
+    """
+    files = _weight_files(name, folder)
+    for file in [] if files else folder.glob("pytorch_model*.bin"):
+        if _starts_as_pointer(file):
+            raise ModelError(f"model.name = {name!r}: {file.name} is a pointer of Git LFS. Fetch it: git lfs pull.")
+    tensors = {tensor: entry for file in files for tensor, entry in _header(name, file).items()}
+    packed = [
+        f"{tensor} ({entry['dtype']})"
+        for tensor, entry in tensors.items()
+        if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
+    ]
+    if packed:
+        raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {few(packed)}. {UNQUANTISED}.")
+    return list(tensors)
+
+
+def adapters_alone(name: str) -> ModelError:
+    """What to raise for a folder, or a hub's repository, of adapters."""
+    return ModelError(
+        f"model.name = {name!r} holds adapters (adapter_config.json), and an export would lack what they are laid "
+        "over. Merge them (peft's merge_and_unload()), save the result in a folder of its own, and name that."
+    )
+
+
+def check_taken(
+    name: str,
+    kind: str,
+    *,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    missized: Collection[tuple[str, Iterable[int], Iterable[int]]] = (),
+) -> list[str]:
+    """Hold what a loader found against the whole model of class `kind`. Raises ModelError that names the tensors.
+
+    Returns the unexpected tensors that are let through: buffers of older versions, which are computed today.
+
+    Args:
+        missing: weights of the model that the checkpoint lacks.
+        unexpected: tensors of the checkpoint that no weight took.
+        missized: the weight, its shape in the checkpoint, and its shape by the config.
+    """
+    left = [tensor for tensor in unexpected if not FORMER_BUFFERS.search(tensor)]
+    sizes = [f"{tensor} {list(found)} in place of {list(wanted)}" for tensor, found, wanted in missized]
+    parts = []
+    if missing:
+        parts.append(f"Missing, and would be random: {few(missing)}.")
+    if sizes:
+        parts.append(f"Of another size than config.json says: {few(sizes)}.")
+    if left:
+        parts.append(f"In the checkpoint, but taken by nothing: {few(left)}.")
+    if parts:
+        raise ModelError(
+            f"model.name = {name!r} cannot be loaded whole as {kind}. {' '.join(parts)} {_mend([*missing, *left])}."
+        )
+    return [tensor for tensor in unexpected if tensor not in left]
+
+
+def _mend(tensors: Collection[str]) -> str:
+    for pattern, mend in MENDS:
+        if any(re.search(pattern, tensor) for tensor in tensors):
+            return mend
+    if set(tensors) == {"lm_head.weight"}:
+        return (
+            "It was saved without its head (AutoModel): save it from AutoModelForCausalLM; if its head is the "
+            "embeddings, set tie_word_embeddings: true in its config.json"
+        )
+    return "Its config.json and its weights do not belong together, or it was not saved whole: save or download it anew"
+
+
+def few(tensors: Iterable[str], most: int = 4) -> str:
+    """The first of them in order, and their number: `3 tensors (a, b, c)`."""
+    names = sorted(tensors, key=lambda tensor: [(int(p) if p.isdigit() else -1, p) for p in tensor.split(".")])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:most])}{more})"
+
+
+def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str | None:
+    """Where a config, or one inside it, says that the weights are quantised, and how."""
+    for key in QUANTISED:
+        if said := config.get(key):
+            for name in ("quant_method", "quant_algo", "bits"):
+                if isinstance(said, dict) and name in said:
+                    return f"{path}{key}.{name} = {said[name]!r}"
+            return f"{path}{key}"
+    inner = ((key, value) for key, value in config.items() if isinstance(value, dict))
+    return next((said for key, value in inner if (said := _quantisation(value, f"{path}{key}."))), None)
+
+
+def _weight_files(name: str, folder: Path) -> list[Path]:
+    """The safetensors that are read; none where the weights are elsewhere or in another format."""
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"model.name = {name!r}: {INDEX} is damaged ({error!r}). Download or save it anew.") from error
+    if single.is_file() and files != [SINGLE]:
+        raise ModelError(
+            f"model.name = {name!r} holds two checkpoints, {SINGLE} and the files of {INDEX}, and programs differ in "
+            "which they read. Delete the one that is not meant."
+        )
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise ModelError(
+            f"model.name = {name!r}: {INDEX} names {len(files)} files, of which {len(absent)} are missing: "
+            f"{', '.join(absent[:4])}. Download or save them anew."
+        )
+    return [folder / file for file in files]
+
+
+def _header(name: str, file: Path) -> dict[str, dict[str, Any]]:
+    """Type, shape and place of each tensor of a safetensors file that is as long as it says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(min(length, MOST_HEADER)))
+            header.pop("__metadata__", None)
+            wanted = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            why = f"it has {size} bytes, and its header speaks of {wanted}" if wanted != size else ""
+        except (ValueError, KeyError, TypeError, AttributeError):
+            header, why = {}, "it is a pointer of Git LFS" if _starts_as_pointer(file) else "its header cannot be read"
+    if why:
+        raise ModelError(f"model.name = {name!r}: {file.name} is no whole safetensors file ({why}). Fetch it anew.")
+    return dict(header)
+
+
+def _starts_as_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
