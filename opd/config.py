@@ -303,10 +303,24 @@ class TrainConfig(Strict):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only the last.")
+    save_every: int = Field(
+        0, ge=0, description="Steps between checkpoints; 0: by train.save_minutes alone. The last step is always saved."
+    )
+    save_minutes: float = Field(
+        30.0,
+        ge=0,
+        description="Minutes after which the step at hand ends with a checkpoint, if none was saved meanwhile; 0: by "
+        "train.save_every alone.",
+    )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     keep_best: bool = Field(
         False, description="Also keep the checkpoint whose evaluation was best; eval.every says which have one."
+    )
+    give_up_after: int = Field(
+        3,
+        ge=0,
+        description="End the run after so many rounds of episodes in a row (steps, or rounds that a stage collects) of "
+        "which none can be used, or so many updates in a row that are not finite; 0: never.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; by default as torch chooses.")
     variance_every: int = Field(

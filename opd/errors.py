@@ -8,6 +8,9 @@ One class per boundary, each also a subclass of the standard class that a caller
 class OpdError(Exception):
     """Base of every deliberate error of this package."""
 
+    exit_code = 2
+    """What a command ends with: 2 for a mistake in what was asked, 1 for a run that went wrong by itself."""
+
 
 class ConfigError(OpdError, ValueError):
     """A setting is unknown, missing, or impossible beside another; raised before a model is loaded."""
@@ -35,3 +38,13 @@ class CheckpointError(OpdError, RuntimeError):
 
 class EngineError(OpdError, RuntimeError):
     """A rollout engine, or a server behind it, is lost or answers nonsense, and its budget of retries is spent."""
+
+
+class LockError(OpdError, RuntimeError):
+    """The folder of a run belongs to another process that is alive."""
+
+
+class HealthError(OpdError, RuntimeError):
+    """A run goes on and cannot learn: its environments break at every episode, or its updates are not finite."""
+
+    exit_code = 1

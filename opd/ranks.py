@@ -45,6 +45,31 @@ def started_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def local_device() -> int:
+    """The index of this process's own GPU among those that it sees; without a GPU, its number on its machine.
+
+    A process that sees a single GPU was given that one by its launcher (`srun --gpus-per-task=1`); else LOCAL_RANK
+    says which, as torchrun and deepspeed set it; without a launcher it is the current one. Raises ConfigError where
+    LOCAL_RANK is no number, or that of a GPU that this process does not see.
+    """
+    import torch
+
+    told, gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not told:
+        return torch.cuda.current_device() if gpus else 0
+    if not told.isdecimal():
+        raise ConfigError(f"LOCAL_RANK = {told!r} is no number of a rank on its machine: 0, 1, 2 and so on")
+    if gpus == 1:
+        return 0
+    if gpus and int(told) >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK = {told}, but this process sees {gpus} GPUs (CUDA_VISIBLE_DEVICES = "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Start at most {gpus} ranks on this machine, show "
+            "every rank all of its GPUs, or show each rank its own alone."
+        )
+    return int(told)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among the others. By default it is alone, and every exchange is with itself."""
@@ -110,7 +135,9 @@ class Ranks:
                 assert isinstance(result, OpdError)
                 raise result
             where = "" if failed[0] == 0 else f"rank {failed[0]}: "
-            raise SharedError(f"{where}{errors[failed[0]]}") from (result if isinstance(result, OpdError) else None)
+            shared, own = SharedError(f"{where}{errors[failed[0]]}"), result if isinstance(result, OpdError) else None
+            shared.exit_code = (own or shared).exit_code
+            raise shared from own
         return result  # type: ignore[return-value]
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -164,14 +191,22 @@ def _meet() -> Ranks:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:  # no launcher, not even of one process
+    launched = "RANK" in os.environ  # else there is no launcher, not even of one process
+    if not launched:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_device())}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if not os.environ.get("LOCAL_RANK"):
+        raise ConfigError(
+            f"RANK = {os.environ['RANK']}, but no LOCAL_RANK says which of its machine's ranks this is. Set it where "
+            "the ranks are started: LOCAL_RANK=$SLURM_LOCALID under srun (examples/slurm.sh)."
+        )
+    device, first = local_device(), not launched or int(os.environ["LOCAL_RANK"]) == 0
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    extensions.prepare(first=int(os.environ.get("LOCAL_RANK") or 0) == 0)
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes the GPU of this number
+    extensions.prepare(first=first)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), group=group)

@@ -128,6 +128,10 @@ def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dic
     rows = ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * size))
     if len(rows) < tasks * size:
         rows = rows[: len(rows) - len(rows) % (at_once * size)]
+        while rows and all(
+            row["failed"] for row in rows[-at_once * size :]
+        ):  # broken rounds at the end may go well now
+            del rows[-at_once * size :]
     while len(rows) < tasks * size and not loop.stopping():
         first = len(rows) // size
         goals = [loop.task(i) for i in range(first, min(first + at_once, tasks))]

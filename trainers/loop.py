@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from opd.backends.base import Backend
 from opd.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
 from opd.engines.base import Sampling, Weights
-from opd.errors import EngineError
+from opd.errors import EngineError, HealthError
 from opd.logprobs import chunked_logprobs, chunked_scores
 from opd.losses import Sampler
 from opd.modeling import CausalModel
@@ -31,10 +30,9 @@ from opd.teacher import Taught, Teacher
 from opd.trainers import metrics
 from opd.trainers.accounts import account
 from opd.trainers.base import Method
+from opd.trainers.health import Health
 from opd.trainers.weighting import weigh
 from opd.types import Sample, Task, Trajectory, TrajectoryGroup
-
-logger = logging.getLogger(__name__)
 
 PHASES = ("rollout", "teacher", "train", "sync")
 Facts = dict[int, dict[str, Tensor]]
@@ -82,15 +80,19 @@ class Loop:
     """Steps that the student's weights have seen."""
     halfway: bool = False
     """Whether the step at hand has changed the weights already: what is saved now belongs to no step."""
-    failed: EngineError | None = None
+    failed: EngineError | HealthError | None = None
     """What ended the last step after its last update. That step counts, and no other can follow it."""
+    finite: bool = True
+    """Whether the last step's losses and gradient norms were numbers."""
     synced: int | None = None
     """The version that the engine samples from; None before it was given any."""
     checks: int = 2
     """How often the sampler's log-probs are still to be compared with the student's: as the engine was started, and
     after its first update."""
-    streaks: Counter[str] = field(default_factory=Counter)
-    """Steps in a row of which there is something to warn, by what it is."""
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.health = Health(self.train.give_up_after)
 
     @property
     def sampling(self) -> Sampling:
@@ -132,8 +134,8 @@ class Loop:
         row |= self._dropped()
         row |= {f"engine/{name}": value for name, value in self.rollouts.engine.metrics().items()}
         row |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        self.note_silence(number, row)
-        self.note_unread(number, row)
+        self.health.note_silence(number, row)
+        self.health.note_unread(number, row)
         return row, everyone
 
     def _observe(self, groups: list[TrajectoryGroup]) -> None:
@@ -184,7 +186,8 @@ class Loop:
     ) -> list[TrajectoryGroup]:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
-        `group_size` is by default the run's; for `opening` see `opd.rollout.RolloutScheduler.run`.
+        `group_size` is by default the run's; for `opening` see `opd.rollout.RolloutScheduler.run`. Raises HealthError,
+        on all ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
         """
         self.sync()
         ranks = self.backend.ranks
@@ -196,7 +199,9 @@ class Loop:
             opening=opening,
             on_finish=self.on_finish,
         )
-        return ranks.deal(ranks.gather(own))
+        everyone = ranks.deal(ranks.gather(own))
+        self.health.played(everyone)
+        return everyone
 
     def draw(self, dataset: Sequence[Sample], number: int) -> list[Sample]:
         """Step `number`'s samples of a stored set: every pass goes over all of them, in an order of its own."""
@@ -209,35 +214,6 @@ class Loop:
                 orders[turn] = np.random.default_rng(derive_seed("pass", self.seed, turn)).permutation(total).tolist()
             drawn.append(dataset[orders[turn][place]])
         return drawn
-
-    def note_silence(self, number: int, row: dict[str, float]) -> None:
-        """Warn of a step from which nothing could be learned. Where there are several ranks, the first one knows."""
-        if self._again("silent", "tokens/trained" in row and row.get("signal/zero", 1.0) == 1):
-            logger.warning(
-                "step %d: nothing teaches (%d in a row): no token has a weight and an advantage, or a weight and a "
-                "teacher that is shown something; solved episodes: %.0f%%. More episodes a task (rollout.group_size), "
-                "easier tasks, or an environment that gives feedback would help",
-                number + 1,
-                self.streaks["silent"],
-                100 * row.get("reward/success", 0.0),
-            )
-
-    def note_unread(self, number: int, row: dict[str, float]) -> None:
-        """Warn of a step whose teacher would have read more than it may of all that it was to correct."""
-        unread = row.get("route/too_long", 0.0)
-        if self._again("unread", unread > 0 and "route/distill" not in row):
-            logger.warning(
-                "step %d: nothing is distilled (%d in a row): a teacher would read more than max_teacher_tokens of "
-                "each of the %d sequences that it has something to say about; raise that",
-                number + 1,
-                self.streaks["unread"],
-                unread,
-            )
-
-    def _again(self, what: str, holds: bool) -> bool:
-        """Whether something is to be told: at its first step, and after 10 and 100 of them in a row."""
-        self.streaks[what] = self.streaks[what] + 1 if holds else 0
-        return self.streaks[what] in (1, 10, 100)
 
     def preflight(self, samples: list[Sample]) -> None:
         """Compare the log-probs of the shortest samples with the student's. Raises ModelError if they differ.
@@ -310,6 +286,9 @@ class Loop:
                 else:
                     skipped |= set(share)
         finite = [norm for norm in norms if math.isfinite(norm)]
+        self.finite = len(finite) == updates and all(map(math.isfinite, losses))
+        if not self.backend.scales_loss:
+            self.failed = self.health.updated(losses, norms)
         row = {
             "train/loss": sum(losses) / updates,
             "train/lr": lr,

@@ -270,6 +270,10 @@ def collect(
                 "trained since. Put the file back, or start afresh (--overwrite)"
             )
         rows = rows[: len(rows) - len(rows) % (at_once * size)]
+        while rows and all(
+            row["attempt"]["failed"] for row in rows[-at_once * size :]
+        ):  # broken rounds at the end may go well now
+            del rows[-at_once * size :]
     while len(rows) < questions * size and not loop.stopping():
         first = len(rows) // size
         tasks = [loop.task(i) for i in range(first, min(first + at_once, questions))]

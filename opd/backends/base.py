@@ -25,6 +25,12 @@ class Backend(Protocol):
     ranks: Ranks
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scale (float16) skips updates until it has found its size, and ends the run if it finds none:
+        an update that is skipped for it is no fault of the run."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         ...

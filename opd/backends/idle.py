@@ -20,6 +20,7 @@ class IdleBackend:
 
     ranks = Ranks()
     lr = 0.0
+    scales_loss = False
 
     def __init__(self, model: CausalModel) -> None:
         self.model = model.requires_grad_(False)

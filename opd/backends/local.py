@@ -25,6 +25,7 @@ class LocalBackend:
     """Owns the optimiser and the schedule of one model in this process."""
 
     ranks = Ranks()
+    scales_loss = False
 
     def __init__(self, model: CausalModel, config: TrainConfig, *, total_steps: int) -> None:
         self.model = model

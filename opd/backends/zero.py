@@ -163,6 +163,11 @@ class ZeroBackend(ZeroModel):
     def lr(self) -> float:
         return float(self._engine.get_lr()[0])
 
+    @property
+    def scales_loss(self) -> bool:
+        """DeepSpeed lowers a dynamic scale at every overflow, and raises at its least."""
+        return bool(self._engine.fp16_enabled() and self._engine.dynamic_loss_scale())
+
     def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
         """The forward and the backward pass of one micro-batch; `last` of the step's, on every rank."""
         self._engine.set_gradient_accumulation_boundary(last)

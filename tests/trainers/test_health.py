@@ -1,0 +1,72 @@
+"""When a run cannot learn any more. Whole runs are in tests/launch/test_unhealthy_runs.py."""
+
+import math
+
+import pytest
+
+from opd.errors import HealthError
+from opd.trainers.health import Health
+from opd.types import Task, Trajectory, TrajectoryGroup
+
+
+@pytest.fixture
+def group(make_chat, make_group):
+    return lambda outcomes: make_group(make_chat(), outcomes)
+
+
+def test_three_rounds_of_broken_episodes_end_a_run_with_the_first_failure(group):
+    health = Health(3)
+    health.played([group("FF")])
+    health.played([group("F"), group("F")])
+    with pytest.raises(HealthError, match=r"last 3 rounds.*The first failure: train/0 at it broke\."):
+        health.played([group("F")])
+
+
+def test_one_usable_episode_begins_the_count_anew_and_being_wrong_is_no_fault(group):
+    health = Health(2)
+    for outcomes in ("F", "FWF", "F", "W", "F"):
+        health.played([group(outcomes)])
+    with pytest.raises(HealthError):
+        health.played([group("F")])
+
+
+def test_a_round_of_no_tasks_says_nothing(group):
+    health = Health(2)
+    health.played([group("F")])
+    health.played([])
+    assert health.streaks["unusable"] == 1
+
+
+def test_groups_that_lost_too_many_members_are_of_no_use(group):
+    lost = group("WF")
+    lost = TrajectoryGroup(task=lost.task, trajectories=lost.trajectories, dropped=True)
+    with pytest.raises(HealthError, match="train/0 at it broke"):
+        Health(1).played([lost])
+
+
+def test_episodes_without_room_for_a_completion_are_of_no_use_either():
+    empty = Trajectory(task=Task(index=4, seed=0), member=0, turns=[], truncated=True)
+    with pytest.raises(HealthError, match=r"train/4 has no room for a completion: .*rollout\.max_length"):
+        Health(1).played([TrajectoryGroup(task=empty.task, trajectories=[empty])])
+
+
+def test_three_updates_in_a_row_that_are_not_finite_end_a_run_also_across_steps():
+    health = Health(3)
+    assert health.updated([math.nan, 1.0], [1.0, math.inf]) is None
+    error = health.updated([math.nan], [math.nan])
+    assert "the last 3 updates are not finite (loss nan, gradient norm nan)" in str(error)
+    assert error.exit_code == 1
+
+
+def test_a_finite_update_begins_the_count_anew():
+    health = Health(2)
+    assert health.updated([math.nan, 1.0, math.nan], [math.nan, 1.0, math.nan]) is None
+    assert health.updated([1.0], [1.0]) is None
+    assert health.updated([math.nan], [1.0]) is None
+
+
+def test_nothing_ends_a_run_that_is_told_to_go_on(group):
+    health = Health(0)
+    for _ in range(9):
+        health.played([group("F")])
+        assert health.updated([math.nan], [math.nan]) is None

@@ -1,0 +1,101 @@
+"""Whether a run still learns: warnings while it may not, and its end once it cannot."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from opd.errors import HealthError
+from opd.types import TrajectoryGroup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Health:
+    """What went wrong how often in a row. Every rank sees the same, so that all end a run together."""
+
+    give_up_after: int = 3
+    """Rounds without a usable episode, or updates that are not finite, after which the run ends; 0: never."""
+    streaks: Counter[str] = field(default_factory=Counter)
+    first_failure: str | None = None
+    """Why the first episode of the rounds in a row without a usable one failed."""
+
+    def played(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Take note of a round of episodes, of all ranks.
+
+        Raises HealthError with the first failure after too many rounds of which no episode can be used: each broke,
+        or ended before anything was sampled. An episode from which nothing can be learned is none of these.
+        """
+        if not groups:
+            return
+        if any(group.usable for group in groups):
+            self.streaks["unusable"], self.first_failure = 0, None
+            return
+        self.streaks["unusable"] += 1
+        self.first_failure = self.first_failure or _first_failure(groups)
+        if self.streaks["unusable"] == self.give_up_after:
+            raise HealthError(
+                f"not one episode of the last {self.give_up_after} rounds can be used, so nothing is learned. The "
+                f"first failure: {self.first_failure}. Mend the environment (`opd envs check ID`), or set "
+                "train.give_up_after to wait longer (0: for ever)."
+            )
+
+    def updated(self, losses: Iterable[float], norms: Iterable[float]) -> HealthError | None:
+        """Take note of a step's updates: the loss and the gradient norm of each, in their order.
+
+        Returns what ends the run after too many in a row of which either is not finite.
+        """
+        for loss, norm in zip(losses, norms, strict=True):
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            self.streaks["not finite"] = 0 if finite else self.streaks["not finite"] + 1
+            if not finite and self.streaks["not finite"] == self.give_up_after:
+                return HealthError(
+                    f"the last {self.give_up_after} updates are not finite (loss {loss:.3g}, gradient norm "
+                    f"{norm:.3g}), so nothing is learned. A lower train.lr, or model.dtype: float32, may help; "
+                    "train.give_up_after sets after how many a run ends (0: never)."
+                )
+        return None
+
+    def note_silence(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of a step from which nothing could be learned. Where there are several ranks, the first one knows."""
+        if self._again("silent", "tokens/trained" in row and row.get("signal/zero", 1.0) == 1):
+            logger.warning(
+                "step %d: nothing teaches (%d in a row): no token has a weight and an advantage, or a weight and a "
+                "teacher that is shown something; solved episodes: %.0f%%. More episodes a task (rollout.group_size), "
+                "easier tasks, or an environment that gives feedback would help",
+                number + 1,
+                self.streaks["silent"],
+                100 * row.get("reward/success", 0.0),
+            )
+
+    def note_unread(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of a step whose teacher would have read more than it may of all that it was to correct."""
+        unread = row.get("route/too_long", 0.0)
+        if self._again("unread", unread > 0 and "route/distill" not in row):
+            logger.warning(
+                "step %d: nothing is distilled (%d in a row): a teacher would read more than max_teacher_tokens of "
+                "each of the %d sequences that it has something to say about; raise that",
+                number + 1,
+                self.streaks["unread"],
+                unread,
+            )
+
+    def _again(self, what: str, holds: bool) -> bool:
+        """Whether something is to be told: at its first step, and after 10 and 100 of them in a row."""
+        self.streaks[what] = self.streaks[what] + 1 if holds else 0
+        return self.streaks[what] in (1, 10, 100)
+
+
+def _first_failure(groups: Sequence[TrajectoryGroup]) -> str:
+    episodes = [t for group in groups for t in group.attempts]
+    failed = next((t for t in episodes if t.failed is not None), None)
+    if failed is not None:
+        return f"{failed.task.id} at {failed.failed}"
+    return (
+        f"{episodes[0].task.id} has no room for a completion: its first prompt fills rollout.max_length, or "
+        "rollout.episode_timeout is over"
+    )
