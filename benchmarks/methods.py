@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
 from opd.intervals import paired_difference, wilson
-from opd.launch.build import Run, build
+from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
 from opd.launch.overrides import merge
 from opd.launch.reader import read_settings
@@ -105,8 +105,16 @@ def _points(config: Config, comparison: Comparison, folder: Path) -> Iterator[Po
     for run, sampled, steps, over in _moments(config, tokens, folder):
         while waiting and (over or waiting[0] < min(max(sampled, 1), tokens)):
             if steps not in known:
-                known = {steps: list(run.evaluate()[0].outcomes)}
+                known = {steps: _measured(run.evaluate()[0])}
             yield Point(tokens=waiting.pop(0), sampled=sampled, steps=steps, outcomes=known[steps])
+
+
+def _measured(score: Score) -> list[bool]:
+    """Whether each task was solved. Raises RuntimeError where an environment broke: such a figure would mislead."""
+    outcomes = [outcome for outcome in score.outcomes if outcome is not None]
+    if len(outcomes) < len(score.outcomes):
+        raise RuntimeError(f"{score.broken} of {len(score.outcomes)} held-out tasks were not measured")
+    return outcomes
 
 
 def _moments(config: Config, tokens: int, folder: Path) -> Iterator[Moment]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.errors import ConfigError
 from opd.identity import check_same_tokenizer, weights_fingerprint
-from opd.intervals import wilson
+from opd.intervals import paired_difference, wilson
 from opd.launch.config import Config
 from opd.losses import Correction, Distill, Sampler
 from opd.modeling import CausalModel
@@ -44,33 +46,60 @@ from opd.types import Trajectory, TrajectoryGroup
 class Score:
     """Success on held-out tasks, with its 95% interval."""
 
-    outcomes: tuple[bool, ...]
-    """Whether each task was solved, in the order of the tasks, so that two scores can be paired."""
+    outcomes: tuple[bool | None, ...]
+    """Whether each task was solved, in the order of the tasks, so that two scores can be paired; None: not measured,
+    since its environment broke."""
 
     @classmethod
     def of(cls, groups: Iterable[TrajectoryGroup]) -> Score:
-        """An episode whose environment broke counts as played and not solved."""
-        return cls(tuple(t.success for group in groups for t in group.trajectories))
+        return cls(tuple(t.success if t.failed is None else None for group in groups for t in group.trajectories))
 
     @property
     def solved(self) -> int:
-        return sum(self.outcomes)
+        return self.outcomes.count(True)
 
     @property
     def played(self) -> int:
-        return len(self.outcomes)
+        """How many were measured."""
+        return len(self.outcomes) - self.broken
+
+    @property
+    def broken(self) -> int:
+        return self.outcomes.count(None)
 
     @property
     def rate(self) -> float:
-        return self.solved / self.played
+        """nan where nothing was measured."""
+        return self.solved / self.played if self.played else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.solved, self.played)
+        """From 0 to 1 where nothing was measured."""
+        return wilson(self.solved, self.played) if self.played else (0.0, 1.0)
 
     def row(self) -> dict[str, float]:
+        low, high = self.interval if self.played else (math.nan, math.nan)
+        counts = {"eval/tasks": float(self.played), "eval/broken": float(self.broken)}
+        return {"eval/success": self.rate, "eval/low": low, "eval/high": high, **counts}
+
+    def __str__(self) -> str:
+        """As a table shows it: 97.7% (95 to 99)."""
+        if not self.played:
+            return "not measured"
         low, high = self.interval
-        return {"eval/success": self.rate, "eval/low": low, "eval/high": high, "eval/tasks": float(self.played)}
+        return f"{self.rate:.1%} ({100 * low:.0f} to {100 * high:.0f})"
+
+    def change(self, after: Score) -> tuple[float, float, float] | None:
+        """How much higher `after` is on the tasks that both measured, with its interval; None where there are none."""
+        pairs = [(a, b) for a, b in zip(self.outcomes, after.outcomes, strict=False) if None not in (a, b)]
+        if not pairs or len(self.outcomes) != len(after.outcomes):
+            return None
+        first, second = zip(*pairs, strict=True)
+        return paired_difference(first, second)
+
+
+class Interrupted(Exception):
+    """An evaluation was left before its end, since the run is to stop."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,20 +116,38 @@ class Run:
     """What an export is written from where the model itself is not held whole: its form, without weights."""
 
     def evaluate(
-        self, *, rewrite: PromptRewrite | None = None, on_finish: Callable[[Trajectory], None] = lambda _: None
+        self,
+        *,
+        rewrite: PromptRewrite | None = None,
+        on_finish: Callable[[Trajectory], None] = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[Score, list[TrajectoryGroup]]:
-        """Play the held-out tasks once each, on all ranks; the same tasks and draws at every call."""
+        """Play the held-out tasks once each, on all ranks; the same tasks and draws at every call.
+
+        Raises Interrupted, on all ranks, where `stopped` held on any of them when an episode ended.
+        """
         config, ranks = self.config, self.loop.backend.ranks
+
+        def finished(episode: Trajectory) -> None:
+            on_finish(episode)
+            if stopped():
+                raise Interrupted
+
         self.loop.sync()
-        groups = self.held_out.run(
-            ranks.share([task(i, split="eval") for i in range(config.eval.tasks)]),
-            group_size=1,
-            sampling=Sampling(temperature=config.eval.temperature),
-            seed=derive_seed("eval", config.seed),
-            rewrite=rewrite,
-            on_finish=on_finish,
-        )
-        groups = ranks.deal(ranks.gather(groups))
+        own: list[TrajectoryGroup] | None = None
+        with suppress(Interrupted):
+            own = self.held_out.run(
+                ranks.share([task(i, split="eval") for i in range(config.eval.tasks)]),
+                group_size=1,
+                sampling=Sampling(temperature=config.eval.temperature),
+                seed=derive_seed("eval", config.seed),
+                rewrite=rewrite,
+                on_finish=finished,
+            )
+        shares = [share for share in ranks.gather(own) if share is not None]
+        if len(shares) < ranks.world_size:
+            raise Interrupted
+        groups = ranks.deal(shares)
         return Score.of(groups), groups
 
     def export(self, folder: Path) -> None:

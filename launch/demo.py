@@ -6,6 +6,7 @@ the control it sees nothing extra, so that whatever such training does by itself
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.errors import OpdError
-from opd.intervals import paired_difference
 from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
-from opd.launch.out import holds_run, remove_run
+from opd.launch.out import holds_run
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.plots import Curve, curves, running_mean
@@ -97,9 +97,8 @@ def _one_seed(console: Console, seed: int, model: Path, folder: Path) -> Outcome
     for number, name in enumerate(TEACHERS, start=2):
         sees = "the plan" if TEACHERS[name] else "nothing extra (control)"
         console.print(f"[bold]{number}/3[/] {STEPS} steps of OPSD; the teacher sees {sees}")
-        if holds_run(folder / name):
-            remove_run(folder / name)
-        result = train(Config.from_dict(settings(seed, name, model=model, out=folder / name), source="demo"))
+        config = Config.from_dict(settings(seed, name, model=model, out=folder / name), source="demo")
+        result = train(config, overwrite=holds_run(folder / name))
         if result.interrupted or result.before is None or result.after is None:
             raise KeyboardInterrupt
         before, after[name] = result.before, result.after
@@ -134,21 +133,17 @@ def _table(outcomes: list[Outcome]) -> Table:
     for column in ("seed", "before", "teacher with its plan", "after OPSD", "change", "control, after"):
         table.add_column(column)
     for outcome in outcomes:
-        points, low, high = paired_difference(outcome.before.outcomes, outcome.after["opsd"].outcomes)
+        change = outcome.before.change(outcome.after["opsd"])
+        points, low, high = (f"{100 * value:+.0f}" for value in change or (math.nan,) * 3)
         table.add_row(
             str(outcome.seed),
-            _with_interval(outcome.before),
-            _with_interval(outcome.teacher),
-            f"[bold green]{_with_interval(outcome.after['opsd'])}[/]",
-            f"{100 * points:+.0f} points ({100 * low:+.0f} to {100 * high:+.0f})",
-            _with_interval(outcome.after["control"]),
+            str(outcome.before),
+            str(outcome.teacher),
+            f"[bold green]{outcome.after['opsd']}[/]",
+            f"{points} points ({low} to {high})" if change else "not measured",
+            str(outcome.after["control"]),
         )
     return table
-
-
-def _with_interval(score: Score) -> str:
-    low, high = score.interval
-    return f"{score.rate:.1%} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _draw(path: Path, folder: Path) -> None:

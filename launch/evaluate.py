@@ -33,12 +33,15 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     finally:
         built.close()
     episodes = [t for group in groups for t in group.trajectories]
-    low, high = score.interval
     table = Table(title=str(run or config.model.name), title_justify="left", show_header=False)
-    table.add_row("success", f"{score.rate:.1%}  (95%: {low:.1%} to {high:.1%})")
+    low, high = score.interval
+    interval = f"  (95%: {low:.1%} to {high:.1%})" if score.played else ": the environment broke in every episode"
+    table.add_row("success", f"{score.rate:.1%}{interval}" if score.played else f"not measured{interval}")
     table.add_row("episodes", f"{score.solved} of {score.played} solved")
-    table.add_row("mean reward", f"{sum(t.reward for t in episodes) / len(episodes):.3f}")
-    table.add_row("broken", str(sum(t.failed is not None for t in episodes)))
-    table.add_row("cut by a limit", str(sum(t.truncated for t in episodes)))
+    measured = [t for t in episodes if t.failed is None]
+    if measured:
+        table.add_row("mean reward", f"{sum(t.reward for t in measured) / len(measured):.3f}")
+    table.add_row("broken", f"{score.broken}, not measured" if score.broken else "0")
+    table.add_row("cut by a limit", str(sum(t.truncated for t in measured)))
     Console().print(table)
     return score

@@ -5,4 +5,4 @@ written. Sampling, training and random states are never touched from here.
 """
 
 from opd.tracking.files import read_rows
-from opd.tracking.tracker import NoTracker, Tracker, forget_rows
+from opd.tracking.tracker import NoTracker, Tracker, last_row, put_rows_aside

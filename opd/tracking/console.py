@@ -75,7 +75,7 @@ class _State:
         if "train/loss" in self.row:
             shown.append(("loss", f"{self.row['train/loss']:.3g}"))
         if self.held_out is not None:
-            shown.append(("held-out", f"{self.held_out:.0%}"))
+            shown.append(("held-out", "not measured" if math.isnan(self.held_out) else f"{self.held_out:.0%}"))
         return shown
 
     @property

@@ -28,7 +28,14 @@ class Successes(Protocol):
     def solved(self) -> int: ...
 
     @property
-    def played(self) -> int: ...
+    def played(self) -> int:
+        """How many were measured."""
+        ...
+
+    @property
+    def broken(self) -> int:
+        """How many were not measured, because their environment broke."""
+        ...
 
 
 class Tracker:
@@ -176,10 +183,27 @@ class NoTracker:
     def finish(self) -> None: ...
 
 
-def forget_rows(folder: Path) -> None:
-    """Empty the files of a run that is to begin anew."""
+def last_row(folder: Path) -> int | None:
+    """The last step that a run's files have a row of; None where there is none, or of an evaluation before it alone."""
+    steps = [row["step"] for path in _files(folder) for row in read_rows(path)]
+    return max((step for step in steps if step > 0), default=None)
+
+
+def put_rows_aside(folder: Path) -> list[Path]:
+    """Rename the files of a run that is to begin anew, so that no step of it is lost; the new names.
+
+    A file that holds nothing but the evaluation before the first step, which comes again, is emptied.
+    """
+    moved = []
     for path in _files(folder):
-        cut(path, -1)
+        if not any(row["step"] > 0 for row in read_rows(path)):
+            cut(path, -1)
+        else:
+            number = 1
+            while (aside := path.with_name(f"{path.stem}.lost-{number}.jsonl")).exists():
+                number += 1
+            moved.append(path.rename(aside))
+    return moved
 
 
 def _files(folder: Path) -> list[Path]:
@@ -222,15 +246,19 @@ def _table(
         table.add_row("time", f"{span(whole)}: {shares}")
     table.add_section()
     table.add_row("folder", str(folder))
-    table.add_row("", ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())))
+    names = [path.name + "/" * path.is_dir() for path in folder.iterdir() if path.suffix != ".lock"]
+    table.add_row("", ", ".join(sorted(names)))
     return table
 
 
 def _success(score: Successes) -> Text:
+    if not score.played:
+        return Text(f"not measured: the environment broke in all of {score.broken} episodes", style="bold red")
     low, high = wilson(score.solved, score.played)
+    broken = f", {score.broken} more not measured: their environment broke" if score.broken else ""
     return Text.assemble(
         (f"{score.solved / score.played:.1%}", "bold green"),
-        f"  (95%: {low:.1%} to {high:.1%})  {score.solved} of {score.played} held-out tasks",
+        f"  (95%: {low:.1%} to {high:.1%})  {score.solved} of {score.played} held-out tasks{broken}",
     )
 
 

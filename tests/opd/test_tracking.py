@@ -619,6 +619,7 @@ def test_a_quiet_run_prints_nothing(tmp_path, capfd):
 class Score:
     solved: int
     played: int
+    broken: int = 0
 
 
 def test_the_table_at_the_end_sums_up_the_whole_run(tmp_path):
@@ -645,3 +646,15 @@ def test_no_picture_is_drawn_when_plot_is_off(tmp_path):
         run.log(1, {"reward/mean": 0.5})
         run.summary()
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_what_was_not_measured_is_said_and_counts_for_nothing(tmp_path):
+    out = io.StringIO()
+    with tracker(tmp_path, TrackingConfig(wandb="disabled"), console=Console(file=out, width=200)) as run:
+        run.log_eval(0, {"eval/success": math.nan, "eval/broken": 300})
+        run.log(1, {"reward/mean": 0.0})
+        run.summary(before=Score(0, 0, broken=300), after=Score(3, 4, broken=2))
+    shown = " ".join(out.getvalue().split())
+    assert "held-out not measured" in shown
+    assert "not measured: the environment broke in all of 300 episodes" in shown
+    assert "75.0% (95%: 30.1% to 95.4%) 3 of 4 held-out tasks, 2 more not measured: their environment broke" in shown
