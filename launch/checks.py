@@ -392,13 +392,20 @@ def _hub_problem(name: str) -> str | None:
 
 
 def check_env(env: EnvConfig) -> list[Problem]:
-    """Whether there is such an environment."""
-    from opd.envs.factory import validate_id  # late: importing it registers the environments
+    """Whether there is such an environment, and where it may run."""
+    from opd.envs.adapters import find  # late: importing it registers the environments
+    from opd.envs.factory import validate_id
 
     try:
         validate_id(env.id)
     except OpdError as error:
         return [Problem(("env.id",), str(error))]
+    if env.workers == "threads" and env.kwargs.get("unprotected") and find(env.id):
+        text = (
+            "env.kwargs.unprotected: true runs other people's code on what the model writes, and a thread that hangs "
+            "there stops the whole run. Set env.workers: processes, or leave unprotected out."
+        )
+        return [Problem(("env.workers", "env.kwargs"), text)]
     return []
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
+from opd.launch.lock import check_free
 from opd.ranks import Ranks, SharedError, join, started_ranks
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    """Run one command; the exit code: 0, 1 for a run that cannot learn, 2 for a mistake in what was asked, 130 after
+    Ctrl-C."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `my_module:MyEnv` lies beside the settings; last, so that it shadows nothing
     try:
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except OpdError as error:
         _print_error(error)
-        return USAGE_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -66,6 +68,7 @@ class _Command:
 
 def _run(argv: list[str]) -> int:
     parser, parsers = _parsers()
+    argv = _with_auto(argv)
     command = next((c for c in _COMMANDS if argv and argv[0] == c.name), None)
     overrides: dict[str, Any] = {}
     if command is not None and command.takes_settings:
@@ -107,12 +110,30 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, parsers
 
 
+def _resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the folder; `--resume auto`: or begin one there"
+    )
+    parser.add_argument("--resume=auto", dest="resume", action="store_const", const="auto", help=argparse.SUPPRESS)
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
+
+
+def _with_auto(argv: list[str]) -> list[str]:
+    """`--resume auto` as one argument: `--resume FILE` is a flag and a file."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument == "auto" and joined[-1:] == ["--resume"]:
+            joined[-1] = "--resume=auto"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
     parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
     parser.add_argument("--out", metavar="DIR", help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
+    _resume_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--ranks", metavar="N", type=_positive, help="with --dry-run: plan for so many processes")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # what the deepspeed launcher adds; LOCAL_RANK says it
@@ -122,7 +143,6 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
     from opd.launch.config import Config
-    from opd.launch.out import remove_run
     from opd.launch.plan import plan
 
     _short(overrides, "train.steps", arguments.steps)
@@ -131,21 +151,26 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
     config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    out = ranks.from_first(lambda: _free_folder(config, arguments))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
     if arguments.dry_run:
         return 0
-    if arguments.overwrite:
-        ranks.from_first(lambda: remove_run(out))
     from opd.launch.train import train
 
-    result = train(config.at(out), resume=arguments.resume)
+    result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite)
     if result.interrupted:
         if ranks.first:
             print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _free_folder(config: Config, arguments: argparse.Namespace) -> Path:
+    """The run's folder, which nobody uses. Raises LockError or ConfigError before anything heavy is loaded."""
+    out = config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite)
+    check_free(out)
+    return out
 
 
 def _startable(config: Config, source: str) -> Config:
@@ -163,13 +188,11 @@ def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
     parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
     parser.add_argument("--out", metavar="DIR", help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in the folder first")
+    _resume_arguments(parser)
 
 
 def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.config import Config
-    from opd.launch.out import remove_run
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
@@ -178,12 +201,10 @@ def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int
     if all(stage.trains for stage in config.stages):
         why = "with data: it trains on what an earlier run prepared" if getattr(config.section, "data", None) else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
-    if arguments.overwrite:
-        ranks.from_first(lambda: remove_run(out))
+    out = ranks.from_first(lambda: _free_folder(config, arguments))
     from opd.launch.train import train
 
-    result = train(config.at(out), resume=arguments.resume, only_prepare=True)
+    result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite, only_prepare=True)
     if ranks.first:
         done = "stopped; go on with: opd precompute" if result.interrupted else "prepared; train with: opd train"
         print(f"{done} {out} --resume", file=sys.stderr)

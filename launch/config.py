@@ -63,6 +63,8 @@ _MAY_DIFFER = (
     "rollout.vllm",
     "train.steps",
     "train.save_every",
+    "train.save_minutes",
+    "train.give_up_after",
     "lightning_opd.mismatch",  # what its own message says to set
     "train.keep_last",
     "train.keep_best",
@@ -179,7 +181,7 @@ class Config(Strict):
         """All settings as a file would hold them."""
         return to_yaml(self.dump())
 
-    def choose_out(self, *, resume: bool = False, overwrite: bool = False) -> Path:
+    def choose_out(self, *, resume: out.Resume = False, overwrite: bool = False) -> Path:
         """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.out`)."""
         name = out.default_name(self.method, self.env.id, self.model.name)
         return out.choose(self.out, name, resume=resume, overwrite=overwrite)

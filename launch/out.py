@@ -6,8 +6,13 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from opd.errors import ConfigError
+from opd.launch import lock
+
+Resume = bool | Literal["auto"]
+"""Whether to go on with the run in the folder; `auto` begins one where there is none, for scripts that run again."""
 
 ROOT = Path("runs")
 _MARK = "# Settings of an opd run"
@@ -29,7 +34,7 @@ def holds_run(folder: Path) -> bool:
         return False
 
 
-def choose(out: str | None, name: str, *, resume: bool, overwrite: bool) -> Path:
+def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Path:
     """The folder of a run; nothing is written yet.
 
     Without `out` it is `runs/NAME`, or `runs/NAME-2` and so on where earlier runs are; with `resume`, the
@@ -43,11 +48,16 @@ def choose(out: str | None, name: str, *, resume: bool, overwrite: bool) -> Path
     if out is None:
         if overwrite:
             raise ConfigError("--overwrite deletes a run, so say which: --out DIR")
-        folder = _numbered(name, resume=resume)
+        folder = _numbered(name, resume=bool(resume))
     else:
         folder = Path(out).expanduser()
-    _check_folder(folder, resume=resume, overwrite=overwrite)
+    _check_folder(folder, resume=resumes(folder, resume), overwrite=overwrite)
     return folder
+
+
+def resumes(folder: Path, resume: Resume) -> bool:
+    """Whether the run in the folder goes on: with `auto`, if there is one."""
+    return holds_run(folder) if resume == "auto" else resume
 
 
 def write_config(folder: Path, settings: str, version: str) -> None:
@@ -57,14 +67,26 @@ def write_config(folder: Path, settings: str, version: str) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete a run with all its files. Raises ConfigError when the folder holds none, or is where we stand."""
-    if not folder.exists():
+    """Delete all files of a run, whose folder and lock stay.
+
+    Raises ConfigError when the folder holds no run, or is where we stand.
+    """
+    if not folder.exists() or not _contents(folder):
         return
     if not holds_run(folder):
         raise ConfigError(f"out = {str(folder)!r} holds no run, so nothing there is deleted")
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"out = {str(folder)!r} holds the current folder, so it is not deleted")
-    shutil.rmtree(folder)
+    for path in _contents(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a folder holds beside the lock of whoever is about to use it."""
+    return [path for path in folder.iterdir() if path.name != lock.NAME]
 
 
 def _numbered(name: str, *, resume: bool) -> Path:
@@ -89,7 +111,7 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{named} already holds a run. Go on with it (--resume), delete it (--overwrite), "
                 "or choose another folder (--out DIR)."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and _contents(folder):
         raise ConfigError(f"{named} holds files that are not a run's; choose another folder (--out DIR)")
     above = folder
     while not above.exists():

@@ -2,37 +2,39 @@
 
 The warm start is supervised training on scripted episodes, on tasks that are neither trained on nor
 evaluated later; what it teaches is in `opd.launch.tiny_recipes`. The result is an ordinary Hugging Face
-folder. The same environment, seed and code give the same folder, so it is built once.
+folder. The same environment, seed and code give the same folder, so it is built once: the name of the folder
+holds a digest of what the weights depend on (`_fingerprint`), and of nothing else.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd import chat, collate, objective, privileged
+from opd import privileged
 from opd.answers import messages_of
 from opd.chat import ChatFormat
+from opd.collate import Batch, collate
 from opd.errors import ConfigError
-from opd.launch import muon, tiny_recipes, tiny_tokenizer
+from opd.launch import definitions, muon
 from opd.launch.tiny_recipes import Recipe, privileged_phrases
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
-from opd.losses import CrossEntropy, Losses
+from opd.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 from opd.models import cache_folder
 from opd.privileged import (
@@ -47,7 +49,6 @@ from opd.privileged import (
 from opd.rollout import derive_seed, task
 from opd.types import Message, Sample, Task
 
-LOSSES = Losses(ce=CrossEntropy())
 _SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 _WINDOW = 4  # batches whose episodes are sorted by length together, so that little is padding
 
@@ -68,9 +69,7 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        _build(aside, recipe, seed=seed, steps=steps, quiet=quiet)
         aside.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
@@ -80,20 +79,29 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     return folder
 
 
+def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> None:
+    model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
-    """Changes with whatever the model depends on: a stale cache would be a wrong result."""
-    ours = (chat, collate, objective, privileged, muon, tiny_recipes, tiny_tokenizer)
-    files = {__file__, *(str(module.__file__) for module in (*ours, *_env_modules(recipe)))}
-    sources = [Path(file).read_bytes() for file in sorted(files)]
-    settings = f"{seed} {steps} {torch.__version__} {transformers.__version__}"
-    return sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:16]
+    """Changes with whatever the model depends on, since a stale cache would be a wrong result, and with nothing else.
+
+    That is the code that `_build` runs, what it makes of the first task, the recipe, and the packages that it computes
+    with. It takes about 0.2 s; to write all the samples of a warm start, and to digest those, takes 6 to 30 s.
+    """
+    code = {_definition(made) for made in (_build, type(recipe.env()), recipe.env, recipe.plain)}
+    values = [(f.name, getattr(recipe, f.name)) for f in fields(recipe) if f.name not in ("env", "plain")]
+    first = EpisodeWriter(recipe, seed).first_task()
+    packages = [torch.__version__, transformers.__version__, tokenizers.__version__, np.__version__]
+    parts = (definitions.digest(sorted(code)), values, first, seed, steps, packages)
+    return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _env_modules(recipe: Recipe) -> list[ModuleType]:
-    """The modules of an environment's classes, and those that these take something from (its solver, say)."""
-    own = {cls.__module__ for cls in type(recipe.env()).__mro__}
-    used = {str(getattr(value, "__module__", "")) for name in own for value in vars(sys.modules[name]).values()}
-    return [sys.modules[name] for name in sorted(own | used) if name.startswith("opd.")]
+def _definition(made: Any) -> definitions.Name:
+    """Where a class or a function is defined; what stands within something else belongs to that."""
+    return made.__module__, made.__qualname__.partition(".")[0]
 
 
 def warm_start(
@@ -119,8 +127,7 @@ def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[Llama
     with Progress(*columns, transient=True, disable=quiet) as progress:
         bar = progress.add_task("warm start", total=steps)
         for step, samples in enumerate(_batches(writer, recipe.batch, steps)):
-            batch = collate.collate(collate.normalise(samples, LOSSES, lambda sums: sums), writer.pad_id)
-            loss = objective.objective(student, batch, LOSSES, None).loss
+            loss = _cross_entropy(student, collate(samples, writer.pad_id))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             factor = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -132,6 +139,15 @@ def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[Llama
                 optimizer.zero_grad()
             progress.update(bar, advance=1, description=f"warm start, loss {float(loss.detach()):.3f}")
     return model.eval(), writer.tokenizer
+
+
+def _cross_entropy(student: CausalModel, batch: Batch) -> Tensor:
+    """The mean over what the assistant says, in nats.
+
+    The objective of supervised training is the same; here it stands alone, so that the model depends on no other part.
+    """
+    hidden = student(batch.input_ids, batch.rows)
+    return -chunked_logprobs(hidden, student.head(), batch.targets, weights=batch.ce_weight / len(batch.targets))
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -201,14 +217,19 @@ class EpisodeWriter:
         self._shares = np.array(list(recipe.forms.values())) / sum(recipe.forms.values())
         self._seed = seed
         self.written = 0
-        first, self._tools, _ = self._reset(task(0, split="warm", run_seed=seed))
-        self.tokenizer = _tokenizer(recipe, first, self._tools)
+        self._first, self._tools, _ = self._reset(task(0, split="warm", run_seed=seed))
+        self.tokenizer = _tokenizer(recipe, self._first, self._tools)
         self._chat = ChatFormat(self.tokenizer, on_rewrite="append")
         self._glue: dict[str, list[int]] = {}
 
     @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
+
+    def first_task(self) -> tuple[str, str, list[int]]:
+        """The tokenizer, its template, and the ids of the first task's prompt."""
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        return backend, str(self.tokenizer.chat_template), self._chat.start(self._first, self._tools)
 
     def sample(self, form: str | None = None) -> Sample:
         """An episode of the next task, in a context of this form, or of one drawn by its share."""

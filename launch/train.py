@@ -17,18 +17,20 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from opd import checkpoint
-from opd.errors import CheckpointError, EngineError
-from opd.intervals import paired_difference
-from opd.launch.build import Run, Score, build
+from opd.config import TrainConfig
+from opd.errors import CheckpointError, EngineError, HealthError
+from opd.launch.build import Interrupted, Run, Score, build
 from opd.launch.checks import check_started
 from opd.launch.config import Config
+from opd.launch.lock import RunLock
+from opd.launch.out import Resume, remove_run, resumes
 from opd.ranks import Ranks, join
-from opd.tracking import NoTracker, Tracker, forget_rows
+from opd.tracking import NoTracker, Tracker, last_row, put_rows_aside
 from opd.watch import together
 
 
@@ -41,25 +43,54 @@ class RunResult:
     """Optimiser updates that the weights have seen, over all restarts."""
     before: Score | None
     after: Score | None
+    """Of the last weights; None where a signal came first."""
     interrupted: bool
     """A signal ended the run early; it can be resumed."""
 
 
-def train(config: Config | Mapping[str, Any], *, resume: bool = False, only_prepare: bool = False) -> RunResult:
+def train(
+    config: Config | Mapping[str, Any], *, resume: Resume = False, overwrite: bool = False, only_prepare: bool = False
+) -> RunResult:
     """Train by `config`; with `resume`, go on from the newest whole checkpoint in `out`.
 
-    With `only_prepare` the run ends after its last stage without steps, before what is trained on its data; it can be
-    resumed.
+    With `resume="auto"` a run begins where `out` holds none, and goes on where it does. With `overwrite` the run in
+    `out` is deleted first. With `only_prepare` the run ends after its last stage without steps, before what is trained
+    on its data; it can be resumed.
 
     In this process, or, where a launcher started several and all of them call this, together with the others.
 
-    Raises OpdError (ConfigError, ModelError, ...) with the setting and the mend in its message.
+    Raises OpdError (ConfigError, ModelError, ...) with the setting and the mend in its message: LockError where another
+    process has the folder, HealthError where the run goes on without learning.
     """
     if not isinstance(config, Config):
         config = Config.from_dict(dict(config))
     ranks = ranks_of(config)
     with together():
-        return _train(config, ranks, resume=resume, only_prepare=only_prepare)
+        out = ranks.from_first(lambda: config.choose_out(resume=resume, overwrite=overwrite))
+        with _locked(out, ranks) as lock:
+            ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
+            again = ranks.from_first(lambda: resumes(out, resume))
+            saved = _newest(out, ranks, anew=resume == "auto") if again else None
+            course = _Course(config=config, ranks=ranks, out=out, lock=lock, only_prepare=only_prepare)
+            return _train(course, saved)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[RunLock | None]:
+    """Holds the run's folder; the first rank does it for all."""
+    lock = ranks.agree(lambda: RunLock(out) if ranks.first else None)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _make_room(config: Config, out: Path, *, resume: Resume, overwrite: bool) -> None:
+    """Look at the folder once more, now that it is ours: another run may have come before. Delete it if asked to."""
+    config.choose_out(resume=resume, overwrite=overwrite)
+    if overwrite:
+        remove_run(out)
 
 
 def ranks_of(config: Config) -> Ranks:
@@ -75,16 +106,12 @@ def ranks_of(config: Config) -> Ranks:
     return ranks
 
 
-def _train(config: Config, ranks: Ranks, *, resume: bool, only_prepare: bool) -> RunResult:
-    out = ranks.from_first(lambda: config.choose_out(resume=resume))
-    saved = _newest(out, ranks) if resume else None
-    course = _Course(config=config, ranks=ranks, out=out, only_prepare=only_prepare)
+def _train(course: _Course, saved: checkpoint.Checkpoint | None) -> RunResult:
+    config, ranks, out = course.config, course.ranks, course.out
     if saved is not None:
         course.take_up(saved.record("run"), saved.folder)
     left = ranks.from_first(course.stages_left)
     ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
-    if resume and saved is None:
-        ranks.from_first(lambda: forget_rows(out))
     with _stop_signals() as stopped, closing(course):
         course.stopped = stopped
         for stage in left:
@@ -95,6 +122,8 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, only_prepare: bool) ->
                     course.go(run, stage)
                 except EngineError as error:
                     raise course.stopped_with_checkpoint(run, stage, error) from error
+                except HealthError as error:
+                    ranks.agree(partial(_raise, course.given_up(run, stage, error)))
                 if run.method.trains and (course.interrupted or stage.last):
                     run.export(out / "export")
                 elif stage.next_model is not None:
@@ -131,6 +160,8 @@ class _Course:
     config: Config
     ranks: Ranks
     out: Path
+    lock: RunLock | None = None
+    """On the first rank: the folder is this run's alone."""
     only_prepare: bool = False
     stopped: list[int] = field(default_factory=list)
     """The signals that came so far."""
@@ -138,6 +169,9 @@ class _Course:
     done: int = 0
     before: Score | None = None
     after: Score | None = None
+    """Of the weights as they are after `done` steps; None where these were not evaluated."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was saved, or the run began."""
     interrupted: bool = False
     made: dict[str, float] = field(default_factory=dict)
     """What stages made in numbers before their first step, for the row of the next one."""
@@ -146,7 +180,9 @@ class _Course:
         """Go on after the checkpoint in `folder`. Raises CheckpointError where it was saved under other settings."""
         self._same(folder, self.config.differs_for_resume(record["config"]))
         self.done = record["step"]
-        self.before = None if record["before"] is None else Score(tuple(record["before"]))
+        self.before, self.after = (
+            None if record[name] is None else Score(tuple(record[name])) for name in ("before", "after")
+        )
 
     def _same(self, saved: Path, changed: list[str]) -> None:
         if changed:
@@ -212,42 +248,69 @@ class _Course:
         loop.on_finish, loop.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
         loop.version = self.done
         if self.before is None and evaluation.tasks and run.method.borrowed is None:
-            self.before = _evaluate(run, tracker, self.done)
-        since = time.monotonic()
-        with tracker.phase("prepare"):
-            made = run.method.prepare(loop, self.out / "data")
-        if stage.record is not None:
-            made = {**made, f"time/stage_{stage.number + 1}": time.monotonic() - since}
-        self.made |= made
-        self.interrupted = loop.stopping()
-        if self.done == stage.first:
-            tracker.prepared(made)
-        if stage.record is not None and not self.interrupted:
-            record = json.dumps({"config": config.dump(), "made": made})
-            self.ranks.from_first(partial(_write_whole, stage.record, record))
+            self.before = self._evaluate(run, tracker)
+        self._prepare(run, stage, tracker)
         while self.done < stage.end and not self.interrupted:
             row, groups = loop.step(self.done - stage.first)
             row |= self.made if self.done == stage.first else {}
             self.made = {}
             row |= {"stage": stage.number + 1.0} if len(config.stages) > 1 else {}
             self.done += 1
-            self.interrupted = loop.stopping()
-            last = self.done == stage.end or self.interrupted
-            score = None
-            if (
-                loop.failed is None
-                and evaluation.tasks
-                and (last or (evaluation.every and self.done % evaluation.every == 0))
-            ):
-                self.after = score = _evaluate(run, tracker, self.done)
+            self.after = None
+            self.interrupted = loop.stopping()  # then it is saved at once, and not evaluated
+            last = self.done == stage.end
+            due = last or (evaluation.every and self.done % evaluation.every == 0)
+            if loop.failed is None and not self.interrupted and evaluation.tasks and due:
+                self.after = self._evaluate(run, tracker)
             tracker.log(self.done, row)
             tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
             if loop.failed is not None:
                 raise loop.failed
-            if last or (config.train.save_every and self.done % config.train.save_every == 0):
-                _save(run, self.out, self.done, self.before, score)
+            if last or self.interrupted or self._save_is_due():
+                self._save(run)
         if stage.record is None:
             self.made = {}  # of a stage that had its steps before a restart
+        if stage.last and evaluation.tasks and self.after is None and run.method.trains and not self.interrupted:
+            self.after = self._evaluate(run, tracker)  # a signal came before it could be
+
+    def _prepare(self, run: Run, stage: _Stage, tracker: Tracker | NoTracker) -> None:
+        """What the stage needs before its first step."""
+        since = time.monotonic()
+        with tracker.phase("prepare"):
+            made = run.method.prepare(run.loop, self.out / "data")
+        if stage.record is not None:
+            made = {**made, f"time/stage_{stage.number + 1}": time.monotonic() - since}
+        self.made |= made
+        self.interrupted = run.loop.stopping()
+        if self.done == stage.first:
+            tracker.prepared(made)
+        if stage.record is not None and not self.interrupted:
+            record = json.dumps({"config": self.config.dump(), "made": made})
+            self.ranks.from_first(partial(_write_whole, stage.record, record))
+
+    def _evaluate(self, run: Run, tracker: Tracker | NoTracker) -> Score | None:
+        """The score of the weights as they are; None where a signal came first."""
+        try:
+            with tracker.phase("evaluate"):
+                score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stopped))
+        except Interrupted:
+            self.interrupted = True
+            return None
+        tracker.log_eval(self.done, score.row())
+        return score
+
+    def _save_is_due(self) -> bool:
+        """By steps or by the first rank's clock, whichever comes first."""
+        train = self.config.train
+        if train.save_every and self.done % train.save_every == 0:
+            return True
+        late = time.monotonic() - self.saved_at >= 60 * train.save_minutes
+        return bool(train.save_minutes) and self.ranks.from_first(lambda: late)
+
+    def _save(self, run: Run) -> None:
+        self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
+        _save(run, self.out, self.done, self.before, self.after)
+        self.saved_at = time.monotonic()
 
     def stopped_with_checkpoint(self, run: Run, stage: _Stage, error: EngineError) -> EngineError:
         """An engine was lost: the last whole step is saved if the weights are still its, and the error says so.
@@ -255,18 +318,27 @@ class _Course:
         Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
         """
         if self.done > stage.first and self.ranks.world_size == 1 and not run.loop.halfway:
-            _save(run, self.out, self.done, self.before, None)
+            self._save(run)
             return EngineError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
+        return EngineError(f"{error}{self._last_checkpoint()}")
+
+    def given_up(self, run: Run, stage: _Stage, error: HealthError) -> HealthError:
+        """Nothing is learned: the last whole step is saved if its updates were numbers, and the error says so."""
+        if self.done > stage.first and run.loop.finite and not run.loop.halfway:
+            self._save(run)
+            return HealthError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
+        finite = _finite(self.out / "checkpoints")
+        last = f" {finite[-1]} is the last checkpoint whose updates were finite." if finite else ""
+        return HealthError(f"{error}{last}")
+
+    def _last_checkpoint(self) -> str:
         saved = checkpoint.step_folders(self.out / "checkpoints")
-        last = f" The last checkpoint is {saved[-1].name}: opd train {self.out} --resume" if saved else ""
-        return EngineError(f"{error}{last}")
+        return f" The last checkpoint is {saved[-1].name}: opd train {self.out} --resume" if saved else ""
 
     def finish(self) -> RunResult:
         """The result of a run that went well, and its summary."""
-        before, after = self.before, self.after or self.before
-        change = None
-        if before and after and before.played == after.played:
-            change = paired_difference(before.outcomes, after.outcomes)
+        before, after = self.before, self.after if self.done else self.before
+        change = before.change(after) if before and after else None
         if self.tracker is not None:  # else all was there already
             self.tracker.summary(before=before, after=after, change=change)
         return RunResult(out=self.out, steps=self.done, before=before, after=after, interrupted=self.interrupted)
@@ -285,13 +357,35 @@ class _Course:
         return Tracker(self.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=self.done)
 
 
-def _newest(out: Path, ranks: Ranks) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint; None for a run that was stopped before its first, which begins anew."""
+def _newest(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint; None for a run that was stopped before its first, which begins again.
+
+    Where such a run has rows of steps, it does so only if it may begin `anew`: then the rows are put aside. Raises
+    CheckpointError where it may not, or where no checkpoint is whole.
+    """
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
         return checkpoint.latest(out / "checkpoints", ranks)
-    if ranks.first:
-        print(f"{out} holds no checkpoint yet: its training begins anew", file=sys.stderr, flush=True)
+    ranks.from_first(partial(_begin_again, out, anew=anew))
     return None
+
+
+def _begin_again(out: Path, *, anew: bool) -> None:
+    step = last_row(out)
+    if step is not None and not anew:
+        raise CheckpointError(
+            f"{out} has rows up to step {step}, but no checkpoint to go on from. Begin anew and keep them beside the "
+            "new ones (--resume auto), or delete the run (--overwrite)"
+        )
+    aside = ", ".join(path.name for path in put_rows_aside(out))
+    print(
+        f"{out} holds no checkpoint yet: its training begins anew{f'; its rows are kept in {aside}' if aside else ''}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -308,15 +402,8 @@ def _export_whole(run: Run, folder: Path) -> None:
     run.loop.backend.ranks.from_first(lambda: aside.rename(folder))
 
 
-def _evaluate(run: Run, tracker: Tracker | NoTracker, step: int) -> Score:
-    with tracker.phase("evaluate"):
-        score, _ = run.evaluate(on_finish=tracker.episode_finished)
-    tracker.log_eval(step, score.row())
-    return score
-
-
-def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | None) -> None:
-    """Save after `step`, whose weights were evaluated with `score`, if they were."""
+def _save(run: Run, out: Path, step: int, before: Score | None, after: Score | None) -> None:
+    """Save after `step`, whose weights were evaluated as `after` says, if they were."""
     loop, ranks = run.loop, run.loop.backend.ranks
     root = out / "checkpoints"
     checkpoint.save(
@@ -335,24 +422,34 @@ def _save(run: Run, out: Path, step: int, before: Score | None, score: Score | N
                 "policy_version": loop.version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
-                "success": None if score is None else score.rate,
+                "after": None if after is None else after.outcomes,
+                "success": after.rate if after is not None and after.played else None,
+                "finite": loop.finite,
             },
             "method": run.method.state_dict(),
         },
         ranks=ranks,
     )
     if ranks.first:
-        checkpoint.rotate(root, run.config.train.keep_last, keep=_best(root) if run.config.train.keep_best else None)
+        checkpoint.rotate(root, run.config.train.keep_last, keep=_worth_keeping(root, run.config.train))
 
 
-def _best(root: Path) -> Path | None:
-    """The checkpoint whose evaluation was best, the later of two; None where none was evaluated."""
-    scores: list[tuple[float, int, Path]] = []
-    for number, folder in enumerate(checkpoint.step_folders(root)):
-        rate = json.loads((folder / "run.json").read_text())["success"]
-        if rate is not None:
-            scores.append((rate, number, folder))
-    return max(scores)[2] if scores else None
+def _worth_keeping(root: Path, train: TrainConfig) -> list[Path]:
+    """The last checkpoint whose updates were finite and, if asked for, the one whose evaluation was best, the later
+    of two."""
+    scored = [(_record(path)["success"], number, path) for number, path in enumerate(checkpoint.step_folders(root))]
+    best = max((entry for entry in scored if entry[0] is not None), default=None) if train.keep_best else None
+    return _finite(root)[-1:] + ([best[2]] if best else [])
+
+
+def _finite(root: Path) -> list[Path]:
+    """The checkpoints of steps whose updates were finite, oldest first."""
+    return [path for path in checkpoint.step_folders(root) if _record(path)["finite"]]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return record
 
 
 def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:

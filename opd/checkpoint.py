@@ -126,10 +126,10 @@ def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (fr
     raise CheckpointError("; ".join(problems) or f"there is no checkpoint under {root}")
 
 
-def rotate(root: Path, keep_last: int, *, keep: Path | None = None) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and `keep`."""
+def rotate(root: Path, keep_last: int, *, keep: Sequence[Path] = ()) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and those to `keep`."""
     for folder in step_folders(root)[:-keep_last]:
-        if folder != keep:  # a run that is killed meanwhile leaves no half of one under its name
+        if folder not in keep:  # a run that is killed meanwhile leaves no half of one under its name
             folder.rename(folder.with_name(f".{folder.name}.deleted"))
     for gone in root.glob(".step-*.deleted"):
         shutil.rmtree(gone)

@@ -12,7 +12,7 @@ import opd
 from opd.errors import ModelError
 from opd.launch.cli import main
 from opd.launch.config import Config, all_settings
-from opd.launch.out import holds_run
+from opd.launch.out import Resume, holds_run, remove_run
 from opd.trainers.base import methods
 
 GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
@@ -30,9 +30,12 @@ def trained(monkeypatch):
     """What the command hands to training, call by call; the folder is prepared as by training itself."""
     calls = []
 
-    def train(config: Config, *, resume: bool = False) -> types.SimpleNamespace:
+    def train(config: Config, *, resume: Resume = False, overwrite: bool = False) -> types.SimpleNamespace:
         calls.append((config, resume))
-        config.write_to(config.choose_out(resume=resume))
+        folder = config.choose_out(resume=resume, overwrite=overwrite)
+        if overwrite:
+            remove_run(folder)
+        config.write_to(folder)
         return types.SimpleNamespace(steps=config.train.steps, interrupted=config.train.steps == 13)
 
     monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))

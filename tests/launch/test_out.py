@@ -114,9 +114,12 @@ def test_overwriting_needs_a_folder_and_no_resume(out, resume, message):
 def test_a_run_is_deleted_whole(here):
     run_in(Path("mine/run"))
     Path("mine/run/metrics.jsonl").write_text("")
+    Path("mine/run/checkpoints/step-1").mkdir(parents=True)
+    Path("mine/run/export").symlink_to(here)
+    Path("mine/run/run.lock").write_text("")
     remove_run(Path("mine/run"))
-    assert not Path("mine/run").exists()
-    assert Path("mine").is_dir()
+    assert [path.name for path in Path("mine/run").iterdir()] == ["run.lock"]  # whoever deletes holds it
+    assert here.is_dir()
     remove_run(Path("mine/run"))
 
 

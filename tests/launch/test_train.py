@@ -17,39 +17,9 @@ from opd.backends.local import LocalBackend
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError, EngineError
 from opd.launch.config import Config
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.base import Method
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model that knows the format a little: a tenth of the warm start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=50, quiet=True)
-
-
-@pytest.fixture
-def settings(tiny, tmp_path):
-    def make(name, **sections):
-        data = {
-            "method": "opsd",
-            "out": str(tmp_path / name),
-            "model": str(tiny),
-            "env": "opd/Lookup-v0",
-            "rollout": {"max_tokens": 24, "max_length": 256},
-            "train": {"steps": 4, "tasks_per_step": 6, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
-            "tracking": {"wandb": "disabled", "console": False, "plot": False},
-            "opsd": {"privileged": "plan", "clip": None},
-        }
-        for section, values in sections.items():
-            own = data.get(section)
-            data[section] = own | values if isinstance(own, dict) and isinstance(values, dict) else values
-        return data
-
-    return make
 
 
 def weights(folder):

@@ -1,0 +1,171 @@
+"""A run's folder belongs to one process at a time: `run.lock` says to which, and the kernel lets go when that ends.
+
+The file is locked with `flock` for as long as the run lives, so that a process that was killed leaves nothing that
+must be cleaned away. Where two machines share a disk that does not pass such locks on, the file's age tells: its
+owner touches it every `HEARTBEAT` seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from opd.errors import LockError
+
+NAME = "run.lock"
+HEARTBEAT = 20.0
+SILENT = 120.0
+"""Seconds without a sign of life after which the owner on another machine counts as dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a folder, as its lock file says."""
+
+    host: str
+    pid: int
+    started: str
+    """When it took the lock, in local time: ISO 8601, to the second."""
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
+
+
+class RunLock:
+    """The lock on a run's folder, held from its making until `release`.
+
+    Makes the folder where it is missing. Raises LockError naming the process that holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self._made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor, left = _take(self.path)
+        if left is not None:
+            _say(f"{folder}: the lock of {left} is broken, since that process has ended; this one takes over")
+        os.truncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
+        self._released = threading.Event()
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._beat, name="opd-lock", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise LockError where somebody else has taken the folder meanwhile: nothing more may be written there."""
+        if not _is_file_of(self.path, self._descriptor):
+            holder = _read(self.path)
+            raise LockError(
+                f"{self.path} is not this process's any more: {holder or 'somebody'} took the folder over. This one "
+                "writes nothing more there"
+            )
+
+    def release(self) -> None:
+        """Let the folder go, and leave no trace of the lock; nor of a folder that was made for it and stayed empty."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        if _is_file_of(self.path, self._descriptor):
+            self.path.unlink()
+        os.close(self._descriptor)
+        if self._made and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT):
+            if _is_file_of(self.path, self._descriptor):
+                os.utime(self._descriptor)
+
+    def _forget(self) -> None:
+        """In a forked process: the lock is the parent's, and must not outlive it here."""
+        if not self._released.is_set():
+            self._released.set()
+            os.close(self._descriptor)
+
+
+def check_free(folder: Path) -> None:
+    """Raises LockError where a process holds the folder of a run; changes nothing."""
+    if (folder / NAME).is_file():
+        os.close(_take(folder / NAME)[0])
+
+
+def _take(path: Path) -> tuple[int, Owner | None]:
+    """A locked descriptor of the file at `path`, and the dead owner that it names, if it does.
+
+    Raises LockError where another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        by_kernel = _flock(descriptor)
+        if not _is_file_of(path, descriptor):  # its owner deleted it between the two calls
+            os.close(descriptor)
+            continue
+        left = _read(path)
+        if by_kernel is False or (left is not None and _alive(left, path, by_kernel=bool(by_kernel))):
+            os.close(descriptor)
+            raise LockError(
+                f"{path.parent} is in use by {left or 'another process'}. Wait for its end, stop it (Ctrl-C or SIGTERM "
+                f"saves a checkpoint), or choose another folder (--out DIR). If it has ended, delete {path}"
+            )
+        return descriptor, left
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Whether the kernel gives us its lock; None on a disk that knows no such locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _alive(owner: Owner, path: Path, *, by_kernel: bool) -> bool:
+    """Whether the owner that a file names still lives, though the kernel's lock does not show it."""
+    if owner.host != socket.gethostname():
+        return _age(path) < SILENT
+    if by_kernel:
+        return False  # on this machine it would hold that lock
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_file_of(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _read(path: Path) -> Owner | None:
+    """Who the file names; None for an empty file, or one that nobody finished."""
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age(path: Path) -> float:
+    """Seconds since the file was touched, by the clock of the disk that it is on."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{NAME}.") as now:
+        return os.stat(now.name).st_mtime - path.stat().st_mtime
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

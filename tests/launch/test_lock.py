@@ -1,0 +1,131 @@
+"""Who holds a run's folder. Not covered: two machines whose disk passes no locks on (its rule is tested alone)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opd.errors import LockError
+from opd.launch import lock
+from opd.launch.lock import NAME, RunLock, check_free
+
+HOLD = "import sys; from pathlib import Path; from opd.launch.lock import RunLock; RunLock(Path(sys.argv[1])); "
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder that another process holds, and that process."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD + "print('held', flush=True); sys.stdin.read()", str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield folder, process
+    process.kill()
+    process.communicate()
+
+
+def left_by(folder: Path, **owner):
+    """A lock file of an owner that is gone, or lives elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = {"host": socket.gethostname(), "pid": 1, "started": "2026-01-02T03:04:05+00:00"} | owner
+    (folder / NAME).write_text(json.dumps(owner))
+    return folder / NAME
+
+
+def test_a_folder_that_another_process_holds_is_refused_by_its_name(held):
+    folder, process = held
+    for attempt in (RunLock, check_free):
+        with pytest.raises(LockError, match=rf"run is in use by process {process.pid} on {socket.gethostname()}, star"):
+            attempt(folder)
+
+
+def test_a_lock_ends_with_the_process_that_held_it_and_its_breaking_is_told(held, capfd):
+    folder, process = held
+    process.kill()
+    process.wait()
+    check_free(folder)
+    own = RunLock(folder)
+    assert f"the lock of process {process.pid} on {socket.gethostname()}" in capfd.readouterr().err
+    assert json.loads((folder / NAME).read_text())["pid"] == os.getpid()
+    own.release()
+
+
+def test_a_lock_is_held_once_in_one_process_too(tmp_path):
+    own = RunLock(tmp_path)
+    with pytest.raises(LockError, match=f"in use by process {os.getpid()}"):
+        RunLock(tmp_path)
+    own.release()
+    RunLock(tmp_path).release()
+
+
+def test_a_released_lock_leaves_nothing_behind(tmp_path, capfd):
+    own = RunLock(tmp_path / "new")
+    own.release()
+    own.release()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").mkdir()
+    RunLock(tmp_path / "old").release()
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path):
+    code = HOLD + "import os, time; pid = os.fork(); time.sleep(0 if pid else 30)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    RunLock(tmp_path).release()
+
+
+def test_an_owner_on_another_machine_counts_as_alive_until_it_is_silent_for_long(tmp_path):
+    path = left_by(tmp_path, host="elsewhere", pid=7)
+    with pytest.raises(
+        LockError, match=r"process 7 on elsewhere, started 2026-01-02T03:04:05.*If it has ended, delete"
+    ):
+        RunLock(tmp_path)
+    old = time.time() - lock.SILENT - 5
+    os.utime(path, (old, old))
+    RunLock(tmp_path).release()
+
+
+def test_a_living_owner_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
+    own = RunLock(tmp_path)
+    os.utime(own.path, (1, 1))
+    until = time.monotonic() + 60
+    while own.path.stat().st_mtime == 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    own.release()
+
+
+def test_on_a_disk_without_locks_the_process_number_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
+    left_by(tmp_path, pid=os.getpid())
+    with pytest.raises(LockError, match=f"process {os.getpid()}"):
+        RunLock(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left_by(tmp_path, pid=ended.pid)
+    RunLock(tmp_path).release()
+
+
+def test_a_file_that_nobody_finished_is_no_owner(tmp_path):
+    (tmp_path / NAME).write_text('{"host": "a')
+    RunLock(tmp_path).release()
+    (tmp_path / NAME).write_text('["a list"]')
+    RunLock(tmp_path).release()
+
+
+def test_who_lost_the_folder_to_another_is_told_before_it_writes(tmp_path):
+    own = RunLock(tmp_path)
+    own.check()
+    own.path.unlink()
+    left_by(tmp_path, host="elsewhere")
+    with pytest.raises(LockError, match=r"process 1 on elsewhere.* took the folder over"):
+        own.check()
+    own.release()
+    assert (tmp_path / NAME).exists()

@@ -1,0 +1,208 @@
+"""Whose a run's folder is, what is saved when, and where a run goes on. Real runs, real signals, real kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from opd.errors import CheckpointError, ConfigError, LockError
+from opd.launch.build import Run
+from opd.launch.cli import main
+from opd.launch.lock import NAME
+from opd.launch.train import train
+from opd.tracking import read_rows
+from opd.trainers.loop import Loop
+
+pytestmark = pytest.mark.slow
+
+
+def start(settings, folder):
+    """`opd train` in a process of its own, once it has trained a few steps."""
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    command = [sys.executable, "-m", "opd.launch.cli", "train", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 400
+    while len(read_rows(folder / "run/metrics.jsonl")) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return process
+
+
+def steps_of(out):
+    return [row["step"] for row in read_rows(out / "metrics.jsonl")]
+
+
+def saved(out):
+    return sorted(path.name for path in (out / "checkpoints").glob("*"))
+
+
+def test_a_live_run_is_left_alone_and_a_killed_one_is_not_emptied(settings, tmp_path, capsys):
+    data, run = settings("run", train={"steps": 5000}), tmp_path / "run"
+    process = start(data, tmp_path)
+    try:
+        for options in ({"resume": True}, {"resume": "auto"}, {"overwrite": True}):
+            with pytest.raises(LockError, match=rf"in use by process {process.pid} on .*, started 2"):
+                train(data, **options)
+        for option in ("--resume", "--overwrite"):
+            assert main(["train", str(run), option]) == 2
+            assert f"in use by process {process.pid}" in capsys.readouterr().err
+        before = len(steps_of(run))
+        until = time.monotonic() + 300
+        while len(steps_of(run)) <= before:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.communicate()
+
+    rows = (run / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match=r"rows up to step \d+, but no checkpoint to go on from.*--resume auto"):
+        train(data, resume=True)
+    assert (run / "metrics.jsonl").read_text() == rows
+    assert not (run / NAME).exists()
+
+    short = settings("run", train={"steps": 2})
+    assert train(short, resume="auto").steps == 2
+    assert (run / "metrics.lost-1.jsonl").read_text() == rows
+    assert steps_of(run) == [1, 2]
+    assert "its rows are kept in metrics.lost-1.jsonl, rollouts.lost-1.jsonl" in capsys.readouterr().err
+
+
+def test_auto_begins_a_run_goes_on_with_it_and_has_nothing_to_do_once_it_is_over(settings):
+    first = train(settings("run", train={"steps": 1}), resume="auto")
+    longer = settings("run", train={"steps": 2}, eval={"tasks": 2})
+    second = train(longer, resume="auto")
+    rows = (second.out / "metrics.jsonl").read_text()
+    third = train(longer, resume="auto")
+    assert (first.steps, second.steps, third.steps) == (1, 2, 2)
+    assert third.after == second.after
+    assert (second.out / "metrics.jsonl").read_text() == rows
+
+
+def test_resume_and_auto_are_told_apart_on_the_command_line(settings, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings("run", train={"steps": 1})))
+    assert main(["train", "--resume", str(path)]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    assert main(["train", str(path), "--resume", "auto"]) == 0
+    assert main(["train", "--resume=auto", str(path), "--train.steps", "2"]) == 0
+    assert steps_of(tmp_path / "run") == [1, 2]
+
+
+def test_a_run_that_is_overwritten_leaves_nothing_of_itself(settings):
+    first = train(settings("run", train={"steps": 2}))
+    (first.out / "more").mkdir()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(settings("run"))
+    second = train(settings("run", train={"steps": 1}), overwrite=True)
+    assert steps_of(second.out) == [1]
+    assert not (second.out / "more").exists()
+
+
+def test_a_refused_run_leaves_no_folder_behind(settings, tmp_path):
+    with pytest.raises(Exception, match="broken"):
+        train(settings("new", env={"id": "opd/Lookup-v0", "kwargs": {}}, model=str(tmp_path / "broken")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_checkpoints_are_no_reason_to_begin_anew(settings):
+    out = train(settings("run", train={"steps": 1})).out
+    (out / "checkpoints/step-1/manifest.json").write_text("{")
+    for resume in (True, "auto"):
+        with pytest.raises(CheckpointError, match="step-1"):
+            train(settings("run"), resume=resume)
+    assert steps_of(out) == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"save_minutes": 1e-9}, ["step-1", "step-2", "step-3"]),
+        ({"save_minutes": 1e9}, ["step-3"]),
+        ({"save_minutes": 0}, ["step-3"]),
+        ({"save_minutes": 1e9, "save_every": 2}, ["step-2", "step-3"]),
+    ],
+)
+def test_a_checkpoint_is_due_by_steps_or_by_minutes_whichever_comes_first(settings, options, names):
+    out = train(settings("run", train={"steps": 3, "keep_last": 9} | options)).out
+    assert saved(out) == names
+
+
+def signals_itself(monkeypatch, owner, name, *, after):
+    """The process gets SIGTERM right before or after a call of this method."""
+    real = getattr(owner, name)
+
+    def call(*arguments, **options):
+        if not after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = real(*arguments, **options)
+        if after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_a_signal_in_a_step_saves_it_and_evaluates_nothing(settings, monkeypatch):
+    data = settings("run", eval={"tasks": 4, "every": 1})
+    with monkeypatch.context() as patch:
+        signals_itself(patch, Loop, "step", after=False)
+        result = train(data)
+    assert (result.interrupted, result.steps, result.after) == (True, 1, None)
+    assert saved(result.out) == ["step-1"]
+    assert [row["step"] for row in read_rows(result.out / "evals.jsonl")] == [0]
+    resumed = train(data, resume=True)
+    assert [row["step"] for row in read_rows(result.out / "evals.jsonl")] == [0, 2, 3, 4]
+    assert resumed.after.played == 4
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_signal_in_an_evaluation_ends_it_with_the_episode_at_hand_and_saves(settings, monkeypatch, steps):
+    """Of the last step too: then the weights are evaluated once the run goes on."""
+    data = settings("run", train={"steps": steps}, eval={"tasks": 40, "every": 1}, rollout={"concurrency": 4})
+    episodes = []
+
+    def evaluate(run, **options):
+        if run.loop.version == 0:
+            return real(run, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        told = options.pop("on_finish")
+        return real(run, on_finish=lambda episode: episodes.append(episode) or told(episode), **options)
+
+    real = Run.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", evaluate)
+        result = train(data)
+    assert (result.interrupted, result.steps, result.after) == (True, 1, None)
+    assert len(episodes) == 1
+    assert saved(result.out) == ["step-1"]
+    whole = train(settings("whole", train={"steps": steps}, eval={"tasks": 40, "every": 1}, rollout={"concurrency": 4}))
+    resumed = train(data, resume=True)
+    assert resumed.after == whole.after
+    assert not resumed.interrupted
+
+
+def test_a_run_without_its_folder_s_lock_writes_no_checkpoint(settings, monkeypatch):
+    """Somebody on another machine broke it."""
+
+    def taken(loop, number):
+        shutil.copy(out / NAME, out / "aside")
+        (out / NAME).unlink()
+        (out / "aside").rename(out / NAME)
+        return real(loop, number)
+
+    real, data = Loop.step, settings("run")
+    out = train(settings("run", train={"steps": 1})).out
+    monkeypatch.setattr(Loop, "step", taken)
+    with pytest.raises(LockError, match="took the folder over"):
+        train(data, resume=True)
+    assert saved(out) == ["step-1"]
