@@ -2,7 +2,7 @@
 # A run on several nodes under SLURM: sbatch examples/slurm.sh run.yaml [options of `opd train`]
 #
 # One task a GPU, and no launcher in between. Ten minutes before the time is up SLURM sends SIGTERM: the ranks save
-# after the step at hand and end; submit again with --resume to go on.
+# after the step at hand and end; submit the same line again to go on.
 #SBATCH --job-name=opd
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -20,4 +20,4 @@ WORLD_SIZE=$SLURM_NTASKS
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
 
 srun --kill-on-bad-exit=1 bash -c \
-    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m opd.launch.train "$@"' opd "$@"
+    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m opd.launch.train "$@" --resume auto' opd "$@"
