@@ -153,3 +153,31 @@ def test_the_demo_runs_on_two_processes(tmp_path):
         stopped([process])
     assert process.returncode == 0, log.read_text()[-4000:]
     assert "held-out tasks" in log.read_text()
+
+BROKEN = """
+from opd.envs.lookup import LookupEnv
+
+class Broken(LookupEnv):
+    def reset(self, *, seed=None, options=None):
+        raise ValueError("the shop's database is gone")
+"""
+
+
+def test_ranks_that_learn_nothing_end_together_and_say_so_once(tmp_path, zero_settings):
+    (tmp_path / "broken_env.py").write_text(BROKEN)
+    settings = zero_settings(tmp_path / "run", 2, env={"id": "broken_env:Broken"}, train={"tasks_per_step": 4})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    log = tmp_path / "log"
+    process = started(
+        [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
+    )
+    try:
+        wait_for(lambda: process.poll() is not None, 400, [log])
+    finally:
+        stopped([process])
+    said = log.read_text()
+    [error] = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "train/0 at reset: ValueError: the shop's database is gone" in error
+    assert error.endswith(f"Step 2 is saved: opd train {tmp_path / 'run'} --resume"), error
+    assert "exitcode  : 1 " in said, said[-3000:]
+    assert (tmp_path / "run/checkpoints/step-2/manifest.json").is_file()
