@@ -1,8 +1,9 @@
-"""What runs inside vLLM: how a worker receives new weights, and who may talk to a server.
+"""What runs inside vLLM: how a worker receives new weights, what it draws, and who may talk to a server.
 
-vLLM's own weight-transfer interface calls `WeightReceiver` in every worker; the entry point
-`vllm.general_plugins` in pyproject.toml makes it known there under the name `opd_weights`. Weights come as tensors (an
-engine in the trainer's process) or as safetensors in base64 (over HTTP), so that no pickle is ever read.
+The entry point `vllm.general_plugins` in pyproject.toml calls `register` in every process of vLLM, whoever started it.
+vLLM's own weight-transfer interface calls `WeightReceiver` in every worker, where it is known as `opd_weights`. Weights
+come as tensors (an engine in the trainer's process) or as safetensors in base64 (over HTTP), so that no pickle is ever
+read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from opd.engines.vllm_http import OTHER_MODEL, sizes
 
@@ -28,9 +30,35 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 
 def register() -> None:
-    """Make the receiver known to vLLM; it may be called several times in a process."""
+    """Make the receiver known to vLLM, and mend its draws on a CPU; it may be called several times in a process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)
+    if current_platform.is_cpu():
+        _draw_only_what_is_kept()
+
+
+def _draw_only_what_is_kept() -> None:
+    """A request whose prompt is read in pieces draws nothing before the last of them, as if it were read at once.
+
+    vLLM draws an id after each piece, throws it away, and turns the request's generator back. A generator on a CPU
+    cannot be turned back: the engine ends with "CPU Generator does not use offset". Here the generators of such
+    requests are put aside meanwhile, and what is thrown away comes from the generator of the process.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if "sample_tokens" in vars(CPUModelRunner):
+        return
+    sample = CPUModelRunner.sample_tokens
+
+    def sample_tokens(runner: Any, *args: Any, **options: Any) -> Any:
+        generators, thrown_away = runner.input_batch.generators, runner.discard_request_mask.np
+        aside = {row: generators.pop(row) for row in list(generators) if thrown_away[row]}
+        try:
+            return sample(runner, *args, **options)
+        finally:
+            generators.update(aside)
+
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 @dataclass
