@@ -9,10 +9,12 @@ first rollout as after every update. Servers are in `opd.engines.vllm_server`, t
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import tempfile
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from opd.config import RolloutConfig
+from opd.engines import vllm_life
 from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_http import ServerFault
@@ -57,10 +60,12 @@ class VllmEngine:
         self._sessions: dict[str, Request] = {}
         self._seen: Counter[str] = Counter()
         """Tokens of prompts and of scored sequences, and of these in the cache."""
-        self._owns_group = not torch.distributed.is_initialized()
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
             model.config.save_pretrained(folder)
-            self._engine = _start(folder, engine_args(model, config) | {"enable_sleep_mode": self._sleeps})
+            arguments = engine_args(model, config) | {"enable_sleep_mode": self._sleeps, "model": folder}
+            self._engine = _started(arguments)
+        self._end = weakref.finalize(self, vllm_life.end, self._engine, self._asleep)
+        """Ends the engine, once; also when this object is garbage and nobody has closed it."""
 
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         self._check_ready("begin")
@@ -68,6 +73,7 @@ class VllmEngine:
         self._stop_ids = stop_ids
 
     def submit(self, request: Request) -> None:
+        self._check_open("submit")
         if not request.prompt_ids or request.max_tokens < 1:
             raise ValueError(f"a request needs a prompt and room for a token, got {request}")
         if any(other.session == request.session for other in self._sessions.values()):
@@ -85,9 +91,13 @@ class VllmEngine:
         return [self._finish(output) for output in self._stepped()]
 
     def _stepped(self) -> list[Any]:
-        """What one forward pass has finished. Whatever breaks in there leaves an engine that cannot go on."""
+        """What one forward pass has finished. Whatever breaks in there leaves an engine that cannot go on.
+
+        On a CPU vLLM draws from the generator of the process at each step, also where each request has its own.
+        """
         try:
-            return [output for output in self._engine.step() if output.finished]
+            with torch.random.fork_rng(devices=()):
+                return [output for output in self._engine.step() if output.finished]
         except Exception as error:
             raise EngineError(f"vLLM failed in the middle of a step: {type(error).__name__}: {error}") from error
 
@@ -181,13 +191,21 @@ class VllmEngine:
         return {name: seen[f"{of}_cached"] / seen[of] for name, of in names.items() if seen[of]}
 
     def close(self) -> None:
-        """End the engine, and with it torch's process group if vLLM made it: whoever comes next begins afresh."""
-        self._engine.engine_core.shutdown()
-        if self._owns_group and torch.distributed.is_initialized():
-            from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        """End the engine and give its memory back; a second call does nothing.
 
-            destroy_model_parallel()
-            destroy_distributed_environment()
+        Process groups that others made stay. What vLLM made goes with the last of its engines in this process.
+        """
+        if not self._end.alive:
+            return
+        self._sessions.clear()
+        self._whole = False
+        try:
+            self._end()
+        finally:
+            self._engine = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # vLLM's pool must be empty before another engine starts in this process
 
     def _check_ready(self, call: str) -> None:
         self._check_idle(call)
@@ -195,8 +213,13 @@ class VllmEngine:
             raise RuntimeError(f"{call}() before the engine was given weights")
 
     def _check_idle(self, call: str) -> None:
+        self._check_open(call)
         if self._sessions:
             raise RuntimeError(f"{call}() while requests are in flight")
+
+    def _check_open(self, call: str) -> None:
+        if not self._end.alive:
+            raise RuntimeError(f"{call}() of an engine that is closed")
 
 
 def engine_args(model: CausalModel, config: RolloutConfig) -> dict[str, Any]:
@@ -230,33 +253,25 @@ def common_arguments(config: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def _start(folder: str, arguments: dict[str, Any]) -> Any:
+def _started(arguments: dict[str, Any]) -> Any:
+    """An LLMEngine. Raises ConfigError where vLLM is missing, ModelError where it does not start."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read when vLLM is imported
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
-        from vllm import EngineArgs, LLMEngine
-        from vllm.config import WeightTransferConfig
+        return vllm_life.start(arguments)
     except ImportError as error:
         raise ConfigError(f"{NEEDS_VLLM} ({error})") from error
-    from opd.engines.vllm_worker import register
-
-    register()
-    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
-    try:
-        return LLMEngine.from_engine_args(
-            EngineArgs(model=folder, disable_log_stats=True, weight_transfer_config=transfer, **arguments)
-        )
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"vLLM does not start with these settings of rollout.vllm: {error}") from error
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What vLLM changes for the whole process is put back: the generators that it seeds, `torch.set_num_threads`, which
-    it takes away, and variables that the children of this process would inherit (a library to preload among them).
+    """What vLLM changes for the whole process is put back: the generators that it seeds, the current GPU,
+    `torch.set_num_threads`, which it takes away, and variables that the children of this process would inherit (a
+    library to preload among them).
     """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
     variables = dict(os.environ)
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -265,6 +280,8 @@ def _undisturbed() -> Iterator[None]:
             warnings.simplefilter("ignore")  # what vLLM's imports say of each other is not for our users
             yield
     finally:
+        if device is not None:
+            torch.cuda.set_device(device)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
         for name in {*os.environ, *variables}:

@@ -1,11 +1,13 @@
 """Ranks without processes: how work is dealt, and what one rank does by itself."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.errors import DataError
-from opd.ranks import Ranks, started_ranks, without_launcher
+from opd import extensions, ranks
+from opd.errors import ConfigError, DataError
+from opd.ranks import Ranks, local_device, started_ranks, without_launcher
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -45,3 +47,93 @@ def test_how_many_processes_there_are_is_the_launchers_word(monkeypatch):
     assert started_ranks() == 1
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert started_ranks() == 4
+
+
+# -- which GPU -----------------------------------------------------------------------------------------
+
+PLACES = [
+    # GPUs that the process sees, the current one, LOCAL_RANK, and its own.
+    (8, 0, "3", 3),  # torchrun and deepspeed: all of the machine's
+    (8, 0, "0", 0),
+    (1, 0, "3", 0),  # srun --gpus-per-task=1: its own alone
+    (1, 0, "0", 0),
+    (8, 5, None, 5),  # no launcher: where the process works already
+    (8, 5, "", 5),
+    (0, 0, "3", 3),  # no GPU: a number, and nothing else
+    (0, 0, None, 0),
+]
+
+
+def machine(monkeypatch, gpus, current=0, told=None):
+    """A machine with so many GPUs; the list of those that were made the current one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever is written there
+        monkeypatch.delenv(name)
+    if told is not None:
+        monkeypatch.setenv("LOCAL_RANK", told)
+    return chosen
+
+
+@pytest.mark.parametrize(("gpus", "current", "told", "own"), PLACES)
+def test_a_rank_is_on_the_gpu_of_its_local_rank_or_on_the_only_one_that_it_sees(monkeypatch, gpus, current, told, own):
+    machine(monkeypatch, gpus, current, told)
+    assert local_device() == own
+
+
+@pytest.mark.parametrize("told", ["2", "7"])
+def test_a_local_rank_beyond_the_gpus_that_are_seen_is_refused_with_both_numbers(monkeypatch, told):
+    machine(monkeypatch, 2, told=told)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ConfigError, match=rf"LOCAL_RANK = {told}, but this process sees 2 GPUs .*= 4,5\)\. Start at"):
+        local_device()
+
+
+@pytest.mark.parametrize("told", ["-1", "x", "1.0"])
+def test_a_local_rank_that_is_no_number_is_refused(monkeypatch, told):
+    machine(monkeypatch, 8, told=told)
+    with pytest.raises(ConfigError, match=rf"LOCAL_RANK = '{told}' is no number of a rank"):
+        local_device()
+
+
+def met(monkeypatch):
+    """Come as far as torch's default group; whether this process was the first of its machine."""
+    deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    told = []
+
+    def far(**_):
+        raise EOFError("far enough")
+
+    monkeypatch.setattr(extensions, "prepare", lambda *, first: told.append(first))
+    monkeypatch.setattr(deepspeed, "init_distributed", far)
+    with pytest.raises(EOFError, match="far enough"):
+        ranks._meet()
+    return told == [True]
+
+
+@pytest.mark.parametrize(("gpus", "told", "own", "first"), [(8, "3", 3, False), (1, "3", 0, False), (1, "0", 0, True)])
+def test_deepspeed_is_told_the_gpu_that_the_rank_is_on(monkeypatch, gpus, told, own, first):
+    chosen = machine(monkeypatch, gpus, told=told)
+    monkeypatch.setenv("RANK", "11")
+    assert met(monkeypatch) is first
+    assert chosen == [own]
+    assert ranks.os.environ["LOCAL_RANK"] == str(own)
+
+
+def test_a_process_without_a_launcher_stays_on_its_current_gpu(monkeypatch):
+    chosen = machine(monkeypatch, 4, current=2)
+    assert met(monkeypatch)
+    assert chosen == [2]
+    assert [ranks.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "2"]
+
+
+def test_a_launcher_that_leaves_out_the_local_rank_is_named_with_the_mend(monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    machine(monkeypatch, 8)
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(ConfigError, match=r"RANK = 5, but no LOCAL_RANK .* LOCAL_RANK=\$SLURM_LOCALID"):
+        ranks._meet()

@@ -13,11 +13,7 @@ import yaml
 from opd.tracking import read_rows
 
 pytest.importorskip("vllm", reason="the real vLLM is not installed")
-ENGINES = (
-    "vllm_server",
-    "one_server",
-    "vllm",
-)  # in this order: an engine in process, when it is closed, ends the process groups
+ENGINES = ("vllm", "vllm_server", "one_server")
 
 
 @pytest.fixture(scope="module")
