@@ -32,6 +32,8 @@ SIZES = (
     "num_key_value_heads",
 )
 OTHER_MODEL = "the server holds another model than the one that trains"
+NO_RECEIVER = ("Weight transfer not configured", "Invalid init_info")
+"""What vLLM says where it was started without the receiver of `opd.engines.vllm_worker`, or with another one."""
 
 
 def sizes(config: Any) -> dict[str, int]:
@@ -112,11 +114,13 @@ class Server:
             self._post("/init_weight_transfer_engine", {"init_info": {"sizes": model}})
         except ServerFault as fault:
             _, other, why = str(fault).partition(OTHER_MODEL)
-            if not other:
+            if other:
+                wrong = f"{OTHER_MODEL}{why.partition(chr(39))[0]}"
+            elif any(said in str(fault) for said in NO_RECEIVER):
+                wrong = "the server was not started to take the weights of a run"
+            else:
                 raise
-            detail = (
-                f"{self.url}: {OTHER_MODEL}{why.partition(chr(39))[0]}. Start it with `opd serve` on the run's file"
-            )
+            detail = f"{self.url}: {wrong}. Start it with `opd serve` on the run's file"
             raise ServerFault(FaultKind.REFUSED, detail) from fault
         self._post("/pause?mode=abort", {})
         try:

@@ -313,6 +313,24 @@ def test_a_server_of_another_model_is_refused_before_a_weight_is_sent(fakes, mak
     assert fakes[0].calls.count("/update_weights") == before
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Worker failed with error 'Weight transfer not configured. Please set weight_transfer_config to enable it.'",
+        "Worker failed with error 'Invalid init_info for NCCLWeightTransferEngine: unexpected keyword 'sizes''",
+    ],
+)
+def test_a_server_that_somebody_started_to_take_no_weights_of_ours_is_refused_at_once(fakes, make_engine, said):
+    engine = make_engine(fakes[0])
+    fakes[0].script["/init_weight_transfer_engine"] = [(500, {"error": {"message": said}})]
+    asked = fakes[0].calls.count("/init_weight_transfer_engine")
+    with pytest.raises(
+        EngineError, match=r"cannot be sent to .*not started to take the weights of a run. Start it with"
+    ):
+        engine.update_weights(FakeWeights(), 1)
+    assert fakes[0].calls.count("/init_weight_transfer_engine") == asked + 1
+
+
 def test_a_server_of_ours_that_never_gets_up_is_given_up_with_its_last_words(fakes, make_engine):
     starts = []
 
