@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ class Run:
         self.loop.rollouts.close()
         self.held_out.close()
         self.loop.teacher.close()
-        self.loop.backend.close()  # before vLLM, which may end the process groups that DeepSpeed still asks
+        self.loop.backend.close()  # before vLLM, which asks for memory once more where it ends in its sleep
         self.loop.rollouts.engine.close()
 
 
@@ -178,8 +178,15 @@ def build(
 
     Without a stage the run can be evaluated and not trained: no other model is loaded to teach.
 
-    Raises ModelError, ConfigError or EnvError before anything trains.
+    Raises ModelError, ConfigError or EnvError before anything trains; what was open by then is closed.
     """
+    with ExitStack() as opened:
+        run = _build(config, ranks, opened, stage=stage, model=model)
+        opened.pop_all()  # the run closes it from now on
+    return run
+
+
+def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None, model: Path | None) -> Run:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)  # adapters are initialised at random
@@ -206,7 +213,7 @@ def build(
     method = method if stage is None else method.stages()[stage]
     train = method.schedule(config.train)
     blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
-    backend, engine = _backend(config, train, loaded.model, ranks, trains=method.trains)
+    backend, engine = _backend(config, train, loaded.model, ranks, opened, trains=method.trains)
     scheduler = partial(
         RolloutScheduler,
         engine,
@@ -217,13 +224,17 @@ def build(
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
     rollouts = scheduler(make_env=partial(make, config.env.id, config.env.kwargs))
+    opened.callback(rollouts.close)
     held_out = scheduler(make_env=partial(make, config.env.id, {**config.env.kwargs, **config.eval.env_kwargs}))
+    opened.callback(held_out.close)
+    teacher = _teacher(config, planned, loaded.model, other, ranks)
+    opened.callback(teacher.close)
     loop = Loop(
         seed=config.seed,
         method=method,
         student=loaded.model,
         weights=ModelWeights(loaded.model, gather=whole if any(map(is_sharded, loaded.model.parameters())) else None),
-        teacher=_teacher(config, planned, loaded.model, other, ranks),
+        teacher=teacher,
         rollouts=rollouts,
         backend=backend,
         rollout=config.rollout,
@@ -306,36 +317,41 @@ def _served(method: Method, student: CausalModel) -> ServedTeacher:
     return ServedTeacher(scorer, distill.top_k or 0 if isinstance(distill, Distill) else 0)
 
 
-def _engine(config: Config, model: CausalModel, ranks: Ranks) -> RolloutEngine:
+def _engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack) -> RolloutEngine:
     """What generates, for a model that is whole or an engine that keeps its own copy. vLLM is imported late."""
+    engine: RolloutEngine
     if config.rollout.engine == "transformers":
         return TransformersEngine(model)
     if config.rollout.engine == "vllm_server":
         from opd.launch.servers import server_engine
 
-        return server_engine(config, model, ranks)
-    from opd.engines.vllm import VllmEngine
+        engine = server_engine(config, model, ranks)
+    else:
+        from opd.engines.vllm import VllmEngine
 
-    return VllmEngine(model, config.rollout)
+        engine = VllmEngine(model, config.rollout)
+    opened.callback(engine.close)
+    return engine
 
 
 def _backend(
-    config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks, *, trains: bool
+    config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks, opened: ExitStack, *, trains: bool
 ) -> tuple[Backend, RolloutEngine]:
     """What trains the model, and what samples: the model itself, a copy where it is cut into slices, or vLLM."""
     total_steps = train.steps * train.updates_per_step
     if config.deepspeed is None and not trains:
-        return IdleBackend(model), _engine(config, model, ranks)
+        return IdleBackend(model), _engine(config, model, ranks, opened)
     if config.deepspeed is None:
-        return LocalBackend(model, train, total_steps=total_steps), _engine(config, model, ranks)
+        return LocalBackend(model, train, total_steps=total_steps), _engine(config, model, ranks, opened)
     from opd.backends.zero import ZeroBackend
 
     copied = _in_slices(config) and config.rollout.engine == "transformers"
     twin = blank_copy(model, _device()) if copied else model
     settings = _filled(config, train, model, ranks)
     backend = ZeroBackend(model, train, settings, ranks, total_steps=total_steps)
+    opened.callback(backend.close)
     if not copied:
-        return backend, _engine(config, model, ranks)
+        return backend, _engine(config, model, ranks, opened)
     fill(twin, model)
     return backend, TransformersEngine(twin, refresh=partial(fill, twin, model))
 

@@ -22,6 +22,9 @@ from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
 from opd.errors import ModelError
+from opd.launch import build as building
+from opd.launch.config import Config
+from opd.launch.tiny import build_tiny
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 
@@ -259,3 +262,44 @@ def test_memory_that_sleeps_is_mapped_again_before_it_is_freed(monkeypatch, asle
     else:
         vllm_life.end(_Engine(done, broken=broken), asleep)
     assert done == expected
+
+
+# -- a run that does not come to be --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that has hardly been warm-started: nothing is sampled from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return str(build_tiny("lookup", steps=2, quiet=True))
+
+
+@pytest.mark.parametrize("missing", ["_teacher", "Loop", "Run", None])
+def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypatch, missing):
+    done = []
+
+    class Quick:
+        def __init__(self, model, config):
+            done.append("started")
+
+        def close(self):
+            done.append("closed")
+
+    def broken(*_, **__):
+        raise ModelError("no such thing")
+
+    monkeypatch.setattr(engines, "VllmEngine", Quick)
+    if missing:
+        monkeypatch.setattr(building, missing, broken)
+    rollout = {"engine": "vllm", "max_tokens": 8, "max_length": 64, "deterministic": False}
+    data = {"method": "opsd", "model": folder, "env": "opd/Lookup-v0", "opsd": {"privileged": "plan"}}
+    config = Config.from_dict(data | {"rollout": rollout})
+    if missing:
+        with pytest.raises(ModelError, match="no such thing"):
+            building.build(config)
+    else:
+        run = building.build(config)
+        assert done == ["started"]
+        run.close()
+    assert done == ["started", "closed"]
