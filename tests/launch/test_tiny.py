@@ -3,12 +3,16 @@
 Whether a whole warm start teaches what it should is in the one slow test at the end.
 """
 
+import ast
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import re
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.answers import messages_of
 from opd.chat import ChatFormat
+from opd.collate import collate, normalise
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
@@ -33,7 +38,9 @@ from opd.launch.tiny import EpisodeWriter, build_tiny, warm_start
 from opd.launch.tiny_names import TINY_ENVS
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, build_tokenizer
+from opd.losses import CrossEntropy, Losses
 from opd.modeling import CausalModel
+from opd.objective import objective
 from opd.privileged import in_first_user_message, with_skill, with_solution
 from opd.rollout import RolloutScheduler, task
 from opd.trainers.skill_makers import by_rules
@@ -346,6 +353,169 @@ def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_
     changed.write_text("another solver")
     monkeypatch.setattr(sys.modules[f"opd.envs.{module}"], "__file__", str(changed))
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
+
+
+def source(module):
+    return Path(sys.modules[module].__file__).read_text()
+
+
+@pytest.fixture
+def stands(monkeypatch, tmp_path):
+    """`stands(module, text)`: the module's file holds this text from now on."""
+
+    def write(module, text):
+        file = tmp_path / f"{module}.py"
+        file.write_text(text)
+        monkeypatch.setattr(sys.modules[module], "__file__", str(file))
+
+    return write
+
+
+class OtherWords(ast.NodeTransformer):
+    """Every docstring says something else."""
+
+    def visit_Expr(self, node):
+        bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Expr(ast.Constant("Something else.")) if bare else node
+
+
+SOURCES = [
+    "opd.launch.tiny",
+    "opd.launch.tiny_recipes",
+    "opd.launch.tiny_skills",
+    "opd.launch.tiny_tokenizer",
+    "opd.launch.muon",
+    "opd.envs.lookup",
+    "opd.envs.sokoban_board",
+    "opd.envs.text_env",
+    "opd.envs.tool_env",
+    "opd.envs.tool_calls",
+    "opd.trainers.skill_makers",
+    "opd.answers",
+    "opd.chat",
+    "opd.collate",
+    "opd.head",
+    "opd.logprobs",
+    "opd.modeling",
+    "opd.privileged",
+    "opd.rollout",
+    "opd.types",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comments_docstrings_and_layout_are_nothing_that_a_model_depends_on(name, stands):
+    before = tiny._fingerprint(RECIPES[name], 0, 1)
+    for module in SOURCES:
+        tree = OtherWords().visit(ast.parse(source(module)))
+        stands(module, "# A comment.\n" + ast.unparse(tree))  # which drops those that there were
+    assert tiny._fingerprint(RECIPES[name], 0, 1) == before
+
+
+def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands, monkeypatch):
+    built = []
+    monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
+    first = build_tiny("lookup", steps=1, quiet=True)
+    stands("opd.launch.muon", source("opd.launch.muon") + "\n# A comment.\n")
+    assert build_tiny("lookup", steps=1, quiet=True) == first
+    assert built == [0]
+    stands("opd.launch.muon", source("opd.launch.muon").replace("momentum: float = 0.95", "momentum: float = 0.9"))
+    assert build_tiny("lookup", steps=1, quiet=True) != first
+    assert built == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "old", "new"),
+    [
+        ("lookup", "opd.launch.tiny", '"hidden_size": 128', '"hidden_size": 64'),
+        ("lookup", "opd.launch.tiny", "(step + 1) / 20", "(step + 1) / 10"),
+        ("lookup", "opd.launch.tiny", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)"),
+        ("lookup", "opd.launch.tiny", "model.save_pretrained", "model.half().save_pretrained"),
+        ("lookup", "opd.launch.muon", "-4.7750", "-4.7"),
+        ("lookup", "opd.launch.tiny_tokenizer", "'Tools: '", "'You have: '"),
+        ("lookup", "opd.launch.tiny_recipes", "1 if other == field else 2", "1 if other == field else 3"),
+        ("lookup-skills", "opd.launch.tiny_skills", "rng.random() < 0.9", "rng.random() < 0.8"),
+        ("sokoban-skills", "opd.trainers.skill_makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
+        ("lookup", "opd.envs.lookup", "one field of one person", "one field"),
+        ("arithmetic", "opd.envs.arithmetic", "Answer with the number only.", "Answer in digits."),
+        ("countdown", "opd.envs.tool_env", '"tool"', '"user"'),
+        ("sokoban", "opd.envs.text_env", "def ", "async def "),
+        ("sokoban", "opd.envs.sokoban_board", "return None", "return 0"),
+        ("arithmetic", "opd.privileged", "Here is a reference solution", "This is a solution"),
+        ("arithmetic", "opd.privileged", 'f"> {', 'f">> {'),
+        ("arithmetic", "opd.rollout", '"warm": 1 << 30', '"warm": 1 << 31'),
+        ("arithmetic", "opd.answers", '"role": "user"', '"role": "tool"'),
+        ("arithmetic", "opd.chat", "add_special_tokens=False", "add_special_tokens=True"),
+        ("arithmetic", "opd.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
+        ("arithmetic", "opd.logprobs", "class _LogProbTile:", "class _LogProbTile(dict):"),
+        ("arithmetic", "opd.head", "HALF_WEIGHT = ", "HALF_WEIGHT = 1 + "),
+        ("arithmetic", "opd.modeling", "return ", "return 1 and "),
+        ("arithmetic", "opd.types", "row", "line"),
+    ],
+)
+def test_code_that_the_samples_or_the_arithmetic_depend_on_makes_a_new_model(name, module, old, new, stands):
+    before = tiny._fingerprint(RECIPES[name], 0, 1)
+    assert old in source(module)
+    stands(module, source(module).replace(old, new))
+    assert tiny._fingerprint(RECIPES[name], 0, 1) != before
+
+
+def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
+    names = ["lookup-skills", "sokoban", "arithmetic"]
+    before = [tiny._fingerprint(RECIPES[name], 0, 1) for name in names]
+    for module in ("opd.objective", "opd.losses", "opd.divergence", "opd.config", "opd.trainers.base", "opd.envs.sql"):
+        importlib.import_module(module)
+        stands(module, "a = 1")
+    assert [tiny._fingerprint(RECIPES[name], 0, 1) for name in names] == before
+
+
+def test_what_one_world_depends_on_is_nothing_to_the_others(stands):
+    names = ["arithmetic", "countdown", "lookup", "sokoban", "sokoban-skills"]
+    before = {name: tiny._fingerprint(RECIPES[name], 0, 1) for name in names}
+    stands("opd.envs.sokoban_board", source("opd.envs.sokoban_board").replace("return None", "return 0"))
+    changed = [name for name in names if tiny._fingerprint(RECIPES[name], 0, 1) != before[name]]
+    assert changed == ["sokoban", "sokoban-skills"]
+
+
+def test_every_value_of_a_recipe_makes_a_new_model():
+    lookup = RECIPES["lookup"]
+    recipes = [
+        lookup,
+        dataclasses.replace(lookup, batch=17),
+        dataclasses.replace(lookup, steps=501),
+        dataclasses.replace(lookup, rates=(0.02, 2e-3)),
+        dataclasses.replace(lookup, words=lookup.words[:-1]),
+        dataclasses.replace(lookup, phrases=[*lookup.phrases, " and "]),
+        dataclasses.replace(lookup, forms=lookup.forms | {"plain": 0.37}),
+        dataclasses.replace(lookup, forms=dict(reversed(lookup.forms.items()))),
+        dataclasses.replace(lookup, env=RECIPES["lookup-expert"].env),
+        dataclasses.replace(lookup, plain=RECIPES["countdown"].plain),
+    ]
+    found = {tiny._fingerprint(recipe, 0, 1) for recipe in recipes}
+    assert len(found | {tiny._fingerprint(lookup, 1, 1), tiny._fingerprint(lookup, 0, 2)}) == len(recipes) + 2
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "numpy"])
+def test_another_version_of_what_computes_makes_a_new_model(package, monkeypatch):
+    before = tiny._fingerprint(RECIPES["lookup"], 0, 1)
+    monkeypatch.setattr(f"{package}.__version__", "0.0.1")
+    assert tiny._fingerprint(RECIPES["lookup"], 0, 1) != before
+
+
+def test_to_find_a_model_in_the_cache_takes_a_moment():
+    since = time.process_time()
+    for _ in range(3):
+        tiny._fingerprint(RECIPES["sokoban-skills"], 0, 1)
+    assert (time.process_time() - since) / 3 < 1.5
+
+
+def test_the_warm_starts_loss_is_the_objectives_of_supervised_training(cache):
+    writer = EpisodeWriter(RECIPES["lookup"], 0)
+    samples, losses = [writer.sample() for _ in range(3)], Losses(ce=CrossEntropy())
+    student = CausalModel(AutoModelForCausalLM.from_pretrained(build_tiny("lookup", steps=1, quiet=True)))
+    found = tiny._cross_entropy(student, collate(samples, writer.pad_id))
+    expected = objective(student, collate(normalise(samples, losses, list), writer.pad_id), losses, None).loss
+    assert found.item() == expected.item() > 1
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist():
