@@ -72,7 +72,7 @@ def train(
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = _newest(out, ranks, anew=resume == "auto") if again else None
             course = _Course(config=config, ranks=ranks, out=out, lock=lock, only_prepare=only_prepare)
-            return _train(course, saved)
+            return _train(course, saved, anew=again and saved is None)
 
 
 @contextmanager
@@ -106,12 +106,15 @@ def ranks_of(config: Config) -> Ranks:
     return ranks
 
 
-def _train(course: _Course, saved: checkpoint.Checkpoint | None) -> RunResult:
+def _train(course: _Course, saved: checkpoint.Checkpoint | None, *, anew: bool) -> RunResult:
+    """Train from a checkpoint or from the start; `anew` in the folder of a run that has none."""
     config, ranks, out = course.config, course.ranks, course.out
     if saved is not None:
         course.take_up(saved.record("run"), saved.folder)
     left = ranks.from_first(course.stages_left)
     ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
+    if anew:
+        ranks.from_first(partial(_begin_anew, out))
     with _stop_signals() as stopped, closing(course):
         course.stopped = stopped
         for stage in left:
@@ -249,7 +252,8 @@ class _Course:
         loop.version = self.done
         if self.before is None and evaluation.tasks and run.method.borrowed is None:
             self.before = self._evaluate(run, tracker)
-        self._prepare(run, stage, tracker)
+        if not self.interrupted:
+            self._prepare(run, stage, tracker)
         while self.done < stage.end and not self.interrupted:
             row, groups = loop.step(self.done - stage.first)
             row |= self.made if self.done == stage.first else {}
@@ -272,6 +276,7 @@ class _Course:
             self.made = {}  # of a stage that had its steps before a restart
         if stage.last and evaluation.tasks and self.after is None and run.method.trains and not self.interrupted:
             self.after = self._evaluate(run, tracker)  # a signal came before it could be
+            self._save(run)  # that says so
 
     def _prepare(self, run: Run, stage: _Stage, tracker: Tracker | NoTracker) -> None:
         """What the stage needs before its first step."""
@@ -360,22 +365,27 @@ class _Course:
 def _newest(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
     """The newest checkpoint; None for a run that was stopped before its first, which begins again.
 
-    Where such a run has rows of steps, it does so only if it may begin `anew`: then the rows are put aside. Raises
-    CheckpointError where it may not, or where no checkpoint is whole.
+    Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
+    or where no checkpoint is whole.
     """
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
         return checkpoint.latest(out / "checkpoints", ranks)
-    ranks.from_first(partial(_begin_again, out, anew=anew))
+    if not anew:
+        ranks.from_first(partial(_check_no_rows, out))
     return None
 
 
-def _begin_again(out: Path, *, anew: bool) -> None:
+def _check_no_rows(out: Path) -> None:
     step = last_row(out)
-    if step is not None and not anew:
+    if step is not None:
         raise CheckpointError(
             f"{out} has rows up to step {step}, but no checkpoint to go on from. Begin anew and keep them beside the "
             "new ones (--resume auto), or delete the run (--overwrite)"
         )
+
+
+def _begin_anew(out: Path) -> None:
+    """Put the rows of a run that has no checkpoint aside, and say so."""
     aside = ", ".join(path.name for path in put_rows_aside(out))
     print(
         f"{out} holds no checkpoint yet: its training begins anew{f'; its rows are kept in {aside}' if aside else ''}",

@@ -189,6 +189,9 @@ def test_a_signal_in_an_evaluation_ends_it_with_the_episode_at_hand_and_saves(se
     resumed = train(data, resume=True)
     assert resumed.after == whole.after
     assert not resumed.interrupted
+    evaluated = (result.out / "evals.jsonl").read_text()
+    assert train(data, resume=True).after == whole.after
+    assert (result.out / "evals.jsonl").read_text() == evaluated
 
 
 def test_a_run_without_its_folder_s_lock_writes_no_checkpoint(settings, monkeypatch):

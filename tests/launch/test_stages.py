@@ -163,7 +163,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(settings
     shutil.rmtree(whole / "checkpoints")
     shutil.rmtree(whole / "export-stage-1")
     before = read_rows(whole / "metrics.jsonl")
-    assert train(settings("whole", eval={"tasks": 2}), resume=True).steps == 4
+    assert train(settings("whole", eval={"tasks": 2}), resume="auto").steps == 4
     assert [row["train/loss"] for row in read_rows(whole / "metrics.jsonl")] == [row["train/loss"] for row in before]
 
 

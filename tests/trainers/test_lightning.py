@@ -203,7 +203,7 @@ def test_every_stage_goes_on_where_it_was_stopped(whole, settings, stage):
     if stage == "teacher plays":
         (cut / "data/episodes-own.jsonl").unlink()
     data = settings(cut.name, train={"save_every": 1, "keep_last": 9}, eval={"tasks": 2})
-    train(data, resume=True)
+    train(data, resume="auto")
     for name in ("episodes-teacher.jsonl", "episodes-own.jsonl"):
         assert (cut / "data" / name).read_bytes() == (whole / "data" / name).read_bytes()
     assert problems(cut) == []
@@ -245,7 +245,7 @@ def test_settings_that_changed_since_the_data_was_made_are_refused_by_name(whole
     shutil.rmtree(cut / "checkpoints")  # as `opd precompute` leaves it, where no stage before had steps
     written = (cut / "config.yaml").read_text()
     with pytest.raises(CheckpointError, match=rf"stage-1.json was saved under other settings: {named}\."):
-        train(settings(cut.name, **changed), resume=True)
+        train(settings(cut.name, **changed), resume="auto")
     assert (cut / "config.yaml").read_text() == written
 
 

@@ -106,7 +106,7 @@ def test_playing_that_was_cut_goes_on_to_the_same_bytes_and_loss(settings, tmp_p
     file = cut / "data/episodes-teacher.jsonl"
     full = file.read_bytes()
     file.write_bytes(full[: full.index(b"\n", len(full) // 2) + 50])  # killed within a row
-    train(settings("cut"), resume=True)
+    train(settings("cut"), resume="auto")
     assert file.read_bytes() == full
     assert timeless(cut) == timeless(whole)
 
