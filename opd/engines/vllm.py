@@ -44,11 +44,14 @@ class VllmEngine:
     """
 
     def __init__(self, model: CausalModel, config: RolloutConfig) -> None:
+        arguments = engine_args(model, config)
         trainers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        if trainers > 1 and config.vllm.tensor_parallel_size > 1:
+        split = vllm_life.split(arguments)
+        if trainers > 1 and split:
+            settings = ", ".join(f"rollout.vllm.{name} = {size}" for name, size in split.items())
             raise ConfigError(
-                f"rollout.vllm.tensor_parallel_size = {config.vllm.tensor_parallel_size} in the process of one of "
-                f"{trainers} trainers would need them in lockstep. Use rollout.engine: vllm_server, or 1."
+                f"{settings} in the process of one of {trainers} trainers would need them in lockstep. "
+                "Use rollout.engine: vllm_server, or 1."
             )
         self.policy_version = 0
         self._sleeps = config.vllm.sleep and model.device.type == "cuda"
@@ -62,8 +65,7 @@ class VllmEngine:
         """Tokens of prompts and of scored sequences, and of these in the cache."""
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
             model.config.save_pretrained(folder)
-            arguments = engine_args(model, config) | {"enable_sleep_mode": self._sleeps, "model": folder}
-            self._engine = _started(arguments)
+            self._engine = _started(arguments | {"enable_sleep_mode": self._sleeps, "model": folder})
         self._end = weakref.finalize(self, vllm_life.end, self._engine, self._asleep)
         """Ends the engine, once; also when this object is garbage and nobody has closed it."""
 

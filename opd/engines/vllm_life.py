@@ -32,12 +32,18 @@ class _Groups:
 _groups = _Groups()
 
 
+def split(arguments: dict[str, Any]) -> dict[str, int]:
+    """By which of vLLM's arguments an engine is more than one worker, and into how many."""
+    kinds = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+    return {kind: arguments[kind] for kind in kinds if arguments.get(kind, 1) > 1}
+
+
 def start(arguments: dict[str, Any]) -> Any:
     """An LLMEngine in this process, by vLLM's own arguments, on the GPU of `opd.ranks.local_device`.
 
-    Changes the environment, which the caller puts back. On several ranks all start theirs at the same point, since
-    vLLM makes groups over all of them. Raises ModelError where vLLM refuses to start (nothing of it is left then), and
-    ImportError where it is missing.
+    One that is `split` has its workers in processes of their own, from the first GPU on. On several ranks all start
+    theirs at the same point, since vLLM makes groups over all of them. Changes the environment, which the caller puts
+    back. Raises ModelError where vLLM refuses to start (nothing of it is left then), ImportError where it is missing.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
@@ -46,14 +52,15 @@ def start(arguments: dict[str, Any]) -> Any:
 
     register()
     _guard_groups()
-    _say_place()
-    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    settings, alone = {"disable_log_stats": True, **arguments}, not split(arguments)
+    if alone:  # the launcher is the trainer's: the one worker is one of its ranks, on that one's GPU
+        _say_place()
+        settings = {"distributed_executor_backend": "external_launcher", **settings}
+    transfer = WeightTransferConfig(**settings.pop("weight_transfer_config"))
     if not _groups.engines:
-        _groups.made_default = not dist.is_initialized()
+        _groups.made_default = alone and not dist.is_initialized()
     _groups.engines += 1
     try:
-        # The launcher is the trainer's: this engine's worker is one of its ranks. vLLM's default is local rank 0.
-        settings = {"distributed_executor_backend": "external_launcher", "disable_log_stats": True, **arguments}
         return LLMEngine.from_engine_args(EngineArgs(weight_transfer_config=transfer, **settings))
     except BaseException as error:
         _groups.engines -= 1

@@ -21,7 +21,7 @@ from opd.engines import vllm_life
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
-from opd.errors import ModelError
+from opd.errors import ConfigError, ModelError
 from opd.launch import build as building
 from opd.launch.config import Config
 from opd.launch.tiny import build_tiny
@@ -212,6 +212,31 @@ def test_an_engine_starts_by_itself_under_a_launcher_whose_groups_nobody_made(mo
     assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
     assert {name: os.environ[name] for name in told} == told
     engine.close()
+
+
+@pytest.mark.slow
+def test_an_engine_split_over_two_workers_is_no_rank_of_the_trainers(model, others):
+    whole, parts = started(model), started(model, tensor_parallel_size=2)
+    assert sampled(parts, model) == sampled(whole, model)
+    parts.close()
+    whole.close()
+    assert works(others)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "named"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size = 2"),
+        ({"engine_args": {"tensor_parallel_size": 4}}, "tensor_parallel_size = 4"),
+        ({"engine_args": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size = 2"),
+    ],
+)
+def test_an_engine_that_is_split_is_refused_beside_other_trainers(model, monkeypatch, vllm, named):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=rf"rollout.vllm.{named} in the process of one of 2 trainers .*vllm_server"):
+        started(model, **vllm)
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("error", [None, ValueError("broken")])
