@@ -3,6 +3,8 @@
 Everything is a session fixture that holds a function or a class, so that property tests can use it too.
 """
 
+import fcntl
+import os
 from contextlib import closing
 from functools import cache
 from typing import Any
@@ -179,6 +181,26 @@ def make_model(make_tokenizer):
         return CausalModel(adapted).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """`tiny_model(name, seed=..., steps=...)`: the folder of a `tiny:` model, by default one that was hardly warmed up.
+
+    Each is built once a session, by whichever process of the session asks for it first.
+    """
+    from opd.launch.tiny import build_tiny  # late: most tests need no tiny model
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name="lookup", *, seed=0, steps=3):
+        with (shared / "tiny.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            patch.setenv("OPD_CACHE", str(shared / "tiny-models"))
+            return build_tiny(name, seed=seed, steps=steps, quiet=True)
+
+    return made
 
 
 class ScriptedEnv(gymnasium.Env):

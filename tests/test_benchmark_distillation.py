@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from opd.launch.tiny import build_tiny
-
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=2, quiet=True), build_tiny("lookup-expert", steps=30, quiet=True)
+def models(tiny_model):
+    return tiny_model(), tiny_model("lookup-expert", steps=30)
 
 
 @pytest.fixture

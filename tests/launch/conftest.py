@@ -2,15 +2,11 @@
 
 import pytest
 
-from opd.launch.tiny import build_tiny
-
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(tiny_model):
     """A model that knows the format a little: a tenth of the warm start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=50, quiet=True)
+    return tiny_model(steps=50)
 
 
 @pytest.fixture

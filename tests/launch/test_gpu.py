@@ -23,7 +23,6 @@ from opd.config import ModelConfig
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.plan import plan
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.models import load
 from opd.tracking import read_rows
@@ -48,11 +47,9 @@ def _coin_env():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_model):
     """A student that knows the format a little, and a teacher of the same tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return [str(build_tiny("lookup", steps=steps, seed=n, quiet=True)) for n, steps in enumerate((30, 3))]
+    return [str(tiny_model(steps=30)), str(tiny_model(seed=1))]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 
 from opd.errors import ConfigError, EngineError
 from opd.launch.config import Config
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 
@@ -42,11 +41,9 @@ def settings(models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_model):
     """A student and its teacher, hardly warmed up."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=2, quiet=True), build_tiny("lookup-expert", steps=30, quiet=True)
+    return tiny_model(), tiny_model("lookup-expert", steps=30)
 
 
 @pytest.fixture(scope="module")

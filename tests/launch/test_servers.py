@@ -14,7 +14,6 @@ from opd.launch import checks, servers
 from opd.launch.build import _sampler
 from opd.launch.config import Config, served
 from opd.launch.plan import plan
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.losses import Correction
 from opd.tracking import read_rows
@@ -224,10 +223,8 @@ def test_a_gguf_file_is_not_served(commands):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=5, quiet=True)
+def tiny(tiny_model):
+    return tiny_model()
 
 
 def test_a_run_whose_engine_is_lost_leaves_a_checkpoint_and_trains_nothing_twice(tiny, tmp_path, monkeypatch):

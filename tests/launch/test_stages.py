@@ -13,7 +13,6 @@ from opd.launch import build as launch_build
 from opd.launch import config as launch_config
 from opd.launch.build import build
 from opd.launch.plan import plan
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.tracking import read_rows
@@ -77,10 +76,8 @@ def registered(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=10, quiet=True)
+def tiny(tiny_model):
+    return tiny_model()
 
 
 @pytest.fixture

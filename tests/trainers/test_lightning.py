@@ -25,7 +25,6 @@ from opd.launch import build as launch_build
 from opd.launch.cli import main
 from opd.launch.config import Config
 from opd.launch.stored import inspect, problems
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.models import load
 from opd.objective import objective
@@ -37,11 +36,9 @@ from opd.trainers.offline import episodes, tokens_of, with_scores
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_model):
     """A student, and two teachers of the same tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return [build_tiny("lookup", steps=3, seed=seed, quiet=True) for seed in (0, 1, 2)]
+    return [tiny_model(seed=seed) for seed in (0, 1, 2)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from opd.identity import weights_fingerprint
 from opd.launch import build as launch_build
 from opd.launch.build import build
 from opd.launch.config import Config
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.losses import SampledDistill
 from opd.models import load_teacher
@@ -29,10 +28,8 @@ EXTERNAL = TeacherConfig(weights="external", model="some/model")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_tiny("lookup", steps=5, quiet=True)
+def tiny(tiny_model):
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
 from opd.launch.build import build
 from opd.launch.config import Config
-from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.conversations import read_conversations
@@ -21,11 +20,9 @@ from opd.types import to_sample
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_model):
     """A student, and a teacher of the same tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return [build_tiny("lookup", steps=3, seed=seed, quiet=True) for seed in (0, 1)]
+    return [tiny_model(seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture

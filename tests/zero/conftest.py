@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from opd.launch.tiny import build_tiny
-
 WORKER = Path(__file__).parent / "worker.py"
 SECONDS = 540
 # Standalone: on a port of its own, whoever else runs these tests on this machine.
@@ -20,11 +18,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tiny_model):
     """A model that has hardly been warm-started: what it says does not matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return str(build_tiny("lookup", steps=2, quiet=True))
+    return str(tiny_model())
 
 
 @pytest.fixture(scope="session")
