@@ -40,6 +40,7 @@ from opd.launch.checks import (
     check_teachers,
     check_tracking,
 )
+from opd.launch.out import Resume
 from opd.launch.overrides import merge
 from opd.launch.parse import bad_value, parse
 from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
@@ -181,7 +182,7 @@ class Config(Strict):
         """All settings as a file would hold them."""
         return to_yaml(self.dump())
 
-    def choose_out(self, *, resume: out.Resume = False, overwrite: bool = False) -> Path:
+    def choose_out(self, *, resume: Resume = False, overwrite: bool = False) -> Path:
         """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.out`)."""
         name = out.default_name(self.method, self.env.id, self.model.name)
         return out.choose(self.out, name, resume=resume, overwrite=overwrite)
