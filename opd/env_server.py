@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -124,8 +125,10 @@ def _prctl(option: int, value: int) -> None:
 class Server:
     """Forks environments and ends them. An environment's orphans fall to it, so that it can end them as well."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, play: Callable[[socket.socket], None] = play) -> None:
+        """`play` is what a fork does, at its end of a connection."""
         self.control = control
+        self._play = play
         self.children: set[int] = set()
         self._trainer = os.getppid()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -170,7 +173,7 @@ class Server:
                 try:
                     _become_environment(server)
                     self.control.close()
-                    play(connection)
+                    self._play(connection)
                 finally:
                     _flush()
                     os._exit(0)  # not the server's own way out
