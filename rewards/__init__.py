@@ -7,7 +7,15 @@ as they are, except those that need token ids. `docs/rewards.md` has the whole s
 """
 
 from opd.rewards.code import CodeTests, code_tests
-from opd.rewards.functions import contains_answer, exact_match, f1, last_number, normalized_match, number_match
+from opd.rewards.functions import (
+    contains_answer,
+    exact_match,
+    f1,
+    last_number,
+    last_tagged,
+    normalized_match,
+    number_match,
+)
 from opd.rewards.mathematics import MathVerify
 from opd.rewards.rubric import BUILT_IN, Part, Reward, RewardFunction, Rewards, Rubric, Score, resolve
 from opd.rewards.shape import Length, Matches, SoftOverlong, Tags
@@ -31,6 +39,7 @@ __all__ = [
     "exact_match",
     "f1",
     "last_number",
+    "last_tagged",
     "normalized_match",
     "number_match",
     "resolve",

@@ -92,6 +92,19 @@ def answer_of(completion: Completion) -> str:
     return text_of(completion).rpartition("</think>")[2].strip()
 
 
+def last_tagged(text: str, tag: str) -> str | None:
+    """What stands in the last pair of `<tag>` and `</tag>`, white space at the ends aside; None without a pair.
+
+    As the pattern `<tag>(.*?)</tag>` finds it, in time that grows with the length alone: that pattern looks through
+    the whole text again for every tag that is never closed.
+    """
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    found, at = None, 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
+        found, at = text[start + len(opening) : end], end + len(closing)
+    return None if found is None else found.strip()
+
+
 def _contains(text: str, answer: str) -> float | None:
     if not answer:
         return None

@@ -16,6 +16,7 @@ from opd.errors import ConfigError, EnvError
 from opd.grading import grading
 from opd.rewards.code import CodeTests
 from opd.rewards.functions import Completion, contains_answer, exact_match, f1, normalized_match, number_match
+from opd.rewards.isolated import Isolated, is_third_party
 from opd.rewards.mathematics import MathVerify
 from opd.rewards.shape import Length, Matches, SoftOverlong, Tags
 from opd.types import Message
@@ -34,6 +35,11 @@ class Part:
     weight: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of what makes the function: a class, or a function that returns one (`trl.rewards:get_...`)."""
+    isolated: bool | None = None
+    """Whether the function is called in a locked process of its own (`opd.rewards.isolated`); None: where it is
+    TRL's or another library's."""
+    time_limit: float | None = None
+    """Seconds that an isolated function may take for one completion; by default 10."""
 
 
 Rewards = Reward | Iterable[Reward] | Mapping[Reward, float | Part | Mapping[str, Any]]
@@ -230,7 +236,17 @@ def _ready(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Ready:
     if isinstance(part.weight, bool) or not isinstance(part.weight, int | float) or not math.isfinite(part.weight):
         raise ConfigError(f"rewards: the weight {part.weight!r} of {name} must be a finite number")
     function = resolve(key if part.reward is None else part.reward, part.settings)
-    return _Ready(name=name, function=function, weight=part.weight, is_async=_is_async(function))
+    is_async = _is_async(function)
+    if part.isolated and is_async:
+        raise ConfigError(f"reward {name}: an async function cannot be isolated; leave out isolated: true")
+    if part.isolated or (part.isolated is None and is_third_party(function) and not is_async):
+        function = Isolated(function, name=name, time_limit=10.0 if part.time_limit is None else part.time_limit)
+    elif part.time_limit is not None:
+        raise ConfigError(
+            f"reward {name}: time_limit = {part.time_limit!r} is for isolated functions; set isolated: true, or leave "
+            "it out: the time limit of the rewards holds"
+        )
+    return _Ready(name=name, function=function, weight=part.weight, is_async=is_async)
 
 
 def _is_async(function: RewardFunction) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import regex
 
-from opd.errors import ConfigError, EnvError
+from opd.errors import ConfigError
 from opd.rewards.functions import Completion, text_of
+
+logger = logging.getLogger(__name__)
 
 Unit = Literal["characters", "words"]
 _SECONDS = 2.0  # for one pattern and one text; it takes microseconds unless the two were made for each other
@@ -22,7 +25,7 @@ class Matches:
         pattern: a regular expression; `.` matches line breaks too.
 
     The `regex` package matches, since it can be stopped: some patterns take years on some texts, and Python's own
-    `re` lets no other thread run meanwhile. Too slow a match is an EnvError.
+    `re` lets no other thread run meanwhile. A text that takes too long does not match, and the log says so.
     """
 
     __name__ = "matches"
@@ -38,12 +41,16 @@ class Matches:
 
     def _matches(self, text: str) -> bool:
         try:
-            return self.pattern.fullmatch(text, timeout=_SECONDS) is not None
-        except TimeoutError as error:
-            raise EnvError(
-                f"matches: pattern = {self.pattern.pattern!r} took more than {_SECONDS:g} s on one text; "
-                "avoid repeats inside repeats, such as (a+)+"
-            ) from error
+            return self.pattern.fullmatch(text, timeout=_SECONDS, concurrent=True) is not None
+        except TimeoutError:
+            logger.warning(
+                "matches: pattern = %r took more than %g s on the text %.200r, which scores 0; avoid repeats inside "
+                "repeats, such as (a+)+",
+                self.pattern.pattern,
+                _SECONDS,
+                text[:200],
+            )
+            return False
 
 
 class Tags:

@@ -1,28 +1,15 @@
-"""math-verify in processes of its own: right answers, hostile ones, and children that hang or die."""
+"""math-verify in a process of its own: right answers, hostile ones.
 
-import os
-import signal
-import subprocess
-import sys
-import threading
+How such a process is killed, replaced and locked is tested in `tests/opd/test_graders.py`.
+"""
+
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from opd.errors import ConfigError
 from opd.rewards import MathVerify, mathematics
-
-
-@pytest.fixture
-def checkers(monkeypatch):
-    """Children of this test alone, at most one."""
-    monkeypatch.setattr(mathematics, "_CHILDREN", 1)
-    made = mathematics._Checkers()
-    monkeypatch.setattr(mathematics, "_CHECKERS", made)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize(
@@ -51,6 +38,7 @@ def test_answers_are_compared_as_mathematics(completion, answer, reward):
         r"\boxed{9^{9^{9^9}}}",
         r"\boxed{9!!!!!}",
         r"\boxed{2^{10^{9}}}",
+        "9**9**9",
         "$" + "(" * 3000 + "3" + ")" * 3000 + "$",
         r"\boxed{" * 10_000,
         "3" * 1_000_000,
@@ -60,55 +48,13 @@ def test_answers_are_compared_as_mathematics(completion, answer, reward):
 def test_a_hostile_answer_is_wrong_within_its_time(hostile):
     since = time.monotonic()
     assert MathVerify(time_limit=2)([hostile], answer=["3"]) == [0.0]
-    assert time.monotonic() - since < 30  # with the start of a child on a busy machine
+    assert time.monotonic() - since < 30  # with the start of its process on a busy machine
 
 
 def test_other_threads_are_answered_too():
     with ThreadPoolExecutor(4) as threads:
         rewards = list(threads.map(lambda n: MathVerify()([f"${n}/2$"], answer=[f"{n / 2}"]), range(8)))
     assert rewards == [[1.0]] * 8
-
-
-@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_child_that_hangs_or_dies_is_replaced_and_its_answer_is_wrong(checkers, fault):
-    assert checkers.ask("1/2", "0.5", seconds=5) == 1.0
-    [child] = checkers._idle
-    child._process.send_signal(fault)
-    since = time.monotonic()
-    assert checkers.ask("1/2", "0.5", seconds=1) == 0.0
-    assert time.monotonic() - since < 15
-    assert child._process.poll() is not None
-    assert checkers.ask("1/2", "0.5", seconds=5) == 1.0
-
-
-def test_the_system_ends_a_child_whose_processor_time_is_used_up(checkers):
-    checkers.ask("1", "1", seconds=1)
-    [child] = checkers._idle
-    limits = Path(f"/proc/{child._process.pid}/limits").read_text()
-    [line] = [line for line in limits.splitlines() if line.startswith("Max cpu time")]
-    used = sum(os.times()[2:4]) + 60  # more than a child has used
-    assert 0 < int(line.split()[3]) < used
-
-
-def test_a_forked_process_has_children_of_its_own(checkers):
-    checkers.ask("1", "1", seconds=5)
-    [child] = checkers._idle
-    checkers.forget()
-    assert checkers._idle == []
-    assert checkers.ask("1/2", "0.5", seconds=5) == 1.0
-    assert checkers._idle != [child]
-    child.kill()
-
-
-def test_children_end_with_their_parent(tmp_path):
-    script = (
-        "from opd.rewards import MathVerify, mathematics\n"
-        "MathVerify()(['1'], answer=['1'])\n"
-        "print(mathematics._CHECKERS._idle[0]._process.pid)\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not Path(f"/proc/{int(done.stdout)}").exists()
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
@@ -118,13 +64,5 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def test_a_time_limit_below_a_second_is_refused():
-    with pytest.raises(ConfigError, match=r"time_limit = 0.5 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"math_verify: time_limit = 0.5 must be at least 1"):
         MathVerify(time_limit=0.5)
-
-
-def test_no_more_children_are_made_than_allowed(checkers):
-    before = threading.active_count()
-    with ThreadPoolExecutor(3) as threads:
-        list(threads.map(lambda _: checkers.ask("1", "1", seconds=5), range(3)))
-    assert len(checkers._idle) == 1
-    assert threading.active_count() <= before + 1
