@@ -77,7 +77,7 @@ class ArithmeticEnv(TextEnv):
         if given is None:
             return _wrong(f"There is no number in the answer to {self._sum}.")
         if given != self.result:
-            return _wrong(f"{given} is too {'low' if given < self.result else 'high'} for {self._sum}.")
+            return _wrong(f"{str(given)[:80]} is too {'low' if given < self.result else 'high'} for {self._sum}.")
         return Reply(reward=1.0, terminated=True, success=True)
 
     def _draw(self, rng: np.random.Generator, split: str) -> tuple[int, str, int]:

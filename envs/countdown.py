@@ -26,6 +26,7 @@ from opd.envs.text_env import Reply, Start, TextEnv, task_split
 from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, DataError, EnvError
+from opd.rewards import last_tagged
 
 RULES = (
     "Use every number exactly once. Add, subtract, multiply or divide; a difference must stay above zero, "
@@ -222,11 +223,10 @@ def call(step: Combination) -> str:
     return format_call("combine", {"a": str(step.a), "op": step.op, "b": str(step.b)})
 
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _RESULT = re.compile(r"=\s*[0-9]+\s*$")
 
 
 def _answer_in(action: str) -> str:
-    tagged = _ANSWER.findall(action)
-    lines = (tagged[-1] if tagged else action).strip().split("\n")
+    tagged = last_tagged(action, "answer")
+    lines = (action if tagged is None else tagged).strip().split("\n")
     return _RESULT.sub("", lines[-1]).strip()

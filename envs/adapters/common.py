@@ -13,6 +13,7 @@ import numpy as np
 
 from opd.envs.text_env import task_split
 from opd.errors import ConfigError, EnvError
+from opd.sandbox import GraderSession, Ungraded
 
 T = TypeVar("T")
 
@@ -44,6 +45,29 @@ def resolve(given: Callable[..., Any] | str, *, setting: str) -> Callable[..., A
     if not callable(found):
         raise ConfigError(f"env.kwargs.{setting}: {given!r} is a {type(found).__name__}, which cannot be called")
     return found  # type: ignore[no-any-return]  # any callable
+
+
+class Unprotected:
+    """An object in this process, called as a `GraderSession` calls one in a process of its own.
+
+    For code that must have what is refused there. `close` is the object's own.
+    """
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """What the method returns. Raises Ungraded where it raises."""
+        try:
+            return getattr(self._made, method)(**arguments)
+        except Exception as error:  # code that met a text it was not made for
+            raise Ungraded(f"it raised {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._made.close()
+
+
+Session = GraderSession | Unprotected
 
 
 class OwnRandom:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,8 @@ import numpy as np
 from opd.envs.adapters.common import ALL_SPLITS, OwnRandom, draw
 from opd.envs.text_env import Reply, Start, TextEnv
 from opd.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from opd.rewards import last_tagged
+from opd.sandbox import Grader
 
 SYSTEM = "Think first, then write your final answer between <answer> and </answer>."
 
@@ -31,6 +33,10 @@ class ReasoningGymEnv(TextEnv):
             from, and which (10,000 and 0 where they are not given).
         system: a system message, or none.
         success_threshold: a score of at least this is a success.
+        time_limit: seconds for scoring one answer; `rollout.grading_timeout` must be larger.
+
+    The scorers take answers for Python and for formulas of sympy, so they run where text can hurt nothing
+    (`opd.sandbox.Grader`): an answer whose scoring hangs, dies, raises or is refused scores 0, and the log says so.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "tasks": dict(ALL_SPLITS)}  # noqa: RUF012  (gymnasium's own)
@@ -42,11 +48,15 @@ class ReasoningGymEnv(TextEnv):
         config: Mapping[str, Any] | None = None,
         system: str | None = SYSTEM,
         success_threshold: float = 1.0,
+        time_limit: float = 10.0,
     ) -> None:
         super().__init__()
         self.system = system
         self.success_threshold = success_threshold
-        self._data = _create(name, {"size": 10_000, "seed": 0, **(config or {})})
+        settings = {"size": 10_000, "seed": 0, **(config or {})}
+        self._data = _create(name, settings)
+        self._grader = Grader(partial(Scorer, name, settings), name=f"reasoning_gym:{name}", time_limit=time_limit)
+        self._grader.start()
         self._random = OwnRandom()
         self._entry: dict[str, Any] = {}
 
@@ -75,15 +85,32 @@ class ReasoningGymEnv(TextEnv):
             return dict(self._data[number])
 
     def _score(self, action: str) -> float:
-        from reasoning_gym.utils import extract_answer
+        tagged = last_tagged(action, "answer")
+        answer = action.strip() if tagged is None else tagged
+        return self._grader.score("score", text=answer, answer=answer, entry=self._entry) or 0.0
 
-        answer = extract_answer(action)
-        answer = action.strip() if answer is None else answer
-        try:
-            return float(self._data.score_answer(answer, self._entry))
-        except Exception:  # a scorer of theirs met an answer that it was not made for: that answer is wrong
-            logger.warning("the scorer of reasoning-gym raised for the answer %.200r", answer, exc_info=True)
-            return 0.0
+
+class Scorer:
+    """A data set's `score_answer`, in a process of its own.
+
+    Of the data set only the settings count there, so it is made with a single question: some draw all at once.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        self._data = _create(name, {**config, "size": 1})
+        with suppress(Exception):  # what scoring imports and remembers is there when the first answer comes
+            entry = self._data[0]
+            self._data.score_answer(entry["answer"], entry)
+
+    def score(self, answer: str, entry: dict[str, Any]) -> float:
+        """The score of an answer to a question of the data set."""
+        if _NAN.search(answer) and not _NAN.search(str(entry["answer"])):
+            return 0.0  # min(1, nan) is 1 to some of them
+        return float(self._data.score_answer(answer, entry))
+
+
+_NAN = re.compile(r"(?<![^\W\d_])nan[ij]?(?![^\W\d_])", re.IGNORECASE)
+"""What is not a number, as a word or as a part of a complex number."""
 
 
 def _create(name: str, config: dict[str, Any]) -> Any:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opd.envs.adapters.common import ALL_SPLITS, OwnRandom, draw, resolve
+from opd.envs.adapters.common import ALL_SPLITS, draw, resolve
 from opd.envs.text_env import Reply, Start, TextEnv
 from opd.errors import ConfigError, EnvError
+from opd.sandbox import Grader, GraderSession, Ungraded
+
+logger = logging.getLogger(__name__)
 
 
 class TextArenaEnv(TextEnv):
@@ -18,7 +24,7 @@ class TextArenaEnv(TextEnv):
 
     The game's own observation wrappers are kept. Where they tell the whole story again at each turn, only what is
     new of it becomes the next message, without the echo of the model's own words: the conversation has these.
-    The games draw from Python's global `random`; each episode gets a stream of its own.
+    The games draw from Python's global `random`; each episode is a process of its own, and so is its stream.
 
     Args:
         name: an id that `textarena.make` takes.
@@ -29,6 +35,10 @@ class TextArenaEnv(TextEnv):
             `{solution: secret_word}` for Wordle.
         varied: whether the first observation and the privileged texts tell tasks apart. Then tasks are held out by
             them; otherwise the splits differ in their seeds alone.
+        time_limit: seconds for one move; `rollout.step_timeout` must be larger.
+
+    The game itself runs where text can hurt nothing (`opd.sandbox.Grader`): a move at which it hangs, dies or raises
+    ends the episode without a reward, and the log says so.
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class TextArenaEnv(TextEnv):
         opponent: Callable[[str], str] | str | None = None,
         privileged: Mapping[str, str] | None = None,
         varied: bool = False,
+        time_limit: float = 10.0,
     ) -> None:
         super().__init__()
         if (opponent is None) != (players == 1):
@@ -52,9 +63,12 @@ class TextArenaEnv(TextEnv):
         self.varied = varied
         self._opponent = None if opponent is None else resolve(opponent, setting="opponent")
         self._name, self._config = name, dict(config or {})
-        self._random = OwnRandom()
-        self._game: Any = _make(name, self._config)
-        self._told = ""
+        _make(name, self._config)  # refuses what is wrong, and downloads the word lists that a game needs
+        made = partial(Game, name, self._config, players)
+        self._grader = Grader(made, name=f"textarena:{name}", time_limit=time_limit)
+        self._grader.start()
+        self._session: GraderSession | None = None
+        self._told = self._seat = ""
         if varied:
             self.metadata = {**self.metadata, "tasks": dict(ALL_SPLITS)}
 
@@ -62,55 +76,70 @@ class TextArenaEnv(TextEnv):
         return draw(self._begin, lambda start: [start.prompt, start.privileged], rng, split if self.varied else None)
 
     def respond(self, action: str) -> Reply:
-        echo = f"\n[{self._game.state.role_mapping.get(0, 'Player 0')}] {action}"
-        done = self._step(action) or self._others_play()
-        messages = [] if done else [{"role": "user", "content": self._observation().removeprefix(echo).lstrip("\n")}]
-        return self._ending() if done else Reply(messages=messages)
+        echo = f"\n[{self._seat}] {action}"
+        try:
+            seen = self._call("step", action=action)
+        except Ungraded as error:
+            return self._unreadable(action, str(error))
+        seen = self._others_play(seen)
+        if "ending" in seen:
+            return self._ending(**seen["ending"])
+        return Reply(messages=[{"role": "user", "content": self._new(seen["told"]).removeprefix(echo).lstrip("\n")}])
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def _begin(self, seed: int) -> Start:
-        # A game that has ended keeps parts of its story in its wrappers: each episode gets a new one.
-        self._game, self._told = _make(self._name, self._config), ""
-        with self._random(seed):
-            self._game.reset(num_players=self.players, seed=seed)
-        self._others_play()
-        prompt = self._observation().lstrip("\n")
-        state = self._game.state.game_state or {}
+        self.close()  # a game that has ended keeps parts of its story: each episode gets a new one
+        self._session, self._told = self._grader.session(), ""
+        try:
+            begun = self._call("begin", seed=seed, wanted=list(self.privileged.values()))
+            seen = self._others_play(begun["seen"])
+        except Ungraded as error:
+            raise EnvError(f"textarena:{self._name} cannot begin: {error}") from error
+        if "ending" in seen:
+            raise EnvError(f"textarena:{self._name} was over before the first move of seat 0")
+        state = begun["state"]
         if missing := [key for key in self.privileged.values() if key not in state]:
-            raise EnvError(f"privileged: the state of {self._name} has no {missing[0]!r}; it has: {', '.join(state)}")
-        return Start(prompt=prompt, privileged={name: str(state[key]) for name, key in self.privileged.items()})
+            raise EnvError(
+                f"privileged: the state of {self._name} has no {missing[0]!r}; it has: {', '.join(begun['keys'])}"
+            )
+        self._seat = begun["seat"]
+        prompt = self._new(seen["told"]).lstrip("\n")
+        return Start(prompt=prompt, privileged={name: state[key] for name, key in self.privileged.items()})
 
-    def _step(self, action: str) -> bool:
-        with self._random():
-            done, _ = self._game.step(action=action)
-        return bool(done)
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        if self._session is None:
+            raise EnvError("the game is closed; call reset first")
+        seen: dict[str, Any] = self._session.call(method, **arguments)
+        return seen
 
-    def _others_play(self) -> bool:
-        """Let the other seats act until it is our turn; whether the game is over."""
-        while self._opponent is not None and self._game.state.current_player_id != 0:
-            _, observation = self._look()
-            if self._step(str(self._opponent(observation))):
-                return True
-        return False
+    def _others_play(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """Let the other seats act until it is our turn, or the game is over; what is seen then."""
+        while self._opponent is not None and seen.get("player", 0) != 0:
+            try:
+                seen = self._call("step", action=str(self._opponent(seen["told"])))
+            except Ungraded as error:
+                raise EnvError(f"textarena:{self._name} broke at the opponent's move: {error}") from error
+        return seen
 
-    def _observation(self) -> str:
+    def _new(self, text: str) -> str:
         """What seat 0 has not been told yet."""
-        _, text = self._look()
         new = text.removeprefix(self._told) or text  # some games tell the present state alone, changed or not
         self._told = text
         return new
 
-    def _look(self) -> tuple[int, str]:
-        with self._random():
-            player, observation = self._game.get_observation()
-        if isinstance(observation, str):
-            return player, observation
-        names = self._game.state.role_mapping  # a game without observation wrappers tells tuples
-        return player, "".join(f"\n[{names.get(sender, sender)}] {text}" for sender, text, _ in observation)
+    def _unreadable(self, action: str, reason: str) -> Reply:
+        """The end of a game that could not take the model's move: no verdict of the game's, so no reward."""
+        logger.warning("textarena:%s: the move %.200r ends the game: %s", self._name, action[:200], reason)
+        self.close()
+        told = "The game could not read that move."
+        return Reply(messages=[{"role": "user", "content": told}], terminated=True, feedback=told)
 
-    def _ending(self) -> Reply:
-        rewards, infos = self._game.close()
-        reward = float((rewards or {}).get(0, 0.0))
-        reason = str((infos or {}).get(0, {}).get("reason") or "The game is over.")
+    def _ending(self, reward: float, reason: str) -> Reply:
+        self.close()
         return Reply(
             messages=[{"role": "user", "content": reason}],
             reward=reward,
@@ -118,6 +147,46 @@ class TextArenaEnv(TextEnv):
             success=reward >= 1,
             feedback=None if reward >= 1 else reason,
         )
+
+
+class Game:
+    """One game of textarena, in a process of its own: what it tells is data."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], players: int) -> None:
+        self._game: Any = _make(name, config)
+        self._players = players
+
+    def begin(self, seed: int, wanted: Sequence[str]) -> dict[str, Any]:
+        """What is seen first, the name of seat 0, and the wanted values of the game's state with all its keys."""
+        random.seed(seed)  # games draw from the global generator, which is this game's alone
+        self._game.reset(num_players=self._players, seed=seed)
+        seen = self._seen()
+        state = self._game.state.game_state or {}
+        return {
+            "seen": seen,
+            "seat": self._game.state.role_mapping.get(0, "Player 0"),
+            "state": {key: str(state[key]) for key in wanted if key in state},
+            "keys": [str(key) for key in state],
+        }
+
+    def step(self, action: str) -> dict[str, Any]:
+        """What is seen after an action: `player` and what it is `told`, or the `ending` of the game."""
+        done, _ = self._game.step(action=action)
+        return {"ending": self._ending()} if done else self._seen()
+
+    def _seen(self) -> dict[str, Any]:
+        player, observation = self._game.get_observation()
+        if not isinstance(observation, str):
+            names = self._game.state.role_mapping  # a game without observation wrappers tells tuples
+            observation = "".join(f"\n[{names.get(sender, sender)}] {text}" for sender, text, _ in observation)
+        return {"player": player, "told": observation}
+
+    def _ending(self) -> dict[str, Any]:
+        rewards, infos = self._game.close()
+        return {
+            "reward": float((rewards or {}).get(0, 0.0)),
+            "reason": str((infos or {}).get(0, {}).get("reason") or "The game is over."),
+        }
 
 
 def _make(name: str, config: Mapping[str, Any]) -> Any:

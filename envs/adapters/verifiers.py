@@ -9,18 +9,28 @@ completions, is not needed.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from opd.envs.adapters.common import OwnRandom
+from opd.envs.adapters.common import OwnRandom, Session, Unprotected
 from opd.envs.text_env import Reply, Start, TextEnv, task_split
 from opd.errors import ConfigError, EnvError
+from opd.sandbox import Grader, Ungraded
 from opd.types import Message
+
+logger = logging.getLogger(__name__)
+
+_UNPROTECTED = (
+    "If it needs the network, programs or files to write: env.kwargs.unprotected: true and env.workers: processes"
+)
 
 
 class VerifiersEnv(TextEnv):
@@ -35,6 +45,12 @@ class VerifiersEnv(TextEnv):
         tasks: how many tasks are read; a taskset may be endless.
         privileged: what the teacher may see: names, and the fields of the task's data, such as `{solution: answer}`.
         success_threshold: a total reward of at least this is a success.
+        time_limit: seconds for one turn of the environment's; `rollout.step_timeout` must be larger.
+        unprotected: run the environment in the process of the episode, with all that this may do. Only for one that
+            needs the network (a judge, say), programs or files to write, and with `env.workers: processes`.
+
+    Otherwise it runs where text can hurt nothing (`opd.sandbox.Grader`): a text at which it hangs, dies, raises or
+    is refused ends the episode without a reward, and the log says so.
     """
 
     def __init__(
@@ -45,18 +61,21 @@ class VerifiersEnv(TextEnv):
         tasks: int = 1000,
         privileged: Mapping[str, str] | None = None,
         success_threshold: float = 1.0,
+        time_limit: float = 10.0,
+        unprotected: bool = False,
     ) -> None:
         super().__init__()
-        self._env = _load(name, config or {})
+        self._name = name
         self.privileged = dict(privileged or {})
         self.success_threshold = success_threshold
-        self._tasks = _by_split(self._env, tasks)
+        self._tasks = _by_split(_load(name, config or {}), tasks)
         self.metadata = {**self.metadata, "tasks": {split: len(some) for split, some in self._tasks.items()}}
-        self._random = OwnRandom()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._seat: Seat | None = None
-        self._run: asyncio.Task[float] | None = None
-        self._stop: Callable[[], object] | None = None
+        make = partial(Exchange, name, dict(config or {}), tasks)
+        grader = Grader(make, name=f"verifiers:{name}", time_limit=time_limit)
+        if not unprotected:
+            grader.start()
+        self._open: Callable[[], Session] = (lambda: Unprotected(make())) if unprotected else grader.session
+        self._session: Session | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         tasks = self._tasks[split]
@@ -65,10 +84,12 @@ class VerifiersEnv(TextEnv):
             raise EnvError(f"index {number} is outside the {split} split, which has {len(tasks)} tasks")
         task = tasks[number]
         self.close()
-        self._loop, self._seat = asyncio.new_event_loop(), Seat()
-        self._run = self._loop.create_task(_episode(self._env, task, self._seat))
-        self._stop = weakref.finalize(self, _stop, self._loop, self._run)  # if nobody calls close
-        asked = self._next(seed=int(rng.integers(2**31)))
+        self._session = self._open()
+        seed = int(rng.integers(2**31))
+        try:
+            asked = self._session.call("begin", split=split, number=number, key=task.key, seed=seed)["asked"]
+        except Ungraded as error:
+            raise EnvError(f"verifiers:{self._name} cannot begin: {error}. {_UNPROTECTED}") from error
         if asked is None:
             raise EnvError("the environment ended without asking its agent for anything")
         data = task.data.model_dump()
@@ -77,28 +98,77 @@ class VerifiersEnv(TextEnv):
         return Start(prompt=asked, privileged={name: str(data[field]) for name, field in self.privileged.items()})
 
     def respond(self, action: str) -> Reply:
-        if self._seat is None or self._run is None:
+        if self._session is None:
             raise EnvError("the environment is closed; call reset first")
-        self._seat.reply(action)
-        asked = self._next()
-        if asked is not None:
-            return Reply(messages=asked)
-        reward = self._run.result()
+        try:
+            seen = self._session.call("reply", text=action)
+        except Ungraded as error:
+            logger.warning("verifiers:%s: the text %.200r ends the episode: %s", self._name, action[:200], error)
+            self.close()
+            return Reply(terminated=True, feedback="The environment could not take that text.")
+        if seen["asked"] is not None:
+            return Reply(messages=seen["asked"])
+        reward = float(seen["reward"])
+        if not math.isfinite(reward):
+            logger.warning("verifiers:%s: the text %.200r scores 0: its reward is %s", self._name, action[:200], reward)
+            reward = 0.0
         return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+
+class Exchange:
+    """The environment and its tasks, in a process of their own."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], tasks: int) -> None:
+        self._env = _load(name, config)
+        self._tasks = _by_split(self._env, tasks)
+        Interaction(Seat(), self._tasks["train"][0])  # verifiers asks git for its own version, once
+        self._random = OwnRandom()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._seat: Seat | None = None
+        self._run: asyncio.Task[float] | None = None
+        self._stop: Callable[[], object] | None = None
+
+    def prepare(self) -> None:
+        """Make what needs sockets; a locked process has none."""
+        self._loop = asyncio.new_event_loop()
+
+    def begin(self, split: str, number: int, key: str, seed: int) -> dict[str, Any]:
+        """Play a task until the agent is asked for something. Raises EnvError when it is not the task of this key."""
+        task = self._tasks.get(split, [])[number : number + 1]
+        if not task or task[0].key != key:
+            raise EnvError(f"the taskset has another task at {split} {number} each time that it is loaded")
+        self._loop = self._loop or asyncio.new_event_loop()
+        self._seat = Seat()
+        self._run = self._loop.create_task(_episode(self._env, task[0], self._seat))
+        self._stop = weakref.finalize(self, _stop, self._loop, self._run)  # if nobody calls close
+        return self._next(seed)
+
+    def reply(self, text: str) -> dict[str, Any]:
+        """Answer for the agent: what it is `asked` next, or None and the `reward` of the episode."""
+        assert self._seat is not None
+        self._seat.reply(text)
+        return self._next()
 
     def close(self) -> None:
         if self._stop is not None:
             self._stop()
         self._loop = self._seat = self._run = self._stop = None
 
-    def _next(self, seed: int | None = None) -> list[Message] | None:
-        """Run the environment until it asks its agent: what it says then, or None when the episode is over."""
+    def _next(self, seed: int | None = None) -> dict[str, Any]:
+        """Run the environment until it asks its agent, or the episode is over."""
         assert self._loop is not None
         assert self._seat is not None
         assert self._run is not None
         with self._random(seed):  # games draw from Python's global generator
             self._loop.run_until_complete(_either(self._run, self._seat.asked))
-        return self._seat.question() if self._seat.asked.is_set() else None
+        if self._seat.asked.is_set():
+            return {"asked": self._seat.question()}
+        return {"asked": None, "reward": self._run.result()}
 
 
 class Seat:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd.envs import check, make
-from opd.errors import ConfigError
+from opd.errors import ConfigError, EnvError
 
 ENV = "skyrl_gym:gsm8k_multi_turn"
 
@@ -59,7 +59,7 @@ def test_its_configuration_is_passed_on(tmp_path):
     path = tmp_path / "sql.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n}?", **row}) + "\n" for n in range(40)))
     env = make("skyrl_gym:text2sql", {"data": str(path), "config": {"db_path": "/nowhere"}})
-    with pytest.raises(FileNotFoundError, match="/nowhere/spider/database"):
+    with pytest.raises(EnvError, match=r"cannot begin with this row: .*FileNotFoundError: .*/nowhere/spider/database"):
         env.reset(seed=0)
 
 

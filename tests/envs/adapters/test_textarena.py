@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from opd.envs import check, make
+from opd.envs.adapters import common
 from opd.envs.adapters.common import OwnRandom
 from opd.errors import ConfigError, EnvError
 
@@ -72,7 +73,8 @@ def test_tasks_that_a_secret_tells_apart_are_in_one_split_each():
     assert not seen["train"] & seen["eval"]
 
 
-def test_a_game_of_one_task_cannot_be_split():
+def test_a_game_of_one_task_cannot_be_split(monkeypatch):
+    monkeypatch.setattr(common, "_DRAWS", 20)
     env = make("textarena:TowerOfHanoi-v0", {"varied": True})
     found, refused = [], []
     for split in ("train", "eval", "warm"):
