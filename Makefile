@@ -16,7 +16,7 @@ VLLM := $(if $(shell command -v nvidia-smi),,$(filter Linux-x86_64,$(shell uname
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
 DECLARED := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo demo-deepspeed test lint types wheel pytest sandbox bench clean
+.PHONY: help demo demo-deepspeed quick test long lint types wheel pytest sandbox bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,15 @@ demo: $(VENV)/.user ## train a small tool agent and show what it learnt (about 5
 demo-deepspeed: $(VENV)/.deepspeed ## the same agent on two processes with ZeRO-3 (the first time DeepSpeed compiles, a minute)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus 2 --module opd.launch.train examples/opsd_zero3.yaml $(ARGS)
 
-test: lint types wheel pytest ## everything that CI runs
+RUN_PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+quick: lint types $(VENV)/.dev sandbox ## lint, types, and the tests that start and train nothing (3 minutes on 2 cores)
+	$(RUN_PYTEST) -m "not slow and not long"
+
+test: lint types wheel pytest ## everything that CI runs (15 minutes)
+
+long: $(VENV)/.dev sandbox ## what takes hours, part by part into results/long; `make long PART=warm-starts` for one
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/long.py $(PART)
 
 lint: $(VENV)/.dev ## ruff: style and format
 	$(BIN)/ruff check .
@@ -39,8 +47,8 @@ types: build/site ## mypy, over the installed package
 wheel: build/site ## the built wheel works from another folder
 	bash .ci/check_wheel.sh build/site
 
-pytest: $(VENV)/.dev sandbox ## the tests; `make pytest ARGS=tests/launch` for a part
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+pytest: $(VENV)/.dev sandbox ## the tests, without the long ones; `make pytest ARGS=tests/launch` for a part
+	$(RUN_PYTEST) -m "not long" $(ARGS)
 
 # The one thing that lies outside this folder; without it the sandbox's tests fail, and say so.
 sandbox: ## bubblewrap, which runs untrusted code: installed where that needs no question, else how to

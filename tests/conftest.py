@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 import pytest
 import torch
+from hypothesis import settings
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +25,20 @@ from opd.envs import TextSpace
 from opd.modeling import CausalModel
 from opd.rollout import RolloutScheduler, task
 from opd.types import StopReason
+
+# A test that wants more or fewer cases takes its share of the profile's: settings(max_examples=CASES // 4), where
+# CASES is settings.default.max_examples.
+settings.register_profile("test", deadline=None, max_examples=100, print_blob=True)
+settings.register_profile("long", settings.get_profile("test"), max_examples=2000)
+settings.load_profile("test")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whoever asks for a tiny model trains it, and mostly trains with it: that is slow, if it is not long."""
+    for item in items:
+        if "tiny_model" in item.fixturenames and item.get_closest_marker("long") is None:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -34,7 +34,7 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lightning_has_a_row_for_each_arm_and_its_seconds(main, monkeypatch, capsys):
     arguments = ("--sft-steps", "1", "--sft-tasks", "4", "--tasks", "6")
     main("lightning", *arguments)
@@ -51,7 +51,7 @@ def test_lightning_has_a_row_for_each_arm_and_its_seconds(main, monkeypatch, cap
     assert [row[7] for row in rows(capsys.readouterr().out)[2:]] == [row[7] for row in found]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vopd_tells_the_variance_of_each_loss_and_draws_it(main, tmp_path, capsys):
     main("vopd", "--every", "2")
     _, _, *found = rows(capsys.readouterr().out)

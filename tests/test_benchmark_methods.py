@@ -50,6 +50,7 @@ def file(make_model, make_tokenizer, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_every_method_samples_as_many_tokens_for_each_seed_and_finished_runs_are_kept(methods, file, tmp_path, capsys):
     out = tmp_path / "results"
     methods.main([str(file()), "--out", str(out), "--seeds", "0"])
@@ -75,6 +76,7 @@ def test_every_method_samples_as_many_tokens_for_each_seed_and_finished_runs_are
     assert "\n".join(lines) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_stage_collects_counts_and_does_not_teach_before_it_trains(methods, file, tmp_path, monkeypatch):
     solved = Reply(reward=1.0, terminated=True, success=True)
     monkeypatch.setattr("opd.envs.arithmetic.ArithmeticEnv.respond", lambda env, action: solved)

@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_rollouts_prints_one_table_of_all_loops():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "rollout.py"), "--quick"],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

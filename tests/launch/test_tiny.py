@@ -1,6 +1,6 @@
 """Tiny models: their tokenizer and template, what their warm start shows, and how they are built and kept.
 
-Whether a whole warm start teaches what it should is in the one slow test at the end.
+Whether a whole warm start teaches what it should is in the one test at the end, which is slow, and long for most.
 """
 
 import ast
@@ -290,6 +290,7 @@ def test_a_built_model_is_a_plain_folder_of_half_a_million_weights_or_more(cache
     assert tokenizer(text)["input_ids"] == LOOKUP.tokenizer(text)["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_model_is_built_once_for_each_seed_and_length(cache, monkeypatch):
     built = []
     monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
@@ -412,6 +413,7 @@ def test_comments_docstrings_and_layout_are_nothing_that_a_model_depends_on(name
     assert tiny._fingerprint(RECIPES[name], 0, 1) == before
 
 
+@pytest.mark.slow
 def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands, monkeypatch):
     built = []
     monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
@@ -460,6 +462,7 @@ def test_code_that_the_samples_or_the_arithmetic_depend_on_makes_a_new_model(nam
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
 
 
+@pytest.mark.slow
 def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
     names = ["lookup-skills", "sokoban", "arithmetic"]
     before = [tiny._fingerprint(RECIPES[name], 0, 1) for name in names]
@@ -469,6 +472,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
     assert [tiny._fingerprint(RECIPES[name], 0, 1) for name in names] == before
 
 
+@pytest.mark.slow
 def test_what_one_world_depends_on_is_nothing_to_the_others(stands):
     names = ["arithmetic", "countdown", "lookup", "sokoban", "sokoban-skills"]
     before = {name: tiny._fingerprint(RECIPES[name], 0, 1) for name in names}
@@ -477,6 +481,7 @@ def test_what_one_world_depends_on_is_nothing_to_the_others(stands):
     assert changed == ["sokoban", "sokoban-skills"]
 
 
+@pytest.mark.slow
 def test_every_value_of_a_recipe_makes_a_new_model():
     lookup = RECIPES["lookup"]
     recipes = [
@@ -526,16 +531,16 @@ def test_an_unknown_name_is_refused_with_those_that_exist():
 
 
 WARM = [
-    ("lookup", 0.3, 0.7),
-    ("arithmetic", 0.0, 0.5),
-    ("sokoban", 0.1, 0.45),
-    ("countdown", 0.05, 0.4),
-    ("lookup-skills", 0.3, 0.7),
-    ("sokoban-skills", 0.1, 0.45),
+    pytest.param("lookup", 0.3, 0.7, marks=pytest.mark.slow),
+    pytest.param("arithmetic", 0.0, 0.5, marks=pytest.mark.slow),
+    pytest.param("sokoban", 0.1, 0.45, marks=pytest.mark.long),
+    pytest.param("countdown", 0.05, 0.4, marks=pytest.mark.long),
+    pytest.param("lookup-skills", 0.3, 0.7, marks=pytest.mark.long),
+    pytest.param("sokoban-skills", 0.1, 0.45, marks=pytest.mark.long),
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("name", "low", "high"), WARM)
 def test_a_warm_start_leaves_the_plain_task_open_and_makes_the_solution_useful(name, low, high):
     folder = build_tiny(name)

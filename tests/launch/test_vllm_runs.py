@@ -20,7 +20,7 @@ from opd.launch.train import train
 from opd.tracking import read_rows
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 STEPS, TASKS = 30, 32
 

@@ -39,7 +39,8 @@ def conversation(env_class, replies, solution, tools):
     return lambda: env_class(play, first=first)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=settings.default.max_examples // 4)
 @given(
     replies=st.lists(TEXT, min_size=1, max_size=3),
     solution=st.text(alphabet="xyz \n", min_size=1, max_size=40),
@@ -94,7 +95,8 @@ TURNS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=settings.default.max_examples * 2 // 5)
 @given(
     episodes=st.lists(st.tuples(TURNS, st.text(alphabet="xyz \n", max_size=30)), min_size=1, max_size=3),
     template=st.sampled_from(["chatml", "forgetful", "forgetful", "trimming", "no_tools", "strict", "spaced"]),

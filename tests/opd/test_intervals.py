@@ -1,7 +1,7 @@
 """Intervals against published values, and the identities that they must keep."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import DataError
@@ -67,7 +67,6 @@ def test_the_paired_interval_equals_the_published_examples(counts, change, low, 
 tables = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(tables)
 def test_swapping_before_and_after_mirrors_the_paired_interval(pairs):
     before, after = [x for x, _ in pairs], [y for _, y in pairs]
@@ -75,7 +74,6 @@ def test_swapping_before_and_after_mirrors_the_paired_interval(pairs):
     assert paired_difference(after, before) == pytest.approx((-change, -high, -low), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(tables)
 def test_the_paired_interval_holds_the_change_and_stays_in_range(pairs):
     change, low, high = paired_difference([x for x, _ in pairs], [y for _, y in pairs])

@@ -197,6 +197,7 @@ def test_the_launcher_refuses_a_kind_that_it_does_not_know():
         divergence_rows("skew_kl", 0.5, None, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process")
 def test_in_the_interpreter_of_triton():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -139,7 +139,6 @@ def test_a_run_without_numbers_leaves_no_picture(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=8))
 def test_spread_positions_keep_their_order_and_their_distance(wanted):
     placed = spread(wanted, 0.1)

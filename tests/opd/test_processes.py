@@ -26,6 +26,8 @@ from opd.processes import Processes, Remote
 from opd.rollout import task
 from opd.types import Fault
 
+pytestmark = pytest.mark.slow
+
 BAD = task(1, split="train").seed
 HERE = str(Path(__file__).parent)
 

@@ -21,6 +21,8 @@ import pytest
 
 from opd.sandbox import Sandbox, SandboxLimits, bubblewrap
 
+pytestmark = pytest.mark.slow
+
 MARK = "opd_breakout_" + uuid.uuid4().hex
 """Stands in the command line of processes that must not be there afterwards."""
 

@@ -276,6 +276,7 @@ def wandb_rows(path: str) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_offline_wandb_file_has_the_rows_of_metrics_jsonl(tmp_path, wandb):
     draw = random.Random(0)
     with tracker(tmp_path / "run", OFFLINE) as run:
@@ -384,6 +385,7 @@ def test_auto_finds_a_key_in_netrc(tmp_path, wandb):
     assert auto_mode() == "online"
 
 
+@pytest.mark.slow
 def test_a_service_that_never_answers_is_told_once_and_the_rows_go_to_offline_files(
     tmp_path, wandb, monkeypatch, caplog
 ):
@@ -399,6 +401,7 @@ def test_a_service_that_never_answers_is_told_once_and_the_rows_go_to_offline_fi
     assert "wandb cannot go online" in record.message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
 def test_training_survives_the_death_of_wandbs_process(tmp_path, wandb):
     script = f"""

@@ -28,6 +28,7 @@ from opd.rollout import task
 from opd.types import StopReason, to_sample
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
+pytestmark = pytest.mark.slow
 
 STOP = frozenset({0, 1, 2, 3, 4})
 PLAIN = Sampling(temperature=1.0)
@@ -432,7 +433,7 @@ def test_settings_that_vllm_refuses_are_reported_as_settings(model):
         VllmEngine(model, RolloutConfig(max_length=4096, vllm={"kv_cache_gib": 0.25}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_log_probs_of_a_real_model_agree_with_transformers():
     loaded = load(ModelConfig(name="smollm2", dtype="float32"))
     config = RolloutConfig(max_length=256, concurrency=8, vllm={"kv_cache_gib": 0.25})

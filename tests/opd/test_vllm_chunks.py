@@ -17,6 +17,7 @@ from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
+pytestmark = pytest.mark.slow
 
 SHAPE = {"tie_word_embeddings": True, "max_position_embeddings": 2048, "head_dim": 32}
 BUDGET = 4096
@@ -206,7 +207,7 @@ def server(request, model, tmp_path_factory):
     engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_server_answers_a_prompt_read_in_pieces_as_one_read_at_once(server, engine, model, mix):
@@ -217,7 +218,7 @@ def test_a_server_answers_a_prompt_read_in_pieces_as_one_read_at_once(server, en
     same(done, alone(fresh(engine, model), asked))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_server_scores_what_it_reads_in_pieces(server, model):
     scored(VllmScorer([server[1]], vocabulary=model.vocabulary, retries=0, restart_timeout=10.0), model)

@@ -20,6 +20,8 @@ from opd.engines.vllm_http import OTHER_MODEL, Server
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.errors import DataError, EngineError
 
+pytestmark = pytest.mark.slow
+
 STOP = frozenset({7})
 HANG_UP, HANG, CUT = object(), object(), object()
 """What a script may hold in place of an answer; CUT: the right one, broken off in the middle of its bytes."""

@@ -27,6 +27,7 @@ from opd.launch.config import Config
 from opd.launch.tiny import build_tiny
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
+pytestmark = pytest.mark.slow
 
 SHAPE = {"tie_word_embeddings": True, "max_position_embeddings": 512, "head_dim": 32}
 
@@ -86,7 +87,7 @@ def sampled(engine, model):
     return done.token_ids
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_that_made_its_own_group_leaves_none_and_another_may_follow(model):
     engine = started(model)
     assert dist.is_initialized()
@@ -100,7 +101,7 @@ def test_an_engine_that_made_its_own_group_leaves_none_and_another_may_follow(mo
     assert no_groups()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_that_others_made_survive_every_engine_of_the_process(model, others):
     for _ in range(2):
         engine = started(model)
@@ -110,7 +111,7 @@ def test_groups_that_others_made_survive_every_engine_of_the_process(model, othe
         assert works(others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_that_nobody_closed_takes_its_groups_along_and_no_others(model, others):
     engine = started(model)
     sampled(engine, model)
@@ -119,7 +120,7 @@ def test_an_engine_that_nobody_closed_takes_its_groups_along_and_no_others(model
     assert works(others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_that_nobody_closed_and_that_made_its_own_group_leaves_none(model):
     engine = started(model)
     del engine
@@ -127,7 +128,7 @@ def test_an_engine_that_nobody_closed_and_that_made_its_own_group_leaves_none(mo
     assert no_groups()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_of_two_engines_that_ends_leaves_the_other_its_groups(model):
     first, second = started(model), started(model)
     ids = sampled(first, model)
@@ -150,7 +151,7 @@ def test_a_start_that_fails_leaves_no_group_of_its_own(model, vllm):
     assert no_groups()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_ends_also_where_somebody_has_ended_all_groups_before(model):
     engine = started(model)
     dist.destroy_process_group()
@@ -158,7 +159,7 @@ def test_an_engine_ends_also_where_somebody_has_ended_all_groups_before(model):
     assert no_groups()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_start_that_fails_leaves_others_theirs_and_another_engine_its_own(model, others):
     with pytest.raises(ModelError, match="vLLM does not start"):
         started(model, kv_cache_gib=1e-5)
@@ -201,7 +202,7 @@ def test_an_engine_is_on_the_local_rank_that_the_launcher_gave_it(model, monkeyp
     engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_starts_by_itself_under_a_launcher_whose_groups_nobody_made(model, monkeypatch):
     told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0"}
@@ -214,7 +215,7 @@ def test_an_engine_starts_by_itself_under_a_launcher_whose_groups_nobody_made(mo
     engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_split_over_two_workers_is_no_rank_of_the_trainers(model, others):
     whole, parts = started(model), started(model, tensor_parallel_size=2)
     assert sampled(parts, model) == sampled(whole, model)

@@ -185,6 +185,7 @@ def test_a_server_scores_what_the_model_says(own, engine, model):
     server.close()
 
 
+@pytest.mark.long
 def test_a_server_killed_in_the_middle_of_a_rollout_costs_time_and_nothing_else(
     own, engine, model, make_scheduler, scripted_env, turns_then_end
 ):
@@ -211,6 +212,7 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_time_and_nothing_else(
         assert gap(model, [asked], {0: done}) < 1e-4  # also those that a restarted server sampled
 
 
+@pytest.mark.long
 def test_a_server_killed_in_the_middle_of_an_update_is_given_all_of_it_again(own, engine, make_model):
     new = make_model(seed=9, **SHAPE)
 
@@ -233,6 +235,7 @@ def test_a_server_killed_in_the_middle_of_an_update_is_given_all_of_it_again(own
     assert {d.policy_version for d in done.values()} == {3}
 
 
+@pytest.mark.long
 def test_a_server_ends_with_the_process_that_started_it():
     # The command is a stand-in, quick to start: what is under test is who ends it.
     script = (

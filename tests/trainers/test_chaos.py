@@ -51,6 +51,7 @@ def sampled_by_the_engine(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_a_run_on_an_environment_that_breaks_in_every_way_ends_and_accounts_for_every_token(
     tiny_folder, sampled_by_the_engine, tmp_path, monkeypatch
 ):

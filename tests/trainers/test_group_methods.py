@@ -11,6 +11,8 @@ from opd.errors import ConfigError
 from opd.launch.train import train
 from opd.tracking import read_rows
 
+pytestmark = pytest.mark.slow
+
 ENV = """
 import gymnasium
 from opd.envs import TextSpace

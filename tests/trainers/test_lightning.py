@@ -350,7 +350,7 @@ def test_a_run_with_a_stored_top_k_trains_its_divergence_without_a_teacher(setti
 COMMAND = [sys.executable, "-W", "ignore", "-m", "opd.launch.cli"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_precompute_that_is_killed_again_and_again_scores_each_position_once_and_misses_none(
     settings, whole, tmp_path
 ):

@@ -43,7 +43,11 @@ def one_by_one(model, token_ids, rows):
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
-@pytest.mark.parametrize(("template", "turns"), [("chatml", 1), ("chatml", 3), ("no_tools", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [("chatml", 1), pytest.param("chatml", 3, marks=pytest.mark.long), ("no_tools", 2)],
+)
 def test_the_teachers_targets_are_the_second_copy_of_the_attempt_position_by_position(
     play, scripted_env, make_chat, make_model, place, template, turns
 ):
@@ -265,6 +269,7 @@ def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_loop, tm
     assert loop.rounds == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -11,6 +11,8 @@ from opd.skills import file
 from opd.tracking import read_rows
 from opd.trainers.skill_makers import Rules
 
+pytestmark = pytest.mark.slow
+
 ENV = """
 import gymnasium
 from opd.envs import TextSpace

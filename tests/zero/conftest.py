@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 WORKER = Path(__file__).parent / "worker.py"
-SECONDS = 540
+SECONDS = 1500
 # Standalone: on a port of its own, whoever else runs these tests on this machine.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
@@ -94,7 +94,7 @@ def end(process):
     """End a launcher and the ranks, which have process groups of their own and which it ends when it is asked to."""
     process.terminate()
     try:
-        process.wait(timeout=45)
+        process.wait(timeout=120)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -14,6 +14,8 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from opd.extensions import own_folder, prepare, settle
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys, time
 from torch.utils.file_baton import FileBaton

@@ -34,7 +34,7 @@ def stopped(processes):
         process.terminate()
     for process in processes:
         try:
-            process.wait(timeout=45)
+            process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -65,10 +65,10 @@ def test_two_nodes_lose_a_rank_name_it_end_and_go_on_under_deepspeeds_launcher(t
         for n in range(2)
     ]
     try:
-        wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, 400, logs, nodes)
+        wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, 1200, logs, nodes)
         victim = _rank(1, tmp_path / "run.yaml")
         os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: all(node.poll() is not None for node in nodes), 60, logs)
+        wait_for(lambda: all(node.poll() is not None for node in nodes), 180, logs)
     finally:
         stopped(nodes)
     said = logs[0].read_text()
@@ -85,7 +85,7 @@ def test_two_nodes_lose_a_rank_name_it_end_and_go_on_under_deepspeeds_launcher(t
         tmp_path,
     )
     try:
-        wait_for(lambda: again.poll() is not None, 400, [log])
+        wait_for(lambda: again.poll() is not None, 1200, [log])
     finally:
         stopped([again])
     assert again.returncode == 0, log.read_text()[-4000:]
@@ -121,7 +121,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", [pytest.param("local", marks=pytest.mark.long), "json"])
 def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_loads(tmp_path, zero_settings, wrong):
     changed, message = WRONG[wrong]
     settings = zero_settings(tmp_path / "run", None if wrong == "local" else 3) | changed
@@ -131,7 +131,7 @@ def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_load
         [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
     )
     try:
-        wait_for(lambda: process.poll() is not None, 200, [log])
+        wait_for(lambda: process.poll() is not None, 600, [log])
     finally:
         stopped([process])
     assert process.returncode != 0
@@ -139,7 +139,7 @@ def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_load
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_runs_on_two_processes(tmp_path):
     log = tmp_path / "log"
     options = ["--steps", 2, "--eval.tasks", 4, "--out", tmp_path / "run", "--tracking.wandb", "disabled"]
@@ -148,11 +148,12 @@ def test_the_demo_runs_on_two_processes(tmp_path):
         [*DEEPSPEED, "--master_port", free_port(), "--module", "opd.launch.train", example, *options], log, tmp_path
     )
     try:
-        wait_for(lambda: process.poll() is not None, 500, [log])
+        wait_for(lambda: process.poll() is not None, 1500, [log])
     finally:
         stopped([process])
     assert process.returncode == 0, log.read_text()[-4000:]
     assert "held-out tasks" in log.read_text()
+
 
 BROKEN = """
 from opd.envs.lookup import LookupEnv
@@ -172,7 +173,7 @@ def test_ranks_that_learn_nothing_end_together_and_say_so_once(tmp_path, zero_se
         [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
     )
     try:
-        wait_for(lambda: process.poll() is not None, 400, [log])
+        wait_for(lambda: process.poll() is not None, 1200, [log])
     finally:
         stopped([process])
     said = log.read_text()

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from opd.launch.train import train
 from opd.tracking import read_rows
 
+pytestmark = pytest.mark.long
+
 CUTS = {
     # What is missing of a whole run: files and folders, and bytes at the end of what was collected.
     "while it collects": (["checkpoints", "export-stage-1", "metrics.jsonl"], 3000),

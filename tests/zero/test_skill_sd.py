@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from opd.launch.train import train
 from opd.tracking import read_rows
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, zero_settings, launch):

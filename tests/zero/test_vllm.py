@@ -50,7 +50,7 @@ def runs(tmp_path_factory, zero_settings, launch, served):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_after_every_update_vllm_samples_from_the_slices_that_train(runs, engine):
     gaps = json.loads((runs / engine / "gaps.json").read_text())
@@ -58,7 +58,7 @@ def test_after_every_update_vllm_samples_from_the_slices_that_train(runs, engine
     assert max(gaps) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_rank_played_its_share_and_what_it_played_was_trained(runs, engine):
     rows = read_rows(runs / engine / "metrics.jsonl")

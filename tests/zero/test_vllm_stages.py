@@ -46,7 +46,7 @@ def runs(tmp_path_factory, zero_settings, launch):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_of_a_method_trains_with_an_engine_of_its_own(runs, stage):
     rows = read_rows(runs / f"zero{stage}" / "metrics.jsonl")
@@ -70,7 +70,7 @@ def ranks(tmp_path_factory, tiny_folder, launch):
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_of_a_rank_is_on_its_local_rank_and_the_rank_stays_who_it_is(ranks):
     for number, rank in enumerate(ranks):
         assert [engine["local_rank"] for engine in rank["engines"]] == [number, number]
@@ -78,7 +78,7 @@ def test_the_engine_of_a_rank_is_on_its_local_rank_and_the_rank_stays_who_it_is(
         assert rank["kept"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_rank_samples_by_itself_and_draws_by_the_seed_alone(ranks):
     first, second = ([engine["ids"] for engine in rank["engines"]] for rank in ranks)
     assert first[0] == first[1]
@@ -88,7 +88,7 @@ def test_every_rank_samples_by_itself_and_draws_by_the_seed_alone(ranks):
     assert all(first[0][session] == second[0][session] for session in both)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_groups_of_the_ranks_outlive_every_engine(ranks):
     for rank in ranks:
         for engine in rank["engines"]:
