@@ -57,7 +57,7 @@ def reachable(numbers):
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(numbers=small, target=st.integers(1, 60))
 def test_the_solver_finds_a_solution_exactly_where_there_is_one(numbers, target):
     found = solve(numbers, target)
@@ -68,7 +68,7 @@ def test_the_solver_finds_a_solution_exactly_where_there_is_one(numbers, target)
     assert found is None or left == (target,)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(numbers=small, target=st.integers(1, 60))
 def test_a_solution_as_an_expression_has_the_value_and_the_numbers(numbers, target):
     found = solve(numbers, target)
@@ -133,7 +133,7 @@ def test_the_longest_expressions_are_read_without_trouble():
     assert evaluate("(" * 90 + "1" + ")" * 90) == (1, [1])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(st.text(max_size=60))
 def test_no_text_makes_the_evaluation_raise_anything_else(text):
     try:
@@ -143,7 +143,7 @@ def test_no_text_makes_the_evaluation_raise_anything_else(text):
     assert 1 <= value <= MOST_VALUE
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(st.text(alphabet="0123456789+-*/() ", max_size=12))
 def test_a_value_is_the_one_that_python_gives(text):
     try:

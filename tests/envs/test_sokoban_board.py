@@ -62,7 +62,7 @@ def fewest_by_search(room, start, price):
 @pytest.mark.parametrize(
     ("shortest", "price"), [("pushes", lambda pushed: (int(pushed), 1)), ("moves", lambda pushed: (1, int(pushed)))]
 )
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=settings.default.max_examples * 3 // 20)
 @given(seed=st.integers(0, 10_000), data=st.data())
 def test_costs_are_those_of_a_forward_search_and_lost_states_have_none(shortest, price, seed, data):
     room = rooms(seed)
@@ -75,7 +75,7 @@ def test_costs_are_those_of_a_forward_search_and_lost_states_have_none(shortest,
         assert key == fewest_by_search(room, state, price)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(seed=st.integers(0, 10_000))
 def test_a_solution_solves_with_the_pushes_and_moves_that_it_promises(seed):
     room = rooms(seed)

@@ -321,6 +321,7 @@ _UNITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", _UNITS)
 def test_a_megabyte_of_anything_is_read_in_linear_time(unit):
     def seconds(size, start, end):

@@ -152,7 +152,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(kind, beta):
 logits = st.lists(st.floats(-30, 30), min_size=V, max_size=V).map(lambda row: torch.tensor(row, dtype=torch.float64))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(logits, logits, st.sampled_from(KINDS), st.integers(1, V), st.sampled_from(["teacher", "student"]))
 def test_with_a_tail_it_is_never_negative_and_never_above_the_full_value(student, teacher, kind, k, support):
     name, beta = kind
@@ -161,7 +161,7 @@ def test_with_a_tail_it_is_never_negative_and_never_above_the_full_value(student
     assert 0 <= kept <= full + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(logits, logits, st.sampled_from(KINDS))
 def test_in_float32_it_is_not_negative_either(student, teacher, kind):
     name, beta = kind

@@ -34,6 +34,7 @@ def test_a_pattern_that_is_none_is_refused():
         Matches("(")
 
 
+@pytest.mark.slow
 def test_a_text_on_which_a_pattern_takes_for_ever_does_not_match_and_the_log_says_so(caplog):
     slow = Matches(r"(a|aa)+")
     since = time.monotonic()
@@ -43,6 +44,7 @@ def test_a_text_on_which_a_pattern_takes_for_ever_does_not_match_and_the_log_say
     assert "avoid repeats inside repeats" in caplog.text
 
 
+@pytest.mark.slow
 def test_other_threads_run_while_a_pattern_takes_for_ever():
     ticks = []
     with ThreadPoolExecutor(1) as threads:

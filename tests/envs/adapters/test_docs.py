@@ -18,7 +18,7 @@ SETTINGS = [yaml.safe_load(block)["env"] for block in re.findall(r"```yaml\n(.*?
 CONFIGS = [EnvConfig(**setting) if isinstance(setting, dict) else EnvConfig(id=setting) for setting in SETTINGS]
 
 # TextWorld ignores this warning of its interpreter, which knows nothing of games made anew; pytest forgets that.
-pytestmark = pytest.mark.filterwarnings("ignore:Game .* is not fully supported")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Game .* is not fully supported")]
 
 MODULES = {
     "my_words": "def describe(env, observation):\n    return f'The pole leans by {observation[2]:.2f}.'\n",

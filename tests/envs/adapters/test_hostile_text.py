@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import textworld
 
+pytestmark = pytest.mark.slow
+
 WATCHDOG = 240
 """Seconds for a dozen texts, with the imports and on a busy machine."""
 

@@ -13,6 +13,8 @@ import pytest
 from opd.envs import make
 from opd.errors import ConfigError, EnvError
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).parent / "shop_server.py"
 
 

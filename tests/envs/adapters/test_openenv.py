@@ -12,6 +12,8 @@ import pytest
 from opd.envs import make
 from opd.errors import ConfigError, EnvError
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = Path(sys.prefix) / "openenv-server"
 WORDS = {"__ENV_NAME__": "echo", "__ENV_CLASS_NAME__": "Echo", "__ENV_TITLE_NAME__": "Echo"}
 

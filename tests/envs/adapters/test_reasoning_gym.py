@@ -15,6 +15,8 @@ from opd.errors import ConfigError
 from opd.rewards import last_tagged
 from opd.sandbox import Grader
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_real_model_answers_a_question(one_episode):
     trajectory = one_episode(lambda: make("reasoning_gym:chain_sum", {"config": {"min_terms": 2, "max_terms": 2}}))

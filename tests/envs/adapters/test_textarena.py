@@ -10,6 +10,8 @@ from opd.envs.adapters import common
 from opd.envs.adapters.common import OwnRandom
 from opd.errors import ConfigError, EnvError
 
+pytestmark = pytest.mark.slow
+
 GUESS = "textarena:GuessTheNumber-v0"
 SECRET = {"privileged": {"solution": "game_number"}, "config": {"max_number": 9999}}
 

@@ -7,7 +7,7 @@ from opd.envs import check, make
 from opd.errors import ConfigError
 
 # TextWorld ignores this warning of its interpreter, which knows nothing of games made anew; pytest forgets that.
-pytestmark = pytest.mark.filterwarnings("ignore:Game .* is not fully supported")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Game .* is not fully supported")]
 
 
 @pytest.fixture(scope="module")

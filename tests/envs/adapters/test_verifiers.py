@@ -6,6 +6,8 @@ import verifiers.v1 as vf
 from opd.envs import check, make
 from opd.errors import ConfigError, EnvError
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["abc", "stone", "river", "tree", "house", "mouse", "horse", "cloud", "water", "bread", "candle", "lamp"]
 
 REVERSE = """
