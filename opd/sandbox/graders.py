@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -116,12 +116,13 @@ class GraderSession:
 
     def __init__(self, holder: _Holder, time_limit: float) -> None:
         self.time_limit = time_limit
+        self._holder = holder
         try:
-            pid, self._connection = holder.fork()
+            self._pid, self._connection = holder.fork()
         except BaseException:
             holder.release()
             raise
-        self._end = weakref.finalize(self, _end, holder, pid, self._connection)  # if nobody calls close
+        self._abandoned = weakref.finalize(self, holder.abandon, self._pid, self._connection)  # if nobody calls close
 
     def call(self, method: str, **arguments: Any) -> Any:
         """What the method returns, as JSON has it. Raises Ungraded; the session is of no use after that."""
@@ -137,7 +138,7 @@ class GraderSession:
                 self.close()
                 raise Ungraded(f"no answer within {self.time_limit:g} s (time_limit)") from None
             except (OSError, ValueError):  # not ours to trust: it may have written anything
-                raise Ungraded(f"the process that grades it {_told_end(self._end() or 0)}") from None
+                raise Ungraded(f"the process that grades it {_told_end(self._end())}") from None
         if "value" in reply:
             return reply["value"]
         self.close()
@@ -148,6 +149,16 @@ class GraderSession:
     def close(self) -> None:
         """End its process."""
         self._end()
+
+    def _end(self) -> int:
+        """The process's status; 0 once it was ended."""
+        if self._abandoned.detach() is None:
+            return 0
+        self._connection.close()
+        try:
+            return self._holder.end(self._pid)
+        finally:
+            self._holder.release()
 
     def __enter__(self) -> GraderSession:
         return self
@@ -164,6 +175,7 @@ class _Holder:
         """Those that are open, or about to be."""
         self._factory, self._name = factory, name
         self._lock = threading.Lock()
+        self._abandoned: deque[int] = deque()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -175,6 +187,8 @@ class _Holder:
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new fork: its id there, and the connection to it. Raises EnvError."""
+        while self._abandoned:
+            self.end(self._abandoned.popleft())
         with self._lock:
             for _ in range(2):  # a process that was killed is replaced
                 if self._process is None or self._process.poll() is not None:
@@ -192,6 +206,15 @@ class _Holder:
         """Kill a fork; its status as `os.waitpid` gives it."""
         with self._lock:
             return (self._ask(b"E", pid) if self._process is not None else None) or 0
+
+    def abandon(self, pid: int, connection: socket.socket) -> None:
+        """Let a fork go that nobody closed: it ends by itself, and is waited for later.
+
+        A collection of garbage calls this, at any time and on any thread: so no lock is taken that may be held.
+        """
+        connection.close()
+        self._abandoned.append(pid)
+        self.release()
 
     def release(self) -> None:
         _HOLDERS.release(self)
@@ -245,7 +268,7 @@ class _Holders:
 
     def __init__(self) -> None:
         self.slots = threading.BoundedSemaphore(_AT_ONCE)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection of garbage may release while it is held
         self._held: OrderedDict[bytes, _Holder] = OrderedDict()
         # A child is told of its parent's end when the thread ends that started it: this one lasts.
         self._spawner = ThreadPoolExecutor(1, "opd-graders")
@@ -361,15 +384,6 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
-
-
-def _end(holder: _Holder, pid: int, connection: socket.socket) -> int:
-    """End a session's fork; its status."""
-    connection.close()
-    try:
-        return holder.end(pid)
-    finally:
-        holder.release()
 
 
 def _told_end(status: int) -> str:

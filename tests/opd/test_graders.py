@@ -25,6 +25,8 @@ import pytest
 from opd.errors import ConfigError, EnvError
 from opd.sandbox import Grader, Ungraded, graders
 
+pytestmark = pytest.mark.slow
+
 PROBE = """
 import time
 
@@ -236,6 +238,20 @@ def test_a_session_that_is_late_is_ended_at_once(probe):
         session.call("run", code="__import__('time').sleep(1000)")
     [holder] = graders._HOLDERS._held.values()
     assert holder.sessions == 0
+
+
+def test_a_session_that_nobody_closes_ends_and_takes_no_lock(probe):
+    grader = Grader(probe.Probe, name="probe")
+    session = grader.session()
+    [holder] = graders._HOLDERS._held.values()
+    with holder._lock, graders._HOLDERS._lock:  # held by whoever allocates while garbage is collected
+        del session
+        gc.collect()
+    assert holder.sessions == 0
+    [left] = holder._abandoned
+    assert grader.score("run", text="", code="1") == 1.0
+    assert not holder._abandoned
+    assert holder.end(left) == 0  # it was waited for
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
