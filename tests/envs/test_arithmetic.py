@@ -116,3 +116,11 @@ def test_the_prompt_is_the_callers():
 def test_impossible_settings_are_refused(kwargs, reason):
     with pytest.raises(ConfigError, match=reason):
         ArithmeticEnv(**kwargs)
+
+
+def test_a_number_of_a_million_digits_is_wrong_and_told_in_short():
+    env = ArithmeticEnv()
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step("9" * 1_000_000)
+    assert (reward, terminated) == (0.0, True)
+    assert len(info["feedback"]) < 200

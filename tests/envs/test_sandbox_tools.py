@@ -98,7 +98,7 @@ def test_the_weaker_mode_has_to_be_asked_for_by_name_and_warns():
 def test_the_examples_of_the_page_work():
     page = Path(__file__).parents[2].joinpath("docs", "sandbox.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names = {}
     for example in examples:
         exec(example, names)

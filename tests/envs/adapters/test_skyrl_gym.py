@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from opd.config import EnvConfig
 from opd.envs import check, make
 from opd.errors import ConfigError, EnvError
+from opd.launch.checks import check_env
+
+pytestmark = pytest.mark.slow
 
 ENV = "skyrl_gym:gsm8k_multi_turn"
 
@@ -70,3 +74,29 @@ def test_a_mistake_is_named(rows):
         make(ENV)
     with pytest.raises(ConfigError, match=r'no column \'answr\'.*Did you mean "answer"'):
         make(ENV, {**rows, "privileged_columns": {"solution": "answr"}})
+
+
+@pytest.mark.parametrize("name", ["lcb", "search", "searchcode"])
+def test_what_needs_a_network_or_programs_is_refused_unless_it_is_asked_for(rows, name):
+    with pytest.raises(ConfigError, match=rf"skyrl_gym:{name} .*unprotected: true and env.workers: processes"):
+        make(f"skyrl_gym:{name}", rows)
+
+
+def test_what_is_unprotected_must_not_run_on_threads():
+    env = EnvConfig(id="skyrl_gym:search", kwargs={"unprotected": True})
+    [problem] = check_env(env)
+    assert "Set env.workers: processes, or leave unprotected out." in problem.text
+    assert check_env(env.model_copy(update={"workers": "processes"})) == []
+    assert check_env(EnvConfig(id="skyrl_gym:search")) == []
+
+
+def test_an_unprotected_environment_plays_too_and_what_it_cannot_take_ends_the_episode(rows, monkeypatch, caplog):
+    env = make(ENV, {**rows, "unprotected": True})
+    _, info = env.reset(seed=0)
+    answer = info["privileged"]["solution"].rsplit(" ", 1)[1]
+    assert env.step(f"#### {answer}")[1] == 1.0
+    env.reset(seed=0)
+    monkeypatch.setattr(env._session._made._env, "step", lambda action: 1 / 0)
+    _, reward, terminated, _, step = env.step("#### 1")
+    assert (reward, terminated, step["success"]) == (0.0, True, False)
+    assert "the action '#### 1' ends the episode: it raised ZeroDivisionError" in caplog.text
