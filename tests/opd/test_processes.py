@@ -79,7 +79,7 @@ def descendants(pid):
     return result
 
 
-def gone(pids, seconds=5.0):
+def gone(pids, seconds=30.0):
     """Whether all of them end within that time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -123,8 +123,8 @@ def test_a_process_lives_for_many_episodes(play, tmp_path):
 BROKEN = {
     "raise": (Fault.RAISED, "step 1: ValueError: no luck"),
     "refuse": (Fault.CONNECTION, "step 1: ConnectionRefusedError: nobody there"),
-    "hang": (Fault.TIMEOUT, "step 1: TimeoutError: no answer within 0.5 s (rollout.step_timeout)"),
-    "hang deaf": (Fault.TIMEOUT, "step 1: TimeoutError: no answer within 0.5 s (rollout.step_timeout)"),
+    "hang": (Fault.TIMEOUT, "step 1: TimeoutError: no answer within 2 s (rollout.step_timeout)"),
+    "hang deaf": (Fault.TIMEOUT, "step 1: TimeoutError: no answer within 2 s (rollout.step_timeout)"),
     "bytes": (Fault.INVALID, "step 1: BadAnswer: an observation must be a str"),
     "none": (Fault.INVALID, "step 1: BadAnswer: step must return (observation, reward"),
     "huge": (Fault.INVALID, "step 1: BadAnswer: an observation: 10,000,000 characters"),
@@ -141,7 +141,7 @@ BROKEN = {
 def test_an_environment_that_breaks_in_its_process_fails_its_own_episode_and_no_other(play, how):
     fault, reason = BROKEN[how]
     groups = play(
-        wild("ActsOut", how=how, bad=BAD), tasks=3, hosts="processes", step_timeout=0.5, deterministic=how != "hang"
+        wild("ActsOut", how=how, bad=BAD), tasks=3, hosts="processes", step_timeout=2.0, deterministic=how != "hang"
     )
     episodes = flat(groups)
     assert [e.terminated for e in episodes] == [True, False, True]
@@ -151,14 +151,14 @@ def test_an_environment_that_breaks_in_its_process_fails_its_own_episode_and_no_
 def test_a_step_that_hangs_is_killed_and_not_only_given_up(make_scheduler, tmp_path):
     log = tmp_path / "log"
     scheduler = make_scheduler(
-        wild("ActsOut", how="hang deaf", bad=BAD, log=str(log)), hosts="processes", step_timeout=0.3, concurrency=1
+        wild("ActsOut", how="hang deaf", bad=BAD, log=str(log)), hosts="processes", step_timeout=2.0, concurrency=1
     )
     tasks = [task(n, split="train") for n in range(3)]
     scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=0)
     first, hung, last = map(int, log.read_text().split())
     assert first == hung != last
-    assert gone([hung], seconds=1.0)
-    assert _state(last) == "S"
+    assert gone([hung], seconds=30.0)
+    assert not gone([last], seconds=0.2)
 
 
 def test_a_retry_plays_the_same_draws_in_a_fresh_process(play, tmp_path, make_model):
@@ -244,7 +244,7 @@ def test_an_interrupted_round_leaves_no_process_at_work(make_scheduler, tmp_path
             on_finish=interrupts,
         )
     working = [int(pid) for pid in log.read_text().split()]
-    assert sum(gone([pid], seconds=1.0) for pid in working) == 1  # the other is idle, for the next round
+    assert sum(gone([pid], seconds=3.0) for pid in working) == 1  # the other is idle, for the next round
 
 
 TRAINER = """
