@@ -76,7 +76,8 @@ def test_a_run_on_an_environment_that_breaks_in_every_way_ends_and_accounts_for_
             "on_failure": "retry",
             "min_group_size": 2,
         },
-        "train": {"steps": STEPS, "tasks_per_step": 2, "tokens_per_microbatch": 1024},
+        # Of so few tasks, all of three rounds in a row break at times, on a machine that is busy.
+        "train": {"steps": STEPS, "tasks_per_step": 2, "tokens_per_microbatch": 1024, "give_up_after": 0},
         "tracking": {"wandb": "disabled", "console": False, "plot": False},
     }
     assert train(config).steps == STEPS
