@@ -128,7 +128,9 @@ def game(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("coin_flip", "gcd") else pytest.param(name, marks=pytest.mark.long) for name in SCORERS]
+)
 def test_a_scorer_of_reasoning_gym_runs_no_text_and_does_not_hang(name, tmp_path):
     marker = tmp_path / "marker"
     kwargs = {"config": {"size": 200}, "time_limit": 2}

