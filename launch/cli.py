@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
-from opd.launch.lock import check_free
 from opd.ranks import Ranks, SharedError, join, started_ranks
 
 if TYPE_CHECKING:
     from opd.launch.config import Config
 
-USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+UNMEASURED, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +150,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
     config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
-    out = ranks.from_first(lambda: _free_folder(config, arguments))
+    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
     if arguments.dry_run:
@@ -164,13 +163,6 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
             print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _free_folder(config: Config, arguments: argparse.Namespace) -> Path:
-    """The run's folder, which nobody uses. Raises LockError or ConfigError before anything heavy is loaded."""
-    out = config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite)
-    check_free(out)
-    return out
 
 
 def _startable(config: Config, source: str) -> Config:
@@ -201,7 +193,7 @@ def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int
     if all(stage.trains for stage in config.stages):
         why = "with data: it trains on what an earlier run prepared" if getattr(config.section, "data", None) else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
-    out = ranks.from_first(lambda: _free_folder(config, arguments))
+    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
     from opd.launch.train import train
 
     result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite, only_prepare=True)
@@ -249,8 +241,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
     from opd.launch.evaluate import evaluate_run
 
-    evaluate_run(config, run=target if holds_run(target) else None)
-    return 0
+    score = evaluate_run(config, run=target if holds_run(target) else None)
+    return 0 if score.played else UNMEASURED
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:

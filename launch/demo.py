@@ -19,6 +19,7 @@ from rich.table import Table
 from opd.errors import OpdError
 from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
+from opd.launch.lock import RunLock
 from opd.launch.out import holds_run
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
@@ -64,8 +65,17 @@ def settings(seed: int, run: str, *, model: Path | str, out: Path) -> dict[str, 
 def demo(*, seeds: int, out: Path) -> list[Outcome]:
     """Train `seeds` agents and their controls; print a table, an episode, and where the pictures are.
 
-    Raises OpdError when an agent is already good before training: then there is nothing to show.
+    Raises OpdError when an agent is already good before training: then there is nothing to show; LockError when
+    another process shows its own there.
     """
+    lock = RunLock(out)
+    try:
+        return _demo(seeds=seeds, out=out)
+    finally:
+        lock.release()
+
+
+def _demo(*, seeds: int, out: Path) -> list[Outcome]:
     console = Console()
     since = time.monotonic()
     outcomes = []

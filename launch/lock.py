@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -54,23 +55,31 @@ class RunLock:
         self.path = folder / NAME
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor, left = _take(self.path)
-        if left is not None:
-            _say(f"{folder}: the lock of {left} is broken, since that process has ended; this one takes over")
-        os.truncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
         self._released = threading.Event()
+        self._descriptor = self._hold()
         os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._beat, name="opd-lock", daemon=True).start()
 
+    def _hold(self) -> int:
+        """A descriptor of the locked file, which names this process."""
+        descriptor, left = _take(self.path)
+        if left is not None:
+            _say(f"{self.path.parent}: the lock of {left} is broken, since that process has ended; this one takes over")
+        os.pwrite(descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
+        return descriptor
+
     def check(self) -> None:
-        """Raise LockError where somebody else has taken the folder meanwhile: nothing more may be written there."""
-        if not _is_file_of(self.path, self._descriptor):
-            holder = _read(self.path)
-            raise LockError(
-                f"{self.path} is not this process's any more: {holder or 'somebody'} took the folder over. This one "
-                "writes nothing more there"
-            )
+        """Raise LockError where the folder is not this process's any more: nothing may be written there then."""
+        if _is_file_of(self.path, self._descriptor):
+            return
+        folder = self.path.parent
+        if not folder.is_dir():
+            raise LockError(f"{folder} is gone: it was moved or deleted while its run was alive. Nothing more is saved")
+        if self.path.exists():
+            holder = _read(self.path) or "somebody"
+            raise LockError(f"{folder} was taken over by {holder}. This process writes nothing more there")
+        os.close(self._descriptor)
+        self._descriptor = self._hold()  # the file alone was deleted
 
     def release(self) -> None:
         """Let the folder go, and leave no trace of the lock; nor of a folder that was made for it and stayed empty."""
@@ -96,30 +105,65 @@ class RunLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises LockError where a process holds the folder of a run; changes nothing."""
-    if (folder / NAME).is_file():
-        os.close(_take(folder / NAME)[0])
+    """Raises LockError where another process holds the folder of a run; changes nothing."""
+    path = folder / NAME
+    if not os.path.lexists(path):
+        return
+    descriptor = _open(path)
+    try:
+        _refuse_if_held(path, _flock(descriptor), _read(path))
+    finally:
+        os.close(descriptor)
 
 
 def _take(path: Path) -> tuple[int, Owner | None]:
-    """A locked descriptor of the file at `path`, and the dead owner that it names, if it does.
+    """A locked descriptor of an empty file at `path`, and the dead owner that it named, if it did.
 
-    Raises LockError where another process holds it.
+    Raises LockError where another process holds it. What a dead owner left is deleted and not written over: should it
+    live after all, it sees that the file is another one.
     """
+    dead = None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(path)
         by_kernel = _flock(descriptor)
         if not _is_file_of(path, descriptor):  # its owner deleted it between the two calls
             os.close(descriptor)
             continue
-        left = _read(path)
-        if by_kernel is False or (left is not None and _alive(left, path, by_kernel=bool(by_kernel))):
+        try:
+            left = _read(path)
+            _refuse_if_held(path, by_kernel, left, own_too=True)
+        except LockError:
             os.close(descriptor)
-            raise LockError(
-                f"{path.parent} is in use by {left or 'another process'}. Wait for its end, stop it (Ctrl-C or SIGTERM "
-                f"saves a checkpoint), or choose another folder (--out DIR). If it has ended, delete {path}"
-            )
-        return descriptor, left
+            raise
+        if not os.fstat(descriptor).st_size:
+            return descriptor, dead
+        dead = left
+        path.unlink()
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Raises LockError for what is no ordinary file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        why = "it is no ordinary file"
+    except OSError as error:
+        why = str(error)
+    raise LockError(f"{path} cannot be used as a lock: {why}. Delete it, or choose another folder (--out DIR)")
+
+
+def _refuse_if_held(path: Path, by_kernel: bool | None, left: Owner | None, *, own_too: bool = False) -> None:
+    """Raises LockError where the kernel or the file names a living owner; this process counts only if `own_too`."""
+    if not own_too and left is not None and (left.host, left.pid) == (socket.gethostname(), os.getpid()):
+        return
+    if by_kernel is False or (left is not None and _alive(left, path, by_kernel=bool(by_kernel))):
+        raise LockError(
+            f"{path.parent} is in use by {left or 'another process'}. Wait for its end, stop it (Ctrl-C or SIGTERM "
+            f"saves a checkpoint), or choose another folder (--out DIR). If it has ended, delete {path}"
+        )
 
 
 def _flock(descriptor: int) -> bool | None:
@@ -142,8 +186,8 @@ def _alive(owner: Owner, path: Path, *, by_kernel: bool) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return _age(path) < SILENT  # else another process has its number, in a new container say
 
 
 def _is_file_of(path: Path, descriptor: int) -> bool:
@@ -156,9 +200,11 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
 def _read(path: Path) -> Owner | None:
     """Who the file names; None for an empty file, or one that nobody finished."""
     try:
-        return Owner(**json.loads(path.read_text()))
+        owner = Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    fine = (type(owner.host), type(owner.pid), type(owner.started)) == (str, int, str)
+    return owner if fine else None
 
 
 def _age(path: Path) -> float:

@@ -41,7 +41,7 @@ def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Pa
     newest of these.
 
     Raises ConfigError when the folder holds a run that is neither to be resumed nor overwritten, holds other
-    files, or cannot be written.
+    files, or cannot be written; LockError when another process uses it.
     """
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite deletes it: give one of them")
@@ -102,6 +102,10 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     named = f"out = {str(folder)!r}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{named} is a file; name a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"{named} is a link to {str(folder.readlink())!r}, which does not exist; make that folder")
+    if folder.is_dir():
+        lock.check_free(folder)
     if resume:
         if not holds_run(folder):
             raise ConfigError(f"{named} holds no run to resume; without --resume a new one starts there")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import signal
 import sys
 import time
@@ -115,6 +116,7 @@ def _train(course: _Course, saved: checkpoint.Checkpoint | None, *, anew: bool) 
     ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
     if anew:
         ranks.from_first(partial(_begin_anew, out))
+    ranks.from_first(partial(_clear_the_way, left, saved))
     with _stop_signals() as stopped, closing(course):
         course.stopped = stopped
         for stage in left:
@@ -127,7 +129,7 @@ def _train(course: _Course, saved: checkpoint.Checkpoint | None, *, anew: bool) 
                     raise course.stopped_with_checkpoint(run, stage, error) from error
                 except HealthError as error:
                     ranks.agree(partial(_raise, course.given_up(run, stage, error)))
-                if run.method.trains and (course.interrupted or stage.last):
+                if run.method.trains and (course.done > stage.first if course.interrupted else stage.last):
                     run.export(out / "export")
                 elif stage.next_model is not None:
                     _export_whole(run, stage.next_model)
@@ -270,11 +272,14 @@ class _Course:
             tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
             if loop.failed is not None:
                 raise loop.failed
+            self.interrupted = self.interrupted or loop.stopping()
             if last or self.interrupted or self._save_is_due():
                 self._save(run)
+            self.interrupted = loop.stopping() and not (last and stage.last and self._is_evaluated())
+        run.loop.health.ended(stage.end - stage.first)
         if stage.record is None:
             self.made = {}  # of a stage that had its steps before a restart
-        if stage.last and evaluation.tasks and self.after is None and run.method.trains and not self.interrupted:
+        if stage.last and run.method.trains and not (self.interrupted or self._is_evaluated()):
             self.after = self._evaluate(run, tracker)  # a signal came before it could be
             self._save(run)  # that says so
 
@@ -303,6 +308,9 @@ class _Course:
             return None
         tracker.log_eval(self.done, score.row())
         return score
+
+    def _is_evaluated(self) -> bool:
+        return self.after is not None or not self.config.eval.tasks
 
     def _save_is_due(self) -> bool:
         """By steps or by the first rank's clock, whichever comes first."""
@@ -333,8 +341,12 @@ class _Course:
             self._save(run)
             return HealthError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
         finite = _finite(self.out / "checkpoints")
-        last = f" {finite[-1]} is the last checkpoint whose updates were finite." if finite else ""
-        return HealthError(f"{error}{last}")
+        if not finite:
+            return error
+        return HealthError(
+            f"{error} {finite[-1]} is the last checkpoint whose updates were finite: --resume goes on from there once "
+            "those after it are deleted."
+        )
 
     def _last_checkpoint(self) -> str:
         saved = checkpoint.step_folders(self.out / "checkpoints")
@@ -394,6 +406,15 @@ def _begin_anew(out: Path) -> None:
     )
 
 
+def _clear_the_way(left: list[_Stage], saved: checkpoint.Checkpoint | None) -> None:
+    """Nothing of an earlier attempt may be taken for what is still to come: exports, newer checkpoints."""
+    for stage in left:
+        if stage.next_model is not None:
+            shutil.rmtree(stage.next_model, ignore_errors=True)
+    if saved is not None:
+        checkpoint.put_aside_after(saved.folder)
+
+
 def _raise(error: Exception) -> NoReturn:
     raise error
 
@@ -435,6 +456,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None, after: Score | N
                 "after": None if after is None else after.outcomes,
                 "success": after.rate if after is not None and after.played else None,
                 "finite": loop.finite,
+                "unusable": loop.health.streaks["unusable"],
             },
             "method": run.method.state_dict(),
         },
@@ -458,8 +480,11 @@ def _finite(root: Path) -> list[Path]:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return record
+    """What a checkpoint says of its step; one that is damaged is not worth keeping for it."""
+    try:
+        return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text())}
+    except (OSError, ValueError, TypeError):
+        return {"finite": False, "success": None}
 
 
 def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -478,6 +503,7 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
     loop.version = record["policy_version"]
+    loop.health.streaks["unusable"] = record["unusable"]
     run.method.load_state_dict(saved.record("method"))
 
 

@@ -7,6 +7,7 @@ to the caller: plain JSON, and whatever its parts write, each rank its own. Rank
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 from opd.errors import CheckpointError
 from opd.ranks import Ranks, SharedError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STEP = re.compile(r"step-(\d+)")
@@ -90,15 +92,9 @@ class Checkpoint:
         ranks.agree(partial(self._verify, ranks))
 
     def _verify(self, ranks: Ranks) -> None:
-        try:
-            files = json.loads((self.folder / "manifest.json").read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.folder} is not a whole checkpoint: its manifest is unreadable ({error})"
-            ) from error
-        for name, known in ranks.share(sorted(files.items())):
+        for name, known in ranks.share(sorted(_manifest(self.folder).items())):
             path = self.folder / name
-            if not path.is_file() or path.stat().st_size != known["bytes"] or _digest(path) != known["sha256"]:
+            if not path.is_file() or {"bytes": path.stat().st_size, "sha256": _digest(path)} != known:
                 raise CheckpointError(f"{path} is missing or damaged; resume from an older checkpoint")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -109,6 +105,17 @@ class Checkpoint:
         return json.loads((self.folder / f"{name}.json").read_text())
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's files should be, by their names. Raises CheckpointError for what says nothing of that."""
+    try:
+        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest is unreadable ({error!r})") from error
+    if not files:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest names no file")
+    return files
+
+
 def step_folders(root: Path) -> list[Path]:
     """The `step-N` folders under `root`, oldest first."""
     found = [(int(match.group(1)), path) for path in root.glob("step-*") if (match := _STEP.fullmatch(path.name))]
@@ -116,14 +123,38 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (frozen)
-    """The newest whole checkpoint; damaged ones are passed over. Raises CheckpointError when none is left."""
-    problems = []
+    """The newest whole checkpoint; damaged ones are passed over, with a warning that names them.
+
+    Raises CheckpointError when none is left.
+    """
+    problems: list[str] = []
     for folder in reversed(ranks.from_first(lambda: step_folders(root))):
         try:
-            return Checkpoint(folder, ranks)
+            found = Checkpoint(folder, ranks)
         except (CheckpointError, SharedError) as error:
             problems.append(str(error))
+            continue
+        if problems and ranks.first:
+            logger.warning("%s. Going on from the older %s", "; ".join(problems), folder.name)
+        return found
     raise CheckpointError("; ".join(problems) or f"there is no checkpoint under {root}")
+
+
+def put_aside_after(folder: Path) -> list[Path]:
+    """Rename the checkpoints that are newer than this one, which the run goes on from: they were passed over, and would
+    be taken for its future. Returns the new names."""
+    moved = []
+    for newer in [path for path in step_folders(folder.parent) if _number(path) > _number(folder)]:
+        aside, count = newer.with_name(f"{newer.name}.damaged"), 1
+        while aside.exists():
+            count += 1
+            aside = newer.with_name(f"{newer.name}.damaged-{count}")
+        moved.append(newer.rename(aside))
+    return moved
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def rotate(root: Path, keep_last: int, *, keep: Sequence[Path] = ()) -> None:

@@ -126,12 +126,7 @@ def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dic
     at_once = max(1, loop.rollout.concurrency // size)
     header = {"model": weights_fingerprint(loop.student), **rendering(loop.method.chat), "settings": loop.origin}
     rows = ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * size))
-    if len(rows) < tasks * size:
-        rows = rows[: len(rows) - len(rows) % (at_once * size)]
-        while rows and all(
-            row["failed"] for row in rows[-at_once * size :]
-        ):  # broken rounds at the end may go well now
-            del rows[-at_once * size :]
+    rows = without_broken_end(rows, [row["failed"] for row in rows], at_once=at_once * size, wanted=tasks * size)
     while len(rows) < tasks * size and not loop.stopping():
         first = len(rows) // size
         goals = [loop.task(i) for i in range(first, min(first + at_once, tasks))]
@@ -139,7 +134,30 @@ def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dic
         more = [to_row(trajectory) for group in groups for trajectory in group.trajectories]
         ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
+    loop.health.collected([row["failed"] for row in rows])
     return rows
+
+
+def without_broken_end(
+    rows: list[dict[str, Any]], failures: Sequence[str | None], *, at_once: int, wanted: int
+) -> list[dict[str, Any]]:
+    """The rows of a collection that stand: whole rounds, unless it is complete.
+
+    Rounds at its end that broke as a whole are played anew, where the collection is not complete or holds nothing else:
+    what broke them may be mended.
+
+    Args:
+        failures: why each row's episode failed, or None.
+        at_once: rows in a round.
+    """
+    kept = len(rows)
+    if kept == wanted and None in failures:
+        return rows
+    if kept < wanted:
+        kept -= kept % at_once
+    while kept and None not in failures[max(0, kept - at_once) : kept]:
+        kept = max(0, kept - at_once)
+    return rows[:kept]
 
 
 def rendering(chat: ChatFormat) -> dict[str, str]:

@@ -37,12 +37,26 @@ class Health:
             return
         self.streaks["unusable"] += 1
         self.first_failure = self.first_failure or _first_failure(groups)
-        if self.streaks["unusable"] == self.give_up_after:
-            raise HealthError(
-                f"not one episode of the last {self.give_up_after} rounds can be used, so nothing is learned. The "
-                f"first failure: {self.first_failure}. Mend the environment (`opd envs check ID`), or set "
-                "train.give_up_after to wait longer (0: for ever)."
-            )
+        if 0 < self.give_up_after <= self.streaks["unusable"]:
+            raise self._nothing_usable(f"not one episode of the last {self.give_up_after} rounds can be used")
+
+    def ended(self, steps: int) -> None:
+        """A stage of so many steps is over. Raises HealthError where none of their rounds had a usable episode, though
+        they were fewer than it takes to end a run."""
+        if self.give_up_after and self.streaks["unusable"] >= steps > 0:
+            raise self._nothing_usable(f"not one episode of the stage's {steps} steps can be used")
+
+    def collected(self, failures: Sequence[str | None]) -> None:
+        """A collection is over: why each of its episodes failed, or None. Raises HealthError where all did."""
+        if self.give_up_after and failures and None not in failures:
+            self.first_failure = failures[0]
+            raise self._nothing_usable(f"not one of the {len(failures)} episodes that were collected can be used")
+
+    def _nothing_usable(self, what: str) -> HealthError:
+        return HealthError(
+            f"{what}, so nothing is learned. The first failure: {self.first_failure}. Mend the environment "
+            "(`opd envs check ID`), or set train.give_up_after to wait longer (0: for ever)."
+        )
 
     def updated(self, losses: Iterable[float], norms: Iterable[float]) -> HealthError | None:
         """Take note of a step's updates: the loss and the gradient norm of each, in their order.

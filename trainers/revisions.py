@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
 from opd.privileged import episode_text, in_first_user_message, with_attempt
+from opd.trainers.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -263,23 +264,20 @@ def collect(
     ranks, size, questions = loop.backend.ranks, loop.rollout.group_size, collection.questions
     at_once = max(1, loop.rollout.concurrency // size)
     rows = ranks.from_first(file.read)
-    if len(rows) < questions * size:
-        if whole:
-            raise DataError(
-                f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
-                "trained since. Put the file back, or start afresh (--overwrite)"
-            )
-        rows = rows[: len(rows) - len(rows) % (at_once * size)]
-        while rows and all(
-            row["attempt"]["failed"] for row in rows[-at_once * size :]
-        ):  # broken rounds at the end may go well now
-            del rows[-at_once * size :]
+    if whole and len(rows) < questions * size:
+        raise DataError(
+            f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
+            "trained since. Put the file back, or start afresh (--overwrite)"
+        )
+    failures = [row["attempt"]["failed"] for row in rows]
+    rows = without_broken_end(rows, failures, at_once=at_once * size, wanted=questions * size)
     while len(rows) < questions * size and not loop.stopping():
         first = len(rows) // size
         tasks = [loop.task(i) for i in range(first, min(first + at_once, questions))]
         more = _attempted(loop, tasks, file.origin, reviser, collection)
         ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
+    loop.health.collected([row["attempt"]["failed"] for row in rows])
     return rows
 
 

@@ -163,14 +163,16 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_eval_takes_a_run_or_a_file(monkeypatch, trained, capsys):
     calls = []
 
-    def evaluate_run(config: Config, *, run: Path | None) -> None:
+    def evaluate_run(config: Config, *, run: Path | None) -> types.SimpleNamespace:
         calls.append((config.eval.tasks, run))
+        return types.SimpleNamespace(played=config.eval.tasks if config.eval.tasks < 50 else 0)
 
     monkeypatch.setitem(sys.modules, "opd.launch.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
     assert main(["eval", "run.yaml", "--tasks", "30"]) == 0
     assert main(["train", "run.yaml", "--out", "mine"]) == 0
     assert main(["eval", "mine", "--eval.tasks", "40"]) == 0
     assert calls == [(30, None), (40, Path("mine"))]
+    assert main(["eval", "mine", "--eval.tasks", "50"]) == 1  # nothing was measured
     assert main(["eval", "mine"]) == 2
     assert "mine: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N." in capsys.readouterr().err
 

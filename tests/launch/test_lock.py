@@ -12,6 +12,7 @@ import pytest
 
 from opd.errors import LockError
 from opd.launch import lock
+from opd.launch.demo import demo
 from opd.launch.lock import NAME, RunLock, check_free
 
 HOLD = "import sys; from pathlib import Path; from opd.launch.lock import RunLock; RunLock(Path(sys.argv[1])); "
@@ -120,12 +121,81 @@ def test_a_file_that_nobody_finished_is_no_owner(tmp_path):
     RunLock(tmp_path).release()
 
 
+def test_on_a_disk_without_locks_a_number_that_another_process_has_now_counts_for_no_more_than_the_files_age(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
+    path = left_by(tmp_path, pid=os.getpid())  # ours, as in a container that was started anew
+    old = time.time() - lock.SILENT - 5
+    os.utime(path, (old, old))
+    RunLock(tmp_path).release()
+
+
+def test_who_was_taken_for_dead_and_is_not_sees_that_the_folder_is_anothers(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
+    own = RunLock(tmp_path)
+    old = time.time() - lock.SILENT - 5
+    os.utime(own.path, (old, old))
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    other = RunLock(tmp_path)
+    with pytest.raises(LockError, match="was taken over by process"):
+        own.check()
+    own.release()
+    other.check()
+    assert json.loads((tmp_path / NAME).read_text())["host"] == "elsewhere"
+    other.release()
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "link to nothing"])
+def test_what_is_no_file_is_no_lock_and_nobody_waits_for_it(tmp_path, what):
+    path = tmp_path / NAME
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "a/b")
+    for attempt in (RunLock, check_free):
+        with pytest.raises(LockError, match=r"run\.lock cannot be used as a lock: .* Delete it"):
+            attempt(tmp_path)
+
+
+def test_an_owner_of_wrong_types_is_none(tmp_path):
+    (tmp_path / NAME).write_text('{"host": 5, "pid": "x", "started": null}')
+    RunLock(tmp_path).release()
+
+
+def test_a_lock_that_alone_was_deleted_is_made_anew(tmp_path):
+    own = RunLock(tmp_path)
+    own.path.unlink()
+    own.check()
+    with pytest.raises(LockError, match=f"in use by process {os.getpid()}"):
+        RunLock(tmp_path)
+    own.release()
+    assert not own.path.exists()
+
+
+def test_a_folder_that_is_moved_while_its_run_lives_is_told_as_that(tmp_path):
+    own = RunLock(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "other")
+    with pytest.raises(LockError, match=r"run is gone: it was moved or deleted while its run was alive"):
+        own.check()
+    own.release()
+
+
+def test_a_second_demo_in_the_folder_of_the_first_touches_nothing(held):
+    folder, process = held
+    with pytest.raises(LockError, match=f"process {process.pid}"):
+        demo(seeds=1, out=folder)
+    assert [path.name for path in folder.iterdir()] == [NAME]
+
+
 def test_who_lost_the_folder_to_another_is_told_before_it_writes(tmp_path):
     own = RunLock(tmp_path)
     own.check()
     own.path.unlink()
     left_by(tmp_path, host="elsewhere")
-    with pytest.raises(LockError, match=r"process 1 on elsewhere.* took the folder over"):
+    with pytest.raises(LockError, match=r"was taken over by process 1 on elsewhere"):
         own.check()
     own.release()
     assert (tmp_path / NAME).exists()

@@ -93,6 +93,12 @@ def test_what_cannot_be_written_is_found_beforehand():
         chosen("file/run")
 
 
+def test_a_link_to_nothing_is_found_beforehand():
+    Path("link").symlink_to("elsewhere")
+    with pytest.raises(ConfigError, match=r"out = 'link' is a link to 'elsewhere', which does not exist"):
+        chosen("link")
+
+
 def test_a_folder_without_write_permission_is_found_beforehand(monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # whoever runs the tests may be allowed everything
     with pytest.raises(ConfigError, match=r"out = 'a/b' cannot be written: '\.' is not writable"):

@@ -9,13 +9,17 @@ import sys
 import time
 
 import pytest
+import torch
 
+from opd import checkpoint
+from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, LockError
 from opd.launch.build import Run
 from opd.launch.cli import main
 from opd.launch.lock import NAME
 from opd.launch.train import train
 from opd.tracking import read_rows
+from opd.trainers.base import Method
 from opd.trainers.loop import Loop
 
 pytestmark = pytest.mark.slow
@@ -51,8 +55,8 @@ def test_a_live_run_is_left_alone_and_a_killed_one_is_not_emptied(settings, tmp_
         for options in ({"resume": True}, {"resume": "auto"}, {"overwrite": True}):
             with pytest.raises(LockError, match=rf"in use by process {process.pid} on .*, started 2"):
                 train(data, **options)
-        for option in ("--resume", "--overwrite"):
-            assert main(["train", str(run), option]) == 2
+        for options in (["--resume"], ["--overwrite"], []):
+            assert main(["train", str(run), *options]) == 2
             assert f"in use by process {process.pid}" in capsys.readouterr().err
         before = len(steps_of(run))
         until = time.monotonic() + 300
@@ -114,6 +118,43 @@ def test_a_refused_run_leaves_no_folder_behind(settings, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+NO_MANIFESTS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "{}",
+    '{"files": null}',
+    '{"files": {}}',
+    '{"files": {"run.json": {}}}',
+    '{"files": 3}',
+]
+
+
+@pytest.mark.parametrize("manifest", NO_MANIFESTS)
+def test_a_manifest_that_is_none_counts_as_damage(tmp_path, manifest):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"is not a whole checkpoint|is missing or damaged"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "run.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_put_aside_and_costs_no_good_one(settings, caplog, name):
+    often = {"save_every": 1, "keep_last": 2}
+    whole = train(settings("whole", train={"steps": 6})).out
+    out = train(settings("run", train={"steps": 4, **often})).out
+    assert saved(out) == ["step-3", "step-4"]
+    file = out / "checkpoints/step-4" / name
+    file.write_bytes(file.read_bytes()[:40])
+    train(settings("run", train={"steps": 6, "save_every": 0, "keep_last": 1}), resume=True)
+    assert saved(out) == ["step-4.damaged", "step-6"]
+    assert "Going on from the older step-3" in caplog.text
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+    last = [Checkpoint(folder / "checkpoints/step-6").tensors("student") for folder in (whole, out)]
+    assert all(torch.equal(last[0][key], weights) for key, weights in last[1].items())
+
+
 def test_damaged_checkpoints_are_no_reason_to_begin_anew(settings):
     out = train(settings("run", train={"steps": 1})).out
     (out / "checkpoints/step-1/manifest.json").write_text("{")
@@ -165,6 +206,22 @@ def test_a_signal_in_a_step_saves_it_and_evaluates_nothing(settings, monkeypatch
     assert resumed.after.played == 4
 
 
+def test_a_signal_in_a_save_ends_the_run_with_that_step_unless_it_was_the_last(settings, monkeypatch):
+    data = settings("run", train={"steps": 3, "save_every": 1})
+    with monkeypatch.context() as patch:
+        signals_itself(patch, checkpoint, "save", after=False)
+        first, second, third = (train(data, resume="auto") for _ in range(3))
+    assert [(run.interrupted, run.steps) for run in (first, second, third)] == [(True, 1), (True, 2), (False, 3)]
+
+
+def test_a_run_that_is_stopped_before_its_first_step_exports_nothing(settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        signals_itself(patch, Method, "prepare", after=True)
+        result = train(settings("run"))
+    assert (result.interrupted, result.steps) == (True, 0)
+    assert not (result.out / "export").exists()
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_signal_in_an_evaluation_ends_it_with_the_episode_at_hand_and_saves(settings, monkeypatch, steps):
     """Of the last step too: then the weights are evaluated once the run goes on."""
@@ -206,6 +263,6 @@ def test_a_run_without_its_folder_s_lock_writes_no_checkpoint(settings, monkeypa
     real, data = Loop.step, settings("run")
     out = train(settings("run", train={"steps": 1})).out
     monkeypatch.setattr(Loop, "step", taken)
-    with pytest.raises(LockError, match="took the folder over"):
+    with pytest.raises(LockError, match="was taken over by process"):
         train(data, resume=True)
     assert saved(out) == ["step-1"]

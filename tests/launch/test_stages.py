@@ -164,6 +164,30 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(settings
     assert [row["train/loss"] for row in read_rows(whole / "metrics.jsonl")] == [row["train/loss"] for row in before]
 
 
+def test_a_run_that_begins_anew_takes_nothing_of_what_an_earlier_one_exported(settings):
+    out = train(settings("run")).out
+    shutil.rmtree(out / "checkpoints")
+    other = {"train": {"lr": 5e-3}}
+    train(settings("run", **other), resume="auto")
+    clean = train(settings("clean", **other)).out
+    for file in ("export-stage-1/model.safetensors", "export/model.safetensors"):
+        ours, theirs = load_file(out / file), load_file(clean / file)
+        assert all(torch.equal(ours[name], weights) for name, weights in theirs.items()), file
+
+
+def test_a_stage_whose_last_checkpoint_is_damaged_is_exported_as_it_ends_this_time(settings):
+    often = {"train": {"save_every": 1, "keep_last": 9}}
+    out = train(settings("run", **often)).out
+    for step in (3, 4):
+        shutil.rmtree(out / f"checkpoints/step-{step}")
+    (out / "checkpoints/step-2/manifest.json").write_text("{")
+    (out / "export-stage-1/model.safetensors").write_text("of the first time")
+    assert train(settings("run", **often), resume=True).steps == 4
+    first = Checkpoint(out / "checkpoints/step-2").tensors("student")
+    exported = load_file(out / "export-stage-1/model.safetensors")
+    assert all(torch.equal(first[f"model.{name}"], weights) for name, weights in exported.items())
+
+
 def test_the_length_of_a_run_of_several_stages_is_fixed(settings):
     train(settings("run"))
     with pytest.raises(CheckpointError, match=r"train\.steps"):

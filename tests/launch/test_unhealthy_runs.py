@@ -88,6 +88,20 @@ def test_an_episode_that_is_merely_wrong_or_teaches_nothing_ends_no_run(settings
     assert all(row["signal/zero"] == 1 for row in read_rows(out / "metrics.jsonl"))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_run_that_never_had_a_usable_episode_is_never_green_however_often_it_goes_on(fickle, tmp_path, steps):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(fickle(train={"steps": steps})))
+    assert [main(["train", str(path), "--resume", "auto"]) for _ in range(4)] == [1] * 4
+    assert not (tmp_path / "run/export").exists()
+
+
+def test_an_evaluation_that_measured_nothing_ends_with_exit_code_1(fickle, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(fickle(eval={"tasks": 3})))
+    assert main(["eval", str(path)]) == 1
+
+
 COLLECTING = [
     ("sft", {"source": "own", "keep": "all", "tasks": 12}, 1, lambda row: row["failed"]),
     ("sd_zero", {"questions": 12, "revisions": 1, "generation": 0}, 0, lambda row: row["attempt"]["failed"]),
@@ -108,6 +122,20 @@ def test_rounds_that_a_stage_collects_count_too_and_are_played_again_once_it_is_
     (tmp_path / "broken").unlink()
     with suppress(DataError):  # such a model has no attempt right that SD-Zero could learn from
         train(data, resume=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()][header:]
+    assert [failed(row) for row in rows] == [None] * 12
+
+
+@pytest.mark.parametrize(("method", "own", "header", "failed"), COLLECTING, ids=["sft", "sd_zero"])
+def test_a_collection_of_few_rounds_that_all_broke_says_so_too(fickle, tmp_path, method, own, header, failed):
+    data = fickle(**{"method": method, method: own, "train": {"steps": 1, "tasks_per_step": 2}})
+    del data["opsd"]
+    with pytest.raises(HealthError, match=r"not one of the 12 episodes that were collected.*database is gone"):
+        train(data)
+    (tmp_path / "broken").unlink()
+    with suppress(DataError):
+        train(data, resume="auto")
+    [path] = (tmp_path / "run/data").glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()][header:]
     assert [failed(row) for row in rows] == [None] * 12
 

@@ -16,6 +16,7 @@ from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.ranks import Ranks
 from opd.rollout import task
 from opd.teacher import Teacher
+from opd.trainers.health import Health
 from opd.trainers.revisions import Collection, Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
 from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
 from opd.types import Sample, TeacherView
@@ -204,6 +205,7 @@ def make_loop(make_scheduler, scripted_env, make_chat, make_model):
             rollout=RolloutConfig(concurrency=concurrency, group_size=group_size),
             train=TrainConfig(),
             backend=SimpleNamespace(ranks=Ranks()),
+            health=Health(),
             rounds=0,
         )
 
