@@ -95,6 +95,7 @@ def test_the_weaker_mode_has_to_be_asked_for_by_name_and_warns():
     assert env.step(call("shell", command="cat number"))[0] == env.session.files["number"].decode()
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_work():
     page = Path(__file__).parents[2].joinpath("docs", "sandbox.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -11,7 +11,7 @@ import itertools
 import re
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +356,12 @@ def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
 
 
+@lru_cache
+def as_it_stands(name):
+    """The fingerprint of a recipe under the sources as they are; to be asked before a test changes one."""
+    return tiny._fingerprint(RECIPES[name], 0, 1)
+
+
 def source(module):
     return Path(sys.modules[module].__file__).read_text()
 
@@ -406,7 +412,7 @@ SOURCES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_comments_docstrings_and_layout_are_nothing_that_a_model_depends_on(name, stands):
-    before = tiny._fingerprint(RECIPES[name], 0, 1)
+    before = as_it_stands(name)
     for module in SOURCES:
         tree = OtherWords().visit(ast.parse(source(module)))
         stands(module, "# A comment.\n" + ast.unparse(tree))  # which drops those that there were
@@ -456,7 +462,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
     ],
 )
 def test_code_that_the_samples_or_the_arithmetic_depend_on_makes_a_new_model(name, module, old, new, stands):
-    before = tiny._fingerprint(RECIPES[name], 0, 1)
+    before = as_it_stands(name)
     assert old in source(module)
     stands(module, source(module).replace(old, new))
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
@@ -465,7 +471,7 @@ def test_code_that_the_samples_or_the_arithmetic_depend_on_makes_a_new_model(nam
 @pytest.mark.slow
 def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
     names = ["lookup-skills", "sokoban", "arithmetic"]
-    before = [tiny._fingerprint(RECIPES[name], 0, 1) for name in names]
+    before = [as_it_stands(name) for name in names]
     for module in ("opd.objective", "opd.losses", "opd.divergence", "opd.config", "opd.trainers.base", "opd.envs.sql"):
         importlib.import_module(module)
         stands(module, "a = 1")
@@ -475,7 +481,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
 @pytest.mark.slow
 def test_what_one_world_depends_on_is_nothing_to_the_others(stands):
     names = ["arithmetic", "countdown", "lookup", "sokoban", "sokoban-skills"]
-    before = {name: tiny._fingerprint(RECIPES[name], 0, 1) for name in names}
+    before = {name: as_it_stands(name) for name in names}
     stands("opd.envs.sokoban_board", source("opd.envs.sokoban_board").replace("return None", "return 0"))
     changed = [name for name in names if tiny._fingerprint(RECIPES[name], 0, 1) != before[name]]
     assert changed == ["sokoban", "sokoban-skills"]
@@ -502,7 +508,7 @@ def test_every_value_of_a_recipe_makes_a_new_model():
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "numpy"])
 def test_another_version_of_what_computes_makes_a_new_model(package, monkeypatch):
-    before = tiny._fingerprint(RECIPES["lookup"], 0, 1)
+    before = as_it_stands("lookup")
     monkeypatch.setattr(f"{package}.__version__", "0.0.1")
     assert tiny._fingerprint(RECIPES["lookup"], 0, 1) != before
 

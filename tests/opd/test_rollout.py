@@ -820,6 +820,7 @@ def test_terminated_and_truncated_at_once_is_terminated(play, scripted_env):
 # -- limits of time --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_episode_whose_time_is_over_is_truncated_and_its_environment_not_used_again(
     play, scripted_env, turns_then_end
 ):
@@ -902,6 +903,7 @@ def stalls(caplog):
     return [r.getMessage() for r in caplog.records if "nothing has finished" in r.getMessage()]
 
 
+@pytest.mark.slow
 def test_a_stall_names_which_episodes_wait_for_their_environment_and_for_how_long(
     play, scripted_env, turns_then_end, caplog
 ):
@@ -921,6 +923,7 @@ def test_a_stall_names_which_episodes_wait_for_their_environment_and_for_how_lon
     assert idle == sorted(idle)
 
 
+@pytest.mark.slow
 def test_a_stall_tells_episodes_that_find_no_free_worker_grade_or_have_not_begun(
     make_scheduler, scripted_env, turns_then_end, caplog
 ):

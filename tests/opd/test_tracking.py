@@ -291,6 +291,7 @@ def test_the_offline_wandb_file_has_the_rows_of_metrics_jsonl(tmp_path, wandb):
     assert os.path.getsize(path) > 2 * 32768
 
 
+@pytest.mark.slow
 def test_a_resumed_offline_run_keeps_its_id_and_its_newest_file_has_every_row(tmp_path, wandb):
     folder = tmp_path / "run"
     with tracker(folder, OFFLINE) as run:
