@@ -53,7 +53,7 @@ PARTS = {
     "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
     "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
-    "stages": Part("runs that are cut, benchmarks", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
+    "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
     ),
