@@ -11,6 +11,8 @@ from opd.envs.sandbox import PythonTool, ShellTool, report
 from opd.errors import ConfigError
 from opd.sandbox import Sandbox, SandboxLimits, bubblewrap
 
+pytestmark = pytest.mark.slow  # each runs a program apart
+
 
 class Workshop(PythonTool, ShellTool):
     def start(self, rng, split, index):

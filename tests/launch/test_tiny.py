@@ -275,6 +275,7 @@ def test_a_skill_explains_every_word_that_cannot_be_known():
 # -- building and keeping -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_built_model_is_a_plain_folder_of_half_a_million_weights_or_more(cache):
     folder = build_tiny("lookup", steps=2, quiet=True)
     assert folder.parent == cache
@@ -303,6 +304,7 @@ def test_a_model_is_built_once_for_each_seed_and_length(cache, monkeypatch):
     assert built == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(cache):
     one, two = (warm_start(RECIPES["lookup"], seed=3, steps=3, quiet=True)[0].state_dict() for _ in range(2))
     other = warm_start(RECIPES["lookup"], seed=4, steps=3, quiet=True)[0].state_dict()
@@ -320,6 +322,7 @@ def test_a_build_that_fails_leaves_nothing_behind(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_who_finishes_second_takes_the_folder_of_who_finished_first(cache, monkeypatch):
     def beaten(*args, **options):
         monkeypatch.setattr(tiny, "warm_start", warm_start)

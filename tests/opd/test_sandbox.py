@@ -16,6 +16,8 @@ from opd.errors import ConfigError, SandboxError
 from opd.sandbox import Entry, Sandbox, SandboxLimits, bubblewrap
 from opd.sandbox.syscalls import seccomp_filter
 
+pytestmark = pytest.mark.slow  # each runs a program apart
+
 WEAK = pytest.mark.filterwarnings("ignore:sandbox. .limits. is no sandbox:RuntimeWarning")
 
 

@@ -9,6 +9,8 @@ from opd.errors import ConfigError, DataError
 from opd.rewards import CodeTests, Rubric, code_tests
 from opd.sandbox import bubblewrap
 
+pytestmark = pytest.mark.slow  # each runs a program apart
+
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(5, 0) == 5", "assert add(-1, 1) == 0"]
