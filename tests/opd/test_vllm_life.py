@@ -275,7 +275,7 @@ class _Engine:
             raise RuntimeError(f"{call} failed")
 
 
-@pytest.mark.parametrize("asleep", [set(), {"weights"}, {"weights", "kv_cache"}], ids=str)
+@pytest.mark.parametrize("asleep", [set(), {"weights"}, {"weights", "kv_cache"}], ids=["nothing", "weights", "both"])
 @pytest.mark.parametrize("broken", ["", "wake_up", "shutdown"])
 def test_memory_that_sleeps_is_mapped_again_before_it_is_freed(monkeypatch, asleep, broken):
     done = []
