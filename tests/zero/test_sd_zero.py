@@ -44,7 +44,7 @@ def runs(tmp_path_factory, zero_settings, launch):
         [
             {"do": "train", "config": config("whole", 3), "resume": False},
             *map(copy, CUTS),
-            *({"do": "train", "config": config(name, 3), "resume": True} for name in CUTS),
+            *({"do": "train", "config": config(name, 3), "resume": "auto"} for name in CUTS),
         ]
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import httpx
 import pytest
 import yaml
 
@@ -28,9 +30,25 @@ def served(tmp_path_factory, zero_settings):
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
-    yield port
-    server.terminate()
-    server.wait(timeout=60)
+    try:
+        wait_until_up(server, port, folder / "log")
+        yield port
+    finally:
+        server.terminate()
+        server.wait(timeout=180)
+
+
+def wait_until_up(server, port, log):
+    until = time.monotonic() + 900
+    while True:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        assert server.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
