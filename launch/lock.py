@@ -186,7 +186,7 @@ def _alive(owner: Owner, path: Path, *, by_kernel: bool) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # it is another user's, and lives
     return _age(path) < SILENT  # else another process has its number, in a new container say
 
 

@@ -276,7 +276,9 @@ class _Course:
             if last or self.interrupted or self._save_is_due():
                 self._save(run)
             self.interrupted = loop.stopping() and not (last and stage.last and self._is_evaluated())
-        run.loop.health.ended(stage.end - stage.first)
+        steps = stage.end - stage.first
+        if self.done == stage.end:
+            loop.health.ended(steps=steps, updates=steps * loop.train.updates_per_step)
         if stage.record is None:
             self.made = {}  # of a stage that had its steps before a restart
         if stage.last and run.method.trains and not (self.interrupted or self._is_evaluated()):
@@ -456,7 +458,7 @@ def _save(run: Run, out: Path, step: int, before: Score | None, after: Score | N
                 "after": None if after is None else after.outcomes,
                 "success": after.rate if after is not None and after.played else None,
                 "finite": loop.finite,
-                "unusable": loop.health.streaks["unusable"],
+                "streaks": dict(loop.health.streaks),
             },
             "method": run.method.state_dict(),
         },
@@ -503,7 +505,7 @@ def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
     loop.version = record["policy_version"]
-    loop.health.streaks["unusable"] = record["unusable"]
+    loop.health.streaks.update(record["streaks"])
     run.method.load_state_dict(saved.record("method"))
 
 

@@ -40,11 +40,15 @@ class Health:
         if 0 < self.give_up_after <= self.streaks["unusable"]:
             raise self._nothing_usable(f"not one episode of the last {self.give_up_after} rounds can be used")
 
-    def ended(self, steps: int) -> None:
-        """A stage of so many steps is over. Raises HealthError where none of their rounds had a usable episode, though
-        they were fewer than it takes to end a run."""
-        if self.give_up_after and self.streaks["unusable"] >= steps > 0:
+    def ended(self, *, steps: int, updates: int) -> None:
+        """A stage of so many steps and updates is over. Raises HealthError where none of its rounds had a usable
+        episode, or none of its updates was finite, though they were fewer than it takes to end a run."""
+        if not self.give_up_after or steps < 1:
+            return
+        if self.streaks["unusable"] >= steps:
             raise self._nothing_usable(f"not one episode of the stage's {steps} steps can be used")
+        if self.streaks["not finite"] >= updates:
+            raise _not_finite(f"not one of the stage's {updates} updates is finite")
 
     def collected(self, failures: Sequence[str | None]) -> None:
         """A collection is over: why each of its episodes failed, or None. Raises HealthError where all did."""
@@ -66,11 +70,9 @@ class Health:
         for loss, norm in zip(losses, norms, strict=True):
             finite = math.isfinite(loss) and math.isfinite(norm)
             self.streaks["not finite"] = 0 if finite else self.streaks["not finite"] + 1
-            if not finite and self.streaks["not finite"] == self.give_up_after:
-                return HealthError(
-                    f"the last {self.give_up_after} updates are not finite (loss {loss:.3g}, gradient norm "
-                    f"{norm:.3g}), so nothing is learned. A lower train.lr, or model.dtype: float32, may help; "
-                    "train.give_up_after sets after how many a run ends (0: never)."
+            if not finite and 0 < self.give_up_after <= self.streaks["not finite"]:
+                return _not_finite(
+                    f"the last {self.give_up_after} updates are not finite (loss {loss:.3g}, gradient norm {norm:.3g})"
                 )
         return None
 
@@ -102,6 +104,13 @@ class Health:
         """Whether something is to be told: at its first step, and after 10 and 100 of them in a row."""
         self.streaks[what] = self.streaks[what] + 1 if holds else 0
         return self.streaks[what] in (1, 10, 100)
+
+
+def _not_finite(what: str) -> HealthError:
+    return HealthError(
+        f"{what}, so nothing is learned. A lower train.lr, or model.dtype: float32, may help; train.give_up_after sets "
+        "after how many a run ends (0: never)."
+    )
 
 
 def _first_failure(groups: Sequence[TrajectoryGroup]) -> str:

@@ -38,6 +38,14 @@ def left_by(folder: Path, **owner):
     return folder / NAME
 
 
+def is_free(folder: Path) -> bool:
+    """Whether the lock can be taken, names this process then, and is gone once it is released."""
+    own = RunLock(folder)
+    named = json.loads(own.path.read_text())["pid"]
+    own.release()
+    return named == os.getpid() and not own.path.exists()
+
+
 def test_a_folder_that_another_process_holds_is_refused_by_its_name(held):
     folder, process = held
     for attempt in (RunLock, check_free):
@@ -61,7 +69,7 @@ def test_a_lock_is_held_once_in_one_process_too(tmp_path):
     with pytest.raises(LockError, match=f"in use by process {os.getpid()}"):
         RunLock(tmp_path)
     own.release()
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_a_released_lock_leaves_nothing_behind(tmp_path, capfd):
@@ -78,7 +86,7 @@ def test_a_released_lock_leaves_nothing_behind(tmp_path, capfd):
 def test_a_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path):
     code = HOLD + "import os, time; pid = os.fork(); time.sleep(0 if pid else 30)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_an_owner_on_another_machine_counts_as_alive_until_it_is_silent_for_long(tmp_path):
@@ -89,7 +97,7 @@ def test_an_owner_on_another_machine_counts_as_alive_until_it_is_silent_for_long
         RunLock(tmp_path)
     old = time.time() - lock.SILENT - 5
     os.utime(path, (old, old))
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_a_living_owner_touches_its_lock(tmp_path, monkeypatch):
@@ -111,14 +119,14 @@ def test_on_a_disk_without_locks_the_process_number_tells(tmp_path, monkeypatch)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left_by(tmp_path, pid=ended.pid)
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_a_file_that_nobody_finished_is_no_owner(tmp_path):
     (tmp_path / NAME).write_text('{"host": "a')
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
     (tmp_path / NAME).write_text('["a list"]')
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_on_a_disk_without_locks_a_number_that_another_process_has_now_counts_for_no_more_than_the_files_age(
@@ -128,7 +136,7 @@ def test_on_a_disk_without_locks_a_number_that_another_process_has_now_counts_fo
     path = left_by(tmp_path, pid=os.getpid())  # ours, as in a container that was started anew
     old = time.time() - lock.SILENT - 5
     os.utime(path, (old, old))
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_who_was_taken_for_dead_and_is_not_sees_that_the_folder_is_anothers(tmp_path, monkeypatch):
@@ -162,7 +170,7 @@ def test_what_is_no_file_is_no_lock_and_nobody_waits_for_it(tmp_path, what):
 
 def test_an_owner_of_wrong_types_is_none(tmp_path):
     (tmp_path / NAME).write_text('{"host": 5, "pid": "x", "started": null}')
-    RunLock(tmp_path).release()
+    assert is_free(tmp_path)
 
 
 def test_a_lock_that_alone_was_deleted_is_made_anew(tmp_path):

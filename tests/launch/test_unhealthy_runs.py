@@ -165,6 +165,18 @@ def test_updates_that_are_not_finite_end_the_run_and_the_last_good_checkpoint_st
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-1", "step-3"]
 
 
+def test_a_run_whose_updates_are_never_finite_is_not_green_however_short_it_is_or_often_it_goes_on(
+    settings, said, tmp_path
+):
+    sft = {"method": "sft", "sft": {"source": "file", "file": str(said)}}
+    data = settings("run", **sft, train={"steps": 6, "tasks_per_step": 2, "lr": 1e30, "save_every": 1})
+    del data["opsd"]
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(data))
+    assert [main(["train", str(path), "--resume", "auto"]) for _ in range(4)] == [1] * 4
+    assert not (tmp_path / "run/export").exists()
+
+
 def test_an_evaluation_whose_environment_breaks_is_not_measured(fickle, capsys):
     tracking = {"wandb": "disabled", "console": True, "plot": True}
     broken = fickle(train={"steps": 1, "give_up_after": 0}, eval={"tasks": 4}, tracking=tracking)

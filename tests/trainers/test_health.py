@@ -1,6 +1,7 @@
 """When a run cannot learn any more. Whole runs are in tests/launch/test_unhealthy_runs.py."""
 
 import math
+from collections import Counter
 
 import pytest
 
@@ -63,6 +64,24 @@ def test_a_finite_update_begins_the_count_anew():
     assert health.updated([math.nan, 1.0, math.nan], [math.nan, 1.0, math.nan]) is None
     assert health.updated([1.0], [1.0]) is None
     assert health.updated([math.nan], [1.0]) is None
+
+
+def test_what_was_counted_before_a_restart_counts():
+    health = Health(3, streaks=Counter({"not finite": 2, "unusable": 2}))
+    assert "the last 3 updates" in str(health.updated([math.nan], [1.0]))
+    assert "the last 3 updates" in str(health.updated([math.nan], [1.0]))
+
+
+def test_a_stage_too_short_to_be_given_up_ends_so_where_nothing_in_it_was_of_use(group):
+    health = Health(3)
+    health.played([group("F")])
+    with pytest.raises(HealthError, match=r"not one episode of the stage's 1 steps.*it broke"):
+        health.ended(steps=1, updates=1)
+    health.ended(steps=2, updates=2)
+    health.updated([math.nan] * 2, [math.nan] * 2)
+    with pytest.raises(HealthError, match=r"not one of the stage's 2 updates is finite"):
+        health.ended(steps=2, updates=2)
+    Health(0, streaks=health.streaks).ended(steps=1, updates=1)
 
 
 def test_nothing_ends_a_run_that_is_told_to_go_on(group):
