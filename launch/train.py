@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import signal
 import sys
 import time
@@ -20,18 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch
-
 from opd import checkpoint
-from opd.config import TrainConfig
 from opd.errors import CheckpointError, EngineError, HealthError
 from opd.launch.build import Interrupted, Run, Score, build
 from opd.launch.checks import check_started
 from opd.launch.config import Config
 from opd.launch.lock import RunLock
 from opd.launch.out import Resume, remove_run, resumes
+from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
 from opd.ranks import Ranks, join
-from opd.tracking import NoTracker, Tracker, last_row, put_rows_aside
+from opd.tracking import NoTracker, Tracker
 from opd.watch import together
 
 
@@ -71,7 +68,7 @@ def train(
         with _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
-            saved = _newest(out, ranks, anew=resume == "auto") if again else None
+            saved = newest(out, ranks, anew=resume == "auto") if again else None
             course = _Course(config=config, ranks=ranks, out=out, lock=lock, only_prepare=only_prepare)
             return _train(course, saved, anew=again and saved is None)
 
@@ -115,14 +112,15 @@ def _train(course: _Course, saved: checkpoint.Checkpoint | None, *, anew: bool) 
     left = ranks.from_first(course.stages_left)
     ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
     if anew:
-        ranks.from_first(partial(_begin_anew, out))
-    ranks.from_first(partial(_clear_the_way, left, saved))
+        ranks.from_first(partial(begin_anew, out))
+    exports = [stage.next_model for stage in left if stage.next_model is not None]
+    ranks.from_first(partial(clear_the_way, exports, saved))
     with _stop_signals() as stopped, closing(course):
         course.stopped = stopped
         for stage in left:
             with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
                 if saved is not None and course.done > stage.first and stage.record is None:
-                    _restore(run, saved)
+                    restore(run, saved)
                 try:
                     course.go(run, stage)
                 except EngineError as error:
@@ -324,7 +322,7 @@ class _Course:
 
     def _save(self, run: Run) -> None:
         self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
-        _save(run, self.out, self.done, self.before, self.after)
+        save(run, self.out, self.done, self.before, self.after)
         self.saved_at = time.monotonic()
 
     def stopped_with_checkpoint(self, run: Run, stage: _Stage, error: EngineError) -> EngineError:
@@ -342,7 +340,7 @@ class _Course:
         if self.done > stage.first and run.loop.finite and not run.loop.halfway:
             self._save(run)
             return HealthError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
-        finite = _finite(self.out / "checkpoints")
+        finite = finite_checkpoints(self.out / "checkpoints")
         if not finite:
             return error
         return HealthError(
@@ -376,47 +374,6 @@ class _Course:
         return Tracker(self.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=self.done)
 
 
-def _newest(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint; None for a run that was stopped before its first, which begins again.
-
-    Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
-    or where no checkpoint is whole.
-    """
-    if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
-        return checkpoint.latest(out / "checkpoints", ranks)
-    if not anew:
-        ranks.from_first(partial(_check_no_rows, out))
-    return None
-
-
-def _check_no_rows(out: Path) -> None:
-    step = last_row(out)
-    if step is not None:
-        raise CheckpointError(
-            f"{out} has rows up to step {step}, but no checkpoint to go on from. Begin anew and keep them beside the "
-            "new ones (--resume auto), or delete the run (--overwrite)"
-        )
-
-
-def _begin_anew(out: Path) -> None:
-    """Put the rows of a run that has no checkpoint aside, and say so."""
-    aside = ", ".join(path.name for path in put_rows_aside(out))
-    print(
-        f"{out} holds no checkpoint yet: its training begins anew{f'; its rows are kept in {aside}' if aside else ''}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _clear_the_way(left: list[_Stage], saved: checkpoint.Checkpoint | None) -> None:
-    """Nothing of an earlier attempt may be taken for what is still to come: exports, newer checkpoints."""
-    for stage in left:
-        if stage.next_model is not None:
-            shutil.rmtree(stage.next_model, ignore_errors=True)
-    if saved is not None:
-        checkpoint.put_aside_after(saved.folder)
-
-
 def _raise(error: Exception) -> NoReturn:
     raise error
 
@@ -433,80 +390,6 @@ def _export_whole(run: Run, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.partial")
     run.export(aside)
     run.loop.backend.ranks.from_first(lambda: aside.rename(folder))
-
-
-def _save(run: Run, out: Path, step: int, before: Score | None, after: Score | None) -> None:
-    """Save after `step`, whose weights were evaluated as `after` says, if they were."""
-    loop, ranks = run.loop, run.loop.backend.ranks
-    root = out / "checkpoints"
-    checkpoint.save(
-        root / f"step-{step}",
-        parts=[
-            loop.backend.save,
-            lambda folder: loop.teacher.save(folder, ranks),
-            lambda folder: torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank}.pt"),
-        ],
-        records={
-            "run": {
-                "step": step,
-                "ranks": ranks.world_size,
-                "teacher_updates": loop.teacher.updates,
-                "teacher_fingerprint": loop.teacher.fingerprint,
-                "policy_version": loop.version,
-                "config": run.config.dump(),
-                "before": None if before is None else before.outcomes,
-                "after": None if after is None else after.outcomes,
-                "success": after.rate if after is not None and after.played else None,
-                "finite": loop.finite,
-                "streaks": dict(loop.health.streaks),
-            },
-            "method": run.method.state_dict(),
-        },
-        ranks=ranks,
-    )
-    if ranks.first:
-        checkpoint.rotate(root, run.config.train.keep_last, keep=_worth_keeping(root, run.config.train))
-
-
-def _worth_keeping(root: Path, train: TrainConfig) -> list[Path]:
-    """The last checkpoint whose updates were finite and, if asked for, the one whose evaluation was best, the later
-    of two."""
-    scored = [(_record(path)["success"], number, path) for number, path in enumerate(checkpoint.step_folders(root))]
-    best = max((entry for entry in scored if entry[0] is not None), default=None) if train.keep_best else None
-    return _finite(root)[-1:] + ([best[2]] if best else [])
-
-
-def _finite(root: Path) -> list[Path]:
-    """The checkpoints of steps whose updates were finite, oldest first."""
-    return [path for path in checkpoint.step_folders(root) if _record(path)["finite"]]
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of its step; one that is damaged is not worth keeping for it."""
-    try:
-        return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text())}
-    except (OSError, ValueError, TypeError):
-        return {"finite": False, "success": None}
-
-
-def _restore(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Load a checkpoint of this run's stage."""
-    record, loop = saved.record("run"), run.loop
-    ranks = loop.backend.ranks
-    if record["teacher_fingerprint"] != loop.teacher.fingerprint:
-        raise CheckpointError(
-            f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
-            f"teacher.model = {run.method.teacher.model!r} holds now ({loop.teacher.fingerprint!r}). Put the teacher "
-            "back, or start afresh."
-        )
-    loop.backend.load(saved.folder, saved_ranks=record["ranks"])
-    loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
-    loop.teacher.updates = record["teacher_updates"]
-    if record["ranks"] == ranks.world_size:
-        torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
-    loop.version = record["policy_version"]
-    loop.health.streaks.update(record["streaks"])
-    run.method.load_state_dict(saved.record("method"))
 
 
 @contextmanager

@@ -107,6 +107,17 @@ def _rank(rank, path):
     raise AssertionError(f"no process of rank {rank}")
 
 
+def run_of_two_ranks(folder):
+    """`opd train run.yaml` on two ranks, once it has ended: the launcher's process, and what all of them said."""
+    log = folder / "log"
+    process = started([*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, folder)
+    try:
+        wait_for(lambda: process.poll() is not None, 600, [log])
+    finally:
+        stopped([process])
+    return process, log.read_text()
+
+
 WRONG = {
     "local": (
         {"backend": "local"},
@@ -126,16 +137,9 @@ def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_load
     changed, message = WRONG[wrong]
     settings = zero_settings(tmp_path / "run", None if wrong == "local" else 3) | changed
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    log = tmp_path / "log"
-    process = started(
-        [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
-    )
-    try:
-        wait_for(lambda: process.poll() is not None, 600, [log])
-    finally:
-        stopped([process])
+    process, said = run_of_two_ranks(tmp_path)
     assert process.returncode != 0
-    assert [line for line in log.read_text().splitlines() if line.startswith("error:")] == [message]
+    assert [line for line in said.splitlines() if line.startswith("error:")] == [message]
     assert not (tmp_path / "run").exists()
 
 
@@ -168,15 +172,7 @@ def test_ranks_that_learn_nothing_end_together_and_say_so_once(tmp_path, zero_se
     (tmp_path / "broken_env.py").write_text(BROKEN)
     settings = zero_settings(tmp_path / "run", 2, env={"id": "broken_env:Broken"}, train={"tasks_per_step": 4})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    log = tmp_path / "log"
-    process = started(
-        [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"], log, tmp_path
-    )
-    try:
-        wait_for(lambda: process.poll() is not None, 1200, [log])
-    finally:
-        stopped([process])
-    said = log.read_text()
+    _, said = run_of_two_ranks(tmp_path)
     [error] = [line for line in said.splitlines() if line.startswith("error:")]
     assert "train/0 at reset: ValueError: the shop's database is gone" in error
     assert error.endswith(f"Step 2 is saved: opd train {tmp_path / 'run'} --resume"), error

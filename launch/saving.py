@@ -1,0 +1,139 @@
+"""What a run saves and where it goes on from: checkpoints with all that a resumed run needs, and which of them stay.
+
+`opd.checkpoint` writes and verifies folders; here is what stands in those of a run. docs/runs.md says it for users.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import checkpoint
+from opd.config import TrainConfig
+from opd.errors import CheckpointError
+from opd.launch.build import Run, Score
+from opd.ranks import Ranks
+from opd.tracking import last_row, put_rows_aside
+
+
+def newest(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint; None for a run that was stopped before its first, which begins again.
+
+    Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
+    or where no checkpoint is whole.
+    """
+    if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
+        return checkpoint.latest(out / "checkpoints", ranks)
+    if not anew:
+        ranks.from_first(partial(_check_no_rows, out))
+    return None
+
+
+def _check_no_rows(out: Path) -> None:
+    step = last_row(out)
+    if step is not None:
+        raise CheckpointError(
+            f"{out} has rows up to step {step}, but no checkpoint to go on from. Begin anew and keep them beside the "
+            "new ones (--resume auto), or delete the run (--overwrite)"
+        )
+
+
+def begin_anew(out: Path) -> None:
+    """Put the rows of a run that has no checkpoint aside, and say so."""
+    aside = ", ".join(path.name for path in put_rows_aside(out))
+    print(
+        f"{out} holds no checkpoint yet: its training begins anew{f'; its rows are kept in {aside}' if aside else ''}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def clear_the_way(exports: Iterable[Path], saved: checkpoint.Checkpoint | None) -> None:
+    """Nothing of an earlier attempt may be taken for what is still to come: exports of stages, newer checkpoints."""
+    for folder in exports:
+        if folder.exists():
+            shutil.rmtree(folder)
+    if saved is not None:
+        checkpoint.put_aside_after(saved.folder)
+
+
+def save(run: Run, out: Path, step: int, before: Score | None, after: Score | None) -> None:
+    """Save after `step`, whose weights were evaluated as `after` says, if they were; on all ranks. Then delete the
+    checkpoints that no setting keeps. Raises CheckpointError where the disk does not take it."""
+    loop, ranks = run.loop, run.loop.backend.ranks
+    root = out / "checkpoints"
+    checkpoint.save(
+        root / f"step-{step}",
+        parts=[
+            loop.backend.save,
+            lambda folder: loop.teacher.save(folder, ranks),
+            lambda folder: torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank}.pt"),
+        ],
+        records={
+            "run": {
+                "step": step,
+                "ranks": ranks.world_size,
+                "teacher_updates": loop.teacher.updates,
+                "teacher_fingerprint": loop.teacher.fingerprint,
+                "policy_version": loop.version,
+                "config": run.config.dump(),
+                "before": None if before is None else before.outcomes,
+                "after": None if after is None else after.outcomes,
+                "success": after.rate if after is not None and after.played else None,
+                "finite": loop.finite,
+                "streaks": dict(loop.health.streaks),
+            },
+            "method": run.method.state_dict(),
+        },
+        ranks=ranks,
+    )
+    if ranks.first:
+        checkpoint.rotate(root, run.config.train.keep_last, keep=_worth_keeping(root, run.config.train))
+
+
+def _worth_keeping(root: Path, train: TrainConfig) -> list[Path]:
+    """The last checkpoint whose updates were finite and, if asked for, the one whose evaluation was best, the later
+    of two."""
+    scored = [(_record(path)["success"], number, path) for number, path in enumerate(checkpoint.step_folders(root))]
+    best = max((entry for entry in scored if entry[0] is not None), default=None) if train.keep_best else None
+    return finite_checkpoints(root)[-1:] + ([best[2]] if best else [])
+
+
+def finite_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints of steps whose updates were finite, oldest first."""
+    return [path for path in checkpoint.step_folders(root) if _record(path)["finite"]]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its step; one that is damaged is not worth keeping for it."""
+    try:
+        return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text())}
+    except (OSError, ValueError, TypeError):
+        return {"finite": False, "success": None}
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint of this run's stage; on all ranks. Raises CheckpointError where it does not fit the run."""
+    record, loop = saved.record("run"), run.loop
+    ranks = loop.backend.ranks
+    if record["teacher_fingerprint"] != loop.teacher.fingerprint:
+        raise CheckpointError(
+            f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
+            f"teacher.model = {run.method.teacher.model!r} holds now ({loop.teacher.fingerprint!r}). Put the teacher "
+            "back, or start afresh."
+        )
+    loop.backend.load(saved.folder, saved_ranks=record["ranks"])
+    loop.teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
+    loop.teacher.updates = record["teacher_updates"]
+    if record["ranks"] == ranks.world_size:
+        torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
+    loop.version = record["policy_version"]
+    loop.health.streaks.update(record["streaks"])
+    run.method.load_state_dict(saved.record("method"))
