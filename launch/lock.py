@@ -65,7 +65,14 @@ class RunLock:
         descriptor, left = _take(self.path)
         if left is not None:
             _say(f"{self.path.parent}: the lock of {left} is broken, since that process has ended; this one takes over")
-        os.pwrite(descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
+        try:
+            os.pwrite(descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
+        except OSError as error:  # a full disk, say
+            self.path.unlink()
+            os.close(descriptor)
+            raise LockError(
+                f"{self.path} cannot be written: {error}. Make room, or choose another (--out DIR)"
+            ) from None
         return descriptor
 
     def check(self) -> None:

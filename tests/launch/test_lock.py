@@ -168,6 +168,15 @@ def test_what_is_no_file_is_no_lock_and_nobody_waits_for_it(tmp_path, what):
             attempt(tmp_path)
 
 
+def test_a_disk_that_takes_nothing_is_told_and_nothing_stays_there(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    command = [sys.executable, "-c", limit + HOLD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert "LockError" in done.stderr.splitlines()[-1]
+    assert "run.lock cannot be written: [Errno 27] File too large. Make room" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_owner_of_wrong_types_is_none(tmp_path):
     (tmp_path / NAME).write_text('{"host": 5, "pid": "x", "started": null}')
     assert is_free(tmp_path)

