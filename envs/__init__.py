@@ -9,8 +9,8 @@ from opd.envs.checker import Finding, check
 from opd.envs.factory import list_envs, make, validate_id
 from opd.envs.spaces import TextSpace
 from opd.envs.text_env import Reply, Start, TextEnv, task_split
-from opd.envs.tool_calls import MalformedCall, ToolCall, format_call, parse_tool_calls
 from opd.envs.tool_env import ToolEnv, ToolError, tool
+from opd.tool_calls import MalformedCall, ToolCall, format_call, parse_tool_calls
 
 __all__ = [
     "Finding",

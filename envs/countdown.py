@@ -23,10 +23,10 @@ from opd.envs.countdown_solver import (
     steps,
 )
 from opd.envs.text_env import Reply, Start, TextEnv, task_split
-from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, DataError, EnvError
 from opd.rewards import last_tagged
+from opd.tool_calls import format_call
 
 RULES = (
     "Use every number exactly once. Add, subtract, multiply or divide; a difference must stay above zero, "

@@ -11,10 +11,10 @@ import numpy as np
 from opd.envs.file_tasks import LEVELS, FileTask, Tree, draw_tree, pick
 from opd.envs.sandbox import ShellTool
 from opd.envs.text_env import Start, task_split
-from opd.envs.tool_calls import CLOSE, OPEN
 from opd.envs.tools import tool
 from opd.errors import ConfigError, EnvError
 from opd.sandbox import SandboxLimits
+from opd.tool_calls import CLOSE, OPEN
 
 SYSTEM = (
     "You work in a folder of text files through a shell. Do the task, then call submit, with the answer if the task "

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from opd.envs.text_env import Start, task_split
-from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
+from opd.tool_calls import format_call
 
 SYSTEM = "Answer the question: look up one field of one person at a time, then give the answer."
 

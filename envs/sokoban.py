@@ -28,9 +28,9 @@ from opd.envs.sokoban_board import (
     same_under_symmetry,
 )
 from opd.envs.text_env import Reply, Start, task_split
-from opd.envs.tool_calls import format_call
 from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
+from opd.tool_calls import format_call
 
 RULES = (
     "Push every box onto a goal. The board: # wall, _ floor, . goal, $ box, * box on a goal, @ you, + you on a goal. "

@@ -18,9 +18,9 @@ import numpy as np
 
 from opd.background import Background
 from opd.envs.text_env import Reply, Start, TextEnv
-from opd.envs.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolCall, ToolFormat, parse_tool_calls
 from opd.envs.tools import Tool, ToolError, marked_tools, to_text, tool
 from opd.errors import ConfigError, EnvError
+from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolCall, ToolFormat, parse_tool_calls
 from opd.types import Message
 
 __all__ = ["ToolEnv", "ToolError", "tool"]
@@ -59,7 +59,7 @@ class ToolEnv(TextEnv):
 
     Args:
         tools: functions to offer beside the marked methods.
-        tool_format: how the model writes calls (see `opd.envs.tool_calls`): auto, hermes, llama, mistral or json.
+        tool_format: how the model writes calls (see `opd.tool_calls`): auto, hermes, llama, mistral or json.
         starts_thinking: the model's template opens a thought before the model speaks, so that a text without
             `</think>` is all thought and calls nothing.
         call_timeout: seconds that a call of an async tool may take. A plain function has only the limit of the

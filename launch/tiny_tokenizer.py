@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opd.envs.tool_calls import CLOSE, OPEN
+from opd.tool_calls import CLOSE, OPEN
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 

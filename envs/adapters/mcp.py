@@ -20,11 +20,11 @@ from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
 from opd.envs.tables import Row
 from opd.envs.text_env import Reply, Start
-from opd.envs.tool_calls import ToolFormat
 from opd.envs.tool_env import ToolEnv, ToolError
 from opd.envs.tools import Tool, from_text
 from opd.errors import ConfigError, EnvError
 from opd.rewards import Rewards, Rubric
+from opd.tool_calls import ToolFormat
 
 logger = logging.getLogger(__name__)
 

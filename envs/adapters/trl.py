@@ -13,10 +13,10 @@ from opd.envs.adapters.common import resolve
 from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
 from opd.envs.text_env import Reply, Start
-from opd.envs.tool_calls import ToolFormat
 from opd.envs.tool_env import ToolEnv
 from opd.errors import ConfigError
 from opd.rewards import Rewards, Rubric
+from opd.tool_calls import ToolFormat
 from opd.types import Message
 
 _NOT_TOOLS = ("reset", "get_reward")

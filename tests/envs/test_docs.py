@@ -8,7 +8,7 @@ import yaml
 
 from opd.config import EnvConfig
 from opd.envs import format_call, parse_tool_calls, validate_id
-from opd.envs.tool_calls import TOOL_FORMATS
+from opd.tool_calls import TOOL_FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from opd.envs.tool_calls import (
+from opd.tool_calls import (
     FORMS,
     TOOL_FORMATS,
     MalformedCall,

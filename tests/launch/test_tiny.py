@@ -398,7 +398,7 @@ SOURCES = [
     "opd.envs.sokoban_board",
     "opd.envs.text_env",
     "opd.envs.tool_env",
-    "opd.envs.tool_calls",
+    "opd.tool_calls",
     "opd.trainers.skill_makers",
     "opd.answers",
     "opd.chat",

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from opd.envs.tool_calls import valid_tool_calls
 from opd.rewards import BUILT_IN, Rubric
+from opd.tool_calls import valid_tool_calls
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args
 
-from opd.envs.json_text import JsonError, read_json
+from opd.json_text import JsonError, read_json
 
 ToolFormat = Literal["auto", "hermes", "llama", "mistral", "json"]
 TOOL_FORMATS: tuple[str, ...] = get_args(ToolFormat)
