@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from opd import divergence, head
-from opd.divergence import chunked_divergence
+from opd.maths import divergence, head
+from opd.maths.divergence import chunked_divergence
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 

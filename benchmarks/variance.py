@@ -3,7 +3,7 @@
     python benchmarks/variance.py                        # the table of docs/divergences.md
 
 The student explains sums; the teacher is the same model, shown the answer. The variance is that of the
-gradient by the logits, exact at every state (`opd.variance`), so the only sampling is that of the states.
+gradient by the logits, exact at every state (`opd.maths.variance`), so the only sampling is that of the states.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.advantage import chunked_advantages
 from opd.config import ModelConfig
-from opd.divergence import chunked_divergence
-from opd.logprobs import chunked_logprobs
+from opd.maths.advantage import chunked_advantages
+from opd.maths.divergence import chunked_divergence
+from opd.maths.logprobs import chunked_logprobs
+from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.modeling import CausalModel
 from opd.models import load
-from opd.variance import GradientVariance, chunked_gradient_variance
 
 BASELINES: dict[str, dict[str, Any]] = {
     "top 100, sum": {"baseline": "top_k", "top_k": 100},

@@ -18,7 +18,7 @@ from opd.launch.checks import is_hub_id
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 512 * 2**20}
-"""As in `opd.head`, which imports torch; a test holds the two together."""
+"""As in `opd.maths.head`, which imports torch; a test holds the two together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

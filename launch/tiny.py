@@ -34,7 +34,7 @@ from opd.launch import definitions, muon
 from opd.launch.tiny_recipes import Recipe, privileged_phrases
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
-from opd.logprobs import chunked_logprobs
+from opd.maths.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 from opd.models import cache_folder
 from opd.privileged import (

@@ -52,7 +52,7 @@ def _unknown(setting: str, value: object, known: Iterable[str]) -> ConfigError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The clipped surrogate of the samples' advantages (`opd.policy.policy_loss`), at the sampling temperature."""
+    """The clipped surrogate of the samples' advantages (`opd.maths.policy.policy_loss`), at the sampling temperature."""
 
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
@@ -92,8 +92,8 @@ class Distill:
 class SampledDistill:
     """The teacher's word on the sampled token alone, at the sampling temperature.
 
-    `policy_gradient`: minus advantage times log-prob, with a baseline (`opd.advantage`); the others:
-    `opd.estimators`. On average over samples all but `k3`, whose gradient is the forward KL's, train the reverse KL.
+    `policy_gradient`: minus advantage times log-prob, with a baseline (`opd.maths.advantage`); the others:
+    `opd.maths.estimators`. On average over samples all but `k3`, whose gradient is the forward KL's, train the reverse KL.
     """
 
     form: Form = "policy_gradient"

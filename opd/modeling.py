@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.errors import ModelError
-from opd.head import Head, Projection, Projector
+from opd.maths.head import Head, Projection, Projector
 
 
 class CausalModel(nn.Module):

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from opd.advantage import chunked_advantages
 from opd.collate import Batch
-from opd.divergence import stored_divergence, weighted_divergence
-from opd.estimators import estimator_loss
-from opd.head import Head
-from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 from opd.losses import FORMS, Distill, Losses, Policy, SampledDistill, Sampler, unknown
+from opd.maths.advantage import chunked_advantages
+from opd.maths.divergence import stored_divergence, weighted_divergence
+from opd.maths.estimators import estimator_loss
+from opd.maths.head import Head
+from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
+from opd.maths.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
+from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.modeling import CausalModel
-from opd.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.teacher import Taught
-from opd.variance import GradientVariance, chunked_gradient_variance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Objective:
     nats, clipped, kept, teacher_entropy: of the distillation, per token;
     entropy, ratio, ratio_clipped: of the student, and of its ratio to the old policy;
     sampler_gap, sampler_ratio, sampler_limited: of the old policy against the sampler;
-    variance_plain, variance_baselined, variance_least: `opd.variance.GradientVariance`.
+    variance_plain, variance_baselined, variance_least: `opd.maths.variance.GradientVariance`.
     """
 
 

@@ -11,7 +11,7 @@ import torch
 from opd.collate import Batch
 from opd.engines.base import Sampling
 from opd.errors import ModelError
-from opd.logprobs import chunked_logprobs
+from opd.maths.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from opd.collate import Batch
 from opd.config import TeacherConfig
 from opd.errors import CheckpointError, ModelError
-from opd.head import Head
+from opd.maths.head import Head
 from opd.modeling import CausalModel
 from opd.ranks import Ranks
 from opd.served_teacher import ServedTeacher

@@ -54,7 +54,7 @@ class PolicyConfig(Strict):
 
     def advantages(self, group: Sequence[Trajectory]) -> list[float]:
         """One for each episode of a group, by its reward; none for none."""
-        from opd.advantage import group_advantage  # late: it needs torch
+        from opd.maths.advantage import group_advantage  # late: it needs torch
 
         if not group:
             return []

@@ -20,8 +20,8 @@ from opd.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
 from opd.engines.base import Sampling, Weights
 from opd.errors import EngineError, HealthError
-from opd.logprobs import chunked_logprobs, chunked_scores
 from opd.losses import Sampler
+from opd.maths.logprobs import chunked_logprobs, chunked_scores
 from opd.modeling import CausalModel
 from opd.objective import Objective, objective
 from opd.preflight import sampler_gap

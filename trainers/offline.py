@@ -209,7 +209,7 @@ def _said(loop: Loop, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
     """Of each sampled token: its log-prob, the entropy, and the top k."""
     import torch
 
-    from opd.logprobs import chunked_scores, chunked_top_k
+    from opd.maths.logprobs import chunked_scores, chunked_top_k
 
     hidden, head = loop.student(batch.input_ids, batch.rows), loop.student.head()
     temperature = loop.sampler.temperature

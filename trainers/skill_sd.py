@@ -6,7 +6,7 @@ public, and what they leave open is said in docs/skills.md. The loss is GRPO's p
     mean over sampled tokens of  ratio * (exp(-gap) - 1 + gap),  gap = log student - log teacher of the token,
 
 whose ratio of student to old policy keeps its gradient: on average this is the reverse KL's gradient, while the same
-without the ratio is the forward KL's (`opd/estimators.py`). The student never sees a skill.
+without the ratio is the forward KL's (`opd/maths/estimators.py`). The student never sees a skill.
 
 Left out: skills are written after the step, not in the background, so that runs repeat.
 """

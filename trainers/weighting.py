@@ -1,6 +1,6 @@
 """Lays the weightings of a run (`weighting:` in its file) over the weights of a step's samples.
 
-The formulas are in `opd.weighting`; here they meet samples, and means over the whole step and all ranks.
+The formulas are in `opd.maths.weighting`; here they meet samples, and means over the whole step and all ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from opd.config import WeightingConfig
 from opd.losses import unknown
+from opd.maths.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
 from opd.types import WEIGHTS, Sample
-from opd.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
 
 AllSum = Callable[[list[float]], list[float]]
 
@@ -45,7 +45,7 @@ def weigh(
 
 
 def by_entropy(samples: Sequence[Sample], beta: float, all_sum: AllSum) -> list[Sample]:
-    """SRPO's weights on the distilled tokens: `opd.weighting.entropy_weights` over their mean in the step."""
+    """SRPO's weights on the distilled tokens: `opd.maths.weighting.entropy_weights` over their mean in the step."""
     # In float32 the weight of a token could vanish, and the token with it from the denominator.
     entropies = (torch.tensor(_known(s, "teacher_entropy"), dtype=torch.float64) for s in samples)
     factors = [entropy_weights(entropy, beta=beta).tolist() for entropy in entropies]

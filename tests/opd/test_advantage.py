@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.advantage import distillation_advantage, group_advantage
-from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
+from opd.maths.advantage import distillation_advantage, group_advantage
+from opd.maths.divergence import token_divergence
 
 V = 7
 BASELINES = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from opd.collate import collate, microbatches
 from opd.config import TeacherConfig
-from opd.logprobs import chunked_logprobs
+from opd.maths.logprobs import chunked_logprobs
 from opd.objective import objective
 from opd.privileged import in_first_user_message, with_solution
 from opd.rollout import task

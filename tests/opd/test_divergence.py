@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
+from opd.maths.divergence import token_divergence
 
 V = 8
 NOT = -torch.inf

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.divergence import chunked_divergence, token_divergence, weighted_divergence
 from opd.errors import ConfigError, DataError
-from opd.head import Head, Projector
-from opd.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
+from opd.maths.divergence import chunked_divergence, token_divergence, weighted_divergence
+from opd.maths.head import Head, Projector
+from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 
 KINDS = [
     ("forward_kl", 0.5),
@@ -322,7 +322,7 @@ def test_chunked_logprobs_pass_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_computed_in_float32(dtype, monkeypatch):
-    monkeypatch.setattr("opd.head.CAST_ROWS", 4)
+    monkeypatch.setattr("opd.maths.head.CAST_ROWS", 4)
     narrow, wide = Case(dtype), Case(dtype)
     wide.hidden, wide.weight = (t.detach().double().requires_grad_() for t in wide.student)
     weights = narrow.weights.float()
@@ -436,7 +436,7 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr("opd.head.Projector.pull_back", refuse)
+    monkeypatch.setattr("opd.maths.head.Projector.pull_back", refuse)
     case = Case()
     with torch.no_grad():
         chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd import divergence
-from opd.divergence import chunked_divergence, weighted_divergence
-from opd.head import Head
-from opd.logprobs import chunked_logprobs
+from opd.maths import divergence
+from opd.maths.divergence import chunked_divergence, weighted_divergence
+from opd.maths.head import Head
+from opd.maths.logprobs import chunked_logprobs
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path of opd.head is not tested"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the CUDA path of opd.maths.head is not tested"),
 ]
 
 N, H, V = 300, 64, 5000

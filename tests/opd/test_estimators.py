@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
-from opd.estimators import estimate, estimator_loss
+from opd.maths.divergence import token_divergence
+from opd.maths.estimators import estimate, estimator_loss
 
 V = 6
 

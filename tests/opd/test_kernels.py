@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd import divergence
-from opd.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
 from opd.errors import ConfigError
-from opd.head import Head, Projection
 from opd.losses import DIVERGENCES
+from opd.maths import divergence
+from opd.maths.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
+from opd.maths.head import Head, Projection
 
-pytest.importorskip("triton", reason="no Triton: opd.kernels is not tested")
+pytest.importorskip("triton", reason="no Triton: opd.maths.kernels is not tested")
 
 # The interpreter computes with numpy, which warns where a GPU says inf or nan.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -53,7 +53,7 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture
 def kernel(monkeypatch):
     """In blocks of which V is no multiple, and in the place where a GPU would have it."""
-    from opd import kernels
+    from opd.maths import kernels
 
     monkeypatch.setattr(kernels, "BLOCK", BLOCK)
     monkeypatch.setattr(divergence, "_kernel", lambda logits: kernels.divergence_rows)
@@ -166,7 +166,7 @@ def test_a_narrow_gradient_in_the_place_of_the_logits_is_what_the_products_take(
 @inside
 def test_a_kind_without_a_branch_is_no_other_kind(kernel, monkeypatch):
     """Not even where the launcher is told that the kernel knows it."""
-    from opd import kernels
+    from opd.maths import kernels
 
     monkeypatch.setattr(kernels, "KINDS", (*kernels.KINDS, "skew_kl"))
     student, teacher, weights = rows()
@@ -177,7 +177,7 @@ def test_a_kind_without_a_branch_is_no_other_kind(kernel, monkeypatch):
 @inside
 @pytest.mark.parametrize("kind", ["jsd", "mixed_kl"])
 def test_a_kind_that_the_kernel_does_not_know_is_computed_without_it(kernel, monkeypatch, kind):
-    from opd import kernels
+    from opd.maths import kernels
 
     sides = (normal(7, 5, seed=0), normal(V, 5, seed=1), normal(7, 4, seed=3), normal(V, 4, seed=4))
     expected = chunked_divergence(*sides, kind)
@@ -189,7 +189,7 @@ def test_a_kind_that_the_kernel_does_not_know_is_computed_without_it(kernel, mon
 
 @pytest.mark.skipif(INTERPRETED, reason="needs neither a GPU nor the interpreter")
 def test_the_launcher_refuses_a_kind_that_it_does_not_know():
-    from opd.kernels import KINDS, divergence_rows
+    from opd.maths.kernels import KINDS, divergence_rows
 
     assert set(KINDS) <= set(DIVERGENCES)
     known = "forward_kl, reverse_kl, jsd, mixed_kl"

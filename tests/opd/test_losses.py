@@ -13,13 +13,14 @@ from typing import Literal, get_args
 import pytest
 import torch
 
-from opd import advantage, divergence, estimators, losses
-from opd.advantage import group_advantage, state_baseline
-from opd.divergence import chunked_divergence, stored_divergence, token_divergence, weighted_divergence
+from opd import losses
 from opd.errors import ConfigError
-from opd.estimators import estimate, estimator_loss
 from opd.losses import Correction, Distill, Losses, Policy, SampledDistill
-from opd.policy import importance_weights, policy_loss
+from opd.maths import advantage, divergence, estimators
+from opd.maths.advantage import group_advantage, state_baseline
+from opd.maths.divergence import chunked_divergence, stored_divergence, token_divergence, weighted_divergence
+from opd.maths.estimators import estimate, estimator_loss
+from opd.maths.policy import importance_weights, policy_loss
 
 NEW = "skew_kl"
 KINDS = "Allowed: forward_kl, reverse_kl, jsd, mixed_kl"

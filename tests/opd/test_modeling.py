@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
 
 from opd.errors import ModelError
-from opd.logprobs import chunked_logprobs
+from opd.maths.logprobs import chunked_logprobs
 from opd.modeling import CausalModel
 
 SMALL = {

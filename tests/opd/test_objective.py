@@ -6,15 +6,15 @@ import random
 import pytest
 import torch
 
-from opd.advantage import distillation_advantage
 from opd.collate import collate, microbatches, normalise
 from opd.config import TeacherConfig
-from opd.divergence import token_divergence
 from opd.losses import Correction, CrossEntropy, Distill, Losses, Policy, SampledDistill, Sampler
+from opd.maths.advantage import distillation_advantage
+from opd.maths.divergence import token_divergence
+from opd.maths.variance import gradient_variance
 from opd.objective import objective
 from opd.teacher import Teacher
 from opd.types import Sample, TeacherView
-from opd.variance import gradient_variance
 
 
 def sample(draw, *, same_prompt=False, seen=True, moved=False):

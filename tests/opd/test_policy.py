@@ -7,7 +7,7 @@ import torch
 
 from opd.errors import ConfigError, DataError
 from opd.losses import Correction
-from opd.policy import importance_weights, policy_loss
+from opd.maths.policy import importance_weights, policy_loss
 
 A = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
 RATIO = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5], dtype=torch.float64)

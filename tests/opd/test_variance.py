@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from opd.advantage import chunked_advantages, distillation_advantage, state_baseline
 from opd.errors import DataError
-from opd.variance import GradientVariance, chunked_gradient_variance, gradient_variance
+from opd.maths.advantage import chunked_advantages, distillation_advantage, state_baseline
+from opd.maths.variance import GradientVariance, chunked_gradient_variance, gradient_variance
 
 V = 6
 BASELINES = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigError, DataError
-from opd.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
+from opd.maths.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
 
 
 def test_an_unsure_teacher_weighs_less():

@@ -12,13 +12,13 @@ from opd.backends.local import LocalBackend
 from opd.chat import ChatFormat
 from opd.collate import collate, normalise
 from opd.config import RolloutConfig, TrainConfig
-from opd.divergence import token_divergence
 from opd.engines.weights import ModelWeights
 from opd.envs.lookup import LookupEnv
 from opd.errors import DataError
 from opd.launch.tiny import EpisodeWriter
 from opd.launch.tiny_skills import LOOKUP_SKILLS
 from opd.losses import Losses, Sampler
+from opd.maths.divergence import token_divergence
 from opd.modeling import CausalModel
 from opd.objective import objective
 from opd.ranks import Ranks

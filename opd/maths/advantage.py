@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from opd.divergence import token_divergence
 from opd.errors import ConfigError, DataError
-from opd.head import Head, compute_dtype, logit_blocks, projections
-from opd.logprobs import entropy_of
 from opd.losses import BASELINES, Baseline, check_known, unknown
+from opd.maths.divergence import token_divergence
+from opd.maths.head import Head, compute_dtype, logit_blocks, projections
+from opd.maths.logprobs import entropy_of
 
 Scale = Literal["std", "none"]
 SCALES: tuple[Scale, ...] = ("std", "none")
@@ -184,7 +184,7 @@ def chunked_advantages(
 ) -> Advantages:
     """`distillation_advantage` of hidden states [N, H] and [N, H'], without their logits, and values to log.
 
-    `temperature` is the sampling temperature; `chunk_size` as in `opd.divergence.chunked_divergence`.
+    `temperature` is the sampling temperature; `chunk_size` as in `opd.maths.divergence.chunked_divergence`.
     """
     student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
     if token_ids.shape != student_hidden.shape[:1]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
-from opd.head import Head, Projection, Projector, per_token, row_block, tiles, weighted_sum
+from opd.maths.head import Head, Projection, Projector, per_token, row_block, tiles, weighted_sum
 
 
 class Scored(NamedTuple):
@@ -32,7 +32,7 @@ def chunked_logprobs(
 ) -> Tensor:
     """Log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
 
-    `weights`, the gradients and their cost: as for `opd.divergence.chunked_divergence`. With minus a weight
+    `weights`, the gradients and their cost: as for `opd.maths.divergence.chunked_divergence`. With minus a weight
     this is the weighted cross-entropy.
 
     Raises:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opd.advantage import Baseline, squared_scores, state_baseline
 from opd.errors import DataError
-from opd.head import Head, compute_dtype, logit_blocks, projections
+from opd.maths.advantage import Baseline, squared_scores, state_baseline
+from opd.maths.head import Head, compute_dtype, logit_blocks, projections
 
 
 class GradientVariance(NamedTuple):
@@ -51,7 +51,7 @@ def gradient_variance(
     top_k: int | None = None,
     renormalise: bool = False,
 ) -> GradientVariance:
-    """Of `opd.advantage.distillation_advantage`: [..., V], [..., V] -> [...], at temperature 1.
+    """Of `opd.maths.advantage.distillation_advantage`: [..., V], [..., V] -> [...], at temperature 1.
 
     With p the student's probabilities, r the log-ratio of a token, b the baseline and s the squared score of
     a token, the variance is `sum(p s (r - b) squared)` less the squared length of the mean, which no b changes.

@@ -1,6 +1,6 @@
 """The full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
 
-The formulas are those of `opd.divergence`, which runs them on all other devices and calls this file where it can;
+The formulas are those of `opd.maths.divergence`, which runs them on all other devices and calls this file where it can;
 it is imported where a GPU is at work and nowhere else.
 
 A row of 150,000 entries is too long to be kept, so a program reads it two or three times: for the normalisers; where
@@ -17,7 +17,7 @@ from torch import Tensor
 from opd.losses import check_known
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
-"""The divergences that the kernel below has a branch for. `opd.divergence` does any other by itself."""
+"""The divergences that the kernel below has a branch for. `opd.maths.divergence` does any other by itself."""
 BLOCK = 2048
 """Entries of a row that are worked on at once."""
 WARPS = 8

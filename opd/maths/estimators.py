@@ -11,7 +11,7 @@ gradient of an estimate is not an estimate of the gradient (METHODS 0.3; the tes
     k3                         of KL(teacher || student)
     ratio * k3                 of KL(student || teacher)
 
-The policy-gradient form (an advantage times a log-prob) is `opd.advantage.distillation_advantage`.
+The policy-gradient form (an advantage times a log-prob) is `opd.maths.advantage.distillation_advantage`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def estimator_loss(
     if kind == "k1":
         raise ConfigError(
             "estimator = 'k1' cannot be a loss: its expected gradient is 0, whoever teaches. Use 'k2', or the "
-            "policy component with opd.advantage.distillation_advantage, for the gradient of the reverse KL"
+            "policy component with opd.maths.advantage.distillation_advantage, for the gradient of the reverse KL"
         )
     if kind not in ("k2", "k3", "weighted_k3"):
         raise ConfigError(f"estimator = {kind!r} is unknown as a loss. Allowed: k2, k3, weighted_k3")

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
-from opd.head import (
+from opd.losses import DIVERGENCES, SUPPORTS, Support, check_known, unknown
+from opd.losses import Divergence as Kind
+from opd.maths.head import (
     Head,
     Projection,
     Projector,
@@ -29,15 +31,13 @@ from opd.head import (
     tiles,
     weighted_sum,
 )
-from opd.logprobs import entropy_of
-from opd.losses import DIVERGENCES, SUPPORTS, Support, check_known, unknown
-from opd.losses import Divergence as Kind
+from opd.maths.logprobs import entropy_of
 
 LEAST_TAIL = 1e-7
 """Stored log-probs are rounded, so that k of them may add up to 1: less than this is not taken for the rest."""
 
 KERNEL = True
-"""On a GPU, do the work on a tile in one kernel (`opd.kernels`); False does it operation by operation, as on a CPU."""
+"""On a GPU, do the work on a tile in one kernel (`opd.maths.kernels`); False does it operation by operation, as on a CPU."""
 
 
 class WeightedDivergence(NamedTuple):
@@ -124,7 +124,7 @@ def chunked_divergence(
     that ZeRO-3 has sharded must be gathered around the call, inside the engine's forward pass.
 
     Args:
-        chunk_size: tokens in a tile; by default as many as `opd.head.TILE_BYTES` hold.
+        chunk_size: tokens in a tile; by default as many as `opd.maths.head.TILE_BYTES` hold.
         clip: bound from above on each vocabulary entry's summand, before the sum over the vocabulary (OPSD,
             arXiv 2601.18734). The value may then be negative, and a clipped entry loses its pull. Not with `top_k`.
         top_k, support, tail: as for `token_divergence`; the projections, which cost most, are the same.
@@ -441,13 +441,13 @@ def _kernel_for(rule: _Rule, logits: Tensor) -> Callable[..., Tensor] | None:
     """The kernel, if it can and knows the divergence; what it does not know is done operation by operation."""
     if rule.top_k is not None or (kernel := _kernel(logits)) is None:
         return None
-    from opd.kernels import KINDS
+    from opd.maths.kernels import KINDS
 
     return kernel if rule.kind in KINDS else None
 
 
 def _kernel(logits: Tensor) -> Callable[..., Tensor] | None:
-    """`opd.kernels.divergence_rows`, which does what `_full_rows` does, if it can for such logits."""
+    """`opd.maths.kernels.divergence_rows`, which does what `_full_rows` does, if it can for such logits."""
     return _compiled_for(logits.device) if KERNEL and logits.is_cuda and logits.dtype == torch.float32 else None
 
 
@@ -460,7 +460,7 @@ def _compiled_for(device: torch.device) -> Callable[..., Tensor] | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        from opd.kernels import divergence_rows
+        from opd.maths.kernels import divergence_rows
 
         tiny = torch.zeros(2, 16, device=device)
         divergence_rows(

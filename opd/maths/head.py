@@ -2,7 +2,7 @@
 
 A tile loss gets a tile of logits and puts its gradient in their place; this file does the rest: the
 projections, the gradients of hidden states and head, and the two ways of joining autograd. The formulas
-are in `opd.divergence`.
+are in `opd.maths.divergence`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ tile, so tiles must not be small. On an H100 twice as much is 4% faster, half as
 
 BLOCK_BYTES = {"cpu": 2**20, "accelerator": 128 * 2**20}
 """How much of a tile is worked on at once, with half a dozen temporaries of that size: on a CPU they stay in the
-cache, elsewhere they only have to be few enough launches and little enough memory. A kernel (`opd.kernels`) needs
+cache, elsewhere they only have to be few enough launches and little enough memory. A kernel (`opd.maths.kernels`) needs
 neither."""
 
 CAST_ROWS = 16384

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: divergences, log-probs, estimators, advantages."""
