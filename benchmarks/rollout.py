@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.chat import ChatFormat
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.envs.tools import Tool
 from opd.launch.tiny_tokenizer import build_tokenizer
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
 from opd.rollout import RolloutScheduler, task
 
 PROMPT = "Look the number up, and say it."

@@ -22,8 +22,8 @@ from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import chunked_divergence
 from opd.maths.logprobs import chunked_logprobs
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
-from opd.modeling import CausalModel
-from opd.models import load
+from opd.models.causal import CausalModel
+from opd.models.loading import load
 
 BASELINES: dict[str, dict[str, Any]] = {
     "top 100, sum": {"baseline": "top_k", "top_k": 100},

@@ -17,7 +17,6 @@ from opd import deepspeed_json
 from opd.backends.base import Backend
 from opd.backends.idle import IdleBackend
 from opd.backends.local import LocalBackend
-from opd.chat import ChatFormat
 from opd.config import ModelConfig, RolloutConfig, TrainConfig
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.scoring import VllmScorer
@@ -26,16 +25,17 @@ from opd.engines.vllm_http import Server
 from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.errors import ConfigError
-from opd.identity import check_same_tokenizer, weights_fingerprint
 from opd.intervals import paired_difference, wilson
 from opd.launch.config import Config
 from opd.losses import Correction, Distill, Sampler
-from opd.modeling import CausalModel
-from opd.models import Loaded, export, load, load_teacher, load_tokenizer
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
+from opd.models.identity import check_same_tokenizer, weights_fingerprint
+from opd.models.loading import Loaded, export, load, load_teacher, load_tokenizer
+from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.ranks import Ranks
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.served_teacher import ServedTeacher
-from opd.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.teacher import Teacher
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop

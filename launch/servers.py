@@ -19,7 +19,7 @@ from opd.launch.checks import is_installed, is_loopback
 from opd.launch.config import Config
 from opd.launch.plan import has_gpu
 from opd.launch.server_checks import check_port
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.ranks import Ranks
 
 
@@ -107,7 +107,7 @@ def _served_name(name: str) -> str:
 
         return str(build_tiny(name.removeprefix("tiny:")))
     if name == "smollm2":
-        from opd.models import smollm2_folder
+        from opd.models.loading import smollm2_folder
 
         return str(smollm2_folder())
     if name.endswith(".gguf"):

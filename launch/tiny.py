@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd import privileged
 from opd.answers import messages_of
-from opd.chat import ChatFormat
 from opd.collate import Batch, collate
 from opd.errors import ConfigError
 from opd.launch import definitions, muon
@@ -35,8 +34,9 @@ from opd.launch.tiny_recipes import Recipe, privileged_phrases
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
 from opd.maths.logprobs import chunked_logprobs
-from opd.modeling import CausalModel
-from opd.models import cache_folder
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
+from opd.models.loading import cache_folder
 from opd.privileged import (
     episode_text,
     in_first_user_message,

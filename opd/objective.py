@@ -20,7 +20,7 @@ from opd.maths.head import Head
 from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 from opd.maths.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.teacher import Taught
 
 

@@ -12,7 +12,7 @@ from opd.collate import Batch
 from opd.engines.base import Sampling
 from opd.errors import ModelError
 from opd.maths.logprobs import chunked_logprobs
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest mean gap in nats by the type of the weights; 16-bit kernels differ by more than rounding of a sum."""

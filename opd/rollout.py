@@ -19,12 +19,12 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from opd.answers import Answer
-from opd.chat import ChatFormat, Prompt
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
 from opd.errors import ModelError
 from opd.faults import MOST_CHARACTERS, explain
 from opd.hosts import Host, Local
+from opd.models.chat import ChatFormat, Prompt
 from opd.processes import Processes, Remote
 from opd.types import Fault, Message, Task, Trajectory, TrajectoryGroup, Turn
 from opd.watchdog import Watchdog

@@ -41,7 +41,7 @@ class Scorer:
     """All that a score depends on beside the ids that were scored."""
 
     teacher: str
-    """Fingerprint of the teacher's weights (`opd.identity`); so are tokenizer and template of what it read."""
+    """Fingerprint of the teacher's weights (`opd.models.identity`); so are tokenizer and template of what it read."""
     tokenizer: str
     template: str
     temperature: float

@@ -4,7 +4,7 @@
 for one forward pass: only what trains needs a copy, so that with LoRA a frozen teacher costs the adapters'
 initial values and nothing more. Of sharded weights each rank keeps its own slices, as it does of the student's.
 `trust_region` listens to both, the frozen one and the live one, for two forward passes. `external` is a model of its
-own (`opd.models.load_teacher`), here or behind servers, which never changes and is never saved.
+own (`opd.models.loading.load_teacher`), here or behind servers, which never changes and is never saved.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from opd.collate import Batch
 from opd.config import TeacherConfig
 from opd.errors import CheckpointError, ModelError
 from opd.maths.head import Head
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
 from opd.ranks import Ranks
 from opd.served_teacher import ServedTeacher
-from opd.sharding import full_shape, held, is_sharded, part_of, swapped
 
 
 class Taught(NamedTuple):

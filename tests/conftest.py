@@ -17,12 +17,12 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.chat import ChatFormat
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
 from opd.rollout import RolloutScheduler, task
 from opd.types import StopReason
 

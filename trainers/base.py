@@ -18,7 +18,7 @@ from opd.losses import Losses
 from opd.types import Message, Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 METHODS = ("grpo", "lightning_opd", "opd", "opsd", "sd_zero", "sdpo", "sft", "skill_sd", "srpo", "vopd")

@@ -10,7 +10,7 @@ from opd.errors import DataError, ModelError
 from opd.types import Message, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
 
 
 def read_conversations(path: Path, chat: ChatFormat) -> list[Trajectory]:

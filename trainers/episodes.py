@@ -19,7 +19,7 @@ from opd.trainers.base import Method
 from opd.types import Segment, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
@@ -119,7 +119,7 @@ def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dic
     What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
     early, with what there is, once `loop.stopping()` holds.
     """
-    from opd.identity import weights_fingerprint  # late: it needs torch
+    from opd.models.identity import weights_fingerprint  # late: it needs torch
     from opd.rollout import derive_seed
 
     ranks, size = loop.backend.ranks, loop.rollout.group_size
@@ -162,7 +162,7 @@ def without_broken_end(
 
 def rendering(chat: ChatFormat) -> dict[str, str]:
     """Fingerprints of what makes ids of messages."""
-    from opd.identity import template_fingerprint, tokenizer_fingerprint  # late: it needs torch
+    from opd.models.identity import template_fingerprint, tokenizer_fingerprint  # late: it needs torch
 
     return {
         "tokenizer": tokenizer_fingerprint(chat.tokenizer),

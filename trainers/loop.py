@@ -22,7 +22,7 @@ from opd.engines.base import Sampling, Weights
 from opd.errors import EngineError, HealthError
 from opd.losses import Sampler
 from opd.maths.logprobs import chunked_logprobs, chunked_scores
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.objective import Objective, objective
 from opd.preflight import sampler_gap
 from opd.rollout import Opening, RolloutScheduler, derive_seed, task

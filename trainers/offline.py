@@ -24,8 +24,8 @@ from opd.types import Sample, to_sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opd.chat import ChatFormat
     from opd.collate import Batch
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Scoring(Method):
         self.terms, self.borrowed = terms, model
 
     def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
-        from opd.identity import weights_fingerprint  # late: it needs torch
+        from opd.models.identity import weights_fingerprint  # late: it needs torch
 
         ranks = loop.backend.ranks
         header, samples = ranks.from_first(lambda: episodes(folder / OWN, self.chat))
@@ -123,7 +123,7 @@ class Offline(Method):
 
     def _is_another_student(self, loop: Loop, player: str) -> bool:
         """Whether the stage starts from other weights than played the episodes; a resumed one has moved since."""
-        from opd.identity import weights_fingerprint  # late: it needs torch
+        from opd.models.identity import weights_fingerprint  # late: it needs torch
 
         if loop.teacher.updates or (now := weights_fingerprint(loop.student)) == player:
             return False

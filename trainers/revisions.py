@@ -23,7 +23,7 @@ from opd.trainers.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 Part = Literal["attempt", "generation", "revision"]

@@ -21,7 +21,7 @@ from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect
 from opd.types import Sample, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 

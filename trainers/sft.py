@@ -21,7 +21,7 @@ from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, 
 from opd.types import Sample, Segment, Trajectory, to_sample
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 

@@ -31,7 +31,7 @@ from opd.types import Sample, Segment, TeacherView, Trajectory, TrajectoryGroup,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 logger = logging.getLogger(__name__)

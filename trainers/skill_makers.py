@@ -23,7 +23,7 @@ from opd.tool_calls import ToolCall, parse_tool_calls
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from opd.trainers.skill_makers import prompt_text
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
-    from opd.chat import ChatFormat
+    from opd.models.chat import ChatFormat
     from opd.trainers.loop import Loop
 
 

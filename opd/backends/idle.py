@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.objective import Objective
 from opd.ranks import Ranks
 

@@ -26,10 +26,10 @@ from transformers import get_scheduler
 
 from opd.config import TrainConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.sharding import is_sharded, whole
 from opd.objective import Objective
 from opd.ranks import Ranks
-from opd.sharding import is_sharded, whole
 
 T = TypeVar("T")
 

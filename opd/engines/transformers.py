@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.errors import ModelError
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.types import StopReason
 
 _GROW = 64  # columns and slots are added in steps of this, so that the cache is rarely copied

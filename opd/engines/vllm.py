@@ -29,7 +29,7 @@ from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_set
 from opd.engines.vllm_http import ServerFault
 from opd.engines.weights import in_chunks
 from opd.errors import ConfigError, EngineError, ModelError
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.types import StopReason
 
 CHUNK_BYTES = 1 << 28

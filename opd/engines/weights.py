@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from opd.errors import ModelError
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 
 Named = tuple[str, Tensor]
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]

@@ -11,9 +11,9 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd.chat import ChatFormat
 from opd.engines.base import Sampling
 from opd.envs import Start, ToolEnv, ToolError, format_call, tool
+from opd.models.chat import ChatFormat
 from opd.rollout import task
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"

@@ -24,7 +24,7 @@ from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.plan import plan
 from opd.launch.train import train
-from opd.models import load
+from opd.models.loading import load
 from opd.tracking import read_rows
 from opd.trainers.base import METHODS, methods
 

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.answers import messages_of
-from opd.chat import ChatFormat
 from opd.collate import collate, normalise
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
@@ -38,7 +37,8 @@ from opd.launch.tiny_names import TINY_ENVS
 from opd.launch.tiny_skills import RECIPES
 from opd.launch.tiny_tokenizer import END, build_tokenizer
 from opd.losses import CrossEntropy, Losses
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
 from opd.objective import objective
 from opd.privileged import in_first_user_message, with_skill, with_solution
 from opd.rollout import RolloutScheduler, task
@@ -401,11 +401,11 @@ SOURCES = [
     "opd.tool_calls",
     "opd.trainers.skill_makers",
     "opd.answers",
-    "opd.chat",
+    "opd.models.chat",
     "opd.collate",
     "opd.maths.head",
     "opd.maths.logprobs",
-    "opd.modeling",
+    "opd.models.causal",
     "opd.privileged",
     "opd.rollout",
     "opd.types",
@@ -455,11 +455,11 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("arithmetic", "opd.privileged", 'f"> {', 'f">> {'),
         ("arithmetic", "opd.rollout", '"warm": 1 << 30', '"warm": 1 << 31'),
         ("arithmetic", "opd.answers", '"role": "user"', '"role": "tool"'),
-        ("arithmetic", "opd.chat", "add_special_tokens=False", "add_special_tokens=True"),
+        ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),
         ("arithmetic", "opd.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
         ("arithmetic", "opd.maths.logprobs", "class _LogProbTile:", "class _LogProbTile(dict):"),
         ("arithmetic", "opd.maths.head", "HALF_WEIGHT = ", "HALF_WEIGHT = 1 + "),
-        ("arithmetic", "opd.modeling", "return ", "return 1 and "),
+        ("arithmetic", "opd.models.causal", "return ", "return 1 and "),
         ("arithmetic", "opd.types", "row", "line"),
     ],
 )

@@ -13,7 +13,7 @@ from opd.engines import transformers as engine_module
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.transformers import TransformersEngine
 from opd.errors import ModelError
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.types import StopReason
 
 STOP = frozenset({0, 1, 2, 3, 4})

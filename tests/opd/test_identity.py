@@ -9,8 +9,13 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opd.errors import ModelError
-from opd.identity import check_same_tokenizer, template_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.identity import (
+    check_same_tokenizer,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 
 
 def changed(tokenizer, change):

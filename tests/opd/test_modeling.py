@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from opd.errors import ModelError
 from opd.maths.logprobs import chunked_logprobs
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 
 SMALL = {
     "vocab_size": 64,

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.config import LoraConfig, ModelConfig
 from opd.errors import ConfigError, ModelError
-from opd.models import Loaded, export, load
+from opd.models.loading import Loaded, export, load
 
 IDS = torch.arange(5, 25)[None]
 

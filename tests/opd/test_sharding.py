@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from opd import sharding
-from opd.sharding import blank_copy, collected, fill, held, largest_gather, swapped, whole, whole_in_turn
+from opd.models.loading import sharding
+from opd.models.sharding import blank_copy, collected, fill, held, largest_gather, swapped, whole, whole_in_turn
 
 KINDS = [{}, {"tie_word_embeddings": True}, {"lora": True}]
 

@@ -13,7 +13,7 @@ from opd.collate import Batch
 from opd.config import TeacherConfig
 from opd.errors import CheckpointError, ModelError
 from opd.losses import Distill, Losses
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
 from opd.objective import objective
 from opd.teacher import Teacher
 

@@ -22,7 +22,7 @@ from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
-from opd.models import load
+from opd.models.loading import load
 from opd.objective import objective
 from opd.rollout import task
 from opd.types import StopReason, to_sample

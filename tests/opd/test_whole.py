@@ -27,8 +27,8 @@ from transformers import (
 
 from opd.config import ModelConfig
 from opd.errors import ModelError
-from opd.models import load, load_teacher
-from opd.whole import load_whole
+from opd.models.loading import load, load_teacher
+from opd.models.whole import load_whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -235,7 +235,7 @@ def test_a_bin_file_is_read_as_well(make):
 
 def test_old_buffers_are_told_quietly_and_what_a_class_drops_aloud(make, monkeypatch, caplog):
     more = beside(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
-    with caplog.at_level(logging.INFO, logger="opd.whole"):
+    with caplog.at_level(logging.INFO, logger="opd.models.whole"):
         read(make(LLAMA, more))
     [record] = caplog.records
     assert record.levelname == "INFO"

@@ -19,14 +19,14 @@ from opd.checkpoint import Checkpoint
 from opd.collate import collate, normalise
 from opd.config import ModelConfig
 from opd.errors import CheckpointError, ConfigError, DataError
-from opd.identity import weights_fingerprint
 from opd.launch import build as launch_build
 from opd.launch.cli import main
 from opd.launch.config import Config
 from opd.launch.stored import inspect, problems
 from opd.launch.train import train
 from opd.maths.divergence import stored_divergence, token_divergence
-from opd.models import load
+from opd.models.identity import weights_fingerprint
+from opd.models.loading import load
 from opd.objective import objective
 from opd.store import open_store
 from opd.tracking import read_rows

@@ -11,13 +11,13 @@ from opd.checkpoint import Checkpoint
 from opd.collate import collate
 from opd.config import ModelConfig, TeacherConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
-from opd.identity import weights_fingerprint
 from opd.launch import build as launch_build
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import train
 from opd.losses import SampledDistill
-from opd.models import load_teacher
+from opd.models.identity import weights_fingerprint
+from opd.models.loading import load_teacher
 from opd.objective import objective
 from opd.teacher import Teacher
 from opd.tracking import read_rows

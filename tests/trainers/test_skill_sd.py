@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd.backends.local import LocalBackend
-from opd.chat import ChatFormat
 from opd.collate import collate, normalise
 from opd.config import RolloutConfig, TrainConfig
 from opd.engines.weights import ModelWeights
@@ -19,7 +18,8 @@ from opd.launch.tiny import EpisodeWriter
 from opd.launch.tiny_skills import LOOKUP_SKILLS
 from opd.losses import Losses, Sampler
 from opd.maths.divergence import token_divergence
-from opd.modeling import CausalModel
+from opd.models.causal import CausalModel
+from opd.models.chat import ChatFormat
 from opd.objective import objective
 from opd.ranks import Ranks
 from opd.rollout import task

@@ -16,7 +16,7 @@ from opd.config import ModelConfig, RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
-from opd.models import load
+from opd.models.loading import load
 from opd.ranks import join
 from opd.watch import together
 

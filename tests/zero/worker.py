@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
+from opd.models.sharding import held, whole_in_turn
 from opd.ranks import join
-from opd.sharding import held, whole_in_turn
 from opd.trainers.loop import Loop
 from opd.watch import together
 

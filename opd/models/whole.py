@@ -1,7 +1,7 @@
 """A transformers model that is loaded whole: each weight came from the checkpoint, which held nothing else.
 
 transformers fills what a checkpoint lacks with random numbers, drops what it has no place for, and says so on the
-console alone. Here that is a ModelError; `opd.model_files` words it, and judges the files beforehand.
+console alone. Here that is a ModelError; `opd.models.files` words it, and judges the files beforehand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ModelError
-from opd.model_files import FORMER_BUFFERS, check_taken, check_weights, few
+from opd.models.files import FORMER_BUFFERS, check_taken, check_weights, few
 
 logger = logging.getLogger(__name__)
 

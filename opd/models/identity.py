@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from opd.errors import ModelError
-from opd.sharding import whole_in_turn
+from opd.models.sharding import whole_in_turn
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

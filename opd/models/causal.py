@@ -1,7 +1,7 @@
 """A causal language model, seen as two parts: a decoder (ids to hidden states) and a head (to logits).
 
 The objective needs hidden states at chosen rows and the head's weight, never the logits of a whole
-sequence. Loading from a hub, a folder or a GGUF file is in `opd.models`.
+sequence. Loading from a hub, a folder or a GGUF file is in `opd.models.loading`.
 """
 
 from __future__ import annotations

