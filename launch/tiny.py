@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd import privileged
 from opd.answers import messages_of
-from opd.collate import Batch, collate
 from opd.errors import ConfigError
 from opd.launch import definitions, muon
 from opd.launch.tiny_recipes import Recipe, privileged_phrases
@@ -37,6 +36,7 @@ from opd.maths.logprobs import chunked_logprobs
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.models.loading import cache_folder
+from opd.objective.collate import Batch, collate
 from opd.privileged import (
     episode_text,
     in_first_user_message,

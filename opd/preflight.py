@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from opd.collate import Batch
 from opd.engines.base import Sampling
 from opd.errors import ModelError
 from opd.maths.logprobs import chunked_logprobs
 from opd.models.causal import CausalModel
+from opd.objective.collate import Batch
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest mean gap in nats by the type of the weights; 16-bit kernels differ by more than rounding of a sum."""

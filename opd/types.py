@@ -1,6 +1,6 @@
 """The plain data that flows through a step: tasks, turns, trajectories, teacher views, samples.
 
-Token ids are lists of int until `opd.collate` pads them into tensors; nothing here imports torch. A
+Token ids are lists of int until `opd.objective.collate` pads them into tensors; nothing here imports torch. A
 trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
 train, with which weight). Only a method turns one into the other.
 """

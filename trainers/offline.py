@@ -24,8 +24,8 @@ from opd.types import Sample, to_sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opd.collate import Batch
     from opd.models.chat import ChatFormat
+    from opd.objective.collate import Batch
     from opd.trainers.loop import Loop
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from opd.objective import Objective
+from opd.objective.objective import Objective
 from opd.ranks import Ranks
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ class Backend(Protocol):
 
     The model is used inside of `train` and `look` alone, which all ranks call equally often: a backend that
     shards weights talks to the other ranks there. Gradients of micro-batches and ranks are summed, never
-    averaged: weights are already divided by the step's denominators (`opd.collate.normalise`).
+    averaged: weights are already divided by the step's denominators (`opd.objective.collate.normalise`).
     """
 
     ranks: Ranks

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from opd.models.causal import CausalModel
-from opd.objective import Objective
+from opd.objective.objective import Objective
 from opd.ranks import Ranks
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from opd.config import TrainConfig
 from opd.errors import CheckpointError, ModelError
 from opd.models.causal import CausalModel
-from opd.objective import Objective
+from opd.objective.objective import Objective
 from opd.ranks import Ranks
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from opd.config import TrainConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.sharding import is_sharded, whole
-from opd.objective import Objective
+from opd.objective.objective import Objective
 from opd.ranks import Ranks
 
 T = TypeVar("T")

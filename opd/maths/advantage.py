@@ -1,7 +1,7 @@
 """Advantages: how much better a sampled token or trajectory was than expected. Detached, always.
 
 Rewards and logits in, advantages out. What they multiply (clipped ratios, weight streams, denominators) is
-in `opd.objective`.
+in `opd.objective.objective`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `token_divergence` reads logits; the chunked functions read hidden states and never hold `[N, V]` logits.
 The gradient reaches the student alone. Who the teacher is, which tokens count and what the sum is divided
-by is decided elsewhere (`opd.objective`).
+by is decided elsewhere (`opd.objective.objective`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.answers import messages_of
-from opd.collate import collate, normalise
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
@@ -39,7 +38,8 @@ from opd.launch.tiny_tokenizer import END, build_tokenizer
 from opd.losses import CrossEntropy, Losses
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
-from opd.objective import objective
+from opd.objective.collate import collate, normalise
+from opd.objective.objective import objective
 from opd.privileged import in_first_user_message, with_skill, with_solution
 from opd.rollout import RolloutScheduler, task
 from opd.trainers.skill_makers import by_rules
@@ -402,7 +402,7 @@ SOURCES = [
     "opd.trainers.skill_makers",
     "opd.answers",
     "opd.models.chat",
-    "opd.collate",
+    "opd.objective.collate",
     "opd.maths.head",
     "opd.maths.logprobs",
     "opd.models.causal",
@@ -456,7 +456,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("arithmetic", "opd.rollout", '"warm": 1 << 30', '"warm": 1 << 31'),
         ("arithmetic", "opd.answers", '"role": "user"', '"role": "tool"'),
         ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),
-        ("arithmetic", "opd.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
+        ("arithmetic", "opd.objective.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
         ("arithmetic", "opd.maths.logprobs", "class _LogProbTile:", "class _LogProbTile(dict):"),
         ("arithmetic", "opd.maths.head", "HALF_WEIGHT = ", "HALF_WEIGHT = 1 + "),
         ("arithmetic", "opd.models.causal", "return ", "return 1 and "),
@@ -474,7 +474,14 @@ def test_code_that_the_samples_or_the_arithmetic_depend_on_makes_a_new_model(nam
 def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
     names = ["lookup-skills", "sokoban", "arithmetic"]
     before = [as_it_stands(name) for name in names]
-    for module in ("opd.objective", "opd.losses", "opd.divergence", "opd.config", "opd.trainers.base", "opd.envs.sql"):
+    for module in (
+        "opd.objective.objective",
+        "opd.losses",
+        "opd.divergence",
+        "opd.config",
+        "opd.trainers.base",
+        "opd.envs.sql",
+    ):
         importlib.import_module(module)
         stands(module, "a = 1")
     assert [tiny._fingerprint(RECIPES[name], 0, 1) for name in names] == before

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.collate import collate, microbatches
 from opd.config import TeacherConfig
 from opd.maths.logprobs import chunked_logprobs
-from opd.objective import objective
+from opd.objective.collate import collate, microbatches
+from opd.objective.objective import objective
 from opd.privileged import in_first_user_message, with_solution
 from opd.rollout import task
 from opd.teacher import Teacher

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.collate import collate, microbatches, normalise
 from opd.errors import DataError
 from opd.losses import CrossEntropy, Distill, Losses
+from opd.objective.collate import collate, microbatches, normalise
 from opd.types import Sample, TeacherView
 
 

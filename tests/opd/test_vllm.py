@@ -13,7 +13,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.collate import collate
 from opd.config import ModelConfig, RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import check_offered
@@ -23,7 +22,8 @@ from opd.engines.weights import ModelWeights
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
 from opd.models.loading import load
-from opd.objective import objective
+from opd.objective.collate import collate
+from opd.objective.objective import objective
 from opd.rollout import task
 from opd.types import StopReason, to_sample
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from opd.checkpoint import Checkpoint
-from opd.collate import collate, normalise
 from opd.config import ModelConfig
 from opd.errors import CheckpointError, ConfigError, DataError
 from opd.launch import build as launch_build
@@ -27,7 +26,8 @@ from opd.launch.train import train
 from opd.maths.divergence import stored_divergence, token_divergence
 from opd.models.identity import weights_fingerprint
 from opd.models.loading import load
-from opd.objective import objective
+from opd.objective.collate import collate, normalise
+from opd.objective.objective import objective
 from opd.store import open_store
 from opd.tracking import read_rows
 from opd.trainers import loop as loop_module

@@ -10,7 +10,12 @@ from opd.trainers.base import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_NAMES = ("sft", "grpo", "opd", "vopd", "opsd", "sdpo", "srpo", "sd_zero", "skill_sd", "lightning_opd")
-BLIND = [ROOT / "trainers/loop.py", ROOT / "trainers/metrics.py", ROOT / "opd/objective.py", ROOT / "opd/teacher.py"]
+BLIND = [
+    ROOT / "trainers/loop.py",
+    ROOT / "trainers/metrics.py",
+    ROOT / "opd/objective/objective.py",
+    ROOT / "opd/teacher.py",
+]
 BLIND += sorted((ROOT / "opd/engines").glob("*.py")) + sorted((ROOT / "opd/backends").glob("*.py"))
 
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.checkpoint import Checkpoint
-from opd.collate import collate
 from opd.config import ModelConfig, TeacherConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.launch import build as launch_build
@@ -18,7 +17,8 @@ from opd.launch.train import train
 from opd.losses import SampledDistill
 from opd.models.identity import weights_fingerprint
 from opd.models.loading import load_teacher
-from opd.objective import objective
+from opd.objective.collate import collate
+from opd.objective.objective import objective
 from opd.teacher import Teacher
 from opd.tracking import read_rows
 from opd.trainers.opd import Opd, OpdConfig

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd.collate import collate
 from opd.config import RolloutConfig, TeacherConfig, TrainConfig
 from opd.engines.base import Sampling
 from opd.errors import DataError
-from opd.objective import objective
+from opd.objective.collate import collate
+from opd.objective.objective import objective
 from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.ranks import Ranks
 from opd.rollout import task

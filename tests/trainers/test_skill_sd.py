@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd.backends.local import LocalBackend
-from opd.collate import collate, normalise
 from opd.config import RolloutConfig, TrainConfig
 from opd.engines.weights import ModelWeights
 from opd.envs.lookup import LookupEnv
@@ -20,7 +19,8 @@ from opd.losses import Losses, Sampler
 from opd.maths.divergence import token_divergence
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
-from opd.objective import objective
+from opd.objective.collate import collate, normalise
+from opd.objective.objective import objective
 from opd.ranks import Ranks
 from opd.rollout import task
 from opd.skills import file

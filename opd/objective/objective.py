@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from opd.collate import Batch
 from opd.losses import FORMS, Distill, Losses, Policy, SampledDistill, Sampler, unknown
 from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import stored_divergence, weighted_divergence
@@ -21,6 +20,7 @@ from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 from opd.maths.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.models.causal import CausalModel
+from opd.objective.collate import Batch
 from opd.teacher import Taught
 
 

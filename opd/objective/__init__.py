@@ -1,0 +1,1 @@
+"""From samples with weights to the loss of a micro-batch."""
