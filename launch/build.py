@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.backends.base import Backend
 from opd.backends.idle import IdleBackend
 from opd.backends.local import LocalBackend

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.config import EnvConfig, ModelConfig, RolloutConfig, TrackingConfig, VllmConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
 import opd
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.config import (
     EnvSetting,
     EvalConfig,

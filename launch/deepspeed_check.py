@@ -1,7 +1,7 @@
 """What DeepSpeed would refuse in the user's JSON, or pass over in silence: asked of DeepSpeed itself, ahead of a run.
 
 Its own messages come when the model is loaded, from every rank, and seldom name a setting. What can be known without
-DeepSpeed (batch sizes, values that are "auto") is in `opd.deepspeed_json`.
+DeepSpeed (batch sizes, values that are "auto") is in `opd.backends.deepspeed_json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from pydantic import ValidationError
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.errors import ConfigError
 from opd.launch.problems import Problem, did_you_mean, nearest, report, show
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.errors import ConfigError
 from opd.launch.problems import did_you_mean, nearest_key, show
 from opd.launch.reader import parse_yaml

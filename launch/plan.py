@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.config import RolloutConfig, TeacherConfig
 from opd.launch import scaling
 from opd.launch.checks import wandb_mode

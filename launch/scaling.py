@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd import deepspeed_json
+from opd.backends import deepspeed_json
 from opd.config import ModelConfig, RolloutConfig, TeacherConfig
 from opd.launch.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
 
