@@ -23,8 +23,8 @@ from opd.engines.base import Sampling
 from opd.errors import ConfigError, OpdError
 from opd.intervals import wilson
 from opd.launch.build import Run, build
-from opd.privileged import in_first_user_message, with_demonstration, with_feedback
 from opd.rollout import derive_seed, task
+from opd.teachers.privileged import in_first_user_message, with_demonstration, with_feedback
 from opd.trainers.hindsight import HindsightMethod
 from opd.types import Message, Task, TrajectoryGroup
 

@@ -35,8 +35,8 @@ from opd.models.loading import Loaded, export, load, load_teacher, load_tokenize
 from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.ranks import Ranks
 from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
-from opd.served_teacher import ServedTeacher
-from opd.teacher import Teacher
+from opd.teachers.served import ServedTeacher
+from opd.teachers.teacher import Teacher
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop
 from opd.types import Trajectory, TrajectoryGroup

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from opd.errors import DataError
-from opd.store import Tokens, open_store, verify
+from opd.teachers.store import Tokens, open_store, verify
 
 
 def inspect(folder: Path) -> list[tuple[str, str]]:

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd import privileged
 from opd.answers import messages_of
 from opd.errors import ConfigError
 from opd.launch import definitions, muon
@@ -37,7 +36,9 @@ from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.models.loading import cache_folder
 from opd.objective.collate import Batch, collate
-from opd.privileged import (
+from opd.rollout import derive_seed, task
+from opd.teachers import privileged
+from opd.teachers.privileged import (
     episode_text,
     in_first_user_message,
     with_attempt,
@@ -46,7 +47,6 @@ from opd.privileged import (
     with_skill,
     with_solution,
 )
-from opd.rollout import derive_seed, task
 from opd.types import Message, Sample, Task
 
 _SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opd import privileged
 from opd.envs.arithmetic import ArithmeticEnv
 from opd.envs.countdown import CountdownEnv
 from opd.envs.countdown import call as combining
@@ -23,6 +22,7 @@ from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALU
 from opd.envs.sokoban import Push, SokobanPushEnv, note, offset
 from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
+from opd.teachers import privileged
 
 
 class WarmStartEnv(Protocol):

@@ -13,8 +13,8 @@ import numpy as np
 from opd.envs.lookup import ATTRIBUTES, MEANING, PEOPLE, RELATIONS, Question
 from opd.launch.tiny_recipes import LOOKUP, SLANG, SOKOBAN, Recipe, SlangLookup, WarmSokoban
 from opd.launch.tiny_recipes import RECIPES as PLAIN_RECIPES
-from opd.privileged import of_like_task
 from opd.skills.text import one_line
+from opd.teachers.privileged import of_like_task
 from opd.trainers.skill_makers import by_rules
 
 _TASK_CHARACTERS = 160

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "trainers": {"opd", "rewards", "envs", "trainers"},
     "launch": {"opd", "rewards", "envs", "trainers", "launch"},
 }
-PLAIN = {"opd.types", "opd.errors", "opd.privileged", "opd.sandbox", "opd.background", "opd.grading"}
+PLAIN = {"opd.types", "opd.errors", "opd.teachers.privileged", "opd.sandbox", "opd.background", "opd.grading"}
 """What environments and rewards may use of the core: data, errors, the words of privileged prompts, the sandbox, limits
 of time and clocks."""
 

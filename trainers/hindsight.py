@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from opd.config import RolloutConfig, TeacherConfig
-from opd.privileged import (
+from opd.teachers.privileged import (
     DEMONSTRATION,
     FEEDBACK,
     episode_text,

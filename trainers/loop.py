@@ -26,7 +26,7 @@ from opd.models.causal import CausalModel
 from opd.objective.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.objective.objective import Objective, objective
 from opd.rollout import Opening, RolloutScheduler, derive_seed, task
-from opd.teacher import Taught, Teacher
+from opd.teachers.teacher import Taught, Teacher
 from opd.trainers import metrics
 from opd.trainers.accounts import account
 from opd.trainers.base import Method

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opd.config import StageConfig, TrainConfig
 from opd.errors import DataError
 from opd.losses import Losses
-from opd.store import Scored, Scorer, Store, Tokens, count, open_store
+from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
 from opd.trainers.base import Method
 from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
 from opd.types import Sample, to_sample

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from opd.config import Strict, TeacherConfig
 from opd.errors import DataError
 from opd.losses import Distill, Losses
-from opd.privileged import SOLUTION, in_first_user_message, with_solution
+from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
 from opd.trainers.base import Method, register
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
-from opd.privileged import episode_text, in_first_user_message, with_attempt
+from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
 from opd.trainers.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from opd.config import RolloutConfig, StageConfig, Strict, TeacherConfig, TrainConfig
 from opd.losses import CrossEntropy, Distill, Losses, check_known
-from opd.privileged import CUE_RIGHT, CUE_WRONG
+from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
 from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
 from opd.types import Sample, TrajectoryGroup, to_sample

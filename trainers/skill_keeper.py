@@ -19,12 +19,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from opd.config import Strict
 from opd.errors import DataError
-from opd.privileged import of_like_task
 from opd.skills import file
 from opd.skills.bank import Skill, SkillBank, Source, Where
 from opd.skills.grounding import Index, proxies
 from opd.skills.server import ChatServer, checked_url
 from opd.skills.text import neutral, one_line, structural_tokens
+from opd.teachers.privileged import of_like_task
 from opd.trainers.skill_makers import Case, Policy, Rules, Server, Summariser, case_of, is_right, task_text
 from opd.types import Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 

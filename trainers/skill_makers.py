@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opd.engines.base import Request, Sampling, generate
-from opd.privileged import episode_text, without_thinking
 from opd.skills.bank import Lesson
 from opd.skills.server import ChatServer
 from opd.skills.text import neutral, one_line, shortened, structural_tokens
+from opd.teachers.privileged import episode_text, without_thinking
 from opd.tool_calls import ToolCall, parse_tool_calls
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from opd.config import Strict, TeacherConfig
 from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
-from opd.privileged import in_first_user_message, with_skill, with_solution
+from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
 from opd.trainers.base import Method, register
 from opd.trainers.grpo import PolicyConfig
 from opd.trainers.skill_keeper import SkillKeeper, SkillsConfig

@@ -21,7 +21,7 @@ from opd.maths.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
-from opd.teacher import Taught
+from opd.teachers.teacher import Taught
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,7 +146,7 @@ def test_servers_belong_to_an_external_teacher(settings, models):
 def test_a_teacher_that_is_lost_ends_the_run_with_its_last_step_saved(settings, models, server, monkeypatch):
     """In the second step the server no longer knows the key: an answer that no retry mends."""
     monkeypatch.setenv("OPD_VLLM_KEY", KEY)
-    from opd.served_teacher import ServedTeacher
+    from opd.teachers.served import ServedTeacher
 
     asked, calls = ServedTeacher.asked, []
 

@@ -40,8 +40,8 @@ from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.privileged import in_first_user_message, with_skill, with_solution
 from opd.rollout import RolloutScheduler, task
+from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
 from opd.trainers.skill_makers import by_rules
 
 NAMES = sorted(RECIPES)
@@ -406,7 +406,7 @@ SOURCES = [
     "opd.maths.head",
     "opd.maths.logprobs",
     "opd.models.causal",
-    "opd.privileged",
+    "opd.teachers.privileged",
     "opd.rollout",
     "opd.types",
 ]
@@ -451,8 +451,8 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("countdown", "opd.envs.tool_env", '"tool"', '"user"'),
         ("sokoban", "opd.envs.text_env", "def ", "async def "),
         ("sokoban", "opd.envs.sokoban_board", "return None", "return 0"),
-        ("arithmetic", "opd.privileged", "Here is a reference solution", "This is a solution"),
-        ("arithmetic", "opd.privileged", 'f"> {', 'f">> {'),
+        ("arithmetic", "opd.teachers.privileged", "Here is a reference solution", "This is a solution"),
+        ("arithmetic", "opd.teachers.privileged", 'f"> {', 'f">> {'),
         ("arithmetic", "opd.rollout", '"warm": 1 << 30', '"warm": 1 << 31'),
         ("arithmetic", "opd.answers", '"role": "user"', '"role": "tool"'),
         ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),

@@ -15,9 +15,9 @@ from opd.config import TeacherConfig
 from opd.maths.logprobs import chunked_logprobs
 from opd.objective.collate import collate, microbatches
 from opd.objective.objective import objective
-from opd.privileged import in_first_user_message, with_solution
 from opd.rollout import task
-from opd.teacher import Teacher
+from opd.teachers.privileged import in_first_user_message, with_solution
+from opd.teachers.teacher import Teacher
 from opd.trainers.opsd import Opsd, OpsdConfig
 from opd.types import StopReason, to_sample
 

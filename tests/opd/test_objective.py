@@ -13,7 +13,7 @@ from opd.maths.divergence import token_divergence
 from opd.maths.variance import gradient_variance
 from opd.objective.collate import collate, microbatches, normalise
 from opd.objective.objective import objective
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 from opd.types import Sample, TeacherView
 
 

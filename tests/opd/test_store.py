@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from opd import store as store_module
 from opd.errors import DataError
-from opd.store import Scored, Scorer, Store, Tokens, count, open_store, verify
+from opd.teachers import store as store_module
+from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store, verify
 
 SCORER = Scorer(teacher="t", tokenizer="k", template="c", temperature=0.8, top_k=2)
 ABOUT = {"name": "a teacher", "student": "s", "sft_teacher": None}

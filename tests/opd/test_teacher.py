@@ -15,7 +15,7 @@ from opd.losses import Distill, Losses
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
 from opd.objective.objective import objective
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 
 LIVE = TeacherConfig(weights="live", rate=None)
 FROZEN = TeacherConfig(weights="frozen", rate=None)

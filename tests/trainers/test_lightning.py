@@ -28,7 +28,7 @@ from opd.models.identity import weights_fingerprint
 from opd.models.loading import load
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.store import open_store
+from opd.teachers.store import open_store
 from opd.tracking import read_rows
 from opd.trainers import loop as loop_module
 from opd.trainers.episodes import EpisodeFile

@@ -14,7 +14,7 @@ BLIND = [
     ROOT / "trainers/loop.py",
     ROOT / "trainers/metrics.py",
     ROOT / "opd/objective/objective.py",
-    ROOT / "opd/teacher.py",
+    ROOT / "opd/teachers/teacher.py",
 ]
 BLIND += sorted((ROOT / "opd/engines").glob("*.py")) + sorted((ROOT / "opd/backends").glob("*.py"))
 

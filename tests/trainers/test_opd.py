@@ -19,7 +19,7 @@ from opd.models.identity import weights_fingerprint
 from opd.models.loading import load_teacher
 from opd.objective.collate import collate
 from opd.objective.objective import objective
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 from opd.tracking import read_rows
 from opd.trainers.opd import Opd, OpdConfig
 from opd.trainers.vopd import VopdConfig

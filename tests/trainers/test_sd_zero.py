@@ -12,10 +12,10 @@ from opd.engines.base import Sampling
 from opd.errors import DataError
 from opd.objective.collate import collate
 from opd.objective.objective import objective
-from opd.privileged import CUE_RIGHT, CUE_WRONG
 from opd.ranks import Ranks
 from opd.rollout import task
-from opd.teacher import Teacher
+from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
+from opd.teachers.teacher import Teacher
 from opd.trainers.health import Health
 from opd.trainers.revisions import Collection, Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
 from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig

@@ -8,7 +8,7 @@ import torch
 from opd.config import TeacherConfig
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 from opd.trainers.sdpo import Sdpo, SdpoConfig
 
 

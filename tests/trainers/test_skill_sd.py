@@ -25,7 +25,7 @@ from opd.ranks import Ranks
 from opd.rollout import task
 from opd.skills import file
 from opd.skills.bank import Lesson, Source
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 from opd.trainers.loop import Loop
 from opd.trainers.skill_sd import SkillSd, SkillSdConfig
 from opd.types import TrajectoryGroup

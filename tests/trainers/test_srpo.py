@@ -9,7 +9,7 @@ import torch
 from opd.config import TeacherConfig
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.teacher import Teacher
+from opd.teachers.teacher import Teacher
 from opd.trainers.grpo import Grpo, GrpoConfig
 from opd.trainers.srpo import Srpo, SrpoConfig
 

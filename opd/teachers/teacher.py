@@ -25,7 +25,7 @@ from opd.models.causal import CausalModel
 from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
 from opd.objective.collate import Batch
 from opd.ranks import Ranks
-from opd.served_teacher import ServedTeacher
+from opd.teachers.served import ServedTeacher
 
 
 class Taught(NamedTuple):

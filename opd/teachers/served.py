@@ -1,7 +1,7 @@
 """A teacher behind vLLM servers: asked about a step's samples before each pass over them, never held in memory.
 
 It says what vLLM can (`opd.engines.scoring`): the log-prob of each sampled id, or its own top k, at temperature 1.
-What came back stands on the samples as a stored teacher's word does (`opd.store`), so the losses are the same.
+What came back stands on the samples as a stored teacher's word does (`opd.teachers.store`), so the losses are the same.
 """
 
 from __future__ import annotations
