@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.engines.base import Sampling
+from opd.episodes.scheduler import task
 from opd.launch.build import Run, build
 from opd.launch.config import Config
-from opd.rollout import task
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 RUNS: dict[str, dict[str, Any]] = {

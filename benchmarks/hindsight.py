@@ -20,10 +20,10 @@ from typing import Any
 from methods import read
 
 from opd.engines.base import Sampling
+from opd.episodes.scheduler import derive_seed, task
 from opd.errors import ConfigError, OpdError
 from opd.intervals import wilson
 from opd.launch.build import Run, build
-from opd.rollout import derive_seed, task
 from opd.teachers.privileged import in_first_user_message, with_demonstration, with_feedback
 from opd.trainers.hindsight import HindsightMethod
 from opd.types import Message, Task, TrajectoryGroup

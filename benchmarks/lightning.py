@@ -24,11 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from opd.episodes.scheduler import derive_seed, task
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.out import remove_run
 from opd.launch.train import train
-from opd.rollout import derive_seed, task
 from opd.tracking import read_rows
 
 PARTS = ("rollout", "teacher", "train")

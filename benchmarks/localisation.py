@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from opd.envs.lookup import LookupEnv
+from opd.episodes.scheduler import derive_seed, task
 from opd.launch.build import Run, build
 from opd.launch.config import Config
 from opd.launch.tiny_recipes import WarmArithmetic
-from opd.rollout import derive_seed, task
 from opd.shading import ShadedToken, episode_picture
 from opd.types import Sample, Task, Trajectory
 

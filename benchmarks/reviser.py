@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from opd.episodes.scheduler import derive_seed
 from opd.intervals import wilson
 from opd.launch.build import Run, build
 from opd.launch.config import Config
-from opd.rollout import derive_seed
 from opd.trainers.sd_zero import Distilling
 from opd.types import Task, Trajectory
 

@@ -36,10 +36,10 @@ from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.envs.tools import Tool
+from opd.episodes.scheduler import RolloutScheduler, task
 from opd.launch.tiny_tokenizer import build_tokenizer
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
-from opd.rollout import RolloutScheduler, task
 
 PROMPT = "Look the number up, and say it."
 ANSWER = "Look the number up."

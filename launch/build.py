@@ -24,6 +24,7 @@ from opd.engines.transformers import TransformersEngine
 from opd.engines.vllm_http import Server
 from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
+from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.errors import ConfigError
 from opd.intervals import paired_difference, wilson
 from opd.launch.config import Config
@@ -34,7 +35,6 @@ from opd.models.identity import check_same_tokenizer, weights_fingerprint
 from opd.models.loading import Loaded, export, load, load_teacher, load_tokenizer
 from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.ranks import Ranks
-from opd.rollout import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.teachers.served import ServedTeacher
 from opd.teachers.teacher import Teacher
 from opd.trainers.base import Method, methods

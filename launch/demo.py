@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
 from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
@@ -24,7 +25,6 @@ from opd.launch.out import holds_run
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.plots import Curve, curves, running_mean
-from opd.rollout import derive_seed, task
 from opd.shading import ShadedToken, episode_picture, shade_episode
 from opd.tracking import read_rows
 

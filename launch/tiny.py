@@ -25,7 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.answers import messages_of
+from opd.episodes.answers import messages_of
+from opd.episodes.scheduler import derive_seed, task
 from opd.errors import ConfigError
 from opd.launch import definitions, muon
 from opd.launch.tiny_recipes import Recipe, privileged_phrases
@@ -36,7 +37,6 @@ from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.models.loading import cache_folder
 from opd.objective.collate import Batch, collate
-from opd.rollout import derive_seed, task
 from opd.teachers import privileged
 from opd.teachers.privileged import (
     episode_text,

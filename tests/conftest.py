@@ -21,9 +21,9 @@ from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
+from opd.episodes.scheduler import RolloutScheduler, task
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
-from opd.rollout import RolloutScheduler, task
 from opd.types import StopReason
 
 # A test that wants more or fewer cases takes its share of the profile's: settings(max_examples=CASES // 4), where

@@ -119,8 +119,8 @@ def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dic
     What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
     early, with what there is, once `loop.stopping()` holds.
     """
+    from opd.episodes.scheduler import derive_seed
     from opd.models.identity import weights_fingerprint  # late: it needs torch
-    from opd.rollout import derive_seed
 
     ranks, size = loop.backend.ranks, loop.rollout.group_size
     at_once = max(1, loop.rollout.concurrency // size)

@@ -19,13 +19,13 @@ from opd.backends.base import Backend
 from opd.config import RolloutConfig, TrainConfig, WeightingConfig
 from opd.engines.base import Sampling, Weights
 from opd.engines.preflight import sampler_gap
+from opd.episodes.scheduler import Opening, RolloutScheduler, derive_seed, task
 from opd.errors import EngineError, HealthError
 from opd.losses import Sampler
 from opd.maths.logprobs import chunked_logprobs, chunked_scores
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch, collate, empty_batch, microbatches, normalise
 from opd.objective.objective import Objective, objective
-from opd.rollout import Opening, RolloutScheduler, derive_seed, task
 from opd.teachers.teacher import Taught, Teacher
 from opd.trainers import metrics
 from opd.trainers.accounts import account
@@ -186,7 +186,7 @@ class Loop:
     ) -> list[TrajectoryGroup]:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
-        `group_size` is by default the run's; for `opening` see `opd.rollout.RolloutScheduler.run`. Raises HealthError,
+        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler.RolloutScheduler.run`. Raises HealthError,
         on all ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
         """
         self.sync()

@@ -285,7 +285,7 @@ def _attempted(
     loop: Loop, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
 ) -> list[dict[str, Any]]:
     """A row for each attempt at these tasks."""
-    from opd.rollout import derive_seed  # late: it needs torch
+    from opd.episodes.scheduler import derive_seed  # late: it needs torch
 
     groups = loop.play(tasks, seed=derive_seed("attempts", loop.seed))
     revised: dict[tuple[Task, int], TrajectoryGroup] = {}

@@ -1,4 +1,4 @@
-"""What a rollout engine must do. The scheduler (`opd.rollout`) drives any of them the same way."""
+"""What a rollout engine must do. The scheduler (`opd.episodes.scheduler`) drives any of them the same way."""
 
 from __future__ import annotations
 

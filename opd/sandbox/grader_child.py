@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opd.env_server import Server, read_frame, write_frame
+from opd.episodes.env_server import Server, read_frame, write_frame
 from opd.errors import ConfigError
 from opd.sandbox.syscalls import locked_filter
 

@@ -30,7 +30,7 @@ from contextlib import ExitStack, suppress
 from functools import lru_cache
 from typing import Any
 
-from opd.env_server import COMMAND, INTEGER, MOST_BYTES
+from opd.episodes.env_server import COMMAND, INTEGER, MOST_BYTES
 from opd.errors import ConfigError, EnvError
 from opd.grading import grading
 from opd.sandbox.process import sealed

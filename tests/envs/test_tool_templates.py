@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.engines.base import Sampling
 from opd.envs import Start, ToolEnv, ToolError, format_call, tool
+from opd.episodes.scheduler import task
 from opd.models.chat import ChatFormat
-from opd.rollout import task
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 

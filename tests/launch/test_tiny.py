@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from opd.answers import messages_of
 from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
@@ -29,6 +28,8 @@ from opd.envs.countdown import CountdownEnv
 from opd.envs.lookup import MEANING, LookupEnv
 from opd.envs.sokoban import SokobanPushEnv, note, offset
 from opd.envs.text_env import task_split
+from opd.episodes.answers import messages_of
+from opd.episodes.scheduler import RolloutScheduler, task
 from opd.errors import ConfigError
 from opd.launch import tiny
 from opd.launch.tiny import EpisodeWriter, build_tiny, warm_start
@@ -40,7 +41,6 @@ from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.rollout import RolloutScheduler, task
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
 from opd.trainers.skill_makers import by_rules
 
@@ -400,14 +400,14 @@ SOURCES = [
     "opd.envs.tool_env",
     "opd.tool_calls",
     "opd.trainers.skill_makers",
-    "opd.answers",
+    "opd.episodes.answers",
     "opd.models.chat",
     "opd.objective.collate",
     "opd.maths.head",
     "opd.maths.logprobs",
     "opd.models.causal",
     "opd.teachers.privileged",
-    "opd.rollout",
+    "opd.episodes.scheduler",
     "opd.types",
 ]
 
@@ -453,8 +453,8 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("sokoban", "opd.envs.sokoban_board", "return None", "return 0"),
         ("arithmetic", "opd.teachers.privileged", "Here is a reference solution", "This is a solution"),
         ("arithmetic", "opd.teachers.privileged", 'f"> {', 'f">> {'),
-        ("arithmetic", "opd.rollout", '"warm": 1 << 30', '"warm": 1 << 31'),
-        ("arithmetic", "opd.answers", '"role": "user"', '"role": "tool"'),
+        ("arithmetic", "opd.episodes.scheduler", '"warm": 1 << 30', '"warm": 1 << 31'),
+        ("arithmetic", "opd.episodes.answers", '"role": "user"', '"role": "tool"'),
         ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),
         ("arithmetic", "opd.objective.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
         ("arithmetic", "opd.maths.logprobs", "class _LogProbTile:", "class _LogProbTile(dict):"),

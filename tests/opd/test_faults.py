@@ -8,9 +8,9 @@ import urllib.error
 import httpx
 import pytest
 
-from opd.answers import BadAnswer
+from opd.episodes.answers import BadAnswer
+from opd.episodes.faults import MOST_CHARACTERS, Failure, explain
 from opd.errors import EnvError
-from opd.faults import MOST_CHARACTERS, Failure, explain
 from opd.types import Fault
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from opd.engines.base import Sampling
-from opd.env_server import read_frame, write_frame
 from opd.envs.factory import make, module_of
+from opd.episodes.env_server import read_frame, write_frame
+from opd.episodes.faults import Failure
+from opd.episodes.processes import Processes, Remote
+from opd.episodes.scheduler import task
 from opd.errors import ConfigError
-from opd.faults import Failure
-from opd.processes import Processes, Remote
-from opd.rollout import task
 from opd.types import Fault
 
 pytestmark = pytest.mark.slow
@@ -253,7 +253,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's
 sys.path.insert(0, {here!r})
 from functools import partial
 from opd.envs.factory import make
-from opd.processes import Processes, Remote
+from opd.episodes.processes import Processes, Remote
 from opd.types import Task
 owner = Processes(partial(make, "wild_envs:LeavesChildren", {{}}), preload=["wild_envs"])
 remotes = [Remote(owner) for _ in range(2)]

@@ -14,14 +14,14 @@ import time
 import numpy as np
 import pytest
 
-from opd.answers import MOST_CHARACTERS
 from opd.config import EnvConfig, RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
+from opd.episodes.answers import MOST_CHARACTERS
+from opd.episodes.scheduler import RolloutScheduler, derive_seed, task
 from opd.errors import DataError
 from opd.grading import grading
 from opd.rewards import Rubric
-from opd.rollout import RolloutScheduler, derive_seed, task
 from opd.types import Fault, StopReason
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]

@@ -19,12 +19,12 @@ from opd.engines.scoring import check_offered
 from opd.engines.transformers import truncate
 from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
+from opd.episodes.scheduler import task
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
 from opd.models.loading import load
 from opd.objective.collate import collate
 from opd.objective.objective import objective
-from opd.rollout import task
 from opd.types import StopReason, to_sample
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")

@@ -25,8 +25,8 @@ from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
+from opd.episodes.scheduler import task
 from opd.errors import EngineError
-from opd.rollout import task
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

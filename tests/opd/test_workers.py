@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import pytest
 
+from opd.episodes.workers import Limits, Workers
 from opd.grading import grading
-from opd.workers import Limits, Workers
 
 
 class Limited(Workers):
@@ -120,7 +120,7 @@ class Slow(queue.Queue):
 def test_no_thread_is_lost_when_an_answer_is_read_at_once(pool, monkeypatch):
     # A thread that asked, after it had answered, whether its call was still wanted would find it gone.
     before = alive()
-    monkeypatch.setattr("opd.workers.queue.SimpleQueue", Slow)
+    monkeypatch.setattr("opd.episodes.workers.queue.SimpleQueue", Slow)
     workers = pool(2)
     for key in range(5):
         workers.start(key, lambda: None)
@@ -164,7 +164,7 @@ def test_closing_lets_every_thread_go(pool):
 def test_a_hung_call_does_not_keep_the_process_alive():
     program = (
         "import time\n"
-        "from opd.workers import Limits, Workers\n"
+        "from opd.episodes.workers import Limits, Workers\n"
         "workers = Workers(2)\n"
         "workers.start(1, lambda: time.sleep(600), limits=Limits(call=0.1, grading=1.0))\n"
         "print(type(workers.finished(wait='all')[0][1]).__name__)\n"

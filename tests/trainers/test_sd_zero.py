@@ -9,11 +9,11 @@ import torch
 
 from opd.config import RolloutConfig, TeacherConfig, TrainConfig
 from opd.engines.base import Sampling
+from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.objective.collate import collate
 from opd.objective.objective import objective
 from opd.ranks import Ranks
-from opd.rollout import task
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.health import Health

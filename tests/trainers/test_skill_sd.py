@@ -12,6 +12,7 @@ from opd.backends.local import LocalBackend
 from opd.config import RolloutConfig, TrainConfig
 from opd.engines.weights import ModelWeights
 from opd.envs.lookup import LookupEnv
+from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.launch.tiny import EpisodeWriter
 from opd.launch.tiny_skills import LOOKUP_SKILLS
@@ -22,7 +23,6 @@ from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
 from opd.ranks import Ranks
-from opd.rollout import task
 from opd.skills import file
 from opd.skills.bank import Lesson, Source
 from opd.teachers.teacher import Teacher

@@ -1,6 +1,6 @@
 """Environments in processes of their own: one that hangs is killed, one that crashes takes nobody along.
 
-`Processes` starts the server (`opd.env_server`) that forks them; `Remote` is one environment, called from a
+`Processes` starts the server (`opd.episodes.env_server`) that forks them; `Remote` is one environment, called from a
 worker's thread. A process holds one environment, is used again for episode after episode, and is ended at the
 first failure.
 """
@@ -21,10 +21,10 @@ from dataclasses import asdict
 from typing import Any
 
 from opd import grading
-from opd.answers import Answer
-from opd.env_server import COMMAND, INTEGER, command_line, read_frame, write_frame
+from opd.episodes.answers import Answer
+from opd.episodes.env_server import COMMAND, INTEGER, command_line, read_frame, write_frame
+from opd.episodes.faults import Failure
 from opd.errors import ConfigError
-from opd.faults import Failure
 from opd.types import Fault, Task
 
 _PATIENCE = 10.0  # seconds that the server is given to end by itself
@@ -134,7 +134,7 @@ class Remote:
         self._given_up = False
 
     def reset(self, goal: Task) -> Answer:
-        """As `opd.answers.reset`, in the process. Raises Failure."""
+        """As `opd.episodes.answers.reset`, in the process. Raises Failure."""
         if self._connection is None:
             pid, connection = self._processes.fork()
             with self._lock:
@@ -144,7 +144,7 @@ class Remote:
         return self._answer({"call": "reset", "goal": asdict(goal)})
 
     def step(self, action: str) -> Answer:
-        """As `opd.answers.step`, in the process. Raises Failure."""
+        """As `opd.episodes.answers.step`, in the process. Raises Failure."""
         return self._answer({"call": "step", "action": action})
 
     def close(self) -> None:

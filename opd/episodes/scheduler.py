@@ -1,7 +1,7 @@
 """Episodes: an engine samples, environments answer, and nobody's exception ends the run.
 
 The scheduler plays any gymnasium environment with text observations and actions. Whatever an environment
-does wrong (`opd.answers` sees it) becomes data: a trajectory with `failed` set, counted and never trained.
+does wrong (`opd.episodes.answers` sees it) becomes data: a trajectory with `failed` set, counted and never trained.
 What then becomes of it and its group is `rollout.on_failure`'s to say. `docs/rollouts.md` explains the whole.
 """
 
@@ -18,17 +18,17 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
-from opd.answers import Answer
 from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
+from opd.episodes.answers import Answer
+from opd.episodes.faults import MOST_CHARACTERS, explain
+from opd.episodes.hosts import Host, Local
+from opd.episodes.processes import Processes, Remote
+from opd.episodes.watchdog import Watchdog
+from opd.episodes.workers import Limits, Workers
 from opd.errors import ModelError
-from opd.faults import MOST_CHARACTERS, explain
-from opd.hosts import Host, Local
 from opd.models.chat import ChatFormat, Prompt
-from opd.processes import Processes, Remote
 from opd.types import Fault, Message, Task, Trajectory, TrajectoryGroup, Turn
-from opd.watchdog import Watchdog
-from opd.workers import Limits, Workers
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from opd.answers import BadAnswer
+from opd.episodes.answers import BadAnswer
 from opd.errors import EnvError
 from opd.types import Fault
 

@@ -1,4 +1,4 @@
-"""The other side of `opd.processes`: a server that forks a process for each environment, and what runs in one.
+"""The other side of `opd.episodes.processes`: a server that forks a process for each environment, and what runs in one.
 
 The server is started afresh (never forked from the trainer, whose threads and devices do not survive a fork),
 imports what environments need once, and then forks quickly. It has one thread, so that forking it is safe. It
@@ -25,8 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from opd import answers
-from opd.faults import explain
+from opd.episodes import answers
+from opd.episodes.faults import explain
 from opd.grading import listening
 from opd.types import Task
 
@@ -36,7 +36,7 @@ INTEGER = struct.Struct("!i")
 """A process's id, or the status that `waitpid` gave."""
 _LENGTH = struct.Struct("!I")
 MOST_BYTES = 1 << 26
-"""The longest frame that is read; `opd.answers` lets nothing through that comes near."""
+"""The longest frame that is read; `opd.episodes.answers` lets nothing through that comes near."""
 
 
 def write_frame(connection: socket.socket, payload: bytes) -> None:
@@ -258,5 +258,5 @@ def main(plan: str) -> NoReturn:
 
 def command_line(plan: dict[str, Any]) -> list[str]:
     """What starts a server. `plan["path"]` is the trainer's `sys.path`: both find the same modules."""
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; import opd.env_server as s; "
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; import opd.episodes.env_server as s; "
     return [sys.executable, "-c", f"{code}s.main(sys.argv[1])", json.dumps(plan)]

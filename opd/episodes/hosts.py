@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from opd import answers
-from opd.answers import Answer
+from opd.episodes import answers
+from opd.episodes.answers import Answer
 from opd.types import Task
 
 
 class Host(Protocol):
-    """One environment. `opd.processes.Remote` is the other kind."""
+    """One environment. `opd.episodes.processes.Remote` is the other kind."""
 
     def reset(self, goal: Task) -> Answer:
-        """Begin an episode; at the first, the environment is made. Raises what `opd.faults` explains."""
+        """Begin an episode; at the first, the environment is made. Raises what `opd.episodes.faults` explains."""
 
     def step(self, action: str) -> Answer:
         """Hand a completion's text over."""
@@ -46,4 +46,4 @@ class Local:
             self._env.close()
 
     def kill(self) -> None:
-        """Nothing to do: `opd.answers` has closed an environment that broke."""
+        """Nothing to do: `opd.episodes.answers` has closed an environment that broke."""

@@ -1,7 +1,7 @@
 """What an environment says, checked: the only place where one is called.
 
 The contract is in `docs/environments.md`. Whatever breaks it becomes an exception here, on a worker's thread or
-in an environment's process, and data in `opd.rollout`; what comes through is plain text and numbers that the
+in an environment's process, and data in `opd.episodes.scheduler`; what comes through is plain text and numbers that the
 environment cannot change later.
 """
 
