@@ -34,7 +34,7 @@ from opd.models.chat import ChatFormat
 from opd.models.identity import check_same_tokenizer, weights_fingerprint
 from opd.models.loading import Loaded, export, load, load_teacher, load_tokenizer
 from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 from opd.teachers.served import ServedTeacher
 from opd.teachers.teacher import Teacher
 from opd.trainers.base import Method, methods

@@ -21,7 +21,7 @@ from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
 from opd.launch.tiny_names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
-from opd.ranks import started_ranks
+from opd.ranks.ranks import started_ranks
 
 if TYPE_CHECKING:
     from opd.launch.config import Config

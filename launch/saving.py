@@ -19,7 +19,7 @@ from opd import checkpoint
 from opd.config import TrainConfig
 from opd.errors import CheckpointError
 from opd.launch.build import Run, Score
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 from opd.tracking import last_row, put_rows_aside
 
 

@@ -20,7 +20,7 @@ from opd.launch.config import Config
 from opd.launch.plan import has_gpu
 from opd.launch.server_checks import check_port
 from opd.models.causal import CausalModel
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 
 
 def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServerEngine:

@@ -27,9 +27,9 @@ from opd.launch.config import Config
 from opd.launch.lock import RunLock
 from opd.launch.out import Resume, remove_run, resumes
 from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
-from opd.ranks import Ranks, join
+from opd.ranks.ranks import Ranks, join
+from opd.ranks.watch import together
 from opd.tracking import NoTracker, Tracker
-from opd.watch import together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.errors import CheckpointError
-from opd.ranks import Ranks, SharedError
+from opd.ranks.ranks import Ranks, SharedError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

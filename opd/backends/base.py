@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from opd.objective.objective import Objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 
 T = TypeVar("T")
 

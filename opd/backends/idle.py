@@ -10,7 +10,7 @@ import torch
 
 from opd.models.causal import CausalModel
 from opd.objective.objective import Objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from opd.config import TrainConfig
 from opd.errors import CheckpointError, ModelError
 from opd.models.causal import CausalModel
 from opd.objective.objective import Objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 
 T = TypeVar("T")
 

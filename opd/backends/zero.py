@@ -29,7 +29,7 @@ from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.sharding import is_sharded, whole
 from opd.objective.objective import Objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 
 T = TypeVar("T")
 

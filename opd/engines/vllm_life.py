@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opd.errors import ModelError
-from opd.ranks import local_device, without_launcher
+from opd.ranks.ranks import local_device, without_launcher
 
 
 @dataclass
@@ -39,7 +39,7 @@ def split(arguments: dict[str, Any]) -> dict[str, int]:
 
 
 def start(arguments: dict[str, Any]) -> Any:
-    """An LLMEngine in this process, by vLLM's own arguments, on the GPU of `opd.ranks.local_device`.
+    """An LLMEngine in this process, by vLLM's own arguments, on the GPU of `opd.ranks.ranks.local_device`.
 
     One that is `split` has its workers in processes of their own, from the first GPU on. On several ranks all start
     theirs at the same point, since vLLM makes groups over all of them. Changes the environment, which the caller puts

@@ -24,7 +24,7 @@ from opd.maths.head import Head
 from opd.models.causal import CausalModel
 from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
 from opd.objective.collate import Batch
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 from opd.teachers.served import ServedTeacher
 
 

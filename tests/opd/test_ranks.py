@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd import extensions, ranks
 from opd.errors import ConfigError, DataError
-from opd.ranks import Ranks, local_device, started_ranks, without_launcher
+from opd.ranks.ranks import Ranks, extensions, local_device, ranks, started_ranks, without_launcher
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

@@ -13,7 +13,7 @@ from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.objective.collate import collate
 from opd.objective.objective import objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.health import Health

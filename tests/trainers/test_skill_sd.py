@@ -22,7 +22,7 @@ from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
-from opd.ranks import Ranks
+from opd.ranks.ranks import Ranks
 from opd.skills import file
 from opd.skills.bank import Lesson, Source
 from opd.teachers.teacher import Teacher

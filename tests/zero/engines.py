@@ -17,8 +17,8 @@ from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
 from opd.models.loading import load
-from opd.ranks import join
-from opd.watch import together
+from opd.ranks.ranks import join
+from opd.ranks.watch import together
 
 
 def sampled(engine, model, rank):

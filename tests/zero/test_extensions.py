@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import _get_build_directory
 
-from opd.extensions import own_folder, prepare, settle
+from opd.ranks.extensions import own_folder, prepare, settle
 
 pytestmark = pytest.mark.slow
 

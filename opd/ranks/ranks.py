@@ -21,7 +21,7 @@ from opd.errors import ConfigError, OpdError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
-"""How long a rank waits for the others' news. One that died is noticed by `opd.watch`, at once, not by waiting."""
+"""How long a rank waits for the others' news. One that died is noticed by `opd.ranks.watch`, at once, not by waiting."""
 
 
 class SharedError(OpdError):
@@ -184,8 +184,8 @@ def _meet() -> Ranks:
     import torch
     import torch.distributed as dist
 
-    from opd import extensions
-    from opd.watch import watch
+    from opd.ranks.ranks import extensions
+    from opd.ranks.watch import watch
 
     # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

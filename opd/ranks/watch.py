@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypedDict
 
-from opd.ranks import Ranks, SharedError
+from opd.ranks.ranks import Ranks, SharedError
 
 _ENDED_WELL = b"."
 _SECONDS = 60.0
