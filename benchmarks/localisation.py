@@ -24,7 +24,7 @@ from opd.episodes.scheduler import derive_seed, task
 from opd.launch.build import Run, build
 from opd.launch.config import Config
 from opd.launch.tiny_recipes import WarmArithmetic
-from opd.shading import ShadedToken, episode_picture
+from opd.tracking.shading import ShadedToken, episode_picture
 from opd.types import Sample, Task, Trajectory
 
 WORLDS: dict[str, tuple[str, Callable[[], Any]]] = {

@@ -26,12 +26,12 @@ from pydantic import Field, ValidationError
 
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
-from opd.intervals import paired_difference, wilson
 from opd.launch.build import Run, Score, build
 from opd.launch.config import Config
 from opd.launch.overrides import merge
 from opd.launch.reader import read_settings
-from opd.plots import COLORS, curves, success_curve
+from opd.tracking.intervals import paired_difference, wilson
+from opd.tracking.plots import COLORS, curves, success_curve
 
 HERE = Path(__file__).resolve().parent
 

@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Sequence
 
 from opd.episodes.scheduler import derive_seed
-from opd.intervals import wilson
 from opd.launch.build import Run, build
 from opd.launch.config import Config
+from opd.tracking.intervals import wilson
 from opd.trainers.sd_zero import Distilling
 from opd.types import Task, Trajectory
 

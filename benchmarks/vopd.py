@@ -26,8 +26,8 @@ from lightning import measure, settings
 from opd.launch.config import Config
 from opd.launch.out import remove_run
 from opd.launch.train import train
-from opd.plots import Curve, curves
 from opd.tracking import read_rows
+from opd.tracking.plots import Curve, curves
 
 LOSSES: dict[str, dict[str, Any]] = {
     "no baseline": {},

@@ -26,7 +26,6 @@ from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.errors import ConfigError
-from opd.intervals import paired_difference, wilson
 from opd.launch.config import Config
 from opd.losses import Correction, Distill, Sampler
 from opd.models.causal import CausalModel
@@ -37,6 +36,7 @@ from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole
 from opd.ranks.ranks import Ranks
 from opd.teachers.served import ServedTeacher
 from opd.teachers.teacher import Teacher
+from opd.tracking.intervals import paired_difference, wilson
 from opd.trainers.base import Method, methods
 from opd.trainers.loop import Loop
 from opd.types import Trajectory, TrajectoryGroup

@@ -24,9 +24,9 @@ from opd.launch.lock import RunLock
 from opd.launch.out import holds_run
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
-from opd.plots import Curve, curves, running_mean
-from opd.shading import ShadedToken, episode_picture, shade_episode
 from opd.tracking import read_rows
+from opd.tracking.plots import Curve, curves, running_mean
+from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
 
 TASKS = 300
 STEPS = 60

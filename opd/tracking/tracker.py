@@ -14,9 +14,9 @@ from rich.text import Text
 
 from opd.config import TrackingConfig
 from opd.errors import DataError
-from opd.intervals import wilson
 from opd.tracking.console import RunConsole, span
 from opd.tracking.files import JsonLines, cut, episode_row, json_row, make_ready, numbers, read_rows
+from opd.tracking.intervals import wilson
 from opd.tracking.wandb_run import open_run
 from opd.types import Trajectory
 
@@ -141,13 +141,13 @@ class Tracker:
         """The end of a run that went well: the picture, and a table in the terminal.
 
         `before` and `after` are the evaluations of the first and the last weights; `change` is their
-        difference with its interval, from `opd.intervals.paired_difference`.
+        difference with its interval, from `opd.tracking.intervals.paired_difference`.
         """
         self._whole = True
         self._console.close()
         rows = read_rows(self.folder / "metrics.jsonl")
         if self._config.plot:
-            from opd.plots import run_picture
+            from opd.tracking.plots import run_picture
 
             run_picture(self.folder / "curves.png", _history(self.folder), title=self.folder.resolve().name)
         self._console.show(_table(self.folder, rows, before, after, change))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import DataError
-from opd.intervals import paired_difference, wilson
+from opd.tracking.intervals import paired_difference, wilson
 
 
 @pytest.mark.parametrize(

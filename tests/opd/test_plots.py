@@ -11,13 +11,13 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from opd.errors import DataError
-from opd.intervals import wilson
-from opd.plots import COLORS, Curve, curves, run_picture, running_mean, spread, success_curve
+from opd.tracking.intervals import wilson
+from opd.tracking.plots import COLORS, Curve, curves, run_picture, running_mean, spread, success_curve
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draw with a function of `opd.plots`; the figure that it saved, fully laid out."""
+    """Draw with a function of `opd.tracking.plots`; the figure that it saved, fully laid out."""
     saved = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, path: (save(self, path), saved.append(self)))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from opd.errors import DataError
-from opd.shading import SHADES, ShadedToken, episode_picture, shade_episode, shade_of
+from opd.tracking.shading import SHADES, ShadedToken, episode_picture, shade_episode, shade_of
 
 
 def prompt(text: str) -> ShadedToken:

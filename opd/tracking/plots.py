@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import DataError
-from opd.intervals import wilson
+from opd.tracking.intervals import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
