@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.envs.tools import Tool
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
 from opd.launch.tiny_tokenizer import build_tokenizer
 from opd.models.causal import CausalModel

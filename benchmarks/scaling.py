@@ -6,9 +6,11 @@ which tests hold against real allocations at small sizes.
 
 from __future__ import annotations
 
-from opd.config import ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.memory import ModelSize
 from opd.launch.scaling import Sharding, Work, device_memory, traffic
+from opd.models.config import ModelConfig
+from opd.teachers.config import TeacherConfig
 
 GIB = 2**30
 TOKENS = 16384

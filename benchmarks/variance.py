@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.config import ModelConfig
 from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import chunked_divergence
 from opd.maths.logprobs import chunked_logprobs
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.models.causal import CausalModel
+from opd.models.config import ModelConfig
 from opd.models.loading import load
 
 BASELINES: dict[str, dict[str, Any]] = {

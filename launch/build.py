@@ -15,21 +15,23 @@ import torch
 
 from opd.backends import deepspeed_json
 from opd.backends.base import Backend
+from opd.backends.config import TrainConfig
 from opd.backends.idle import IdleBackend
 from opd.backends.local import LocalBackend
-from opd.config import ModelConfig, RolloutConfig, TrainConfig
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.scoring import VllmScorer
 from opd.engines.transformers import TransformersEngine
 from opd.engines.vllm_http import Server
 from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.errors import ConfigError
 from opd.launch.config import Config
 from opd.losses import Correction, Distill, Sampler
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
+from opd.models.config import ModelConfig
 from opd.models.identity import check_same_tokenizer, weights_fingerprint
 from opd.models.loading import Loaded, export, load, load_teacher, load_tokenizer
 from opd.models.sharding import blank_copy, collected, fill, is_sharded, whole

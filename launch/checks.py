@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from opd.backends import deepspeed_json
-from opd.config import EnvConfig, ModelConfig, RolloutConfig, TrackingConfig, VllmConfig
+from opd.engines.config import VllmConfig
+from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
 from opd.launch.tiny_names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
+from opd.models.config import ModelConfig
 from opd.ranks.ranks import started_ranks
+from opd.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     from opd.launch.config import Config

@@ -18,17 +18,9 @@ from pydantic.fields import FieldInfo
 
 import opd
 from opd.backends import deepspeed_json
-from opd.config import (
-    EnvSetting,
-    EvalConfig,
-    ModelConfig,
-    ModelSetting,
-    RolloutConfig,
-    Strict,
-    TrackingConfig,
-    TrainConfig,
-    WeightingConfig,
-)
+from opd.backends.config import EvalConfig, TrainConfig
+from opd.config import Strict
+from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
 from opd.launch import out
 from opd.launch.checks import (
@@ -47,6 +39,9 @@ from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, r
 from opd.launch.reader import read_settings, to_yaml
 from opd.launch.schema import Setting, describe, walk
 from opd.launch.server_checks import check_engine_args
+from opd.models.config import ModelConfig, ModelSetting
+from opd.objective.config import WeightingConfig
+from opd.tracking.config import TrackingConfig
 from opd.trainers.base import Method, methods
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.config import LoraConfig, ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.checks import is_hub_id
+from opd.models.config import LoraConfig, ModelConfig
+from opd.teachers.config import TeacherConfig
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 512 * 2**20}

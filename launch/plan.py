@@ -12,11 +12,12 @@ from pathlib import Path
 from rich.table import Table
 
 from opd.backends import deepspeed_json
-from opd.config import RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch import scaling
 from opd.launch.checks import wandb_mode
 from opd.launch.config import Config
 from opd.launch.memory import ModelSize, Part, known_size, memory_estimate
+from opd.teachers.config import TeacherConfig
 
 _GIB = 2**30
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from opd import checkpoint
-from opd.config import TrainConfig
+from opd.backends.config import TrainConfig
 from opd.errors import CheckpointError
 from opd.launch.build import Run, Score
 from opd.ranks.ranks import Ranks

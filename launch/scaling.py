@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.backends import deepspeed_json
-from opd.config import ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
+from opd.models.config import ModelConfig
+from opd.teachers.config import TeacherConfig
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _DEFAULT_BUCKET = 500_000_000

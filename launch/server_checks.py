@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from opd.config import RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.problems import Problem, did_you_mean, nearest
+from opd.teachers.config import TeacherConfig
 
 PROBE_SECONDS = 10.0
 

@@ -9,17 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from opd.config import ModelConfig, RolloutConfig
 from opd.engines.vllm import common_arguments, engine_args
 from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer, server_command, server_environment
 from opd.engines.vllm_server import Replica, Sharing, VllmServerEngine
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.checks import is_installed, is_loopback
 from opd.launch.config import Config
 from opd.launch.plan import has_gpu
 from opd.launch.server_checks import check_port
 from opd.models.causal import CausalModel
+from opd.models.config import ModelConfig
 from opd.ranks.ranks import Ranks
 
 

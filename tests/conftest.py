@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opd.config import RolloutConfig, Strict, TeacherConfig, TrainConfig
+from opd.backends.config import TrainConfig
+from opd.config import Strict
+from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
+from opd.teachers.config import TeacherConfig
 from opd.types import Message, Sample, TrajectoryGroup
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from opd.config import RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import (
     DEMONSTRATION,
     FEEDBACK,

@@ -16,8 +16,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from opd.config import StageConfig, TeacherConfig
+from opd.backends.config import StageConfig
 from opd.losses import Distill, Losses, SampledDistill
+from opd.teachers.config import TeacherConfig
 from opd.trainers.base import Method, register
 from opd.trainers.episodes import Playing
 from opd.trainers.offline import Offline, Scoring, Terms

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from opd.backends.base import Backend
-from opd.config import RolloutConfig, TrainConfig, WeightingConfig
+from opd.backends.config import TrainConfig
 from opd.engines.base import Sampling, Weights
 from opd.engines.preflight import sampler_gap
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import Opening, RolloutScheduler, derive_seed, task
 from opd.errors import EngineError, HealthError
 from opd.losses import Sampler
 from opd.maths.logprobs import chunked_logprobs, chunked_scores
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch, collate, empty_batch, microbatches, normalise
+from opd.objective.config import WeightingConfig
 from opd.objective.objective import Objective, objective
 from opd.teachers.teacher import Taught, Teacher
 from opd.trainers import metrics

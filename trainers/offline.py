@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.config import StageConfig, TrainConfig
+from opd.backends.config import StageConfig, TrainConfig
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store

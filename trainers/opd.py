@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from opd.config import RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
+from opd.teachers.config import TeacherConfig
 from opd.trainers.base import Method, register
 from opd.trainers.forms import FormConfig
 from opd.trainers.grpo import PolicyConfig

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from opd.config import Strict, TeacherConfig
+from opd.config import Strict
 from opd.errors import DataError
 from opd.losses import Distill, Losses
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
 from opd.trainers.base import Method, register
 from opd.types import Message, Sample, TrajectoryGroup, to_sample

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import RolloutConfig, StageConfig, Strict, TeacherConfig, TrainConfig
+from opd.backends.config import StageConfig, TrainConfig
+from opd.config import Strict
+from opd.episodes.config import RolloutConfig
 from opd.losses import CrossEntropy, Distill, Losses, check_known
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
 from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples

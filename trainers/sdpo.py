@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from opd.config import RolloutConfig
+from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.base import register
 from opd.trainers.grpo import ALONE, PolicyConfig

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import StageConfig, Strict, TeacherConfig, TrainConfig
+from opd.backends.config import StageConfig, TrainConfig
+from opd.config import Strict
 from opd.errors import DataError
 from opd.losses import CrossEntropy, Losses
+from opd.teachers.config import TeacherConfig
 from opd.trainers.base import Method, register
 from opd.trainers.conversations import read_conversations
 from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, segments, summary

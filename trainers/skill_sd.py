@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import Strict, TeacherConfig
+from opd.config import Strict
 from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
 from opd.trainers.base import Method, register
 from opd.trainers.grpo import PolicyConfig

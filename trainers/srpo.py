@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from pydantic import Field
 
-from opd.config import RolloutConfig
+from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.base import register
 from opd.trainers.grpo import ALONE, PolicyConfig

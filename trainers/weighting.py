@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from opd.config import WeightingConfig
 from opd.losses import unknown
 from opd.maths.weighting import entropy_weights, pass_rate_weight, step_weights, turn_weights
+from opd.objective.config import WeightingConfig
 from opd.types import WEIGHTS, Sample
 
 AllSum = Callable[[list[float]], list[float]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd.config import TrainConfig
+from opd.backends.config import TrainConfig
 
 READY = Path(__file__).resolve().parent / "backends"
 AUTO = "auto"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
 
-from opd.config import TrainConfig
+from opd.backends.config import TrainConfig
 from opd.errors import CheckpointError, ModelError
 from opd.models.causal import CausalModel
 from opd.objective.objective import Objective

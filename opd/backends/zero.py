@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from opd.config import TrainConfig
+from opd.backends.config import TrainConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.sharding import is_sharded, whole

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd.config import RolloutConfig
 from opd.engines import vllm_life
 from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_http import ServerFault
 from opd.engines.weights import in_chunks
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.models.causal import CausalModel
 from opd.types import StopReason

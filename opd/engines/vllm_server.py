@@ -18,8 +18,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 
-from opd.config import VllmConfig
 from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.config import VllmConfig
 from opd.engines.vllm import completion, sampling_settings
 from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, encoded, labels, sampled
 from opd.engines.weights import in_chunks

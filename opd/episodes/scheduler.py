@@ -18,9 +18,9 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Literal
 
-from opd.config import RolloutConfig
 from opd.engines.base import Completion, Request, RolloutEngine, Sampling
 from opd.episodes.answers import Answer
+from opd.episodes.config import RolloutConfig
 from opd.episodes.faults import MOST_CHARACTERS, explain
 from opd.episodes.hosts import Host, Local
 from opd.episodes.processes import Processes, Remote

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from opd.config import ModelConfig
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
+from opd.models.config import ModelConfig
 from opd.models.files import adapters_alone, check_description, check_weights
 from opd.models.whole import check_finite, load_whole
 

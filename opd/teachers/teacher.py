@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opd.config import TeacherConfig
 from opd.errors import CheckpointError, ModelError
 from opd.maths.head import Head
 from opd.models.causal import CausalModel
 from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
 from opd.objective.collate import Batch
 from opd.ranks.ranks import Ranks
+from opd.teachers.config import TeacherConfig
 from opd.teachers.served import ServedTeacher
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd.config import TrackingConfig
 from opd.errors import DataError
+from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
 from opd.tracking.files import JsonLines, cut, episode_row, json_row, make_ready, numbers, read_rows
 from opd.tracking.intervals import wilson

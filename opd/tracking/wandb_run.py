@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from opd.config import TrackingConfig
 from opd.errors import ConfigError
+from opd.tracking.config import TrackingConfig
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.config import EnvConfig
 from opd.envs import format_call, parse_tool_calls, validate_id
+from opd.episodes.config import EnvConfig
 from opd.tool_calls import TOOL_FORMATS
 
 ROOT = Path(__file__).parents[2]

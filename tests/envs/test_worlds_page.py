@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.config import EnvConfig
 from opd.envs import list_envs, make
 from opd.envs.sokoban import LEVELS
+from opd.episodes.config import EnvConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "worlds.md").read_text(encoding="utf-8")
 EPISODE = r"```yaml\n(.*?)```\n\n```text\nseed (\d+), task (\d+) of the (\w+) split\n(.*?)\n```"

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from opd.config import ModelConfig
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.plan import plan
 from opd.launch.train import train
+from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.tracking import read_rows
 from opd.trainers.base import METHODS, methods

@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opd.config import LoraConfig, ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.memory import TILE_BYTES, ModelSize, known_size, memory_estimate, size_of_folder
 from opd.maths.head import TILE_BYTES as REAL_TILE_BYTES
+from opd.models.config import LoraConfig, ModelConfig
 from opd.models.loading import smollm2_folder
+from opd.teachers.config import TeacherConfig
 
 # 100 embeddings of width 10, and two layers with one square and one 10 x 20 matrix and a norm each.
 SHAPES = {"model.embed_tokens.weight": (100, 10)}

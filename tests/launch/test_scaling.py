@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from opd.config import LoraConfig, ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.memory import ModelSize
 from opd.launch.scaling import Sharding, Work, device_memory, host_memory, largest_layer, traffic
+from opd.models.config import LoraConfig, ModelConfig
+from opd.teachers.config import TeacherConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # 100 embeddings of width 10, and two layers of 300 weights: 1,600 in all.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from opd.config import ModelConfig, RolloutConfig
 from opd.engines.transformers import TransformersEngine
 from opd.engines.vllm import common_arguments
 from opd.engines.vllm_process import server_command, server_environment
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError
 from opd.launch import checks, servers
 from opd.launch.build import _sampler
@@ -16,6 +16,7 @@ from opd.launch.config import Config, served
 from opd.launch.plan import plan
 from opd.launch.train import train
 from opd.losses import Correction
+from opd.models.config import ModelConfig
 from opd.tracking import read_rows
 
 GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd.backends.config import StageConfig, TrainConfig
 from opd.checkpoint import Checkpoint
-from opd.config import StageConfig, Strict, TeacherConfig, TrainConfig
+from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch import build as launch_build
 from opd.launch import config as launch_config
@@ -15,6 +16,7 @@ from opd.launch.build import build
 from opd.launch.plan import plan
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
+from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
 from opd.trainers import base
 from opd.trainers.base import Method, MethodSpec

@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from opd.config import RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs.arithmetic import ArithmeticEnv
@@ -29,6 +28,7 @@ from opd.envs.lookup import MEANING, LookupEnv
 from opd.envs.sokoban import SokobanPushEnv, note, offset
 from opd.envs.text_env import task_split
 from opd.episodes.answers import messages_of
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
 from opd.errors import ConfigError
 from opd.launch import tiny

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.config import TeacherConfig
 from opd.episodes.scheduler import task
 from opd.maths.logprobs import chunked_logprobs
 from opd.objective.collate import collate, microbatches
 from opd.objective.objective import objective
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message, with_solution
 from opd.teachers.teacher import Teacher
 from opd.trainers.opsd import Opsd, OpsdConfig

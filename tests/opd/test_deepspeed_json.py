@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from opd.backends.config import TrainConfig
 from opd.backends.deepspeed_json import Facts, dtype, fill, offloads, read, ready, stage
-from opd.config import TrainConfig
 
 TRAIN = TrainConfig(lr=3e-4, betas=(0.8, 0.9), weight_decay=0.1, max_grad_norm=0.7, warmup_steps=5)
 

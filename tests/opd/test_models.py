@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from opd.config import LoraConfig, ModelConfig
 from opd.errors import ConfigError, ModelError
+from opd.models.config import LoraConfig, ModelConfig
 from opd.models.loading import Loaded, export, load
 
 IDS = torch.arange(5, 25)[None]

@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 
-from opd.config import TeacherConfig
 from opd.losses import Correction, CrossEntropy, Distill, Losses, Policy, SampledDistill, Sampler
 from opd.maths.advantage import distillation_advantage
 from opd.maths.divergence import token_divergence
 from opd.maths.variance import gradient_variance
 from opd.objective.collate import collate, microbatches, normalise
 from opd.objective.objective import objective
+from opd.teachers.config import TeacherConfig
 from opd.teachers.teacher import Teacher
 from opd.types import Sample, TeacherView
 

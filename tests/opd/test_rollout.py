@@ -14,10 +14,10 @@ import time
 import numpy as np
 import pytest
 
-from opd.config import EnvConfig, RolloutConfig
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.episodes.answers import MOST_CHARACTERS
+from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, derive_seed, task
 from opd.errors import DataError
 from opd.grading import grading

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM
 
-from opd.config import TeacherConfig
 from opd.errors import CheckpointError, ModelError
 from opd.losses import Distill, Losses
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
 from opd.objective.objective import objective
+from opd.teachers.config import TeacherConfig
 from opd.teachers.teacher import Teacher
 
 LIVE = TeacherConfig(weights="live", rate=None)

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opd.config import TrackingConfig
 from opd.errors import ConfigError, DataError
 from opd.tracking import Tracker, read_rows, wandb_run
+from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
 from opd.tracking.wandb_run import auto_mode, open_run
 from opd.types import StopReason, Task, Trajectory, Turn

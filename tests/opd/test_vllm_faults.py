@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from opd.config import VllmConfig
 from opd.engines import vllm_server
 from opd.engines.base import Request, Sampling, generate
+from opd.engines.config import VllmConfig
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm_http import OTHER_MODEL, Server
 from opd.engines.vllm_server import Replica, VllmServerEngine

@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opd.config import RolloutConfig
 from opd.engines import vllm as engines
 from opd.engines import vllm_life
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, ModelError
 from opd.launch import build as building
 from opd.launch.config import Config

@@ -17,7 +17,6 @@ import httpx
 import pytest
 import torch
 
-from opd.config import RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import engine_args
@@ -25,6 +24,7 @@ from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import Replica, VllmServerEngine
 from opd.engines.weights import ModelWeights
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import EngineError
 

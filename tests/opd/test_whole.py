@@ -25,8 +25,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from opd.config import ModelConfig
 from opd.errors import ModelError
+from opd.models.config import ModelConfig
 from opd.models.loading import load, load_teacher
 from opd.models.whole import load_whole
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from opd.config import TeacherConfig
 from opd.losses import Distill, SampledDistill
+from opd.teachers.config import TeacherConfig
 from opd.trainers.sdpo import Sdpo, SdpoConfig
 from opd.trainers.srpo import SrpoConfig
 from opd.types import Task, TrajectoryGroup

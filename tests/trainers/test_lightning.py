@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from opd.checkpoint import Checkpoint
-from opd.config import ModelConfig
 from opd.errors import CheckpointError, ConfigError, DataError
 from opd.launch import build as launch_build
 from opd.launch.cli import main
@@ -24,6 +23,7 @@ from opd.launch.config import Config
 from opd.launch.stored import inspect, problems
 from opd.launch.train import train
 from opd.maths.divergence import stored_divergence, token_divergence
+from opd.models.config import ModelConfig
 from opd.models.identity import weights_fingerprint
 from opd.models.loading import load
 from opd.objective.collate import collate, normalise

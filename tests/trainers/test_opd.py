@@ -8,17 +8,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.checkpoint import Checkpoint
-from opd.config import ModelConfig, TeacherConfig
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.launch import build as launch_build
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import train
 from opd.losses import SampledDistill
+from opd.models.config import ModelConfig
 from opd.models.identity import weights_fingerprint
 from opd.models.loading import load_teacher
 from opd.objective.collate import collate
 from opd.objective.objective import objective
+from opd.teachers.config import TeacherConfig
 from opd.teachers.teacher import Teacher
 from opd.tracking import read_rows
 from opd.trainers.opd import Opd, OpdConfig

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.config import TrackingConfig
 from opd.envs.dataset_env import DatasetEnv
 from opd.episodes.answers import MOST_PARTS
 from opd.tracking import Tracker
+from opd.tracking.config import TrackingConfig
 from opd.tracking.files import read_rows
 from opd.trainers import metrics
 from opd.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd.config import RolloutConfig, TeacherConfig, TrainConfig
+from opd.backends.config import TrainConfig
 from opd.engines.base import Sampling
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.objective.collate import collate
 from opd.objective.objective import objective
 from opd.ranks.ranks import Ranks
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.health import Health

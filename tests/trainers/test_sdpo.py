@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.config import TeacherConfig
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
+from opd.teachers.config import TeacherConfig
 from opd.teachers.teacher import Teacher
 from opd.trainers.sdpo import Sdpo, SdpoConfig
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from opd.backends.config import TrainConfig
 from opd.backends.local import LocalBackend
-from opd.config import RolloutConfig, TrainConfig
 from opd.engines.weights import ModelWeights
 from opd.envs.lookup import LookupEnv
+from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.launch.tiny import EpisodeWriter

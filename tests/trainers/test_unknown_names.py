@@ -2,8 +2,9 @@
 
 import pytest
 
-from opd.config import PassRateWeighting, TeacherConfig, WeightingConfig
 from opd.errors import ConfigError
+from opd.objective.config import PassRateWeighting, WeightingConfig
+from opd.teachers.config import TeacherConfig
 from opd.trainers.base import methods
 from opd.trainers.forms import FormConfig
 from opd.trainers.grpo import PolicyConfig

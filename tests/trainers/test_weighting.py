@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opd.config import PassRateWeighting, StepWeighting, WeightingConfig
+from opd.objective.config import PassRateWeighting, StepWeighting, WeightingConfig
 from opd.trainers.weighting import by_entropy, by_steps, by_task, by_turn, weigh
 from opd.types import Sample, Task, TeacherView
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from opd.config import ModelConfig, RolloutConfig
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
+from opd.episodes.config import RolloutConfig
+from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.ranks.ranks import join
 from opd.ranks.watch import together

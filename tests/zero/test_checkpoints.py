@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.checkpoint import Checkpoint
-from opd.config import ModelConfig, RolloutConfig, TeacherConfig
+from opd.episodes.config import RolloutConfig
 from opd.launch.config import Config
 from opd.launch.memory import size_of_folder
 from opd.launch.scaling import Sharding, Work, device_memory
+from opd.models.config import ModelConfig
+from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
 
 EMA = {"opsd": {"teacher": {"weights": "ema", "rate": 0.2}}}

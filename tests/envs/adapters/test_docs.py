@@ -9,8 +9,8 @@ import pytest
 import textworld
 import yaml
 
-from opd.config import EnvConfig
 from opd.envs import adapters, make
+from opd.episodes.config import EnvConfig
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.config import EnvConfig
 from opd.envs import adapters, make, validate_id
+from opd.episodes.config import EnvConfig
 from opd.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

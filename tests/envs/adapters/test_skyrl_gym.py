@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from opd.config import EnvConfig
 from opd.envs import check, make
+from opd.episodes.config import EnvConfig
 from opd.errors import ConfigError, EnvError
 from opd.launch.checks import check_env
 

@@ -1,0 +1,43 @@
+"""The settings of models: which one, in which type, with which adapters. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from opd.config import Strict
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters in place of full fine-tuning (library: peft)."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(32, ge=1, description="Scale of the adapters; the update is multiplied by alpha / r.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Module names that get an adapter, or all-linear."
+    )
+
+
+class ModelConfig(Strict):
+    """The model that acts and learns. `model: NAME` is short for `model: {name: NAME}`."""
+
+    name: str = Field(
+        description="A hub id, a local folder, a .gguf file, `smollm2` (from its package), or `tiny:<env>` "
+        "(a small model built and warm-started on this machine)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        "auto", description="Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."
+    )
+    lora: LoraConfig | None = Field(None, description="Train adapters instead of all weights.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    trust_remote_code: bool = Field(False, description="Run the Python code that a hub repository ships.")
+
+
+def _model_from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+ModelSetting = Annotated[ModelConfig, BeforeValidator(_model_from_name)]
