@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from opd.envs.lookup import LookupEnv
+from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.scheduler import derive_seed, task
 from opd.launch.build import Run, build
 from opd.launch.config import Config

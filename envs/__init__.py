@@ -32,12 +32,12 @@ __all__ = [
     "validate_id",
 ]
 
-gymnasium.register("opd/Arithmetic-v0", entry_point="opd.envs.arithmetic:ArithmeticEnv")
-gymnasium.register("opd/Countdown-v0", entry_point="opd.envs.countdown:CountdownEnv")
-gymnasium.register("opd/CountdownExpression-v0", entry_point="opd.envs.countdown:CountdownExpressionEnv")
+gymnasium.register("opd/Arithmetic-v0", entry_point="opd.envs.worlds.arithmetic:ArithmeticEnv")
+gymnasium.register("opd/Countdown-v0", entry_point="opd.envs.worlds.countdown:CountdownEnv")
+gymnasium.register("opd/CountdownExpression-v0", entry_point="opd.envs.worlds.countdown:CountdownExpressionEnv")
 gymnasium.register("opd/Dataset-v0", entry_point="opd.envs.dataset_env:DatasetEnv")
-gymnasium.register("opd/Files-v0", entry_point="opd.envs.files:FilesEnv")
-gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.lookup:LookupEnv")
-gymnasium.register("opd/Sokoban-v0", entry_point="opd.envs.sokoban:SokobanEnv")
-gymnasium.register("opd/SokobanPush-v0", entry_point="opd.envs.sokoban:SokobanPushEnv")
-gymnasium.register("opd/Sql-v0", entry_point="opd.envs.sql:SqlEnv")
+gymnasium.register("opd/Files-v0", entry_point="opd.envs.worlds.files:FilesEnv")
+gymnasium.register("opd/Lookup-v0", entry_point="opd.envs.worlds.lookup:LookupEnv")
+gymnasium.register("opd/Sokoban-v0", entry_point="opd.envs.worlds.sokoban:SokobanEnv")
+gymnasium.register("opd/SokobanPush-v0", entry_point="opd.envs.worlds.sokoban:SokobanPushEnv")
+gymnasium.register("opd/Sql-v0", entry_point="opd.envs.worlds.sql:SqlEnv")

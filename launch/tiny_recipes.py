@@ -14,14 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opd.envs.arithmetic import ArithmeticEnv
-from opd.envs.countdown import CountdownEnv
-from opd.envs.countdown import call as combining
-from opd.envs.countdown_solver import OPERATORS, Numbers, apply, steps
-from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
-from opd.envs.sokoban import Push, SokobanPushEnv, note, offset
-from opd.envs.sokoban_board import DIRECTIONS, State
 from opd.envs.text_env import TextEnv
+from opd.envs.worlds.arithmetic import ArithmeticEnv
+from opd.envs.worlds.countdown import CountdownEnv
+from opd.envs.worlds.countdown import call as combining
+from opd.envs.worlds.countdown_solver import OPERATORS, Numbers, apply, steps
+from opd.envs.worlds.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, means
+from opd.envs.worlds.sokoban import Push, SokobanPushEnv, note, offset
+from opd.envs.worlds.sokoban_board import DIRECTIONS, State
 from opd.teachers import privileged
 
 

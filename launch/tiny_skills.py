@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd.envs.lookup import ATTRIBUTES, MEANING, PEOPLE, RELATIONS, Question
+from opd.envs.worlds.lookup import ATTRIBUTES, MEANING, PEOPLE, RELATIONS, Question
 from opd.launch.tiny_recipes import LOOKUP, SLANG, SOKOBAN, Recipe, SlangLookup, WarmSokoban
 from opd.launch.tiny_recipes import RECIPES as PLAIN_RECIPES
 from opd.skills.text import one_line

@@ -79,7 +79,7 @@ def test_every_method_samples_as_many_tokens_for_each_seed_and_finished_runs_are
 @pytest.mark.slow
 def test_what_a_stage_collects_counts_and_does_not_teach_before_it_trains(methods, file, tmp_path, monkeypatch):
     solved = Reply(reward=1.0, terminated=True, success=True)
-    monkeypatch.setattr("opd.envs.arithmetic.ArithmeticEnv.respond", lambda env, action: solved)
+    monkeypatch.setattr("opd.envs.worlds.arithmetic.ArithmeticEnv.respond", lambda env, action: solved)
     settings = {"train.steps": 3, "sd_zero.questions": 8, "sd_zero.revisions": 1}
     path = file(methods={"A": {"method": "sd_zero", **settings}}, seeds=[0], points=6, tokens=900)
     methods.main([str(path), "--out", str(tmp_path / "results")])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from opd.envs.arithmetic import ArithmeticEnv, solution
+from opd.envs.worlds.arithmetic import ArithmeticEnv, solution
 from opd.errors import ConfigError
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.envs.countdown import CountdownEnv, CountdownExpressionEnv
-from opd.envs.countdown_solver import (
+from opd.envs.text_env import task_split
+from opd.envs.worlds.countdown import CountdownEnv, CountdownExpressionEnv
+from opd.envs.worlds.countdown_solver import (
     MOST_VALUE,
     OPERATORS,
     Combination,
@@ -20,7 +21,6 @@ from opd.envs.countdown_solver import (
     solve,
     steps,
 )
-from opd.envs.text_env import task_split
 from opd.errors import ConfigError, DataError, EnvError
 
 ENVS = [CountdownEnv, CountdownExpressionEnv]

@@ -7,7 +7,7 @@ import gymnasium
 import pytest
 
 from opd.envs import TextSpace, list_envs, make, validate_id
-from opd.envs.arithmetic import ArithmeticEnv
+from opd.envs.worlds.arithmetic import ArithmeticEnv
 from opd.errors import ConfigError
 
 # Found by its import path: tests are no package, so the module is put where an import finds it.
@@ -52,7 +52,7 @@ def test_a_registered_id_is_made_with_its_arguments():
 
 
 def test_an_import_path_is_made_as_it_is():
-    env = make("opd.envs.arithmetic:ArithmeticEnv", {"digits": 3})
+    env = make("opd.envs.worlds.arithmetic:ArithmeticEnv", {"digits": 3})
     assert type(env) is ArithmeticEnv
     assert make("factory_fixtures:Open", {"greeting": "ho"}).greeting == "ho"
 
@@ -89,10 +89,13 @@ def test_info_and_metadata_survive_the_wrappers():
             "names the module 'no_such_package', which cannot be found. Is its folder on PYTHONPATH",
         ),
         ("opd.envs.nothing:Env", "names the module 'opd.envs.nothing', which cannot be found"),
-        ("opd.envs.arithmetic.deeper:Env", "names the module 'opd.envs.arithmetic.deeper', which cannot be found"),
+        (
+            "opd.envs.worlds.arithmetic.deeper:Env",
+            "names the module 'opd.envs.worlds.arithmetic.deeper', which cannot be found",
+        ),
         ("json.decoder.json:Env", "which cannot be found"),
         ("json.decoder.x.y:Env", "which cannot be found"),
-        ("opd.envs.arithmetic:", "is unknown"),
+        ("opd.envs.worlds.arithmetic:", "is unknown"),
         (":Env", "is unknown"),
     ],
 )
@@ -102,7 +105,9 @@ def test_an_id_that_leads_nowhere_is_told_by_name(env_id, reason):
             function(env_id)
 
 
-@pytest.mark.parametrize("env_id", ["opd/Arithmetic-v0", "opd.envs.lookup:LookupEnv", "json.decoder:Env", "xml.dom:E"])
+@pytest.mark.parametrize(
+    "env_id", ["opd/Arithmetic-v0", "opd.envs.worlds.lookup:LookupEnv", "json.decoder:Env", "xml.dom:E"]
+)
 def test_a_good_id_is_valid(env_id):
     validate_id(env_id)
 
@@ -112,7 +117,7 @@ def test_a_good_id_is_valid(env_id):
     [
         ("opd/Arithmetic-v0", {"digit": 1}, r"takes no 'digit'. Allowed: operators, .*Did you mean \"digits\"\?"),
         ("opd/Dataset-v0", {"path": "x"}, "missing a required argument: 'rewards'"),
-        ("opd.envs.arithmetic:Arithmetic", {}, "has no attribute 'Arithmetic'"),
+        ("opd.envs.worlds.arithmetic:Arithmetic", {}, "has no attribute 'Arithmetic'"),
         ("factory_fixtures:Plain", {"greet": 1}, r"Did you mean \"greeting\"\?"),
         ("factory_fixtures:Unfinished", {}, "has observation_space = None; it must be text"),
         ("FrozenLake-v1", {}, r"has observation_space = Discrete\(16\); it must be text"),
@@ -141,7 +146,7 @@ def test_gymnasiums_own_text_space_is_accepted():
 
 
 def imported_by(code):
-    heavy = "('torch', 'datasets', 'transformers', 'trl', 'opd.envs.lookup', 'xml.dom', 'user_torch')"
+    heavy = "('torch', 'datasets', 'transformers', 'trl', 'opd.envs.worlds.lookup', 'xml.dom', 'user_torch')"
     code = f"{code}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from opd.envs import make
-from opd.envs.file_tasks import LEVELS, draw_tree
-from opd.envs.files import FilesEnv
+from opd.envs.worlds.file_tasks import LEVELS, draw_tree
+from opd.envs.worlds.files import FilesEnv
 from opd.errors import ConfigError
 
 EVERY_TASK = [(level, number) for level, tasks in LEVELS.items() for number in range(len(tasks))]

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from opd.envs.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, Question
+from opd.envs.worlds.lookup import ATTRIBUTES, FIELDS, MEANING, PEOPLE, RELATIONS, VALUES, LookupEnv, Question
 from opd.errors import ConfigError
 
 

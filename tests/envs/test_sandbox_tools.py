@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd.envs import Start
-from opd.envs.sandbox import PythonTool, ShellTool, report
+from opd.envs.worlds.sandbox import PythonTool, ShellTool, report
 from opd.errors import ConfigError
 from opd.sandbox import Sandbox, SandboxLimits, bubblewrap
 

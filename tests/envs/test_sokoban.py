@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from opd.envs import make
-from opd.envs.sokoban import LEVELS, Level, SokobanEnv, SokobanPushEnv, note, offset
-from opd.envs.sokoban_board import distances, read, same_under_symmetry, solve
 from opd.envs.text_env import task_split
+from opd.envs.worlds.sokoban import LEVELS, Level, SokobanEnv, SokobanPushEnv, note, offset
+from opd.envs.worlds.sokoban_board import distances, read, same_under_symmetry, solve
 from opd.errors import ConfigError, EnvError
 
 BOARD = "######\n#@___#\n#_$__#\n#___.#\n#____#\n######"

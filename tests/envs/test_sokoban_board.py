@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.envs import sokoban_board
-from opd.envs.sokoban import Level, _draw_room
-from opd.envs.sokoban_board import (
+from opd.envs.worlds import sokoban_board
+from opd.envs.worlds.sokoban import Level, _draw_room
+from opd.envs.worlds.sokoban_board import (
     DIRECTIONS,
     State,
     best_moves,

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from opd.envs import sql_database
-from opd.envs.sql import LEVELS, SqlEnv, _same
-from opd.envs.sql_database import Database, quote, show
+from opd.envs.worlds import sql_database
+from opd.envs.worlds.sql import LEVELS, SqlEnv, _same
+from opd.envs.worlds.sql_database import Database, quote, show
 from opd.errors import ConfigError, DataError
 
 

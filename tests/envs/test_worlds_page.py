@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from opd.envs import list_envs, make
-from opd.envs.sokoban import LEVELS
+from opd.envs.worlds.sokoban import LEVELS
 from opd.episodes.config import EnvConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "worlds.md").read_text(encoding="utf-8")

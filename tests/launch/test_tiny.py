@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
-from opd.envs.arithmetic import ArithmeticEnv
-from opd.envs.countdown import CountdownEnv
-from opd.envs.lookup import MEANING, LookupEnv
-from opd.envs.sokoban import SokobanPushEnv, note, offset
 from opd.envs.text_env import task_split
+from opd.envs.worlds.arithmetic import ArithmeticEnv
+from opd.envs.worlds.countdown import CountdownEnv
+from opd.envs.worlds.lookup import MEANING, LookupEnv
+from opd.envs.worlds.sokoban import SokobanPushEnv, note, offset
 from opd.episodes.answers import messages_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
@@ -339,7 +339,9 @@ def test_an_environment_that_changed_is_not_served_from_the_cache(tmp_path):
     source = tmp_path / "changing.py"
     fingerprints = []
     for reward in (1, 2):
-        source.write_text(f"from opd.envs.lookup import LookupEnv\nclass Mine(LookupEnv):\n    worth = {reward}\n")
+        source.write_text(
+            f"from opd.envs.worlds.lookup import LookupEnv\nclass Mine(LookupEnv):\n    worth = {reward}\n"
+        )
         spec = importlib.util.spec_from_file_location("opd.envs.changing", source)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -394,8 +396,8 @@ SOURCES = [
     "opd.launch.tiny_skills",
     "opd.launch.tiny_tokenizer",
     "opd.launch.muon",
-    "opd.envs.lookup",
-    "opd.envs.sokoban_board",
+    "opd.envs.worlds.lookup",
+    "opd.envs.worlds.sokoban_board",
     "opd.envs.text_env",
     "opd.envs.tool_env",
     "opd.tool_calls",
@@ -446,11 +448,11 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("lookup", "opd.launch.tiny_recipes", "1 if other == field else 2", "1 if other == field else 3"),
         ("lookup-skills", "opd.launch.tiny_skills", "rng.random() < 0.9", "rng.random() < 0.8"),
         ("sokoban-skills", "opd.trainers.skill_makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
-        ("lookup", "opd.envs.lookup", "one field of one person", "one field"),
-        ("arithmetic", "opd.envs.arithmetic", "Answer with the number only.", "Answer in digits."),
+        ("lookup", "opd.envs.worlds.lookup", "one field of one person", "one field"),
+        ("arithmetic", "opd.envs.worlds.arithmetic", "Answer with the number only.", "Answer in digits."),
         ("countdown", "opd.envs.tool_env", '"tool"', '"user"'),
         ("sokoban", "opd.envs.text_env", "def ", "async def "),
-        ("sokoban", "opd.envs.sokoban_board", "return None", "return 0"),
+        ("sokoban", "opd.envs.worlds.sokoban_board", "return None", "return 0"),
         ("arithmetic", "opd.teachers.privileged", "Here is a reference solution", "This is a solution"),
         ("arithmetic", "opd.teachers.privileged", 'f"> {', 'f">> {'),
         ("arithmetic", "opd.episodes.scheduler", '"warm": 1 << 30', '"warm": 1 << 31'),
@@ -480,7 +482,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
         "opd.divergence",
         "opd.config",
         "opd.trainers.base",
-        "opd.envs.sql",
+        "opd.envs.worlds.sql",
     ):
         importlib.import_module(module)
         stands(module, "a = 1")
@@ -491,7 +493,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
 def test_what_one_world_depends_on_is_nothing_to_the_others(stands):
     names = ["arithmetic", "countdown", "lookup", "sokoban", "sokoban-skills"]
     before = {name: as_it_stands(name) for name in names}
-    stands("opd.envs.sokoban_board", source("opd.envs.sokoban_board").replace("return None", "return 0"))
+    stands("opd.envs.worlds.sokoban_board", source("opd.envs.worlds.sokoban_board").replace("return None", "return 0"))
     changed = [name for name in names if tiny._fingerprint(RECIPES[name], 0, 1) != before[name]]
     assert changed == ["sokoban", "sokoban-skills"]
 

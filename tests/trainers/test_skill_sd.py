@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from opd.backends.config import TrainConfig
 from opd.backends.local import LocalBackend
 from opd.engines.weights import ModelWeights
-from opd.envs.lookup import LookupEnv
+from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import DataError

@@ -49,9 +49,9 @@ def test_a_library_without_a_name_is_refused(library):
 
 
 def test_an_import_path_is_still_an_import_path():
-    assert adapters.find("opd.envs.lookup:LookupEnv") is None
+    assert adapters.find("opd.envs.worlds.lookup:LookupEnv") is None
     assert adapters.find("opd/Lookup-v0") is None
-    assert make("opd.envs.lookup:LookupEnv").reset(seed=0)
+    assert make("opd.envs.worlds.lookup:LookupEnv").reset(seed=0)
 
 
 def test_a_run_s_settings_take_it_as_one_string_or_with_arguments():

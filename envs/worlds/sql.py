@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from opd.envs.sql_database import Database, show
-from opd.envs.sql_worlds import WORLDS, Question, Schema, draw_question, draw_schema, fill
 from opd.envs.text_env import Start, task_split
 from opd.envs.tool_env import ToolEnv, ToolError, tool
+from opd.envs.worlds.sql_database import Database, show
+from opd.envs.worlds.sql_worlds import WORLDS, Question, Schema, draw_question, draw_schema, fill
 from opd.errors import ConfigError, DataError, EnvError
 from opd.tool_calls import format_call
 

@@ -15,7 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from opd.envs.sokoban_board import (
+from opd.envs.text_env import Reply, Start, task_split
+from opd.envs.tool_env import ToolEnv, ToolError, tool
+from opd.envs.worlds.sokoban_board import (
     DIRECTIONS,
     MOST_STATES,
     Cost,
@@ -27,8 +29,6 @@ from opd.envs.sokoban_board import (
     distances,
     same_under_symmetry,
 )
-from opd.envs.text_env import Reply, Start, task_split
-from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, EnvError
 from opd.tool_calls import format_call
 

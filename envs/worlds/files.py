@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from opd.envs.file_tasks import LEVELS, FileTask, Tree, draw_tree, pick
-from opd.envs.sandbox import ShellTool
 from opd.envs.text_env import Start, task_split
 from opd.envs.tools import tool
+from opd.envs.worlds.file_tasks import LEVELS, FileTask, Tree, draw_tree, pick
+from opd.envs.worlds.sandbox import ShellTool
 from opd.errors import ConfigError, EnvError
 from opd.sandbox import SandboxLimits
 from opd.tool_calls import CLOSE, OPEN

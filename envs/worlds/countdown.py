@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from opd.envs.countdown_solver import (
+from opd.envs.text_env import Reply, Start, TextEnv, task_split
+from opd.envs.tool_env import ToolEnv, ToolError, tool
+from opd.envs.worlds.countdown_solver import (
     MOST_NUMBERS,
     OPERATORS,
     Combination,
@@ -22,8 +24,6 @@ from opd.envs.countdown_solver import (
     solve,
     steps,
 )
-from opd.envs.text_env import Reply, Start, TextEnv, task_split
-from opd.envs.tool_env import ToolEnv, ToolError, tool
 from opd.errors import ConfigError, DataError, EnvError
 from opd.rewards import last_tagged
 from opd.tool_calls import format_call

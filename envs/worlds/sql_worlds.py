@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.envs.sql_database import Database, quote
+from opd.envs.worlds.sql_database import Database, quote
 
 
 @dataclass(frozen=True, slots=True)
