@@ -4,8 +4,8 @@
     python benchmarks/vopd.py --seeds 0 --steps 30   # less
 
 All runs start from one student and make the same number of updates; they differ in the loss alone. The variance is that
-of the sampled-token gradient by the logits, exact at every state that the student visits (`opd.maths.variance`): with no
-baseline, or with the run's own. A loss over the full vocabulary has none of this kind. Time is of steps that measure
+of the sampled-token gradient by the logits, exact at every state that the student visits (`opd.maths.variance`): with
+no baseline, or with the run's own. A loss over the full vocabulary has none of this kind. Time is of steps that measure
 nothing. What has finished is kept in the folder of results and not run again.
 """
 

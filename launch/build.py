@@ -331,7 +331,7 @@ def _engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack)
     else:
         from opd.engines.vllm import VllmEngine
 
-        engine = VllmEngine(model, config.rollout)
+        engine = VllmEngine(model, config.rollout.vllm, config.rollout.limits)
     opened.callback(engine.close)
     return engine
 

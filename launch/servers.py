@@ -61,7 +61,7 @@ def _own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStack) -> 
     for number in range(ranks.rank * vllm.replicas, (ranks.rank + 1) * vllm.replicas):
         own = OwnServer(
             folder,
-            engine_args(model, config.rollout),
+            engine_args(model, vllm, config.rollout.limits),
             key=key,
             log=logs / f"vllm-{number}.log",
             devices=vllm.devices[number] if number < len(vllm.devices) else None,
@@ -93,7 +93,7 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
             f"Set {vllm.api_key_env} to a secret, here and where it is used, or keep --host 127.0.0.1."
         )
     check_port(host, port)
-    arguments = common_arguments(rollout, on_cpu=not has_gpu())
+    arguments = common_arguments(vllm, rollout.limits, on_cpu=not has_gpu())
     dtypes = [dtype for dtype in (vllm.dtype, model.dtype) if dtype != "auto"]
     # What a run would take: vLLM's own "auto" halves float32, and a run refuses log-probs that are so far off.
     arguments["dtype"] = dtypes[0] if dtypes else "bfloat16" if has_gpu() else "float32"

@@ -52,7 +52,7 @@ def _unknown(setting: str, value: object, known: Iterable[str]) -> ConfigError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The clipped surrogate of the samples' advantages (`opd.maths.policy.policy_loss`), at the sampling temperature."""
+    """The clipped surrogate of the samples' advantages, at the sampling temperature (`opd.maths.policy`)."""
 
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
@@ -93,7 +93,8 @@ class SampledDistill:
     """The teacher's word on the sampled token alone, at the sampling temperature.
 
     `policy_gradient`: minus advantage times log-prob, with a baseline (`opd.maths.advantage`); the others:
-    `opd.maths.estimators`. On average over samples all but `k3`, whose gradient is the forward KL's, train the reverse KL.
+    `opd.maths.estimators`. On average over samples all but `k3`, whose gradient is the forward KL's, train the
+    reverse KL.
     """
 
     form: Form = "policy_gradient"

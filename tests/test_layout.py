@@ -121,7 +121,7 @@ def test_no_file_that_may_be_run_bears_the_name_of_a_dependency():
 def test_the_shared_machinery_names_no_method():
     shared = [
         ROOT / "trainers" / "loop.py",
-        ROOT / "opd" / "objective.py",
+        ROOT / "opd" / "objective" / "objective.py",
         *sources("opd/engines"),
         *sources("opd/backends"),
     ]

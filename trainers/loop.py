@@ -25,10 +25,10 @@ from opd.errors import EngineError, HealthError
 from opd.losses import Sampler
 from opd.maths.logprobs import chunked_logprobs, chunked_scores
 from opd.models.causal import CausalModel
-from opd.objective.collate import Batch, collate, empty_batch, microbatches, normalise
+from opd.objective.collate import Batch, Taught, collate, empty_batch, microbatches, normalise
 from opd.objective.config import WeightingConfig
 from opd.objective.objective import Objective, objective
-from opd.teachers.teacher import Taught, Teacher
+from opd.teachers.teacher import Teacher
 from opd.trainers import metrics
 from opd.trainers.accounts import account
 from opd.trainers.base import Method
@@ -188,8 +188,8 @@ class Loop:
     ) -> list[TrajectoryGroup]:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
-        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler.RolloutScheduler.run`. Raises HealthError,
-        on all ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
+        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler`. Raises HealthError, on all
+        ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
         """
         self.sync()
         ranks = self.backend.ranks

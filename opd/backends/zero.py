@@ -56,8 +56,8 @@ class _Wrapped(nn.Module):
 class ZeroModel:
     """A model in a DeepSpeed engine, to be looked at: cut into slices with ZeRO-3, and nothing in it trains.
 
-    `settings` is a DeepSpeed configuration without "auto" (`opd.backends.deepspeed_json.fill`, `reading`). Every rank does the
-    same with it, in the same order.
+    `settings` is a DeepSpeed configuration without "auto" (`opd.backends.deepspeed_json.fill`, `reading`). Every rank
+    does the same with it, in the same order.
     """
 
     def __init__(self, model: CausalModel, settings: dict[str, Any], **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -69,3 +70,11 @@ class VllmConfig(Strict):
         if taken := sorted(set(value) & _OWN_ENGINE_ARGS):
             raise ValueError(f"rollout.vllm.engine_args cannot set {', '.join(taken)}: sampling relies on it")
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine must have room for: the longest sequence in tokens, and the sequences that it holds at once."""
+
+    max_length: int
+    concurrency: int

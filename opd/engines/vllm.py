@@ -24,10 +24,10 @@ import torch
 
 from opd.engines import vllm_life
 from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.config import Limits, VllmConfig
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_http import ServerFault
 from opd.engines.weights import in_chunks
-from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
@@ -43,8 +43,8 @@ class VllmEngine:
     Prefixes are cached across the turns of a conversation and between conversations that begin alike.
     """
 
-    def __init__(self, model: CausalModel, config: RolloutConfig) -> None:
-        arguments = engine_args(model, config)
+    def __init__(self, model: CausalModel, config: VllmConfig, limits: Limits) -> None:
+        arguments = engine_args(model, config, limits)
         trainers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         split = vllm_life.split(arguments)
         if trainers > 1 and split:
@@ -54,7 +54,7 @@ class VllmEngine:
                 "Use rollout.engine: vllm_server, or 1."
             )
         self.policy_version = 0
-        self._sleeps = config.vllm.sleep and model.device.type == "cuda"
+        self._sleeps = config.sleep and model.device.type == "cuda"
         self._asleep: set[str] = set()
         """Which parts have given their memory back."""
         self._whole = False
@@ -224,26 +224,25 @@ class VllmEngine:
             raise RuntimeError(f"{call}() of an engine that is closed")
 
 
-def engine_args(model: CausalModel, config: RolloutConfig) -> dict[str, Any]:
+def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[str, Any]:
     """vLLM's arguments for an engine that begins without weights and gets those of `model`."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
-        "dtype": dtype if config.vllm.dtype == "auto" else config.vllm.dtype,
+        "dtype": dtype if config.dtype == "auto" else config.dtype,
         "load_format": "dummy",
-        **common_arguments(config, on_cpu=model.device.type == "cpu"),
+        **common_arguments(config, limits, on_cpu=model.device.type == "cpu"),
     }
 
 
-def common_arguments(config: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
+def common_arguments(config: VllmConfig, limits: Limits, *, on_cpu: bool) -> dict[str, Any]:
     """What vLLM must be told so that it samples from the policy and from nothing else, by its own names."""
-    vllm = config.vllm
-    cache = vllm.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
+    cache = config.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
     return {
-        "max_model_len": config.max_length,
-        "max_num_seqs": config.concurrency,
-        "gpu_memory_utilization": vllm.gpu_memory_utilization,
-        "tensor_parallel_size": vllm.tensor_parallel_size,
-        "enforce_eager": vllm.enforce_eager or on_cpu,
+        "max_model_len": limits.max_length,
+        "max_num_seqs": limits.concurrency,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": config.enforce_eager or on_cpu,
         "max_logprobs": -1,  # a teacher may be asked for more than vLLM's 20
         "logprobs_mode": "processed_logprobs",  # after temperature and truncation, as they were drawn
         "generation_config": "vllm",  # not the checkpoint's own sampling settings
@@ -251,7 +250,7 @@ def common_arguments(config: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
         "weight_transfer_config": {"backend": "opd_weights"},
         **({"kv_cache_memory_bytes": int(cache * 2**30)} if cache else {}),
         **({"block_size": 32} if on_cpu else {}),  # vLLM's 128 there would find no prefix of a short episode
-        **vllm.engine_args,
+        **config.engine_args,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from opd.config import Strict
-from opd.engines.config import VllmConfig
+from opd.engines.config import Limits, VllmConfig
 from opd.objective.config import CorrectionConfig
 
 
@@ -130,6 +130,11 @@ class RolloutConfig(Strict):
     def truncated(self) -> bool:
         """Whether tokens are drawn from a part of the distribution."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def limits(self) -> Limits:
+        """What the engine must have room for."""
+        return Limits(self.max_length, self.concurrency)
 
     @property
     def correction_mode(self) -> Literal["none", "truncate", "mask"]:

@@ -22,9 +22,10 @@ from typing import Any
 
 from opd import grading
 from opd.episodes.answers import Answer
-from opd.episodes.env_server import COMMAND, INTEGER, command_line, read_frame, write_frame
+from opd.episodes.env_server import command_line
 from opd.episodes.faults import Failure
 from opd.errors import ConfigError
+from opd.sandbox.forks import COMMAND, INTEGER, read_frame, write_frame
 from opd.types import Fault, Task
 
 _PATIENCE = 10.0  # seconds that the server is given to end by itself

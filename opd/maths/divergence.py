@@ -37,7 +37,7 @@ LEAST_TAIL = 1e-7
 """Stored log-probs are rounded, so that k of them may add up to 1: less than this is not taken for the rest."""
 
 KERNEL = True
-"""On a GPU, do the work on a tile in one kernel (`opd.maths.kernels`); False does it operation by operation, as on a CPU."""
+"""On a GPU, do a tile's work in one kernel (`opd.maths.kernels`); False does it operation by operation, as on a CPU."""
 
 
 class WeightedDivergence(NamedTuple):

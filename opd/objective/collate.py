@@ -9,14 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opd.errors import DataError
 from opd.losses import Losses
+from opd.maths.head import Head
 from opd.types import WEIGHTS, Sample
+
+
+class Taught(NamedTuple):
+    """What an exact divergence needs of the teacher: hidden states [N, H] and the head that reads them."""
+
+    hidden: Tensor
+    head: Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

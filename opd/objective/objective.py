@@ -20,8 +20,7 @@ from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 from opd.maths.policy import LOG_RATIO_BOUND, importance_weights, policy_loss
 from opd.maths.variance import GradientVariance, chunked_gradient_variance
 from opd.models.causal import CausalModel
-from opd.objective.collate import Batch
-from opd.teachers.teacher import Taught
+from opd.objective.collate import Batch, Taught
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from opd.errors import ConfigError, OpdError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
-"""How long a rank waits for the others' news. One that died is noticed by `opd.ranks.watch`, at once, not by waiting."""
+"""How long a rank waits for the others' news. `opd.ranks.watch` notices one that died at once, without waiting."""
 
 
 class SharedError(OpdError):

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opd.episodes.env_server import Server, read_frame, write_frame
 from opd.errors import ConfigError
+from opd.sandbox.forks import ForkServer, read_frame, write_frame
 from opd.sandbox.syscalls import locked_filter
 
 _MEMORY = 1 << 30
@@ -62,7 +62,7 @@ def main(plan: str) -> NoReturn:
     gc.freeze()  # a collection in a fork would copy every page
     filtered = _can_be_filtered()
     _reply(control, {"filtered": filtered})
-    Server(control, partial(serve, grader, filtered)).serve()
+    ForkServer(control, partial(serve, grader, filtered)).serve()
 
 
 def serve(grader: Any, filtered: bool, connection: socket.socket) -> None:

@@ -30,9 +30,9 @@ from contextlib import ExitStack, suppress
 from functools import lru_cache
 from typing import Any
 
-from opd.episodes.env_server import COMMAND, INTEGER, MOST_BYTES
 from opd.errors import ConfigError, EnvError
 from opd.grading import grading
+from opd.sandbox.forks import COMMAND, INTEGER, MOST_BYTES
 from opd.sandbox.process import sealed
 from opd.sandbox.syscalls import seccomp_filter
 

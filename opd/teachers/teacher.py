@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,17 +22,10 @@ from opd.errors import CheckpointError, ModelError
 from opd.maths.head import Head
 from opd.models.causal import CausalModel
 from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
-from opd.objective.collate import Batch
+from opd.objective.collate import Batch, Taught
 from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 from opd.teachers.served import ServedTeacher
-
-
-class Taught(NamedTuple):
-    """What an exact divergence needs of the teacher: hidden states [N, H] and the head that reads them."""
-
-    hidden: Tensor
-    head: Head
 
 
 class Teacher:

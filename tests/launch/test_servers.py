@@ -151,7 +151,7 @@ def test_a_command_holds_every_argument_and_no_secret():
 
 def test_what_a_user_gives_vllm_wins_over_what_we_choose():
     config = RolloutConfig(vllm={"engine_args": {"block_size": 64}})
-    assert common_arguments(config, on_cpu=True)["block_size"] == 64
+    assert common_arguments(config.vllm, config.limits, on_cpu=True)["block_size"] == 64
 
 
 # -- opd serve -----------------------------------------------------------------------------------------

@@ -479,7 +479,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
     for module in (
         "opd.objective.objective",
         "opd.losses",
-        "opd.divergence",
+        "opd.maths.divergence",
         "opd.config",
         "opd.trainers.base",
         "opd.envs.worlds.sql",

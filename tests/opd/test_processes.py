@@ -19,11 +19,11 @@ import pytest
 
 from opd.engines.base import Sampling
 from opd.envs.factory import make, module_of
-from opd.episodes.env_server import read_frame, write_frame
 from opd.episodes.faults import Failure
 from opd.episodes.processes import Processes, Remote
 from opd.episodes.scheduler import task
 from opd.errors import ConfigError
+from opd.sandbox.forks import read_frame, write_frame
 from opd.types import Fault
 
 pytestmark = pytest.mark.slow

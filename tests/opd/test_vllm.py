@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from opd.engines.base import Request, Sampling, generate
+from opd.engines.config import Limits, VllmConfig
 from opd.engines.scoring import check_offered
 from opd.engines.transformers import truncate
 from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
-from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
@@ -51,7 +51,7 @@ def process_state():
 @pytest.fixture(scope="module")
 def started(model):
     before = torch.get_rng_state(), *process_state()
-    engine = VllmEngine(model, RolloutConfig(max_length=512, concurrency=64, vllm={"kv_cache_gib": 0.25}))
+    engine = VllmEngine(model, VllmConfig(kv_cache_gib=0.25), Limits(512, 64))
     after = torch.get_rng_state(), *process_state()
     yield engine, before, after
     engine.close()
@@ -431,14 +431,13 @@ def test_a_completion_that_is_not_whole_is_refused(given, problem):
 
 def test_settings_that_vllm_refuses_are_reported_as_settings(model):
     with pytest.raises(ModelError, match=r"does not start with these settings of rollout.vllm: .*"):
-        VllmEngine(model, RolloutConfig(max_length=4096, vllm={"kv_cache_gib": 0.25}))
+        VllmEngine(model, VllmConfig(kv_cache_gib=0.25), Limits(4096, 64))
 
 
 @pytest.mark.long
 def test_log_probs_of_a_real_model_agree_with_transformers():
     loaded = load(ModelConfig(name="smollm2", dtype="float32"))
-    config = RolloutConfig(max_length=256, concurrency=8, vllm={"kv_cache_gib": 0.25})
-    engine = VllmEngine(loaded.model, config)
+    engine = VllmEngine(loaded.model, VllmConfig(kv_cache_gib=0.25), Limits(256, 8))
     try:
         engine.update_weights(ModelWeights(loaded.model), 0)
         asked = []

@@ -44,7 +44,7 @@ def model(make_model):
 
 def started(model, *, cache=0.25, **arguments):
     config = RolloutConfig(max_length=2048, concurrency=64, vllm={"kv_cache_gib": cache, "engine_args": arguments})
-    return VllmEngine(model, config)
+    return VllmEngine(model, config.vllm, config.limits)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def server(request, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     model.config.save_pretrained(folder)
     config = RolloutConfig(max_length=2048, concurrency=64, vllm={"kv_cache_gib": 0.25, "engine_args": request.param})
-    own = OwnServer(str(folder), engine_args(model, config), key="k", log=folder / "vllm.log")
+    own = OwnServer(str(folder), engine_args(model, config.vllm, config.limits), key="k", log=folder / "vllm.log")
     own.start()
     client = Server(own.url, key="k", timeout=120.0, connections=65)
     settings = RolloutConfig(vllm={"restart_timeout": 900.0, "retries": 0}).vllm

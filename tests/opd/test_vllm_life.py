@@ -77,7 +77,8 @@ def works(group):
 
 
 def started(model, **vllm):
-    return VllmEngine(model, RolloutConfig(max_length=512, concurrency=8, vllm={"kv_cache_gib": 0.125} | vllm))
+    config = RolloutConfig(max_length=512, concurrency=8, vllm={"kv_cache_gib": 0.125} | vllm)
+    return VllmEngine(model, config.vllm, config.limits)
 
 
 def sampled(engine, model):

@@ -45,7 +45,7 @@ def own(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     model.config.save_pretrained(folder)
     config = RolloutConfig(max_length=512, concurrency=32, vllm={"kv_cache_gib": 0.25})
-    server = OwnServer(str(folder), engine_args(model, config), key=KEY, log=folder / "vllm.log")
+    server = OwnServer(str(folder), engine_args(model, config.vllm, config.limits), key=KEY, log=folder / "vllm.log")
     server.start()
     yield server
     server.stop()

@@ -42,7 +42,7 @@ def work(case, ranks):
     told = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     found = []
     for _ in range(2):  # a second engine starts where the first has ended
-        engine = VllmEngine(model, config)
+        engine = VllmEngine(model, config.vllm, config.limits)
         local_rank = engine._engine.model_executor.driver_worker.worker.local_rank
         ids = sampled(engine, model, ranks.rank)
         engine.close()
