@@ -24,7 +24,7 @@ from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, T
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 Part = Literal["attempt", "generation", "revision"]
 SEPARATOR = "\n\n"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 logger = logging.getLogger(__name__)
 

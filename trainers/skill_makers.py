@@ -24,7 +24,7 @@ from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 logger = logging.getLogger(__name__)
 

@@ -481,7 +481,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
         "opd.losses",
         "opd.maths.divergence",
         "opd.config",
-        "opd.trainers.base",
+        "opd.trainers.loop.method",
         "opd.envs.worlds.sql",
     ):
         importlib.import_module(module)

@@ -18,7 +18,7 @@ from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
-from opd.trainers.health import Health
+from opd.trainers.loop.health import Health
 from opd.trainers.revisions import Collection, Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
 from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
 from opd.types import Sample, TeacherView

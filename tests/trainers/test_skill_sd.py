@@ -27,7 +27,7 @@ from opd.ranks.ranks import Ranks
 from opd.skills import file
 from opd.skills.bank import Lesson, Source
 from opd.teachers.teacher import Teacher
-from opd.trainers.loop import Loop
+from opd.trainers.loop.loop import Loop
 from opd.trainers.skill_sd import SkillSd, SkillSdConfig
 from opd.types import TrajectoryGroup
 
