@@ -17,8 +17,8 @@ from opd.backends.config import StageConfig, TrainConfig
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
-from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
 from opd.trainers.loop.method import Method
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
 from opd.types import Sample, to_sample
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.episodes import without_broken_end
+from opd.trainers.parts.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from opd.config import Strict
 from opd.errors import DataError
 from opd.losses import CrossEntropy, Losses
 from opd.teachers.config import TeacherConfig
-from opd.trainers.conversations import read_conversations
-from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, segments, summary
 from opd.trainers.loop.method import Method, register
+from opd.trainers.parts.conversations import read_conversations
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, segments, summary
 from opd.types import Sample, Segment, Trajectory, to_sample
 
 if TYPE_CHECKING:

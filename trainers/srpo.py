@@ -20,8 +20,8 @@ from pydantic import Field
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.grpo import ALONE, PolicyConfig
-from opd.trainers.hindsight import HindsightConfig, HindsightMethod, When
 from opd.trainers.loop.method import register
+from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod, When
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 

@@ -5,12 +5,12 @@ import pytest
 from opd.errors import ConfigError
 from opd.objective.config import PassRateWeighting, WeightingConfig
 from opd.teachers.config import TeacherConfig
-from opd.trainers.forms import FormConfig
 from opd.trainers.grpo import PolicyConfig
 from opd.trainers.loop.method import methods
 from opd.trainers.loop.weighting import weigh
 from opd.trainers.opd import OpdConfig
 from opd.trainers.opsd import OpsdConfig
+from opd.trainers.parts.forms import FormConfig
 from opd.trainers.sd_zero import Distilling, SdZeroConfig
 from opd.trainers.skill_sd import SkillSdConfig
 
