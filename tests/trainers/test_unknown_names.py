@@ -11,7 +11,7 @@ from opd.trainers.loop.weighting import weigh
 from opd.trainers.opd import OpdConfig
 from opd.trainers.opsd import OpsdConfig
 from opd.trainers.parts.forms import FormConfig
-from opd.trainers.sd_zero import Distilling, SdZeroConfig
+from opd.trainers.sd_zero.method import Distilling, SdZeroConfig
 from opd.trainers.skill_sd import SkillSdConfig
 
 OTHER = TeacherConfig(weights="external", model="other")

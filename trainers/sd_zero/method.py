@@ -20,7 +20,7 @@ from opd.losses import CrossEntropy, Distill, Losses, check_known
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.loop.method import Method, register
-from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
+from opd.trainers.sd_zero.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
 from opd.types import Sample, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:

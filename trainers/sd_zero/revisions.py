@@ -1,4 +1,4 @@
-"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero.py`.
+"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero/method.py`.
 
 An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
 attempt and the cue that tells its outcome. Both are kept as one readable row of JSON for each attempt, with the ids
