@@ -1,7 +1,7 @@
 """Distillation from stored scores: a teacher is asked once about episodes that are over, then nobody is.
 
 The stage that scores borrows the teacher in place of the run's model, so that it is held, or sharded, as that one is,
-and is gone before anything trains. For `trainers/lightning_opd.py`.
+and is gone before anything trains. For `trainers/lightning_opd/method.py`.
 """
 
 from __future__ import annotations
