@@ -12,7 +12,7 @@ from opd.trainers.opd import OpdConfig
 from opd.trainers.opsd import OpsdConfig
 from opd.trainers.parts.forms import FormConfig
 from opd.trainers.sd_zero.method import Distilling, SdZeroConfig
-from opd.trainers.skill_sd import SkillSdConfig
+from opd.trainers.skill_sd.method import SkillSdConfig
 
 OTHER = TeacherConfig(weights="external", model="other")
 KINDS = "divergence kind = 'new' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl"

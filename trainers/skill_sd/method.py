@@ -27,8 +27,8 @@ from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
 from opd.trainers.grpo import PolicyConfig
 from opd.trainers.loop.method import Method, register
-from opd.trainers.skill_keeper import SkillKeeper, SkillsConfig
-from opd.trainers.skill_makers import prompt_text
+from opd.trainers.skill_sd.keeper import SkillKeeper, SkillsConfig
+from opd.trainers.skill_sd.makers import prompt_text
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
