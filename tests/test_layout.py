@@ -130,7 +130,9 @@ def test_the_shared_machinery_names_no_method():
 
 
 def test_a_method_can_be_read_in_one_sitting():
-    long = {name: len((ROOT / "trainers" / f"{name}.py").read_text().splitlines()) for name in METHODS}
+    files = {name: ROOT / "trainers" / f"{name}.py" for name in METHODS}
+    files = {name: path if path.is_file() else ROOT / "trainers" / name / "method.py" for name, path in files.items()}
+    long = {name: len(path.read_text().splitlines()) for name, path in files.items()}
     assert {name: lines for name, lines in long.items() if lines >= 150} == {}
 
 
