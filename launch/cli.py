@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
-from opd.ranks.ranks import Ranks, SharedError, join, started_ranks
+from opd.ranks.join import join
+from opd.ranks.ranks import Ranks, SharedError, started_ranks
 
 if TYPE_CHECKING:
     from opd.launch.config import Config

@@ -27,7 +27,8 @@ from opd.launch.config import Config
 from opd.launch.lock import RunLock
 from opd.launch.out import Resume, remove_run, resumes
 from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
-from opd.ranks.ranks import Ranks, join
+from opd.ranks.join import join
+from opd.ranks.ranks import Ranks
 from opd.ranks.watch import together
 from opd.tracking import NoTracker, Tracker
 

@@ -20,7 +20,7 @@ from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
 from opd.models.sharding import held, whole_in_turn
-from opd.ranks.ranks import join
+from opd.ranks.join import join
 from opd.ranks.watch import together
 from opd.trainers.loop.loop import Loop
 
