@@ -104,8 +104,8 @@ class Player:
     ) -> list[TrajectoryGroup]:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
-        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler.RolloutScheduler.run`. Raises HealthError,
-        on all ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
+        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler`. Raises HealthError, on all
+        ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
         """
         self.sync()
         own = self.scheduler.run(
