@@ -20,7 +20,7 @@ from typing import Any
 from opd.engines.base import Sampling
 from opd.episodes.scheduler import task
 from opd.launch.build import Run, build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 RUNS: dict[str, dict[str, Any]] = {

@@ -26,8 +26,8 @@ from typing import Any
 
 from opd.episodes.scheduler import derive_seed, task
 from opd.launch.build import build
-from opd.launch.config import Config
 from opd.launch.out import remove_run
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
 

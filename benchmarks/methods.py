@@ -27,9 +27,9 @@ from pydantic import Field, ValidationError
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
 from opd.launch.build import Run, Score, build
-from opd.launch.config import Config
-from opd.launch.overrides import merge
-from opd.launch.reader import read_settings
+from opd.launch.settings.config import Config
+from opd.launch.settings.overrides import merge
+from opd.launch.settings.reader import read_settings
 from opd.tracking.intervals import paired_difference, wilson
 from opd.tracking.plots import COLORS, curves, success_curve
 

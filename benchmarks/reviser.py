@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from opd.episodes.scheduler import derive_seed
 from opd.launch.build import Run, build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.tracking.intervals import wilson
 from opd.trainers.sd_zero.method import Distilling
 from opd.types import Task, Trajectory

@@ -27,7 +27,7 @@ from opd.envs.factory import make, module_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.errors import ConfigError
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.losses import Correction, Distill, Sampler
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat

@@ -18,8 +18,8 @@ from opd.backends import deepspeed_json
 from opd.engines.config import VllmConfig
 from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.errors import ConfigError, OpdError
-from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
+from opd.launch.settings.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny_names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
 from opd.models.config import ModelConfig
@@ -27,7 +27,7 @@ from opd.ranks.ranks import started_ranks
 from opd.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
-    from opd.launch.config import Config
+    from opd.launch.settings.config import Config
 
 _HUB_SECONDS = 5.0
 _VLLM_DEFAULTS = VllmConfig().model_dump()

@@ -19,7 +19,7 @@ from opd.errors import ConfigError, OpdError
 from opd.ranks.ranks import Ranks, SharedError, join, started_ranks
 
 if TYPE_CHECKING:
-    from opd.launch.config import Config
+    from opd.launch.settings.config import Config
 
 UNMEASURED, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -71,8 +71,8 @@ def _run(argv: list[str]) -> int:
     command = next((c for c in _COMMANDS if argv and argv[0] == c.name), None)
     overrides: dict[str, Any] = {}
     if command is not None and command.takes_settings:
-        from opd.launch.config import all_settings
-        from opd.launch.overrides import split
+        from opd.launch.settings.config import all_settings
+        from opd.launch.settings.overrides import split
 
         options = [option for action in parsers[command.name]._actions for option in action.option_strings]
         argv, overrides = split(argv, options=options, settings=all_settings())
@@ -141,8 +141,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from opd.launch.config import Config
     from opd.launch.plan import plan
+    from opd.launch.settings.config import Config
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
@@ -184,7 +184,7 @@ def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config
+    from opd.launch.settings.config import Config
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
@@ -231,8 +231,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config
     from opd.launch.out import holds_run
+    from opd.launch.settings.config import Config
 
     _short(overrides, "eval.tasks", arguments.tasks)
     target = Path(arguments.target)
@@ -254,8 +254,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import served
     from opd.launch.servers import serve
+    from opd.launch.settings.config import served
 
     model, rollout = served(arguments.target, overrides)
     serve(model, rollout, host=arguments.host, port=arguments.port)
@@ -367,7 +367,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config, all_settings, explain
+    from opd.launch.settings.config import Config, all_settings, explain
 
     if (arguments.explain is None) == (arguments.file is None):
         raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
@@ -382,8 +382,8 @@ def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _short(overrides: dict[str, Any], key: str, value: str | None) -> None:
     """An option that stands for a setting."""
     if value is not None:
-        from opd.launch.overrides import put
-        from opd.launch.reader import parse_yaml
+        from opd.launch.settings.overrides import put
+        from opd.launch.settings.reader import parse_yaml
 
         put(overrides, key, value if key == "out" else parse_yaml(value, f"command line: {key}"))
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
 from opd.launch.build import Run, Score, build
-from opd.launch.config import Config
 from opd.launch.lock import RunLock
 from opd.launch.out import holds_run
+from opd.launch.settings.config import Config
 from opd.launch.tiny import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows

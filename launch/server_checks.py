@@ -19,7 +19,7 @@ import httpx
 
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
-from opd.launch.problems import Problem, did_you_mean, nearest
+from opd.launch.settings.problems import Problem, did_you_mean, nearest
 from opd.teachers.config import TeacherConfig
 
 PROBE_SECONDS = 10.0

@@ -16,9 +16,9 @@ from opd.engines.vllm_server import Replica, Sharing, VllmServerEngine
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.checks import is_installed, is_loopback
-from opd.launch.config import Config
 from opd.launch.plan import has_gpu
 from opd.launch.server_checks import check_port
+from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
 from opd.ranks.ranks import Ranks

@@ -12,7 +12,7 @@ __all__ = ["Config", "__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "Config":
-        from opd.launch.config import Config
+        from opd.launch.settings.config import Config
 
         return Config
     if name == "train":

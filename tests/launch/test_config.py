@@ -19,8 +19,8 @@ import pytest
 import opd
 from opd.errors import ConfigError
 from opd.launch import checks
-from opd.launch.config import Config, all_settings, explain
-from opd.launch.reader import parse_yaml
+from opd.launch.settings.config import Config, all_settings, explain
+from opd.launch.settings.reader import parse_yaml
 from opd.launch.tiny_names import TINY_ENVS
 from opd.trainers.loop.method import METHODS, methods
 
@@ -357,7 +357,7 @@ def test_an_online_wandb_needs_a_key(monkeypatch, tmp_path):
 
 def test_the_section_of_another_method_is_an_error(monkeypatch):
     spec = methods()["opsd"]
-    monkeypatch.setattr("opd.launch.config.methods", lambda: {"opsd": spec, "sdpo": spec})
+    monkeypatch.setattr("opd.launch.settings.config.methods", lambda: {"opsd": spec, "sdpo": spec})
     assert problems_of(GOOD + "sdpo: {}") == [
         "run.yaml: sdpo is the section of another method, but method = opsd. Remove it, or set method: sdpo."
     ]

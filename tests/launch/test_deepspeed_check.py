@@ -8,8 +8,8 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 
 from opd.errors import ConfigError
-from opd.launch.config import Config
 from opd.launch.deepspeed_check import check_deepspeed
+from opd.launch.settings.config import Config
 
 
 def check(data):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from opd.launch.build import build
-from opd.launch.config import Config
 from opd.launch.plan import plan
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.models.config import ModelConfig
 from opd.models.loading import load

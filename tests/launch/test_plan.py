@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opd.launch.config import Config
 from opd.launch.plan import has_gpu, plan, teacher_of
-from opd.launch.reader import parse_yaml
+from opd.launch.settings.config import Config
+from opd.launch.settings.reader import parse_yaml
 
 GOOD = {"method": "opsd", "model": "smollm2", "env": "opd/Lookup-v0"}
 

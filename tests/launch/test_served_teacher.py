@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from opd.errors import ConfigError, EngineError
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
 

@@ -11,8 +11,8 @@ import pytest
 from opd.errors import ConfigError
 from opd.launch import checks, server_checks
 from opd.launch.cli import main
-from opd.launch.config import Config
 from opd.launch.server_checks import check_port, check_servers, check_teaching_servers
+from opd.launch.settings.config import Config
 from opd.teachers.config import TeacherConfig
 
 GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}

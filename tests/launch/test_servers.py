@@ -12,8 +12,8 @@ from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError
 from opd.launch import checks, servers
 from opd.launch.build import _sampler
-from opd.launch.config import Config, served
 from opd.launch.plan import plan
+from opd.launch.settings.config import Config, served
 from opd.launch.train import train
 from opd.losses import Correction
 from opd.models.config import ModelConfig

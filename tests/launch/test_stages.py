@@ -11,9 +11,9 @@ from opd.checkpoint import Checkpoint
 from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch import build as launch_build
-from opd.launch import config as launch_config
 from opd.launch.build import build
 from opd.launch.plan import plan
+from opd.launch.settings import config as launch_config
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.teachers.config import TeacherConfig

@@ -16,7 +16,7 @@ import opd
 from opd.backends.local import LocalBackend
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError, EngineError
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.loop.method import Method

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.trainers.loop.method import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.launch import build as launch_build
 from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.losses import SampledDistill
 from opd.models.config import ModelConfig

@@ -11,7 +11,7 @@ import torch
 from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
 from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.parts.conversations import read_conversations

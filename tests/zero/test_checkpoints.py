@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from opd.checkpoint import Checkpoint
 from opd.episodes.config import RolloutConfig
-from opd.launch.config import Config
 from opd.launch.memory import size_of_folder
 from opd.launch.scaling import Sharding, Work, device_memory
+from opd.launch.settings.config import Config
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}

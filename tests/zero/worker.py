@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import ranks_of, train
 from opd.models.sharding import held, whole_in_turn
 from opd.ranks.ranks import join

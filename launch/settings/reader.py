@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from opd.errors import ConfigError
-from opd.launch.problems import did_you_mean, nearest
+from opd.launch.settings.problems import did_you_mean, nearest
 
 _RARE_BREAKS = frozenset("\x85\u2028\u2029")
 

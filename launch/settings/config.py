@@ -33,12 +33,12 @@ from opd.launch.checks import (
     check_tracking,
 )
 from opd.launch.out import Resume
-from opd.launch.overrides import merge
-from opd.launch.parse import bad_value, parse
-from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
-from opd.launch.reader import read_settings, to_yaml
-from opd.launch.schema import Setting, describe, walk
 from opd.launch.server_checks import check_engine_args
+from opd.launch.settings.overrides import merge
+from opd.launch.settings.parse import bad_value, parse
+from opd.launch.settings.problems import Problem, did_you_mean, is_within, nearest_key, report
+from opd.launch.settings.reader import read_settings, to_yaml
+from opd.launch.settings.schema import Setting, describe, walk
 from opd.models.config import ModelConfig, ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
