@@ -389,6 +389,6 @@ def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks
 
 
 def _built_name(name: str) -> str:
-    from opd.launch.tiny import build_tiny
+    from opd.launch.tiny.build import build_tiny
 
     return str(build_tiny(name.removeprefix("tiny:")))

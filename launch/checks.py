@@ -20,7 +20,7 @@ from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.errors import ConfigError, OpdError
 from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
 from opd.launch.settings.problems import Problem, did_you_mean, nearest
-from opd.launch.tiny_names import TINY_ENVS
+from opd.launch.tiny.names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
 from opd.models.config import ModelConfig
 from opd.ranks.ranks import started_ranks

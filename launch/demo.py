@@ -22,7 +22,7 @@ from opd.launch.build import Run, Score, build
 from opd.launch.lock import RunLock
 from opd.launch.out import holds_run
 from opd.launch.settings.config import Config
-from opd.launch.tiny import build_tiny
+from opd.launch.tiny.build import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.tracking.plots import Curve, curves, running_mean

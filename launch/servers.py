@@ -104,7 +104,7 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
 def _served_name(name: str) -> str:
     """What vLLM can load: a hub id or a folder. Raises ConfigError for a GGUF file."""
     if name.startswith("tiny:"):
-        from opd.launch.tiny import build_tiny
+        from opd.launch.tiny.build import build_tiny
 
         return str(build_tiny(name.removeprefix("tiny:")))
     if name == "smollm2":

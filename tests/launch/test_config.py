@@ -21,7 +21,7 @@ from opd.errors import ConfigError
 from opd.launch import checks
 from opd.launch.settings.config import Config, all_settings, explain
 from opd.launch.settings.reader import parse_yaml
-from opd.launch.tiny_names import TINY_ENVS
+from opd.launch.tiny.names import TINY_ENVS
 from opd.trainers.loop.method import METHODS, methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

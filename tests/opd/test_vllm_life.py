@@ -24,7 +24,7 @@ from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, ModelError
 from opd.launch import build as building
 from opd.launch.settings.config import Config
-from opd.launch.tiny import build_tiny
+from opd.launch.tiny.build import build_tiny
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 pytestmark = pytest.mark.slow
