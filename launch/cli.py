@@ -166,11 +166,11 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _startable(config: Config, source: str) -> Config:
-    from opd.launch.checks import check_started
+    from opd.launch.checks.checks import check_started
 
     check_started(config)
     if config.deepspeed is not None:
-        from opd.launch.deepspeed_check import check_deepspeed
+        from opd.launch.checks.deepspeed import check_deepspeed
 
         check_deepspeed(config, source=source)
     return config

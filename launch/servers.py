@@ -15,9 +15,9 @@ from opd.engines.vllm_process import OwnServer, server_command, server_environme
 from opd.engines.vllm_server import Replica, Sharing, VllmServerEngine
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
-from opd.launch.checks import is_installed, is_loopback
+from opd.launch.checks.checks import is_installed, is_loopback
+from opd.launch.checks.servers import check_port
 from opd.launch.plan import has_gpu
-from opd.launch.server_checks import check_port
 from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from opd import checkpoint
 from opd.errors import CheckpointError, EngineError, HealthError
 from opd.launch.build import Interrupted, Run, Score, build
-from opd.launch.checks import check_started
+from opd.launch.checks.checks import check_started
 from opd.launch.lock import RunLock
 from opd.launch.out import Resume, remove_run, resumes
 from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
@@ -97,7 +97,7 @@ def ranks_of(config: Config) -> Ranks:
     check_started(config)
     if config.backend == "local":
         return Ranks()
-    from opd.launch.deepspeed_check import check_deepspeed
+    from opd.launch.checks.deepspeed import check_deepspeed
 
     ranks = join()
     ranks.agree(lambda: check_deepspeed(config))

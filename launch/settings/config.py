@@ -23,7 +23,7 @@ from opd.config import Strict
 from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
 from opd.launch import out
-from opd.launch.checks import (
+from opd.launch.checks.checks import (
     check_combinations,
     check_env,
     check_files,
@@ -32,8 +32,8 @@ from opd.launch.checks import (
     check_teachers,
     check_tracking,
 )
+from opd.launch.checks.servers import check_engine_args
 from opd.launch.out import Resume
-from opd.launch.server_checks import check_engine_args
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import bad_value, parse
 from opd.launch.settings.problems import Problem, did_you_mean, is_within, nearest_key, report

@@ -18,7 +18,7 @@ import pytest
 
 import opd
 from opd.errors import ConfigError
-from opd.launch import checks
+from opd.launch.checks import checks
 from opd.launch.settings.config import Config, all_settings, explain
 from opd.launch.settings.reader import parse_yaml
 from opd.launch.tiny.names import TINY_ENVS

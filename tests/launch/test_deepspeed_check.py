@@ -8,7 +8,7 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 
 from opd.errors import ConfigError
-from opd.launch.deepspeed_check import check_deepspeed
+from opd.launch.checks.deepspeed import check_deepspeed
 from opd.launch.settings.config import Config
 
 

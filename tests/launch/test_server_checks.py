@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from opd.errors import ConfigError
-from opd.launch import checks, server_checks
+from opd.launch.checks import checks
+from opd.launch.checks import servers as server_checks
+from opd.launch.checks.servers import check_port, check_servers, check_teaching_servers
 from opd.launch.cli import main
-from opd.launch.server_checks import check_port, check_servers, check_teaching_servers
 from opd.launch.settings.config import Config
 from opd.teachers.config import TeacherConfig
 

@@ -10,8 +10,9 @@ from opd.engines.vllm import common_arguments
 from opd.engines.vllm_process import server_command, server_environment
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError
-from opd.launch import checks, servers
+from opd.launch import servers
 from opd.launch.build import _sampler
+from opd.launch.checks import checks
 from opd.launch.plan import plan
 from opd.launch.settings.config import Config, served
 from opd.launch.train import train

@@ -18,7 +18,7 @@ from opd.backends import deepspeed_json
 from opd.engines.config import VllmConfig
 from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.errors import ConfigError, OpdError
-from opd.launch.server_checks import check_engine_args, check_servers, check_teaching_servers
+from opd.launch.checks.servers import check_engine_args, check_servers, check_teaching_servers
 from opd.launch.settings.problems import Problem, did_you_mean, nearest
 from opd.launch.tiny.names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
