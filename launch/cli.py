@@ -141,7 +141,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from opd.launch.plan import plan
+    from opd.launch.plan.plan import plan
     from opd.launch.settings.config import Config
 
     _short(overrides, "train.steps", arguments.steps)
@@ -211,7 +211,7 @@ def _store_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _store(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.stored import inspect, problems
+    from opd.launch.plan.stored import inspect, problems
 
     if arguments.action == "inspect":
         lines = inspect(arguments.folder)

@@ -17,7 +17,7 @@ from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.checks.checks import is_installed, is_loopback
 from opd.launch.checks.servers import check_port
-from opd.launch.plan import has_gpu
+from opd.launch.plan.plan import has_gpu
 from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig

@@ -138,7 +138,7 @@ def test_a_method_can_be_read_in_one_sitting():
 
 def test_methods_environments_and_commands_are_known_without_torch():
     program = (
-        "import sys, opd, opd.envs, opd.launch.cli, opd.launch.plan\n"
+        "import sys, opd, opd.envs, opd.launch.cli, opd.launch.plan.plan\n"
         "from opd.trainers.loop.method import methods\n"
         "methods()\n"
         "sys.exit('torch' in sys.modules)"

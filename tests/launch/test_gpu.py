@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from opd.launch.build import build
-from opd.launch.plan import plan
+from opd.launch.plan.plan import plan
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.models.config import ModelConfig

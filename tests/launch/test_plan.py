@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opd.launch.plan import has_gpu, plan, teacher_of
+from opd.launch.plan.plan import has_gpu, plan, teacher_of
 from opd.launch.settings.config import Config
 from opd.launch.settings.reader import parse_yaml
 

@@ -13,7 +13,7 @@ from opd.errors import ConfigError, EngineError
 from opd.launch import servers
 from opd.launch.build import _sampler
 from opd.launch.checks import checks
-from opd.launch.plan import plan
+from opd.launch.plan.plan import plan
 from opd.launch.settings.config import Config, served
 from opd.launch.train import train
 from opd.losses import Correction

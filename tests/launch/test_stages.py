@@ -12,7 +12,7 @@ from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch import build as launch_build
 from opd.launch.build import build
-from opd.launch.plan import plan
+from opd.launch.plan.plan import plan
 from opd.launch.settings import config as launch_config
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses

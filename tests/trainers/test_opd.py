@@ -225,7 +225,7 @@ def test_evaluating_loads_no_teacher(settings):
 
 
 def test_the_plan_counts_the_teacher(settings, tmp_path, teacher):
-    from opd.launch.plan import plan
+    from opd.launch.plan.plan import plan
 
     made = plan(Config.from_dict(settings()), tmp_path, gpu=False)
     [part] = [part for part in made.memory if part.name == "teacher"]

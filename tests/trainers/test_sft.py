@@ -256,7 +256,7 @@ def test_a_borrowed_teacher_of_another_tokenizer_is_refused(settings, make_model
 
 
 def test_the_plan_counts_only_stages_with_steps(settings, tmp_path):
-    from opd.launch.plan import plan
+    from opd.launch.plan.plan import plan
 
     made = plan(Config.from_dict(settings(eval={"tasks": 5})), tmp_path, gpu=False)
     assert dict(made.rows())["updates"].startswith("3 ")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from opd.checkpoint import Checkpoint
 from opd.episodes.config import RolloutConfig
-from opd.launch.memory import size_of_folder
-from opd.launch.scaling import Sharding, Work, device_memory
+from opd.launch.plan.memory import size_of_folder
+from opd.launch.plan.scaling import Sharding, Work, device_memory
 from opd.launch.settings.config import Config
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
