@@ -19,7 +19,7 @@ from typing import Any
 
 from opd.engines.base import Sampling
 from opd.episodes.scheduler import task
-from opd.launch.build import Run, build
+from opd.launch.run.build import Run, build
 from opd.launch.settings.config import Config
 
 ENGINES = ("transformers", "vllm", "vllm_server")

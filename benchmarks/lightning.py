@@ -25,8 +25,8 @@ from statistics import fmean
 from typing import Any
 
 from opd.episodes.scheduler import derive_seed, task
-from opd.launch.build import build
-from opd.launch.out import remove_run
+from opd.launch.run.build import build
+from opd.launch.run.out import remove_run
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows

@@ -21,7 +21,7 @@ from PIL import Image
 
 from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.scheduler import derive_seed, task
-from opd.launch.build import Run, build
+from opd.launch.run.build import Run, build
 from opd.launch.settings.config import Config
 from opd.launch.tiny.recipes import WarmArithmetic
 from opd.tracking.shading import ShadedToken, episode_picture

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
-from opd.launch.build import Run, Score, build
+from opd.launch.run.build import Run, Score, build
 from opd.launch.settings.config import Config
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.reader import read_settings

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from opd.episodes.scheduler import derive_seed
-from opd.launch.build import Run, build
+from opd.launch.run.build import Run, build
 from opd.launch.settings.config import Config
 from opd.tracking.intervals import wilson
 from opd.trainers.sd_zero.method import Distilling

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opd.episodes.scheduler import derive_seed
-from opd.launch.build import Run, build
+from opd.launch.run.build import Run, build
 from opd.launch.settings.config import Config
 from opd.teachers.privileged import in_first_user_message, of_like_task, with_skill
 from opd.trainers.skill_sd.keeper import EPISODES_EACH, gains

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from lightning import measure, settings
 
-from opd.launch.out import remove_run
+from opd.launch.run.out import remove_run
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows

@@ -231,7 +231,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.out import holds_run
+    from opd.launch.run.out import holds_run
     from opd.launch.settings.config import Config
 
     _short(overrides, "eval.tasks", arguments.tasks)
@@ -239,7 +239,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     config = Config.load(target, overrides)
     if not config.eval.tasks:
         raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
-    from opd.launch.evaluate import evaluate_run
+    from opd.launch.run.evaluate import evaluate_run
 
     score = evaluate_run(config, run=target if holds_run(target) else None)
     return 0 if score.played else UNMEASURED
@@ -254,7 +254,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.servers import serve
+    from opd.launch.run.servers import serve
     from opd.launch.settings.config import served
 
     model, rollout = served(arguments.target, overrides)

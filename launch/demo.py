@@ -18,9 +18,9 @@ from rich.table import Table
 
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
-from opd.launch.build import Run, Score, build
-from opd.launch.lock import RunLock
-from opd.launch.out import holds_run
+from opd.launch.run.build import Run, Score, build
+from opd.launch.run.lock import RunLock
+from opd.launch.run.out import holds_run
 from opd.launch.settings.config import Config
 from opd.launch.tiny.build import build_tiny
 from opd.launch.train import train

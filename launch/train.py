@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 
 from opd import checkpoint
 from opd.errors import CheckpointError, EngineError, HealthError
-from opd.launch.build import Interrupted, Run, Score, build
 from opd.launch.checks.checks import check_started
-from opd.launch.lock import RunLock
-from opd.launch.out import Resume, remove_run, resumes
-from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
+from opd.launch.run.build import Interrupted, Run, Score, build
+from opd.launch.run.lock import RunLock
+from opd.launch.run.out import Resume, remove_run, resumes
+from opd.launch.run.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
 from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks, join
 from opd.ranks.watch import together

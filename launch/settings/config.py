@@ -22,7 +22,6 @@ from opd.backends.config import EvalConfig, TrainConfig
 from opd.config import Strict
 from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
-from opd.launch import out
 from opd.launch.checks.checks import (
     check_combinations,
     check_env,
@@ -33,7 +32,8 @@ from opd.launch.checks.checks import (
     check_tracking,
 )
 from opd.launch.checks.servers import check_engine_args
-from opd.launch.out import Resume
+from opd.launch.run import out
+from opd.launch.run.out import Resume
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import bad_value, parse
 from opd.launch.settings.problems import Problem, did_you_mean, is_within, nearest_key, report
@@ -178,7 +178,7 @@ class Config(Strict):
         return to_yaml(self.dump())
 
     def choose_out(self, *, resume: Resume = False, overwrite: bool = False) -> Path:
-        """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.out`)."""
+        """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.run.out`)."""
         name = out.default_name(self.method, self.env.id, self.model.name)
         return out.choose(self.out, name, resume=resume, overwrite=overwrite)
 

@@ -11,7 +11,7 @@ import pytest
 import opd
 from opd.errors import ModelError
 from opd.launch.cli import main
-from opd.launch.out import Resume, holds_run, remove_run
+from opd.launch.run.out import Resume, holds_run, remove_run
 from opd.launch.settings.config import Config, all_settings
 from opd.trainers.loop.method import methods
 
@@ -167,7 +167,7 @@ def test_eval_takes_a_run_or_a_file(monkeypatch, trained, capsys):
         calls.append((config.eval.tasks, run))
         return types.SimpleNamespace(played=config.eval.tasks if config.eval.tasks < 50 else 0)
 
-    monkeypatch.setitem(sys.modules, "opd.launch.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
+    monkeypatch.setitem(sys.modules, "opd.launch.run.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
     assert main(["eval", "run.yaml", "--tasks", "30"]) == 0
     assert main(["train", "run.yaml", "--out", "mine"]) == 0
     assert main(["eval", "mine", "--eval.tasks", "40"]) == 0

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from opd.launch.build import build
 from opd.launch.plan.plan import plan
+from opd.launch.run.build import build
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.models.config import ModelConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opd.errors import ConfigError
-from opd.launch.out import choose, default_name, holds_run, remove_run, write_config
+from opd.launch.run.out import choose, default_name, holds_run, remove_run, write_config
 from opd.launch.settings.config import Config
 
 SETTINGS = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}

@@ -10,10 +10,10 @@ from opd.engines.vllm import common_arguments
 from opd.engines.vllm_process import server_command, server_environment
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError
-from opd.launch import servers
-from opd.launch.build import _sampler
 from opd.launch.checks import checks
 from opd.launch.plan.plan import plan
+from opd.launch.run import servers
+from opd.launch.run.build import _sampler
 from opd.launch.settings.config import Config, served
 from opd.launch.train import train
 from opd.losses import Correction

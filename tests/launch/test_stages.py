@@ -10,9 +10,9 @@ from opd.backends.config import StageConfig, TrainConfig
 from opd.checkpoint import Checkpoint
 from opd.config import Strict
 from opd.errors import CheckpointError
-from opd.launch import build as launch_build
-from opd.launch.build import build
 from opd.launch.plan.plan import plan
+from opd.launch.run import build as launch_build
+from opd.launch.run.build import build
 from opd.launch.settings import config as launch_config
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses

@@ -22,7 +22,7 @@ from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, ModelError
-from opd.launch import build as building
+from opd.launch.run import build as building
 from opd.launch.settings.config import Config
 from opd.launch.tiny.build import build_tiny
 

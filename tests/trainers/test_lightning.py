@@ -17,9 +17,9 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError
-from opd.launch import build as launch_build
 from opd.launch.cli import main
 from opd.launch.plan.stored import inspect, problems
+from opd.launch.run import build as launch_build
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.maths.divergence import stored_divergence, token_divergence

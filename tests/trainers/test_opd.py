@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, ModelError
-from opd.launch import build as launch_build
-from opd.launch.build import build
+from opd.launch.run import build as launch_build
+from opd.launch.run.build import build
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.losses import SampledDistill

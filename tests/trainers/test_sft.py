@@ -10,7 +10,7 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
-from opd.launch.build import build
+from opd.launch.run.build import build
 from opd.launch.settings.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows

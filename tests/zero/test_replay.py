@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.launch.build import build
+from opd.launch.run.build import build
 from opd.launch.settings.config import Config
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from opd.launch.build import build
+from opd.launch.run.build import build
 from opd.launch.settings.config import Config
 from opd.launch.train import ranks_of, train
 from opd.models.sharding import held, whole_in_turn

@@ -325,7 +325,7 @@ def _engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack)
     if config.rollout.engine == "transformers":
         return TransformersEngine(model)
     if config.rollout.engine == "vllm_server":
-        from opd.launch.servers import server_engine
+        from opd.launch.run.servers import server_engine
 
         engine = server_engine(config, model, ranks)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from opd.errors import ConfigError
-from opd.launch import lock
+from opd.launch.run import lock
 
 Resume = bool | Literal["auto"]
 """Whether to go on with the run in the folder; `auto` begins one where there is none, for scripts that run again."""
