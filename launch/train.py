@@ -416,6 +416,6 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    from opd.launch.cli import main
+    from opd.launch.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -10,7 +10,7 @@ import pytest
 
 import opd
 from opd.errors import ModelError
-from opd.launch.cli import main
+from opd.launch.cli.main import main
 from opd.launch.run.out import Resume, holds_run, remove_run
 from opd.launch.settings.config import Config, all_settings
 from opd.trainers.loop.method import methods
@@ -180,7 +180,7 @@ def test_eval_takes_a_run_or_a_file(monkeypatch, trained, capsys):
 def test_demo_takes_seeds_and_a_folder(monkeypatch, capsys):
     calls = []
     monkeypatch.setitem(
-        sys.modules, "opd.launch.demo", types.SimpleNamespace(demo=lambda *, seeds, out: calls.append((seeds, out)))
+        sys.modules, "opd.launch.cli.demo", types.SimpleNamespace(demo=lambda *, seeds, out: calls.append((seeds, out)))
     )
     assert main(["demo"]) == 0
     assert main(["demo", "--seeds", "3", "--out", "d"]) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opd.errors import LockError
-from opd.launch.demo import demo
+from opd.launch.cli.demo import demo
 from opd.launch.run import lock
 from opd.launch.run.lock import NAME, RunLock, check_free
 

@@ -12,7 +12,7 @@ from opd.errors import ConfigError
 from opd.launch.checks import checks
 from opd.launch.checks import servers as server_checks
 from opd.launch.checks.servers import check_port, check_servers, check_teaching_servers
-from opd.launch.cli import main
+from opd.launch.cli.main import main
 from opd.launch.settings.config import Config
 from opd.teachers.config import TeacherConfig
 

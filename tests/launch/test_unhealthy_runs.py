@@ -8,7 +8,7 @@ import pytest
 
 from opd.checkpoint import Checkpoint
 from opd.errors import DataError, HealthError
-from opd.launch.cli import main
+from opd.launch.cli.main import main
 from opd.launch.run.evaluate import evaluate_run
 from opd.launch.settings.config import Config
 from opd.launch.train import train

@@ -17,7 +17,7 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError
-from opd.launch.cli import main
+from opd.launch.cli.main import main
 from opd.launch.plan.stored import inspect, problems
 from opd.launch.run import build as launch_build
 from opd.launch.settings.config import Config

@@ -267,7 +267,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.demo import demo
+    from opd.launch.cli.demo import demo
 
     demo(seeds=arguments.seeds, out=arguments.out)
     return 0
@@ -342,7 +342,7 @@ def _skills_arguments(parser: argparse.ArgumentParser) -> None:
 def _skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from opd.launch import skills
+    from opd.launch.cli import skills
 
     if arguments.action == "list":
         skills.show_all(arguments.target, Console())
@@ -413,7 +413,3 @@ _COMMANDS = (
     _Command("config", "print resolved settings, or explain one", "opd config --explain rollout.temperature",
              _config, _config_arguments, takes_settings=True),
 )  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())
