@@ -152,7 +152,7 @@ def report(title: str, found: Sequence[dict[str, Any]]) -> None:
 
 WORKER = """
 import json, resource, sys
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.launch.train import train
 train(Config.from_dict(json.loads(sys.argv[1])))
 print("\\npeak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

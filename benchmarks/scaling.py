@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: what a rank holds and sends when models of four sizes train on 8 to 512 GPUs.
 
-Nothing is measured here: the numbers are counted by `opd.launch.plan.scaling`, which `opd train --dry-run` also uses, and
-which tests hold against real allocations at small sizes.
+Nothing is measured here: the numbers are counted by `opd.launch.plan.scaling`, which `opd train --dry-run` also uses,
+and which tests hold against real allocations at small sizes.
 """
 
 from __future__ import annotations
