@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
+from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, Score, build
 from opd.launch.settings.config import Config
 from opd.launch.settings.overrides import merge
@@ -49,7 +50,7 @@ class Comparison(Strict):
 
     def config(self, label: str, seed: int) -> Config:
         """The settings of one run. Raises ConfigError."""
-        return Config.from_dict(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
+        return config_from(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
 
 
 class Point(Strict):

@@ -141,16 +141,17 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
+    from opd.launch.checks.loading import load_config
     from opd.launch.plan.plan import plan
-    from opd.launch.settings.config import Config
+    from opd.launch.run.out import choose_out
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
     if arguments.ranks and not arguments.dry_run:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    config = ranks.agree(lambda: _startable(load_config(arguments.file, overrides), arguments.file))
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
     if arguments.dry_run:
@@ -166,7 +167,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _startable(config: Config, source: str) -> Config:
-    from opd.launch.checks.checks import check_started
+    from opd.launch.checks.starting import check_started
 
     check_started(config)
     if config.deepspeed is not None:
@@ -184,16 +185,17 @@ def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.settings.config import Config
+    from opd.launch.checks.loading import load_config
+    from opd.launch.run.out import choose_out
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
+    config = ranks.agree(lambda: _startable(load_config(arguments.file, overrides), arguments.file))
     if all(stage.trains for stage in config.stages):
         why = "with data: it trains on what an earlier run prepared" if getattr(config.section, "data", None) else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     from opd.launch.train import train
 
     result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite, only_prepare=True)
@@ -231,12 +233,12 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.run.out import holds_run
-    from opd.launch.settings.config import Config
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.reader import holds_run
 
     _short(overrides, "eval.tasks", arguments.tasks)
     target = Path(arguments.target)
-    config = Config.load(target, overrides)
+    config = load_config(target, overrides)
     if not config.eval.tasks:
         raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
     from opd.launch.run.evaluate import evaluate_run
@@ -254,10 +256,10 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.checks.loading import model_to_serve
     from opd.launch.run.servers import serve
-    from opd.launch.settings.config import served
 
-    model, rollout = served(arguments.target, overrides)
+    model, rollout = model_to_serve(arguments.target, overrides)
     serve(model, rollout, host=arguments.host, port=arguments.port)
 
 
@@ -367,7 +369,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.settings.config import Config, all_settings, explain
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.config import all_settings, explain
 
     if (arguments.explain is None) == (arguments.file is None):
         raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
@@ -375,7 +378,7 @@ def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         settings = explain(arguments.explain) if arguments.explain else list(all_settings().values())
         print("\n".join(setting.explanation() for setting in settings))
     else:
-        print(Config.load(arguments.file, overrides, check_machine=False).to_yaml(), end="")
+        print(load_config(arguments.file, overrides, check_machine=False).to_yaml(), end="")
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch.checks.checks import wandb_mode
+from opd.launch.checks.tracking import wandb_mode
 from opd.launch.plan import scaling
 from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
 from opd.launch.settings.config import Config

@@ -10,6 +10,7 @@ from opd.backends.config import StageConfig, TrainConfig
 from opd.checkpoint import Checkpoint
 from opd.config import Strict
 from opd.errors import CheckpointError
+from opd.launch.checks.loading import config_from
 from opd.launch.plan.plan import plan
 from opd.launch.run import build as launch_build
 from opd.launch.run.build import build
@@ -197,7 +198,7 @@ def test_the_length_of_a_run_of_several_stages_is_fixed(settings):
 
 
 def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_order(settings):
-    run = build(launch_config.Config.from_dict(settings("run", train={"tasks_per_step": 4})))
+    run = build(config_from(settings("run", train={"tasks_per_step": 4})))
     loop = run.loop
     dataset = list(range(10))
     drawn = [sample for step in range(5) for sample in loop.draw(dataset, step)]
@@ -208,7 +209,7 @@ def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_orde
 
 
 def test_the_plan_counts_the_updates_and_evaluations_of_every_stage(settings, tmp_path):
-    config = launch_config.Config.from_dict(settings("run", eval={"tasks": 5, "every": 3}, two={"first": {"steps": 1}}))
+    config = config_from(settings("run", eval={"tasks": 5, "every": 3}, two={"first": {"steps": 1}}))
     made = plan(config, tmp_path, gpu=False)
     assert dict(made.rows())["updates"] == "3 in 2 stages (1 + 2)"
     assert made.evaluations == 3  # before, after step 1, after step 3

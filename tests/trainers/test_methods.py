@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.launch.settings.config import Config
+from opd.launch.checks.loading import load_config
 from opd.trainers.loop.method import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,4 +37,4 @@ def test_a_method_is_one_file_of_less_than_150_lines_with_an_example_and_a_line_
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_example_of_a_method_uses_it_and_has_no_mistake(name):
-    assert Config.load(ROOT / f"examples/{name}.yaml", check_machine=False).method == name
+    assert load_config(ROOT / f"examples/{name}.yaml", check_machine=False).method == name
