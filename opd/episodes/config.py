@@ -1,4 +1,4 @@
-"""The settings of environments and of how episodes are sampled. No torch here."""
+"""Holds the settings of environments and of how episodes are sampled. No torch here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opd.objective.config import CorrectionConfig
 
 
 class EnvConfig(Strict):
-    """Where the student acts."""
+    """Sets where the student acts."""
 
     id: str = Field(description="A registered id (`opd envs list`), or `my_package.my_module:MyEnv`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment's constructor.")
@@ -40,7 +40,7 @@ EnvSetting = Annotated[EnvConfig, BeforeValidator(_env_from_id)]
 
 
 class RolloutConfig(Strict):
-    """How episodes are sampled."""
+    """Sets how episodes are sampled."""
 
     engine: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers",
@@ -128,17 +128,20 @@ class RolloutConfig(Strict):
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens are drawn from a part of the distribution."""
+        """True if tokens are drawn from a part of the distribution."""
         return self.top_p < 1 or self.top_k > 0
 
     @property
     def limits(self) -> Limits:
-        """What the engine must have room for."""
+        """Return what the engine must have room for."""
         return Limits(self.max_length, self.concurrency)
 
     @property
     def correction_mode(self) -> Literal["none", "truncate", "mask"]:
-        """What `correction.mode` comes to: by itself none for the engine that samples from the network that trains."""
+        """Return the mode that `correction.mode` stands for.
+
+        `auto` is none for the engine that samples from the network that trains.
+        """
         if self.correction.mode == "auto":
             return "none" if self.engine == "transformers" else "truncate"
         return self.correction.mode

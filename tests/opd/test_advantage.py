@@ -25,19 +25,19 @@ every_baseline = pytest.mark.parametrize("options", BASELINES, ids=str)
 
 
 def pair(scale: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits of one state, the student's wanting a gradient: [V], [V]."""
+    """Draw logits of one state, the student's wanting a gradient: [V], [V]."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = scale * torch.randn(2, V, generator=generator, dtype=torch.float64)
     return student.requires_grad_(), teacher
 
 
 def advantages(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
-    """Of every token that could have been sampled at this state: [V]."""
+    """Return the advantage of every token that could have been sampled at this state: [V]."""
     return distillation_advantage(student.expand(V, V), teacher.expand(V, V), torch.arange(V), **options)
 
 
 def sampled_gradients(student: Tensor, weights: Tensor) -> Tensor:
-    """The policy gradient of each token that could have been sampled, as a loss: [V, V]."""
+    """Return the policy gradient of each token that could have been sampled, as a loss: [V, V]."""
     logprobs = student.log_softmax(-1)
     return torch.stack(
         [torch.autograd.grad(-weights[v] * logprobs[v], student, retain_graph=True)[0] for v in range(V)]
