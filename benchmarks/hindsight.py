@@ -25,7 +25,7 @@ from opd.errors import ConfigError, OpdError
 from opd.launch.build import Run, build
 from opd.teachers.privileged import in_first_user_message, with_demonstration, with_feedback
 from opd.tracking.intervals import wilson
-from opd.trainers.hindsight import HindsightMethod
+from opd.trainers.parts.hindsight import HindsightMethod
 from opd.types import Message, Task, TrajectoryGroup
 
 

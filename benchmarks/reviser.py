@@ -16,7 +16,7 @@ from opd.episodes.scheduler import derive_seed
 from opd.launch.build import Run, build
 from opd.launch.config import Config
 from opd.tracking.intervals import wilson
-from opd.trainers.sd_zero import Distilling
+from opd.trainers.sd_zero.method import Distilling
 from opd.types import Task, Trajectory
 
 WORLDS = (

@@ -24,9 +24,9 @@ from opd.episodes.scheduler import derive_seed
 from opd.launch.build import Run, build
 from opd.launch.config import Config
 from opd.teachers.privileged import in_first_user_message, of_like_task, with_skill
-from opd.trainers.skill_keeper import EPISODES_EACH, gains
-from opd.trainers.skill_makers import Rules, case_of, prompt_text
-from opd.trainers.skill_sd import SkillSd
+from opd.trainers.skill_sd.keeper import EPISODES_EACH, gains
+from opd.trainers.skill_sd.makers import Rules, case_of, prompt_text
+from opd.trainers.skill_sd.method import SkillSd
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 SOKOBAN = '{"id": "opd/SokobanPush-v0", "kwargs": {"level": {"size": 6, "boxes": 1, "walls": 1, "pushes": [%d, %d]}}}'

@@ -39,8 +39,8 @@ from opd.ranks.ranks import Ranks
 from opd.teachers.served import ServedTeacher
 from opd.teachers.teacher import Teacher
 from opd.tracking.intervals import paired_difference, wilson
-from opd.trainers.base import Method, methods
-from opd.trainers.loop import Loop
+from opd.trainers.loop.loop import Loop
+from opd.trainers.loop.method import Method, methods
 from opd.types import Trajectory, TrajectoryGroup
 
 

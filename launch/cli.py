@@ -309,7 +309,7 @@ def _mapping(text: str, *, flag: str) -> dict[str, Any]:
 
 
 def _methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.trainers.base import methods
+    from opd.trainers.loop.method import methods
 
     width = max(map(len, methods()))
     for name, spec in methods().items():

@@ -42,7 +42,7 @@ from opd.launch.server_checks import check_engine_args
 from opd.models.config import ModelConfig, ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
-from opd.trainers.base import Method, methods
+from opd.trainers.loop.method import Method, methods
 
 
 def _read_deepspeed(value: Any) -> Any:

@@ -22,9 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.errors import ConfigError
-from opd.skills import file
-from opd.skills.bank import Lesson, Skill
-from opd.skills.text import one_line
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.bank import Lesson, Skill
+from opd.trainers.skill_sd.text import one_line
 
 PARTS = tuple(asdict(Lesson()))
 _SUFFIXES = (".jsonl", ".md")

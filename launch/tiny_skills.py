@@ -1,4 +1,4 @@
-"""Tiny models that read skills: warm-started on what the rules of `trainers/skill_makers.py` write of an episode.
+"""Tiny models that read skills: warm-started on what the rules of `trainers/skill_sd/makers.py` write of an episode.
 
 A model of half a million parameters reads what it was taught to read. These two are taught that a skill of their task,
 or of a task with the same words, is to be used, and one of another task is not: there they play as without.
@@ -13,9 +13,9 @@ import numpy as np
 from opd.envs.worlds.lookup import ATTRIBUTES, MEANING, PEOPLE, RELATIONS, Question
 from opd.launch.tiny_recipes import LOOKUP, SLANG, SOKOBAN, Recipe, SlangLookup, WarmSokoban
 from opd.launch.tiny_recipes import RECIPES as PLAIN_RECIPES
-from opd.skills.text import one_line
 from opd.teachers.privileged import of_like_task
-from opd.trainers.skill_makers import by_rules
+from opd.trainers.skill_sd.makers import by_rules
+from opd.trainers.skill_sd.text import one_line
 
 _TASK_CHARACTERS = 160
 

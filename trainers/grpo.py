@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from opd.config import Strict
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses, Policy
-from opd.trainers.base import Method, register
+from opd.trainers.loop.method import Method, register
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 ALONE = (

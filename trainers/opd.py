@@ -17,9 +17,9 @@ from pydantic import Field, field_validator, model_validator
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.teachers.config import TeacherConfig
-from opd.trainers.base import Method, register
-from opd.trainers.forms import FormConfig
 from opd.trainers.grpo import PolicyConfig
+from opd.trainers.loop.method import Method, register
+from opd.trainers.parts.forms import FormConfig
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 UNPAID = (

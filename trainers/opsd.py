@@ -19,7 +19,7 @@ from opd.errors import DataError
 from opd.losses import Distill, Losses
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
-from opd.trainers.base import Method, register
+from opd.trainers.loop.method import Method, register
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 

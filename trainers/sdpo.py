@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
-from opd.trainers.base import register
 from opd.trainers.grpo import ALONE, PolicyConfig
-from opd.trainers.hindsight import HindsightConfig, HindsightMethod
+from opd.trainers.loop.method import register
+from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod
 from opd.types import Sample, TrajectoryGroup
 
 UNSHOWN = (

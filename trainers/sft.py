@@ -17,14 +17,14 @@ from opd.config import Strict
 from opd.errors import DataError
 from opd.losses import CrossEntropy, Losses
 from opd.teachers.config import TeacherConfig
-from opd.trainers.base import Method, register
-from opd.trainers.conversations import read_conversations
-from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, segments, summary
+from opd.trainers.loop.method import Method, register
+from opd.trainers.parts.conversations import read_conversations
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, Playing, collect, segments, summary
 from opd.types import Sample, Segment, Trajectory, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 
 class ImitationConfig(Strict):

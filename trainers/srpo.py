@@ -19,9 +19,9 @@ from pydantic import Field
 
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
-from opd.trainers.base import register
 from opd.trainers.grpo import ALONE, PolicyConfig
-from opd.trainers.hindsight import HindsightConfig, HindsightMethod, When
+from opd.trainers.loop.method import register
+from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod, When
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 
@@ -86,6 +86,6 @@ class Srpo(HindsightMethod):
         """Entropy-aware weights, over their mean on all distilled tokens of the step."""
         if not self.config.entropy_beta:
             return samples
-        from opd.trainers.weighting import by_entropy  # late: it needs torch
+        from opd.trainers.loop.weighting import by_entropy  # late: it needs torch
 
         return by_entropy(samples, self.config.entropy_beta, all_sum)

@@ -30,7 +30,7 @@ class Objective:
     loss: Tensor
     """Scalar, with a graph even where nothing trains, so that sharded gradients always reduce."""
     facts: dict[str, Tensor] = field(default_factory=dict)
-    """[N] each, detached, nan where a token has none; `trainers/metrics.py` says what becomes of them:
+    """[N] each, detached, nan where a token has none; `trainers/loop/metrics.py` says what becomes of them:
 
     nats, clipped, kept, teacher_entropy: of the distillation, per token;
     entropy, ratio, ratio_clipped: of the student, and of its ratio to the old policy;

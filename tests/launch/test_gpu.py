@@ -26,7 +26,7 @@ from opd.launch.train import train
 from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.tracking import read_rows
-from opd.trainers.base import METHODS, methods
+from opd.trainers.loop.method import METHODS, methods
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,8 @@ from opd.launch.cli import main
 from opd.launch.lock import NAME
 from opd.launch.train import train
 from opd.tracking import read_rows
-from opd.trainers.base import Method
-from opd.trainers.loop import Loop
+from opd.trainers.loop.loop import Loop
+from opd.trainers.loop.method import Method
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from opd.launch.cli import main
-from opd.skills import file
-from opd.skills.bank import Lesson, SkillBank, Source
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.bank import Lesson, SkillBank, Source
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
-from opd.trainers import base
-from opd.trainers.base import Method, MethodSpec
+from opd.trainers.loop import method as base
+from opd.trainers.loop.method import Method, MethodSpec
 from opd.types import to_sample
 
 

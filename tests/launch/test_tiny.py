@@ -42,7 +42,7 @@ from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
-from opd.trainers.skill_makers import by_rules
+from opd.trainers.skill_sd.makers import by_rules
 
 NAMES = sorted(RECIPES)
 FORMS = [(name, form) for name in NAMES for form in RECIPES[name].forms]
@@ -401,7 +401,7 @@ SOURCES = [
     "opd.envs.text_env",
     "opd.envs.tool_env",
     "opd.tool_calls",
-    "opd.trainers.skill_makers",
+    "opd.trainers.skill_sd.makers",
     "opd.episodes.answers",
     "opd.models.chat",
     "opd.objective.collate",
@@ -447,7 +447,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("lookup", "opd.launch.tiny_tokenizer", "'Tools: '", "'You have: '"),
         ("lookup", "opd.launch.tiny_recipes", "1 if other == field else 2", "1 if other == field else 3"),
         ("lookup-skills", "opd.launch.tiny_skills", "rng.random() < 0.9", "rng.random() < 0.8"),
-        ("sokoban-skills", "opd.trainers.skill_makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
+        ("sokoban-skills", "opd.trainers.skill_sd.makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
         ("lookup", "opd.envs.worlds.lookup", "one field of one person", "one field"),
         ("arithmetic", "opd.envs.worlds.arithmetic", "Answer with the number only.", "Answer in digits."),
         ("countdown", "opd.envs.tool_env", '"tool"', '"user"'),
@@ -481,7 +481,7 @@ def test_code_that_a_warm_start_never_runs_makes_no_new_model(stands):
         "opd.losses",
         "opd.maths.divergence",
         "opd.config",
-        "opd.trainers.base",
+        "opd.trainers.loop.method",
         "opd.envs.worlds.sql",
     ):
         importlib.import_module(module)

@@ -19,7 +19,7 @@ from opd.errors import CheckpointError, ConfigError, DataError, EngineError
 from opd.launch.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
-from opd.trainers.base import Method
+from opd.trainers.loop.method import Method
 
 
 def weights(folder):

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from opd.errors import EngineError
-from opd.skills import server
-from opd.skills.server import ChatServer, checked_url
+from opd.trainers.skill_sd import server
+from opd.trainers.skill_sd.server import ChatServer, checked_url
 
 GOOD = {"choices": [{"message": {"role": "assistant", "content": "Look twice."}}]}
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import DataError
-from opd.skills import file
-from opd.skills.bank import Lesson, SkillBank, Source, from_row, to_row
-from opd.skills.grounding import Index, Proxies, proxies
-from opd.skills.text import covered, jaccard, likeness, neutral, rarity, structural_tokens
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.bank import Lesson, SkillBank, Source, from_row, to_row
+from opd.trainers.skill_sd.grounding import Index, Proxies, proxies
+from opd.trainers.skill_sd.text import covered, jaccard, likeness, neutral, rarity, structural_tokens
 
 
 def source(task="train/0", prompt="the task", step=1, member=0):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opd.trainers.accounts import account
+from opd.trainers.loop.accounts import account
 from opd.types import Fault, StopReason, Task, Trajectory, TrajectoryGroup, Turn, to_sample
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from opd.errors import HealthError
-from opd.trainers.health import Health
+from opd.trainers.loop.health import Health
 from opd.types import Task, Trajectory, TrajectoryGroup
 
 

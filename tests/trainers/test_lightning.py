@@ -30,9 +30,9 @@ from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
 from opd.teachers.store import open_store
 from opd.tracking import read_rows
-from opd.trainers import loop as loop_module
-from opd.trainers.episodes import EpisodeFile
-from opd.trainers.offline import episodes, tokens_of, with_scores
+from opd.trainers.lightning_opd.offline import episodes, tokens_of, with_scores
+from opd.trainers.loop import loop as loop_module
+from opd.trainers.parts.episodes import EpisodeFile
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from opd.launch.config import Config
-from opd.trainers.base import METHODS, methods
+from opd.trainers.loop.method import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_NAMES = ("sft", "grpo", "opd", "vopd", "opsd", "sdpo", "srpo", "sd_zero", "skill_sd", "lightning_opd")
 BLIND = [
-    ROOT / "trainers/loop.py",
-    ROOT / "trainers/metrics.py",
+    ROOT / "trainers/loop/loop.py",
+    ROOT / "trainers/loop/metrics.py",
     ROOT / "opd/objective/objective.py",
     ROOT / "opd/teachers/teacher.py",
 ]

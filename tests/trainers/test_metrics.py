@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.trainers.metrics import of_groups, of_samples, of_tokens, of_variance, pass_rates
+from opd.trainers.loop.metrics import of_groups, of_samples, of_tokens, of_variance, pass_rates
 from opd.types import Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn
 
 TASK = Task(index=0, seed=0)

@@ -13,7 +13,7 @@ from opd.episodes.answers import MOST_PARTS
 from opd.tracking import Tracker
 from opd.tracking.config import TrackingConfig
 from opd.tracking.files import read_rows
-from opd.trainers import metrics
+from opd.trainers.loop import metrics
 from opd.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 

@@ -18,9 +18,18 @@ from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
-from opd.trainers.health import Health
-from opd.trainers.revisions import Collection, Reviser, Spoken, TraceFile, collect, summary, supervised, to_samples
-from opd.trainers.sd_zero import Distilling, SdZero, SdZeroConfig
+from opd.trainers.loop.health import Health
+from opd.trainers.sd_zero.method import Distilling, SdZero, SdZeroConfig
+from opd.trainers.sd_zero.revisions import (
+    Collection,
+    Reviser,
+    Spoken,
+    TraceFile,
+    collect,
+    summary,
+    supervised,
+    to_samples,
+)
 from opd.types import Sample, TeacherView
 
 TOOLS = [{"type": "function", "function": {"name": "get", "description": "d", "parameters": {"type": "object"}}}]

@@ -14,8 +14,8 @@ from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import train
 from opd.tracking import read_rows
-from opd.trainers.conversations import read_conversations
-from opd.trainers.episodes import EpisodeFile, read_episode, segments, to_row
+from opd.trainers.parts.conversations import read_conversations
+from opd.trainers.parts.episodes import EpisodeFile, read_episode, segments, to_row
 from opd.types import to_sample
 
 

@@ -7,9 +7,9 @@ from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
 from opd.launch.config import Config
 from opd.launch.train import train
-from opd.skills import file
 from opd.tracking import read_rows
-from opd.trainers.skill_makers import Rules
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.makers import Rules
 
 pytestmark = pytest.mark.slow
 

@@ -24,11 +24,11 @@ from opd.models.chat import ChatFormat
 from opd.objective.collate import collate, normalise
 from opd.objective.objective import objective
 from opd.ranks.ranks import Ranks
-from opd.skills import file
-from opd.skills.bank import Lesson, Source
 from opd.teachers.teacher import Teacher
-from opd.trainers.loop import Loop
-from opd.trainers.skill_sd import SkillSd, SkillSdConfig
+from opd.trainers.loop.loop import Loop
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.bank import Lesson, Source
+from opd.trainers.skill_sd.method import SkillSd, SkillSdConfig
 from opd.types import TrajectoryGroup
 
 SETTINGS = {"skills": {"min_support": 0.0, "min_lift": -100.0}}

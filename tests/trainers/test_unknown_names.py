@@ -5,14 +5,14 @@ import pytest
 from opd.errors import ConfigError
 from opd.objective.config import PassRateWeighting, WeightingConfig
 from opd.teachers.config import TeacherConfig
-from opd.trainers.base import methods
-from opd.trainers.forms import FormConfig
 from opd.trainers.grpo import PolicyConfig
+from opd.trainers.loop.method import methods
+from opd.trainers.loop.weighting import weigh
 from opd.trainers.opd import OpdConfig
 from opd.trainers.opsd import OpsdConfig
-from opd.trainers.sd_zero import Distilling, SdZeroConfig
-from opd.trainers.skill_sd import SkillSdConfig
-from opd.trainers.weighting import weigh
+from opd.trainers.parts.forms import FormConfig
+from opd.trainers.sd_zero.method import Distilling, SdZeroConfig
+from opd.trainers.skill_sd.method import SkillSdConfig
 
 OTHER = TeacherConfig(weights="external", model="other")
 KINDS = "divergence kind = 'new' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opd.objective.config import PassRateWeighting, StepWeighting, WeightingConfig
-from opd.trainers.weighting import by_entropy, by_steps, by_task, by_turn, weigh
+from opd.trainers.loop.weighting import by_entropy, by_steps, by_task, by_turn, weigh
 from opd.types import Sample, Task, TeacherView
 
 TASKS = [Task(index=i, seed=i) for i in range(3)]

@@ -22,7 +22,7 @@ from opd.launch.train import ranks_of, train
 from opd.models.sharding import held, whole_in_turn
 from opd.ranks.ranks import join
 from opd.ranks.watch import together
-from opd.trainers.loop import Loop
+from opd.trainers.loop.loop import Loop
 
 
 class Replay:

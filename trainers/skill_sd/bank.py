@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from opd.errors import DataError
-from opd.skills.text import jaccard, likeness, one_line, rarity, shortened, words
+from opd.trainers.skill_sd.text import jaccard, likeness, one_line, rarity, shortened, words
 
 ALIKE = 0.8
 """Two skills of one task whose words overlap so far are one skill, whose newer version counts."""
@@ -80,7 +80,7 @@ class Skill:
     also: tuple[str, ...] = ()
     """Other tasks whose episodes taught the same."""
     pdi: float = 0.0
-    """How well what happened supports it (`opd.skills.grounding`)."""
+    """How well what happened supports it (`opd.trainers.skill_sd.grounding`)."""
     lifts: dict[Where, float] = field(default_factory=dict)
     """Nats a token that it adds, to the teacher, to right episodes above wrong ones of one task, none of which it was
     made of, where it was tried: on its own task, on a like one."""

@@ -19,13 +19,13 @@ from opd.episodes.config import RolloutConfig
 from opd.losses import CrossEntropy, Distill, Losses, check_known
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
-from opd.trainers.base import Method, register
-from opd.trainers.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
+from opd.trainers.loop.method import Method, register
+from opd.trainers.sd_zero.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
 from opd.types import Sample, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 
 class SdZeroConfig(Strict):

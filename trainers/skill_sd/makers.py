@@ -1,7 +1,7 @@
 """Who makes skills of finished episodes: rules, the policy itself, or a model behind a server.
 
 A case is what there is to learn from one task's episodes; a summariser makes a lesson of each, or nothing. Lessons are
-what a stranger said: `trainers/skill_keeper.py` bounds them, makes them harmless, and asks whether they are true.
+what a stranger said: `trainers/skill_sd/keeper.py` bounds them, makes them harmless, and asks whether they are true.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opd.engines.base import Request, Sampling, generate
-from opd.skills.bank import Lesson
-from opd.skills.server import ChatServer
-from opd.skills.text import neutral, one_line, shortened, structural_tokens
 from opd.teachers.privileged import episode_text, without_thinking
 from opd.tool_calls import ToolCall, parse_tool_calls
+from opd.trainers.skill_sd.bank import Lesson
+from opd.trainers.skill_sd.server import ChatServer
+from opd.trainers.skill_sd.text import neutral, one_line, shortened, structural_tokens
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 logger = logging.getLogger(__name__)
 

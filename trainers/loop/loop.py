@@ -29,11 +29,11 @@ from opd.objective.collate import Batch, Taught, collate, empty_batch, microbatc
 from opd.objective.config import WeightingConfig
 from opd.objective.objective import Objective, objective
 from opd.teachers.teacher import Teacher
-from opd.trainers import metrics
-from opd.trainers.accounts import account
-from opd.trainers.base import Method
-from opd.trainers.health import Health
-from opd.trainers.weighting import weigh
+from opd.trainers.loop import metrics
+from opd.trainers.loop.accounts import account
+from opd.trainers.loop.health import Health
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.weighting import weigh
 from opd.types import Sample, Task, Trajectory, TrajectoryGroup
 
 PHASES = ("rollout", "teacher", "train", "sync")

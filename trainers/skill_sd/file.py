@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.errors import DataError
-from opd.skills.bank import Lesson, Skill, SkillBank, from_row, to_row
+from opd.trainers.skill_sd.bank import Lesson, Skill, SkillBank, from_row, to_row
 
 NAME = "skills.jsonl"
 _PLACES = {"own": "its task", "like": "like tasks"}

@@ -1,4 +1,4 @@
-"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero.py`.
+"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero/method.py`.
 
 An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
 attempt and the cue that tells its outcome. Both are kept as one readable row of JSON for each attempt, with the ids
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.episodes import without_broken_end
+from opd.trainers.parts.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 Part = Literal["attempt", "generation", "revision"]
 SEPARATOR = "\n\n"

@@ -25,15 +25,15 @@ from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
-from opd.trainers.base import Method, register
 from opd.trainers.grpo import PolicyConfig
-from opd.trainers.skill_keeper import SkillKeeper, SkillsConfig
-from opd.trainers.skill_makers import prompt_text
+from opd.trainers.loop.method import Method, register
+from opd.trainers.skill_sd.keeper import SkillKeeper, SkillsConfig
+from opd.trainers.skill_sd.makers import prompt_text
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 
 class SkillSdConfig(Strict):

@@ -1,4 +1,4 @@
-"""The life of a run's skills: made of episodes, checked, tried, shown, forgotten. For `trainers/skill_sd.py`.
+"""The life of a run's skills: made of episodes, checked, tried, shown, forgotten. For `trainers/skill_sd/method.py`.
 
 After each step the keeper asks a summariser for lessons, refuses what the episodes do not support, tries what is new on
 right and wrong episodes that it was not made of, and writes the bank where a person can read it. Every rank does the
@@ -19,20 +19,20 @@ from pydantic import AfterValidator, Field, model_validator
 
 from opd.config import Strict
 from opd.errors import DataError
-from opd.skills import file
-from opd.skills.bank import Skill, SkillBank, Source, Where
-from opd.skills.grounding import Index, proxies
-from opd.skills.server import ChatServer, checked_url
-from opd.skills.text import neutral, one_line, structural_tokens
 from opd.teachers.privileged import of_like_task
-from opd.trainers.skill_makers import Case, Policy, Rules, Server, Summariser, case_of, is_right, task_text
+from opd.trainers.skill_sd import file
+from opd.trainers.skill_sd.bank import Skill, SkillBank, Source, Where
+from opd.trainers.skill_sd.grounding import Index, proxies
+from opd.trainers.skill_sd.makers import Case, Policy, Rules, Server, Summariser, case_of, is_right, task_text
+from opd.trainers.skill_sd.server import ChatServer, checked_url
+from opd.trainers.skill_sd.text import neutral, one_line, structural_tokens
 from opd.types import Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 logger = logging.getLogger(__name__)
 

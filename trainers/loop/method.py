@@ -1,7 +1,7 @@
 """What a method is: answers to who teaches, what the teacher sees, and which token gets which loss.
 
 A method's file holds its config, its registration and its class, and imports no torch. The loop
-(`trainers/loop.py`) calls the hooks below and knows no method by name.
+(`trainers/loop/loop.py`) calls the hooks below and knows no method by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opd.types import Message, Sample, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 METHODS = ("grpo", "lightning_opd", "opd", "opsd", "sd_zero", "sdpo", "sft", "skill_sd", "srpo", "vopd")
 """The modules under `trainers/` that register a method of the same name."""

@@ -25,8 +25,8 @@ from opd.teachers.privileged import (
     with_feedback,
     without_thinking,
 )
-from opd.trainers.base import Method
-from opd.trainers.forms import FormConfig
+from opd.trainers.loop.method import Method
+from opd.trainers.parts.forms import FormConfig
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, to_sample
 
 When = Literal["without_demonstration", "always", "never"]

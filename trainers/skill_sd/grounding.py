@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from opd.skills.bank import Lesson
-from opd.skills.text import covered, jaccard, words
+from opd.trainers.skill_sd.bank import Lesson
+from opd.trainers.skill_sd.text import covered, jaccard, words
 
 LEAST_SPREAD = 0.1
 """Where all skills are about alike, a small difference means nothing: none counts by a smaller spread."""

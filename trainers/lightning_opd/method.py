@@ -19,9 +19,9 @@ from pydantic import Field, field_validator, model_validator
 from opd.backends.config import StageConfig
 from opd.losses import Distill, Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
-from opd.trainers.base import Method, register
-from opd.trainers.episodes import Playing
-from opd.trainers.offline import Offline, Scoring, Terms
+from opd.trainers.lightning_opd.offline import Offline, Scoring, Terms
+from opd.trainers.loop.method import Method, register
+from opd.trainers.parts.episodes import Playing
 from opd.trainers.sft import Imitating, ImitationConfig
 
 

@@ -1,7 +1,7 @@
 """Distillation from stored scores: a teacher is asked once about episodes that are over, then nobody is.
 
 The stage that scores borrows the teacher in place of the run's model, so that it is held, or sharded, as that one is,
-and is gone before anything trains. For `trainers/lightning_opd.py`.
+and is gone before anything trains. For `trainers/lightning_opd/method.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from opd.backends.config import StageConfig, TrainConfig
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
-from opd.trainers.base import Method
-from opd.trainers.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
+from opd.trainers.loop.method import Method
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
 from opd.types import Sample, to_sample
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from opd.models.chat import ChatFormat
     from opd.objective.collate import Batch
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 logger = logging.getLogger(__name__)
 STORE = "store"

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from opd.errors import DataError
 from opd.losses import Losses
-from opd.trainers.base import Method
+from opd.trainers.loop.method import Method
 from opd.types import Segment, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop import Loop
+    from opd.trainers.loop.loop import Loop
 
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
 """Files in a run's `data/`: of another model, and of the model that trains."""

@@ -1,0 +1,1 @@
+"""The training loop and what every method is made of. It knows no method by name."""
