@@ -107,7 +107,7 @@ def sizes_of_a_step(case):
         "weights": size(map(held, run.loop.student.parameters())),
         "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
-        "teacher": size(run.loop.teacher.weights.values()),
+        "teacher": size(run.loop.teacher.own.by_name.values()),
         "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
     }
     run.close()
