@@ -17,7 +17,7 @@ from torch import Tensor
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.maths.head import Head
-from opd.types import WEIGHTS, Sample
+from opd.types import WEIGHTS, Sample, TeacherView
 
 
 class Taught(NamedTuple):
@@ -130,15 +130,6 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         raise ValueError("a micro-batch needs at least one sample")
     ids = _pad([s.token_ids for s in samples], pad_id)
     views = [s.teacher_view for s in samples if s.teacher_view is not None]
-    if views and any(s.teacher_view is None and s.teacher_logprobs is not None for s in samples):
-        raise ValueError("a micro-batch mixes samples that a teacher reads with samples whose scores are stored")
-    teacher_ids = teacher_rows = taught = None
-    if views:
-        teacher_ids = _pad([v.token_ids for v in views], pad_id)
-        teacher_rows = _flat_rows([v.rows for v in views], teacher_ids.shape[1])
-    if views and len(views) < len(samples):
-        seen = [s.teacher_view is not None for s in samples for _ in s.rows]
-        taught = torch.tensor(seen).nonzero().squeeze(-1)
 
     def sampled(name: str) -> Tensor:
         picked = ([getattr(s, name)[row + 1] for row in s.rows] for s in samples)
@@ -150,12 +141,6 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
             raise ValueError(f"a micro-batch mixes samples with and without {name}")
         return None if any(missing) else sampled(name)
 
-    top = [s for s in samples if s.teacher_top_ids is not None and s.teacher_top_logprobs is not None]
-    if top and len(top) < len(samples):
-        raise ValueError("a micro-batch mixes samples with and without a stored top k")
-    top_ids = [row for s in top for row in s.teacher_top_ids or []]
-    top_logprobs = [row for s in top for row in s.teacher_top_logprobs or []]
-
     return Batch(
         input_ids=ids,
         rows=_flat_rows([s.rows for s in samples], ids.shape[1]),
@@ -166,15 +151,47 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         ce_weight=sampled("ce_weight"),
         advantage=sampled("advantage"),
         lengths=[sum(s.completion_mask) for s in samples],
-        teacher_ids=teacher_ids,
-        teacher_rows=teacher_rows,
-        taught=taught,
         old_logprobs=sampled_or_none("old_logprobs"),
-        # Where there are views, what the teacher said before training has done its work, in the weights.
+        # Where there are views, the weights already hold what scores from before training were needed for.
         teacher_logprobs=None if views else sampled_or_none("teacher_logprobs"),
-        teacher_top_ids=torch.tensor(top_ids, dtype=torch.long) if top else None,
-        teacher_top_logprobs=torch.tensor(top_logprobs, dtype=torch.float32) if top else None,
+        **_read_columns(samples, views, pad_id),
+        **_stored_top_columns(samples),
     )
+
+
+def _read_columns(samples: Sequence[Sample], views: Sequence[TeacherView], pad_id: int) -> dict[str, Tensor | None]:
+    """The columns of what a teacher reads: `teacher_ids`, `teacher_rows`, `taught` (see `Batch`).
+
+    Raises ValueError where it would read some samples and has stored its scores of others.
+    """
+    if not views:
+        return {"teacher_ids": None, "teacher_rows": None, "taught": None}
+    if any(s.teacher_view is None and s.teacher_logprobs is not None for s in samples):
+        raise ValueError("a micro-batch mixes samples that a teacher reads with samples whose scores are stored")
+    ids = _pad([v.token_ids for v in views], pad_id)
+    taught = None
+    if len(views) < len(samples):
+        seen = [s.teacher_view is not None for s in samples for _ in s.rows]
+        taught = torch.tensor(seen).nonzero().squeeze(-1)
+    return {"teacher_ids": ids, "teacher_rows": _flat_rows([v.rows for v in views], ids.shape[1]), "taught": taught}
+
+
+def _stored_top_columns(samples: Sequence[Sample]) -> dict[str, Tensor | None]:
+    """The columns of a stored top k: `teacher_top_ids`, `teacher_top_logprobs` (see `Batch`).
+
+    Raises ValueError where only some samples have one.
+    """
+    top = [s for s in samples if s.teacher_top_ids is not None and s.teacher_top_logprobs is not None]
+    if not top:
+        return {"teacher_top_ids": None, "teacher_top_logprobs": None}
+    if len(top) < len(samples):
+        raise ValueError("a micro-batch mixes samples with and without a stored top k")
+    ids = [row for s in top for row in s.teacher_top_ids or []]
+    logprobs = [row for s in top for row in s.teacher_top_logprobs or []]
+    return {
+        "teacher_top_ids": torch.tensor(ids, dtype=torch.long),
+        "teacher_top_logprobs": torch.tensor(logprobs, dtype=torch.float32),
+    }
 
 
 def empty_batch(pad_id: int) -> Batch:

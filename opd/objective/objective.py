@@ -103,7 +103,11 @@ def objective(
     elif isinstance(losses.distill, Distill) and batch.teacher_top_ids is not None:
         loss = loss + _stored(run, losses.distill)
     if isinstance(losses.distill, SampledDistill) and (taught or batch.teacher_logprobs is not None):
-        loss = loss + _sampled(run, losses.distill, taught)
+        if losses.distill.needs_distributions:
+            assert taught is not None
+            loss = loss + _with_baseline(run, losses.distill, taught)
+        else:
+            loss = loss + _sampled(run, losses.distill, taught)
     if meter and taught is not None:
         _measure(run, losses.distill, taught)
     if losses.ce:
@@ -205,28 +209,32 @@ def _stored(run: _Pass, distill: Distill) -> Tensor:
     return part.total
 
 
+def _with_baseline(run: _Pass, distill: SampledDistill, taught: Taught) -> Tensor:
+    """The policy gradient of the sampled divergence, with a baseline over the teacher's distribution."""
+    where = run.batch.taught
+    found = chunked_advantages(
+        _at(run.hidden.detach(), where),
+        run.head,
+        taught.hidden,
+        taught.head,
+        _at(run.batch.targets, where),
+        temperature=run.sampler.temperature,
+        baseline=distill.baseline,
+        top_k=distill.top_k,
+        renormalise=distill.renormalise,
+        clip=distill.clip,
+    )
+    run.note("nats", found.gap, where)
+    run.note("teacher_entropy", found.teacher_entropy, where)
+    weights = _at(run.weights("distill_weight"), where)
+    return -(found.values * _at(run.own(), where) * weights * _at(run.ratio(distill.max_ratio), where)).sum()
+
+
 def _sampled(run: _Pass, distill: SampledDistill, taught: Taught | None) -> Tensor:
-    """What the teacher says of the sampled token alone."""
+    """The divergence's estimate from the teacher's log-prob of the sampled token alone."""
     where = run.batch.taught
     own, targets = _at(run.own(), where), _at(run.batch.targets, where)
     weights = _at(run.weights("distill_weight"), where)
-    if distill.needs_distributions:
-        assert taught is not None
-        found = chunked_advantages(
-            _at(run.hidden.detach(), where),
-            run.head,
-            taught.hidden,
-            taught.head,
-            targets,
-            temperature=run.sampler.temperature,
-            baseline=distill.baseline,
-            top_k=distill.top_k,
-            renormalise=distill.renormalise,
-            clip=distill.clip,
-        )
-        run.note("nats", found.gap, where)
-        run.note("teacher_entropy", found.teacher_entropy, where)
-        return -(found.values * own * weights * _at(run.ratio(distill.max_ratio), where)).sum()
     if taught is None:
         assert run.batch.teacher_logprobs is not None
         teacher = _at(run.batch.teacher_logprobs, where)

@@ -191,17 +191,7 @@ def _meet() -> Ranks:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    launched = "RANK" in os.environ  # else there is no launcher, not even of one process
-    if not launched:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_device())}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    if not os.environ.get("LOCAL_RANK"):
-        raise ConfigError(
-            f"RANK = {os.environ['RANK']}, but no LOCAL_RANK says which of its machine's ranks this is. Set it where "
-            "the ranks are started: LOCAL_RANK=$SLURM_LOCALID under srun (examples/slurm.sh)."
-        )
+    launched = _complete_launch()
     device, first = local_device(), not launched or int(os.environ["LOCAL_RANK"]) == 0
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
@@ -213,3 +203,22 @@ def _meet() -> Ranks:
     if ranks.world_size > 1:
         watch(ranks)
     return ranks
+
+
+def _complete_launch() -> bool:
+    """True: a launcher started this process. False: it is alone, and the environment now says so.
+
+    Raises ConfigError where the launcher left out LOCAL_RANK.
+    """
+    launched = "RANK" in os.environ  # else there is no launcher, not even of one process
+    if not launched:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_device())}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if not os.environ.get("LOCAL_RANK"):
+        raise ConfigError(
+            f"RANK = {os.environ['RANK']}, but no LOCAL_RANK says which of its machine's ranks this is. Set it where "
+            "the ranks are started: LOCAL_RANK=$SLURM_LOCALID under srun (examples/slurm.sh)."
+        )
+    return launched

@@ -81,16 +81,7 @@ def open_run(
             ) from error
         say("wandb is not installed: metrics go to the run folder alone")
         return None
-
-    arguments = {
-        "project": config.project,
-        "name": config.name or folder.resolve().name,
-        "dir": str(folder),
-        "id": _run_id(folder / "wandb" / "run-id.txt", keep=bool(history)),
-        "resume": "allow",
-        "reinit": "create_new",  # leave alone any run that the caller's own code has open
-        "config": dict(run_config),
-    }
+    arguments = _arguments(folder, config, run_config, going_on=bool(history))
     try:
         wandb.setup(wandb.Settings(silent=True, console="off"))
         mode = auto_mode() if config.wandb == "auto" else config.wandb
@@ -98,6 +89,21 @@ def open_run(
     except Exception as error:
         _log.warning("wandb cannot start (%s); metrics go to the run folder alone", _first_line(error))
         return None
+
+
+def _arguments(
+    folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, going_on: bool
+) -> dict[str, Any]:
+    """The arguments of `wandb.init`; `going_on` is true where earlier processes logged rows of this run."""
+    return {
+        "project": config.project,
+        "name": config.name or folder.resolve().name,
+        "dir": str(folder),
+        "id": _run_id(folder / "wandb" / "run-id.txt", keep=going_on),
+        "resume": "allow",
+        "reinit": "create_new",  # leave alone any run that the caller's own code has open
+        "config": dict(run_config),
+    }
 
 
 def _start(
