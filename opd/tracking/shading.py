@@ -32,18 +32,18 @@ class ShadedToken:
     text: str
     kind: Literal["prompt", "completion"]
     nats: float | None
-    """How much the teacher disagreed; None where it was not asked (every prompt token)."""
+    """How much the teacher disagreed; None where it was not asked, as for every prompt token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shade:
-    """How tokens from `least` nats on look, up to the next shade's `least`."""
+    """The look of tokens from `least` nats on, up to the next shade's `least`."""
 
     least: float
     ground: str
     ink: str
     marks: tuple[str, str] = ("", "")
-    """What stands around the token where there is no colour."""
+    """Text before and after the token where there is no colour."""
 
 
 # From light to dark, so that the order survives every colour vision and a grey print.
@@ -67,7 +67,7 @@ def shade_of(token: ShadedToken) -> Shade | None:
 
 
 def shade_episode(tokens: Sequence[ShadedToken], *, title: str) -> RenderableType:
-    """The episode for `rich.print` or `Console.print`; prompts are dim, a legend stands below.
+    """Shade an episode for `rich.print` or `Console.print`; prompts are dim, a legend stands below.
 
     Raises DataError when nothing was sampled.
     """
@@ -76,7 +76,7 @@ def shade_episode(tokens: Sequence[ShadedToken], *, title: str) -> RenderableTyp
 
 @dataclass(frozen=True, slots=True)
 class _Episode:
-    """Decides when it is printed: only the console knows whether there is colour."""
+    """Renders the episode when it is printed: only the console knows whether there is colour."""
 
     tokens: Sequence[ShadedToken]
     title: str
@@ -130,7 +130,7 @@ def _statistics(tokens: Sequence[ShadedToken]) -> str:
 
 
 def _visible(token: ShadedToken) -> str:
-    """The text without what would steer a terminal (a model may sample escape codes), shaded breaks shown."""
+    """Remove what would steer a terminal (a model may sample escape codes), and make shaded line breaks visible."""
     text = token.text.replace("\t", "    ")
     text = "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     return text if shade_of(token) is None else text.replace("\n", "↵\n")
@@ -158,14 +158,14 @@ _Line = list[tuple[str, ShadedToken]]
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What one speaker says, set in lines."""
+    """The tokens of one speaker, set in lines."""
 
     role: str
     lines: list[_Line]
 
 
 def episode_picture(path: Path, tokens: Sequence[ShadedToken], *, title: str) -> None:
-    """The episode as a PNG: who speaks on the left, tokens on grounds coloured by nats, a legend below.
+    """Draw an episode as a PNG: who speaks on the left, tokens on grounds coloured by nats, a legend below.
 
     Raises DataError when nothing was sampled.
     """
@@ -207,7 +207,7 @@ def _blocks(tokens: Sequence[ShadedToken]) -> Iterator[_Block]:
 
 
 def _set_in_lines(tokens: Iterable[ShadedToken]) -> list[_Line]:
-    """Broken at line breaks and, between tokens where it can be, at the right margin; no empty lines."""
+    """Break tokens into lines at line breaks and, between tokens if possible, at the right margin; drop empty lines."""
     lines: list[_Line] = [[]]
     used = 0
     for token in tokens:
@@ -259,7 +259,7 @@ def _write(axes: Axes, x: float, y: float, text: str, **font: Any) -> None:
 
 
 def _drawable(text: str) -> str:
-    """The text without characters that the picture's font has no shape for."""
+    """Replace characters that the picture's font has no shape for."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties(family="DejaVu Sans Mono")))
