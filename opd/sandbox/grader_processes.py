@@ -33,8 +33,8 @@ _START = 120.0
 _PATIENCE = 30.0
 """Seconds for a fork, or for ending one; each takes milliseconds."""
 _AT_ONCE = 16
-"""Calls that are computed at one time; a batch of answers that all hang must be through before the graders of it are
-given up (`rollout.grading_timeout`)."""
+"""Calls that run at one time. A batch of answers that all hang must end before `rollout.grading_timeout` gives its
+graders up."""
 _MOST_HELD = 8
 """Graders that are kept ready when no session needs them."""
 _MOST_REPLY = 1 << 24
@@ -83,9 +83,9 @@ class Holder:
             return (self._ask(b"E", pid) if self._process is not None else None) or 0
 
     def abandon(self, pid: int, connection: socket.socket) -> None:
-        """Let a fork go that nobody closed: it ends by itself, and is waited for later.
+        """Let go of a fork that nobody closed: it ends by itself, and `fork` waits for it later.
 
-        A collection of garbage calls this, at any time and on any thread: so no lock is taken that may be held.
+        Garbage collection calls this, at any time and on any thread: so it takes no lock that may be held.
         """
         connection.close()
         self._abandoned.append(pid)
@@ -149,7 +149,7 @@ class Holders:
         self._spawner = ThreadPoolExecutor(1, "opd-graders")
 
     def get(self, factory: bytes, name: str) -> Holder:
-        """The holder of a grader, for one session more; `release` gives it back."""
+        """Lend a grader's holder to one more session; `release` gives it back."""
         with self._lock:
             holder = self._held.setdefault(factory, Holder(factory, name))
             self._held.move_to_end(factory)
@@ -254,7 +254,7 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
 
 
 def _left(deadline: float) -> float:
-    """Seconds to the deadline. Raises TimeoutError when there are none."""
+    """The seconds to the deadline. Raises TimeoutError when there are none."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

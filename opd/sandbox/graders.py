@@ -1,4 +1,4 @@
-"""Third-party code that reads what a model wrote, in processes that can be killed and can hurt nothing.
+"""Running third-party code that reads a model's text in processes that can be killed and can hurt nothing.
 
 Graders evaluate answers as Python, as formulas or as SQL, and match patterns that take years on some texts. Python
 cannot stop a thread, and many such computations let no other thread run. So a grader is held by a process of its own
@@ -33,11 +33,11 @@ class Ungraded(Exception):
 
 
 class Grader:
-    """An object that reads a model's text, in processes of its own.
+    """Calls an object that reads a model's text, in processes of its own.
 
     Args:
-        make: makes the object, there; it must be picklable. Graders with the same one share a process.
-        name: what it is, for messages.
+        make: makes the object in that process; it must be picklable. Graders with the same one share a process.
+        name: the name of the object in messages.
         time_limit: seconds for one call.
 
     Raises ConfigError when `make` cannot be pickled, or the limit is below one second.

@@ -1,4 +1,4 @@
-"""The mode "limits": a program with bounds, in a temporary folder, and nothing between it and this machine."""
+"""Mode "limits": a program with bounds in a temporary folder, and nothing between it and this machine."""
 
 from __future__ import annotations
 
