@@ -75,7 +75,7 @@ class VllmEngine:
     def score(
         self, sequences: Sequence[list[int]], rows: Sequence[list[int]], *, top_k: int | None = None
     ) -> list[Scores]:
-        """The log-probs at temperature 1 of the ids that follow each row, and the top k there (`opd.engines.scoring`).
+        """Score the ids that follow each row, and the top k there, at temperature 1 (`opd.engines.scoring`).
 
         At most `opd.engines.scoring.SCORE_VALUES` log-probs are in the engine at once. Nothing else may be in flight.
         """
@@ -153,7 +153,7 @@ def _refuse_lockstep(arguments: dict[str, Any]) -> None:
 
 
 def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[str, Any]:
-    """vLLM's arguments for an engine that begins without weights and gets those of `model`."""
+    """The arguments of vLLM for an engine that begins without weights and gets those of `model`."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "dtype": dtype if config.dtype == "auto" else config.dtype,
@@ -163,7 +163,7 @@ def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[
 
 
 def common_arguments(config: VllmConfig, limits: Limits, *, on_cpu: bool) -> dict[str, Any]:
-    """What vLLM must be told so that it samples from the policy and from nothing else, by its own names."""
+    """The arguments with which vLLM samples from the policy and from nothing else, by vLLM's own names."""
     cache = config.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
     return {
         "max_model_len": limits.max_length,
@@ -193,7 +193,7 @@ def _scores(output: Any, ids: list[int], rows: list[int], top_k: int) -> Scores:
 
 
 def sampling_settings(request: Request, sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
-    """A request's settings: only our stop ids end it, and the sampled ids' log-probs come with them."""
+    """The settings of a request: only our stop ids end it, and the sampled ids' log-probs come with them."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -215,7 +215,7 @@ def completion(
     stop_ids: frozenset[int],
     version: int,
 ) -> Completion:
-    """A checked completion. Raises EngineError when what was sampled cannot be what was asked for."""
+    """Make a completion. Raises EngineError where the sampled ids cannot answer the request."""
     problem = None
     stopped = bool(token_ids) and token_ids[-1] in stop_ids
     if finish_reason not in ("stop", "length"):

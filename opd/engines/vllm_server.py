@@ -3,7 +3,7 @@
 A conversation stays with one replica, whose cache holds its prefix; conversations that begin alike start on the same
 one while it is not much busier than the others. Each request waits in a thread of its own, so that a new turn is sent
 as soon as it is submitted. A fault is retried within budgets (`rollout.vllm.retries`, `restart_timeout`) or raised as
-EngineError. Weights, and servers that died, are the business of `opd.engines.vllm_replicas`.
+EngineError. `opd.engines.vllm_replicas` gives servers the weights and brings back those that died.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FAIR_LEAD = 4
 
 
 def _end_nothing() -> None:
-    """The servers are not ours to end."""
+    """End nothing: the servers are somebody else's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +44,7 @@ class _Flight:
 
 
 class _Homes:
-    """The replica of each conversation: its own while that is up, else that of its like, else the least busy."""
+    """Chooses a conversation's replica: its own while that is up, else that of its like, else the least busy."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas

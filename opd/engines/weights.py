@@ -1,4 +1,4 @@
-"""The student's weights as a checkpoint would name them, a module at a time, for an engine that keeps its own copy.
+"""The student's weights under a checkpoint's names, a module at a time, for an engine that keeps its own copy.
 
 Adapters are merged on the way out, into a fresh tensor: the model that trains is never touched, so that nothing
 is merged twice and nothing drifts. Sharded parameters are gathered a module at a time through `gather`, never all
@@ -26,7 +26,7 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 class ModelWeights:
     """Iterates over a model's weights as they are now; each `iter` is a fresh pass, in the same order.
 
-    With `gather`, what is yielded is a copy, because a gathered parameter is only whole until the next one.
+    With `gather` it yields copies, because a gathered parameter is whole only until the next one.
     """
 
     def __init__(self, model: CausalModel, *, gather: Gather | None = None) -> None:
@@ -49,7 +49,7 @@ class ModelWeights:
 
 
 def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own weights, an adapted layer as one part, under the names of the model without adapters."""
+    """Yield modules that own weights, an adapted layer as one, under the names of the model without adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted: str | None = None
     for name, module in base.named_modules():
@@ -73,7 +73,7 @@ def _weights(name: str, module: nn.Module, parameters: list[nn.Parameter]) -> It
 
 
 def _merged(name: str, layer: Any) -> Iterator[Named]:
-    """An adapted layer's weight with its active adapters added in float32, and its bias."""
+    """Yield an adapted layer's weight, its active adapters added in float32, and its bias."""
     base = layer.get_base_layer()
     weight = base.weight
     if not layer.merged and not layer.disable_adapters:
@@ -91,7 +91,7 @@ def _join(name: str, own: str) -> str:
 
 
 def in_chunks(weights: Iterable[Named], limit: int) -> Iterator[list[Named]]:
-    """Consecutive weights, at most `limit` bytes together unless a single one is larger."""
+    """Group consecutive weights, at most `limit` bytes together unless a single one is larger."""
     chunk: list[Named] = []
     size = 0
     for name, tensor in weights:
