@@ -1,6 +1,6 @@
 """Environments whose actions are tool calls. The tools are Python functions; their errors are observations.
 
-How the calls of an action are run is in `opd.envs.tool_runs`, the tools themselves are in `opd.envs.tools`.
+Running the calls of an action is in `opd.envs.tool_runs`, the tools themselves are in `opd.envs.tools`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ToolEnv(TextEnv):
     Each call of an action becomes a message of role `tool`. Calls run in order; `async` tools that stand next to each
     other run at the same time. A tool that ends the episode calls `self.finish(...)` and returns; the calls after
     it (after its neighbours, where it is async) are not run. A call that is malformed, names no tool, has wrong
-    arguments, takes too long, or raises is answered with a short error text, which is also that turn's feedback;
-    an exception other than `ToolError` is logged besides, since it may be a bug in the tool.
+    arguments, takes too long, or raises is answered with a short error text, which is also the turn's feedback; an
+    exception other than `ToolError` is also logged, since it may be a bug in the tool.
 
     Args:
         tools: functions to offer beside the marked methods.
