@@ -92,7 +92,7 @@ class LocalBackend:
 
     def save(self, folder: Path) -> None:
         """Write the weights to `student.safetensors`; optimiser, schedule and float32 copies to `backend.pt`."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self._named()}
+        weights = {name: p.detach().cpu().contiguous() for name, p in self._trained_by_name()}
         save_file(weights, folder / "student.safetensors")
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -105,7 +105,7 @@ class LocalBackend:
     def load(self, folder: Path, *, saved_ranks: int) -> None:
         """Read what `save` wrote. Raises CheckpointError where the folder holds other weights than this model's."""
         weights: dict[str, Tensor] = load_file(folder / "student.safetensors")
-        own = dict(self._named())
+        own = dict(self._trained_by_name())
         if own.keys() != weights.keys():
             raise CheckpointError(f"{folder} holds other weights than this model trains")
         for name, weight in weights.items():
@@ -126,5 +126,5 @@ class LocalBackend:
     def close(self) -> None:
         """Do nothing: nothing outlives this object."""
 
-    def _named(self) -> list[tuple[str, Tensor]]:
+    def _trained_by_name(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, labels, number
+from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, read_logprob, weight_labels
 from opd.errors import ConfigError, DataError, EngineError
 
 OFFERED = ("sampled", "top_k")
@@ -106,7 +106,7 @@ class VllmScorer:
                 raise
         return [found[number] for number in range(len(sequences))]
 
-    def _one(self, number: int, ids: list[int], rows: list[int], top_k: int) -> Scores:
+    def _score_one(self, number: int, ids: list[int], rows: list[int], top_k: int) -> Scores:
         for attempt in range(self._retries + 1):
             server = self._servers[(number + attempt) % len(self._servers)]
             try:
@@ -122,7 +122,7 @@ class VllmScorer:
 
     def _ask(self, server: Server, name: str, ids: list[int], rows: list[int], top_k: int) -> Scores:
         answer = server.generate(name, ids, scoring_settings(top_k))
-        said = labels(answer["choices"][0])
+        said = weight_labels(answer["choices"][0])
         self._label = self._label or said
         if said != self._label:
             raise EngineError(f"{server.url} scored with the weights {said}, others with {self._label}")
@@ -134,16 +134,16 @@ class VllmScorer:
         if not isinstance(entries, list) or len(entries) != len(ids):
             size = len(entries) if isinstance(entries, list) else "no"
             raise ServerFault(FaultKind.BROKEN, f"{server.url} sent {size} positions for {len(ids)} ids")
-        return scores_at([self._read(entries[row + 1]) for row in rows], [ids[row + 1] for row in rows], top_k)
+        return scores_at([self._read_position(entries[row + 1]) for row in rows], [ids[row + 1] for row in rows], top_k)
 
-    def _read(self, entry: Any) -> dict[int, tuple[float, int]]:
+    def _read_position(self, entry: Any) -> dict[int, tuple[float, int]]:
         if not isinstance(entry, dict):
             raise ServerFault(FaultKind.BROKEN, "a position came without log-probs")
         found = {}
         for token, said in entry.items():
             if not (token.isdecimal() and int(token) < self._vocabulary and isinstance(said, dict)):
                 raise ServerFault(FaultKind.BROKEN, f"a position holds {token!r}, which is no id of {self._vocabulary}")
-            found[int(token)] = number(said.get("logprob")), _rank(said.get("rank"))
+            found[int(token)] = read_logprob(said.get("logprob")), _rank(said.get("rank"))
         return found
 
     def _wait_for_any(self) -> None:

@@ -132,7 +132,7 @@ class Server:
             self._post("/start_weight_update", {})
 
     def send_chunk(self, safetensors: str) -> None:
-        """Send some weights, as `encoded` makes them."""
+        """Send some weights, as `encode_weights` makes them."""
         self._post("/update_weights", {"update_info": {"safetensors": safetensors}})
 
     def finish_update(self, label: str) -> None:
@@ -163,7 +163,7 @@ class Server:
                 FaultKind.BUSY if busy else FaultKind.REFUSED,
                 f"{self.url}{path} answered with status {response.status_code}: {said}",
             )
-        return self._parsed(path, raw)
+        return self._parse(path, raw)
 
     def _read(self, response: httpx.Response) -> bytes:
         raw = bytearray()
@@ -173,7 +173,7 @@ class Server:
                 raise ServerFault(FaultKind.BROKEN, f"{self.url} answered with more than {ANSWER_BYTES} bytes")
         return bytes(raw)
 
-    def _parsed(self, path: str, raw: bytes) -> dict[str, Any]:
+    def _parse(self, path: str, raw: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(raw or b"{}")
         except (ValueError, RecursionError) as error:
@@ -183,12 +183,12 @@ class Server:
         return answer
 
 
-def encoded(chunk: Sequence[Named]) -> str:
+def encode_weights(chunk: Sequence[Named]) -> str:
     """Encode weights as a safetensors file in base64. Pickle would let a sender run code."""
     return base64.b64encode(to_safetensors({name: t.detach().cpu().contiguous() for name, t in chunk})).decode()
 
 
-def sampled(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list[float]]:
+def read_ids(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list[float]]:
     """Read a choice's ids and their log-probs. Raises ServerFault unless each id has a number of its own."""
     ids = choice.get("token_ids")
     content = (choice.get("logprobs") or {}).get("content")
@@ -198,17 +198,17 @@ def sampled(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list
         raise ServerFault(FaultKind.BROKEN, f"an answer holds ids outside the vocabulary of {vocabulary}")
     if [entry.get("token_id") if isinstance(entry, dict) else None for entry in content] != ids:
         raise ServerFault(FaultKind.BROKEN, "an answer's log-probs belong to other ids")
-    return ids, [number(entry.get("logprob")) for entry in content]
+    return ids, [read_logprob(entry.get("logprob")) for entry in content]
 
 
-def number(value: Any) -> float:
+def read_logprob(value: Any) -> float:
     """Check that a value is a finite number, and return it as a float. Raises ServerFault."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ServerFault(FaultKind.BROKEN, f"an answer has {value!r} for a log-prob")
     return float(value)
 
 
-def labels(choice: dict[str, Any]) -> set[Any]:
+def weight_labels(choice: dict[str, Any]) -> set[Any]:
     """The names of the weights that sampled a choice."""
     spans = choice.get("weight_versions")
     return {span.get("version") for span in spans} if isinstance(spans, list) else set()

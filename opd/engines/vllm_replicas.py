@@ -16,7 +16,7 @@ from functools import partial
 
 from opd.engines.base import Weights
 from opd.engines.config import VllmConfig
-from opd.engines.vllm_http import FaultKind, Server, ServerFault, encoded
+from opd.engines.vllm_http import FaultKind, Server, ServerFault, encode_weights
 from opd.engines.weights import in_chunks
 from opd.errors import EngineError
 
@@ -163,7 +163,7 @@ class Replicas:
         assert self._weights is not None
         left = [r for r in replicas if _try_update(r, partial(r.server.start_update, self._model))]
         for chunk in in_chunks(self._weights, CHUNK_BYTES):
-            text = encoded(chunk)
+            text = encode_weights(chunk)
             left = [replica for replica in left if _try_update(replica, partial(replica.server.send_chunk, text))]
         for replica in left:
             if _try_update(replica, partial(replica.server.finish_update, self.label)):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from opd.engines.base import Completion, Request, Sampling, Weights
 from opd.engines.config import VllmConfig
 from opd.engines.vllm import completion, sampling_settings
-from opd.engines.vllm_http import FaultKind, ServerFault, cached_tokens, labels, sampled
+from opd.engines.vllm_http import FaultKind, ServerFault, cached_tokens, read_ids, weight_labels
 from opd.engines.vllm_replicas import Replica, Replicas, Sharing, pause_seconds
 from opd.errors import EngineError
 
@@ -214,9 +214,9 @@ class VllmServerEngine:
         answer = server.generate(flight.name, request.prompt_ids, settings)
         [choice] = answer["choices"]
         label = self._replicas.label
-        if labels(choice) != {label}:
-            raise ServerFault(FaultKind.STALE, f"{server.url} sampled from {labels(choice)}, not {label}")
-        ids, logprobs = sampled(choice, vocabulary=self._vocabulary)
+        if weight_labels(choice) != {label}:
+            raise ServerFault(FaultKind.STALE, f"{server.url} sampled from {weight_labels(choice)}, not {label}")
+        ids, logprobs = read_ids(choice, vocabulary=self._vocabulary)
         try:
             done = completion(request, ids, logprobs, choice.get("finish_reason"), self._stop_ids, self.policy_version)
         except EngineError as error:

@@ -77,7 +77,7 @@ class Chunk(WeightTransferUpdateInfo):  # type: ignore[misc]
     last: bool = False
     """True: no chunk comes after it, so that every weight must have come."""
 
-    def named(self) -> list[tuple[str, Tensor]]:
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
         if not self.safetensors:
             return self.tensors
         try:
@@ -110,7 +110,7 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
 
     def receive_weights(self, update_info: Chunk) -> None:
         """Load a chunk. Raises ValueError after the last one, naming weights that never came."""
-        self._loaded |= self.model.load_weights(update_info.named())
+        self._loaded |= self.model.load_weights(update_info.named_tensors())
         missing = self._expected - self._loaded
         if update_info.last and missing and self.model_config.quantization is None:
             raise ValueError(f"{len(missing)} weights of the model were not sent, such as {sorted(missing)[:3]}")

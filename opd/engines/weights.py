@@ -37,7 +37,7 @@ class ModelWeights:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Named]:
         seen: set[int] = set()  # a tied head is the embedding once more
-        for name, module in _parts(self._model):
+        for name, module in _weight_modules(self._model):
             parameters = [p for p in module.parameters(recurse=isinstance(module, BaseTunerLayer)) if id(p) not in seen]
             seen.update(map(id, parameters))
             if self._gather is None:
@@ -48,7 +48,7 @@ class ModelWeights:
                 yield from copies
 
 
-def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def _weight_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield modules that own weights, an adapted layer as one, under the names of the model without adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted: str | None = None
@@ -61,18 +61,18 @@ def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def _weights(name: str, module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Named]:
     if isinstance(module, BaseTunerLayer):
-        yield from _merged(name, module)
+        yield from _merged_weights(name, module)
         return
     whole = {id(p) for p in parameters}
     for own, parameter in module.named_parameters(recurse=False):
         if id(parameter) in whole:
-            yield _join(name, own), parameter.detach()
+            yield _full_name(name, own), parameter.detach()
     for own, buffer in module.named_buffers(recurse=False):
         if own not in module._non_persistent_buffers_set:
-            yield _join(name, own), buffer
+            yield _full_name(name, own), buffer
 
 
-def _merged(name: str, layer: Any) -> Iterator[Named]:
+def _merged_weights(name: str, layer: Any) -> Iterator[Named]:
     """Yield an adapted layer's weight, its active adapters added in float32, and its bias."""
     base = layer.get_base_layer()
     weight = base.weight
@@ -81,12 +81,12 @@ def _merged(name: str, layer: Any) -> Iterator[Named]:
             raise ModelError(f"the adapter of {name} ({type(layer).__name__}) cannot be merged for another engine")
         deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
         weight = (weight.float() + sum(deltas)).to(weight.dtype)
-    yield _join(name, "weight"), weight.detach()
+    yield _full_name(name, "weight"), weight.detach()
     if getattr(base, "bias", None) is not None:
-        yield _join(name, "bias"), base.bias.detach()
+        yield _full_name(name, "bias"), base.bias.detach()
 
 
-def _join(name: str, own: str) -> str:
+def _full_name(name: str, own: str) -> str:
     return f"{name}.{own}" if name else own
 
 

@@ -25,9 +25,9 @@ class CausalModel(nn.Module):
         self.model = model
         layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
         self._checkpointed = list(layers)
-        self.gather_head: Callable[[], None] = _nothing
+        self.gather_head: Callable[[], None] = _gather_nothing
         """Makes `head_parameters` whole while this micro-batch needs them; set where weights are sharded."""
-        self.release: Callable[[], None] = _nothing
+        self.release: Callable[[], None] = _gather_nothing
         """Frees what was gathered of sharded weights; set where weights are sharded."""
         linear: Any = self._transformer.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -137,5 +137,5 @@ def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _nothing() -> None:
+def _gather_nothing() -> None:
     """Gather nothing: the model is held whole."""

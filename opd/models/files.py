@@ -41,7 +41,7 @@ MENDS = (
 def check_description(name: str, folder: Path) -> None:
     """Read how a folder describes its weights. Raises ModelError for adapters and for quantised weights."""
     if (folder / "adapter_config.json").is_file():
-        raise adapters_alone(name)
+        raise adapters_error(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -69,11 +69,11 @@ def check_weights(name: str, folder: Path) -> list[str]:
         if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
     ]
     if packed:
-        raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {few(packed)}. {UNQUANTISED}.")
+        raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {name_few(packed)}. {UNQUANTISED}.")
     return list(tensors)
 
 
-def adapters_alone(name: str) -> ModelError:
+def adapters_error(name: str) -> ModelError:
     """The error to raise for a folder, or a hub's repository, of adapters."""
     return ModelError(
         f"model.name = {name!r} holds adapters (adapter_config.json), and an export would lack what they are laid "
@@ -102,11 +102,11 @@ def check_taken(
     sizes = [f"{tensor} {list(found)} in place of {list(wanted)}" for tensor, found, wanted in missized]
     parts = []
     if missing:
-        parts.append(f"Missing, and would be random: {few(missing)}.")
+        parts.append(f"Missing, and would be random: {name_few(missing)}.")
     if sizes:
-        parts.append(f"Of another size than config.json says: {few(sizes)}.")
+        parts.append(f"Of another size than config.json says: {name_few(sizes)}.")
     if left:
-        parts.append(f"In the checkpoint, but taken by nothing: {few(left)}.")
+        parts.append(f"In the checkpoint, but taken by nothing: {name_few(left)}.")
     if parts:
         raise ModelError(
             f"model.name = {name!r} cannot be loaded whole as {kind}. {' '.join(parts)} {_mend([*missing, *left])}."
@@ -126,7 +126,7 @@ def _mend(tensors: Collection[str]) -> str:
     return "Its config.json and its weights do not belong together, or it was not saved whole: save or download it anew"
 
 
-def few(tensors: Iterable[str], most: int = 4) -> str:
+def name_few(tensors: Iterable[str], most: int = 4) -> str:
     """Name the first few, in order, with their number: `3 tensors (a, b, c)`."""
     names = sorted(tensors, key=lambda tensor: [(int(p) if p.isdigit() else -1, p) for p in tensor.split(".")])
     more = f" and {len(names) - most} more" if len(names) > most else ""

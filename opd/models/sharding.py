@@ -25,7 +25,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def held(parameter: Tensor) -> Tensor:
+def held_part(parameter: Tensor) -> Tensor:
     """The part that this rank holds, detached: the parameter itself, or its slice [numel / ranks, padded]."""
     return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined]
 
@@ -89,7 +89,7 @@ def largest_gather(sizes: Iterable[int]) -> int:
 
 
 @contextmanager
-def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swap_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Put the held parts `weights` in place of the parameters' own, in their type, inside the context.
 
     No data moves: pointers do. Nothing may be gathered when it begins or ends.

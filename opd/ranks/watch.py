@@ -106,7 +106,7 @@ def _rest() -> None:
 def _connect(address: tuple[str, int], token: bytes, own: _Member) -> socket.socket:
     connection = socket.create_connection(address, timeout=_SECONDS)
     connection.sendall(token + own["rank"].to_bytes(4))
-    return _lasting(connection)
+    return _keep_connection_alive(connection)
 
 
 def _accept(server: socket.socket, token: bytes, count: int) -> list[tuple[int, socket.socket]]:
@@ -118,13 +118,13 @@ def _accept(server: socket.socket, token: bytes, count: int) -> list[tuple[int, 
             connection.settimeout(_SECONDS)
             said = connection.recv(len(token) + 4, socket.MSG_WAITALL)
             if secrets.compare_digest(said[: len(token)], token) and len(said) == len(token) + 4:
-                found[int.from_bytes(said[len(token) :])] = _lasting(connection)
+                found[int.from_bytes(said[len(token) :])] = _keep_connection_alive(connection)
             else:
                 connection.close()
     return list(found.items())
 
 
-def _lasting(connection: socket.socket) -> socket.socket:
+def _keep_connection_alive(connection: socket.socket) -> socket.socket:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):

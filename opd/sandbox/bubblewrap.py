@@ -26,7 +26,7 @@ from typing import IO
 
 from opd.errors import ConfigError, SandboxError
 from opd.sandbox.limits import SandboxLimits
-from opd.sandbox.process import Job, KilledWhy, Process, command, environment, python, sealed
+from opd.sandbox.process import Job, KilledWhy, Process, command, environment, python, sealed_file
 from opd.sandbox.syscalls import seccomp_filter
 
 _HOME, _SCRATCH = "/sandbox", "/tmp"
@@ -122,7 +122,7 @@ class Bubblewrapped(Process):
     def _spawn(self, job: Job, readable: Sequence[str], theirs: socket.socket) -> int:
         """Start bwrap; returns the host's process id of the sandbox's first process."""
         with ExitStack() as passed:  # what is given to bwrap and not kept
-            stdin, rules = (passed.enter_context(sealed(data)) for data in (job.stdin, seccomp_filter()))
+            stdin, rules = (passed.enter_context(sealed_file(data)) for data in (job.stdin, seccomp_filter()))
             info, info_in = _pipe(passed)
             mapped_out, mapped = _pipe(passed)
             user = ["--userns-block-fd", str(mapped_out.fileno()), "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -184,11 +184,11 @@ class Bubblewrapped(Process):
         if sum(_number(status, b"Threads") for status in statuses) > self._limits.processes + 1:
             return "processes"
         resident = sum(_number(status, b"RssAnon") + _number(status, b"RssShmem") for status in statuses) << 10
-        if resident > self._limits.memory_bytes and self._proportional() > self._limits.memory_bytes:
+        if resident > self._limits.memory_bytes and self._proportional_bytes() > self._limits.memory_bytes:
             return "memory"
         return None
 
-    def _proportional(self) -> int:
+    def _proportional_bytes(self) -> int:
         """Count the bytes of memory, shared pages once: slower, but fair to forks, which share pages."""
         rollups = [_read(self._processes, f"{pid}/smaps_rollup") for pid in _pids(self._processes)]
         return sum(_number(rollup, b"Pss_Anon") + _number(rollup, b"Pss_Shmem") for rollup in rollups) << 10

@@ -56,7 +56,7 @@ def main(plan: str) -> NoReturn:
     try:
         grader = pickle.loads(read_frame(control) or b"")()
     except BaseException as error:  # sys.exit() too
-        _reply(control, {"error": _described(error)})
+        _reply(control, {"error": _describe_error(error)})
         sys.exit(1)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
@@ -82,7 +82,7 @@ def serve(grader: Any, filtered: bool, connection: socket.socket) -> None:
             reply = {"value": getattr(grader, method)(**arguments)}
             json.dumps(reply)
         except BaseException as error:  # sys.exit() too
-            reply = {"raised": _described(error)}
+            reply = {"raised": _describe_error(error)}
         if refused:  # whatever the grader made of it
             reply = {"refused": refused[0]}
         _reply(connection, reply)
@@ -183,7 +183,7 @@ def _reply(connection: socket.socket, reply: dict[str, Any]) -> None:
     write_frame(connection, json.dumps(reply).encode())
 
 
-def _described(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}".split("\n")[0][:500]
     except BaseException:  # an exception of the model's own making

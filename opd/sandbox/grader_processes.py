@@ -23,7 +23,7 @@ from typing import Any
 
 from opd.errors import ConfigError, EnvError
 from opd.sandbox.forks import COMMAND, INTEGER
-from opd.sandbox.process import sealed
+from opd.sandbox.process import sealed_file
 from opd.sandbox.syscalls import seccomp_filter
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _spawn(argv: list[str], descriptor: int) -> subprocess.Popen[bytes]:
     with ExitStack() as held:
         if _bubblewrap_works():
             environment["TMPDIR"] = "/dev/shm"  # its own, and all that it may write to before it is locked
-            rules = held.enter_context(sealed(seccomp_filter())).fileno()
+            rules = held.enter_context(sealed_file(seccomp_filter())).fileno()
             passed.append(rules)
             argv = [*_bubblewrap(), "--seccomp", str(rules), "--", *argv]
         return subprocess.Popen(

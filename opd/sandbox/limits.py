@@ -82,10 +82,10 @@ class SandboxLimits:
         }
         if processes is not None:
             wanted[resource.RLIMIT_NPROC] = (processes, processes)
-        return {limit: (_within(limit, soft), _within(limit, hard)) for limit, (soft, hard) in wanted.items()}
+        return {limit: (_lowered(limit, soft), _lowered(limit, hard)) for limit, (soft, hard) in wanted.items()}
 
 
-def _within(limit: int, value: int) -> int:
+def _lowered(limit: int, value: int) -> int:
     """Lower a limit to what this process may set for others: never above its own hard limit."""
     hardest = resource.getrlimit(limit)[1]
     return value if hardest == resource.RLIM_INFINITY else min(value, hardest)

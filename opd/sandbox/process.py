@@ -105,7 +105,7 @@ def command(
     return [*begin, str(channel), str(-1 if user is None else user), home, limits, *job.argv, *script]
 
 
-def sealed(data: bytes) -> IO[bytes]:
+def sealed_file(data: bytes) -> IO[bytes]:
     """Make a file in memory that nobody can change any more, open at its start."""
     file = os.fdopen(os.memfd_create("opd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)

@@ -89,7 +89,7 @@ class Sandbox:
         Everything that the program does is an outcome, not an error. Raises ConfigError for arguments or files that
         cannot be handed over, SandboxError when the sandbox itself fails.
         """
-        parts = [_encodable(part) for part in argv]
+        parts = [_replace_surrogates(part) for part in argv]
         if not parts or any("\0" in part or len(part) > _LONGEST_ARGUMENT for part in parts):
             raise ConfigError(
                 f"argv = {argv!r:.200} must name a program, without NUL characters and with arguments of at most "
@@ -239,6 +239,6 @@ class _Stream:
         return self._data[: self._most].decode("utf-8", "replace")
 
 
-def _encodable(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which no program can be given, by `?`."""
     return text.encode("utf-8", "replace").decode()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opd.errors import CheckpointError
 from opd.models.causal import CausalModel
-from opd.models.sharding import full_shape, held, is_sharded, part_of, swapped
+from opd.models.sharding import full_shape, held_part, is_sharded, part_of, swap_weights
 from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 
@@ -35,7 +35,7 @@ class OwnWeights:
             # An average that moves by a rate of 0.01 a step stands still in bfloat16: it is kept in float32.
             dtype = torch.float32 if config.weights == "ema" else None
             self.by_name = {
-                name: held(parameter).clone().to(dtype=_wider(parameter, dtype))
+                name: held_part(parameter).clone().to(dtype=_wider(parameter, dtype))
                 for name, parameter in _trained(student).items()
             }
 
@@ -46,11 +46,11 @@ class OwnWeights:
             assert self._config.every is not None
             if updates % self._config.every == 0:
                 for name, parameter in _trained(self._student).items():
-                    self.by_name[name].copy_(held(parameter))
+                    self.by_name[name].copy_(held_part(parameter))
         if self._config.weights == "ema":
             assert self._config.rate is not None
             for name, parameter in _trained(self._student).items():
-                self.by_name[name].lerp_(held(parameter).to(self.by_name[name].dtype), self._config.rate)
+                self.by_name[name].lerp_(held_part(parameter).to(self.by_name[name].dtype), self._config.rate)
 
     @contextmanager
     def in_student(self) -> Iterator[None]:
@@ -59,7 +59,7 @@ class OwnWeights:
             yield
             return
         self._student.release()  # what was gathered of the student's weights is not the teacher's
-        with swapped(_trained(self._student), self.by_name):
+        with swap_weights(_trained(self._student), self.by_name):
             yield
             self._student.release()
 

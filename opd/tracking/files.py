@@ -110,13 +110,13 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
         "task": trajectory.task.id,
         "seed": trajectory.task.seed,
         "member": trajectory.member,
-        "reward": _finite(trajectory.reward),
+        "reward": _null_unless_finite(trajectory.reward),
         "success": trajectory.success,
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
-        "rewards": [_finite(turn.reward) for turn in turns],
+        "rewards": [_null_unless_finite(turn.reward) for turn in turns],
         "reward_parts": trajectory.reward_parts,
         "stop_reasons": [str(turn.stop_reason) for turn in turns],
         "feedback": [turn.feedback for turn in turns],
@@ -126,5 +126,5 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
     }
 
 
-def _finite(value: float) -> float | None:
+def _null_unless_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

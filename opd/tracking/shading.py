@@ -71,7 +71,7 @@ def shade_episode(tokens: Sequence[ShadedToken], *, title: str) -> RenderableTyp
 
     Raises DataError when nothing was sampled.
     """
-    return _Episode(_checked(tokens), title)
+    return _Episode(_check_tokens(tokens), title)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +85,14 @@ class _Episode:
         colored = console.color_system is not None and not console.no_color
         yield Text(self.title, style="bold")
         yield Text()
-        yield Text("").join(_styled(token, colored) for token in self.tokens)
+        yield Text("").join(_style_text(token, colored) for token in self.tokens)
         yield Text()
         yield _legend(colored)
         yield Text(_statistics(self.tokens), style="dim")
 
 
-def _styled(token: ShadedToken, colored: bool) -> Text:
-    text = _visible(token)
+def _style_text(token: ShadedToken, colored: bool) -> Text:
+    text = _make_visible(token)
     if token.kind == "prompt":
         return Text(text, style="dim")
     shade = shade_of(token)
@@ -129,14 +129,14 @@ def _statistics(tokens: Sequence[ShadedToken]) -> str:
     return f"{len(scored)} sampled tokens, mean {mean:.2g} nats, most {most:.2g} at {text!r}"
 
 
-def _visible(token: ShadedToken) -> str:
+def _make_visible(token: ShadedToken) -> str:
     """Remove what would steer a terminal (a model may sample escape codes), and make shaded line breaks visible."""
     text = token.text.replace("\t", "    ")
     text = "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     return text if shade_of(token) is None else text.replace("\n", "↵\n")
 
 
-def _checked(tokens: Sequence[ShadedToken]) -> Sequence[ShadedToken]:
+def _check_tokens(tokens: Sequence[ShadedToken]) -> Sequence[ShadedToken]:
     if not any(token.kind == "completion" for token in tokens):
         raise DataError("there is no sampled token to shade")
     return tokens
@@ -171,7 +171,7 @@ def episode_picture(path: Path, tokens: Sequence[ShadedToken], *, title: str) ->
     """
     from matplotlib.figure import Figure
 
-    blocks = list(_blocks(_checked(tokens)))
+    blocks = list(_blocks(_check_tokens(tokens)))
     lines = sum(len(block.lines) + 0.6 for block in blocks)
     width = 2 * _MARGIN + _SIDE + _COLUMNS * _ADVANCE
     height = 2 * _MARGIN + (lines + 3.2) * _LEADING
@@ -211,7 +211,7 @@ def _set_in_lines(tokens: Iterable[ShadedToken]) -> list[_Line]:
     lines: list[_Line] = [[]]
     used = 0
     for token in tokens:
-        for number, part in enumerate(_visible(token).split("\n")):
+        for number, part in enumerate(_make_visible(token).split("\n")):
             if number or (used + len(part) > _COLUMNS and used):
                 lines.append([])
                 used = 0
@@ -231,7 +231,7 @@ def _draw_line(axes: Axes, line: _Line, y: float) -> None:
         if shade is not None:
             _draw_ground(axes, x, y, len(text) * _ADVANCE, shade)
         ink = shade.ink if shade else _INK if token.kind == "completion" else _FAINT
-        _write(axes, x, y, _drawable(text), fontsize=_SIZE, family="DejaVu Sans Mono", color=ink)
+        _write(axes, x, y, _replace_undrawable(text), fontsize=_SIZE, family="DejaVu Sans Mono", color=ink)
         x += len(text) * _ADVANCE
 
 
@@ -242,7 +242,7 @@ def _draw_legend(axes: Axes, y: float, tokens: Sequence[ShadedToken]) -> None:
         _draw_ground(axes, x, y, 7 * _ADVANCE, shade)
         _write(axes, x + 3.5 * _ADVANCE, y, f"{shade.least:g}+", fontsize=_SIZE, color=shade.ink, ha="center")
         x += 7 * _ADVANCE
-    _write(axes, x + 2 * _ADVANCE, y, _drawable(_statistics(tokens)), fontsize=9, color=_FAINT)
+    _write(axes, x + 2 * _ADVANCE, y, _replace_undrawable(_statistics(tokens)), fontsize=9, color=_FAINT)
 
 
 def _draw_ground(axes: Axes, x: float, y: float, width: float, shade: Shade) -> None:
@@ -258,7 +258,7 @@ def _write(axes: Axes, x: float, y: float, text: str, **font: Any) -> None:
     axes.text(x, y + 0.35 * font["fontsize"], text, va="baseline", parse_math=False, **font)
 
 
-def _drawable(text: str) -> str:
+def _replace_undrawable(text: str) -> str:
     """Replace characters that the picture's font has no shape for."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 

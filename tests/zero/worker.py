@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
-from opd.models.sharding import held, whole_in_turn
+from opd.models.sharding import held_part, whole_in_turn
 from opd.ranks.ranks import join
 from opd.ranks.watch import together
 from opd.trainers.loop.loop import Loop
@@ -104,11 +104,11 @@ def sizes_of_a_step(case):
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     sizes = {
-        "weights": size(map(held, run.loop.student.parameters())),
+        "weights": size(map(held_part, run.loop.student.parameters())),
         "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
         "teacher": size(run.loop.teacher.own.by_name.values()),
-        "copy for rollouts": size(map(held, run.loop.rollouts.engine.model.parameters())),
+        "copy for rollouts": size(map(held_part, run.loop.rollouts.engine.model.parameters())),
     }
     run.close()
     return sizes
