@@ -41,7 +41,7 @@ class Round:
 
 def play(run: Run, *, concurrency: int, episodes: int) -> Round:
     """Play `episodes` tasks, `concurrency` at a time."""
-    scheduler = run.loop.rollouts
+    scheduler = run.loop.player.scheduler
     scheduler.config = run.config.rollout.model_copy(update={"concurrency": concurrency})
     since = time.perf_counter()
     groups = scheduler.run(
@@ -55,9 +55,9 @@ def update_seconds(run: Run, repeats: int = 3) -> float:
     """The fastest of some updates of the engine's weights."""
     best = float("inf")
     for _ in range(repeats):
-        run.loop.version += 1
+        run.loop.player.version += 1
         since = time.perf_counter()
-        run.loop.sync()
+        run.loop.player.sync()
         best = min(best, time.perf_counter() - since)
     return best
 
@@ -74,7 +74,7 @@ def measure(model: str, engine: str, concurrencies: list[int]) -> list[str]:
         since = time.perf_counter()
         run = build(config)
         try:
-            run.loop.sync()
+            run.loop.player.sync()
             start = time.perf_counter() - since
             play(run, concurrency=max(concurrencies), episodes=2)
             rates = []

@@ -78,7 +78,7 @@ def measure(run: Run, tasks: int) -> list[str]:
     """The rows of the table."""
     assert isinstance(run.method, HindsightMethod)
     goals = [task(i, split="eval") for i in range(tasks)]
-    groups = run.loop.play(goals, seed=derive_seed("hindsight", run.config.seed))
+    groups = run.loop.player.play(goals, seed=derive_seed("hindsight", run.config.seed))
     shown = {group.task: pair for group in groups if (pair := to_show(run.method, group)) is not None}
     episodes = [t for group in groups for t in group.usable]
     right = sum(t.success for t in episodes) / len(episodes)

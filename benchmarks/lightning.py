@@ -82,15 +82,15 @@ def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, 
     own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "full", "divergence": "reverse_kl"}
     built = build(Config.from_dict(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
     try:
-        built.loop.sync()
+        built.loop.player.sync()
         groups = built.held_out.run(
             [task(number, split="eval") for number in range(arguments.eval)],
             group_size=1,
-            sampling=built.loop.sampling,
+            sampling=built.loop.player.sampling,
             seed=derive_seed("distance", 0),
         )
         samples = [sample for group in groups for sample in built.method.annotate(group)]
-        nats = [value for values in built.loop.nats(samples) for value in values.tolist()]
+        nats = [value for values in built.loop.player.divergences(samples) for value in values.tolist()]
         solved = sum(t.success for group in groups for t in group.trajectories) / arguments.eval
     finally:
         built.close()

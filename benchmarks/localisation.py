@@ -73,12 +73,12 @@ def perfect_episode(world: Any, goal: Task, encode: Callable[[str], list[int]]) 
 def scored(run: Run, world: Any, attempts: int) -> list[Scored]:
     """The wrong attempts among `attempts` at held-out tasks, each token with its divergence."""
     tasks = [task(i, split="eval") for i in range(attempts)]
-    groups = run.loop.play(tasks, group_size=1, seed=derive_seed("localisation", run.config.seed))
+    groups = run.loop.player.play(tasks, group_size=1, seed=derive_seed("localisation", run.config.seed))
     chat = run.method.chat
     wrong: list[tuple[Trajectory, Sample]] = []
     for group in groups:
         wrong += [(t, s) for t in group.usable if not t.success for s in run.method.annotate(group)]
-    nats = run.loop.nats([sample for _, sample in wrong])
+    nats = run.loop.player.divergences([sample for _, sample in wrong])
     result = []
     for (trajectory, sample), values in zip(wrong, nats, strict=True):
         perfect = perfect_episode(world, trajectory.task, lambda text: [*chat.encode(text), chat.end_id])

@@ -125,11 +125,11 @@ def _moments(config: Config, tokens: int, folder: Path) -> Iterator[Moment]:
         last = stage + 1 == len(config.stages)
         with closing(build(config, stage=stage, model=model)) as run:
             yield Moment(run, sampled, steps)
-            sampled += int(run.method.prepare(run.loop, folder).get("tokens/collected", 0))
+            sampled += int(run.loop.prepare(folder).get("tokens/collected", 0))
             yield Moment(run, sampled, steps)
             first = steps
-            plays = last and run.method.dataset is None
-            while sampled < tokens if plays else steps - first < run.loop.train.steps:
+            plays = last and run.loop.dataset is None
+            while sampled < tokens if plays else steps - first < run.loop.player.train.steps:
                 row, _ = run.loop.step(steps - first)
                 steps += 1
                 sampled += int(row.get("tokens/sampled", 0))

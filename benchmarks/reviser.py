@@ -42,7 +42,7 @@ def measure(model: str, env: str, tasks: int) -> str:
         )
     )
     try:
-        attempts = _played(run, [run.loop.task(i) for i in range(tasks)], "attempts")
+        attempts = _played(run, [run.loop.player.task(i) for i in range(tasks)], "attempts")
         wrong = {task: attempt for task, attempt in attempts.items() if not attempt.success}
         again = _played(run, list(wrong), "again")
         revised = _played(run, list(wrong), "revisions", wrong)
@@ -63,7 +63,7 @@ def _played(
         def opening(task: Task, *_: object) -> list[int]:
             return reviser.opening(before[task], before[task].segments()[0])
 
-    groups = run.loop.play(tasks, seed=derive_seed(seed, run.config.seed), group_size=1, opening=opening)
+    groups = run.loop.player.play(tasks, seed=derive_seed(seed, run.config.seed), group_size=1, opening=opening)
     return {t.task: t for group in groups for t in group.usable}
 
 

@@ -64,7 +64,7 @@ def study(model: str, env: str, *, tasks: int, members: int) -> list[Trial]:
         )
     )
     try:
-        groups = run.loop.play([run.loop.task(i) for i in range(tasks)], seed=derive_seed("trials", 0))
+        groups = run.loop.player.play([run.loop.player.task(i) for i in range(tasks)], seed=derive_seed("trials", 0))
         makers, triers = ([_half(g, half, members // 2) for g in groups] for half in (0, 1))
         cases = [case for group in makers if (case := case_of(group, None))]
         lessons = Rules().summarise(cases)
@@ -104,7 +104,7 @@ def _verdicts(
     """What each of `VERDICTS` says of each task's text, by the group's episodes."""
     assert isinstance(run.method, SkillSd)
     readings = [(episode, texts[group.task]) for group in groups for episode in group.usable]
-    found = iter(gains(readings, run.method._view, run.loop.nats))
+    found = iter(gains(readings, run.method._view, run.loop.player.divergences))
     for group in groups:
         gained: dict[bool, list[float]] = {True: [], False: []}
         for episode in group.usable:
@@ -126,10 +126,10 @@ def _told(
         text = by_prompt[prompt_text(messages)]
         return in_first_user_message(messages, lambda said: with_skill(said, skill=text))
 
-    played = run.loop.rollouts.run(
+    played = run.loop.player.scheduler.run(
         [group.task for group in groups],
         group_size=run.config.rollout.group_size,
-        sampling=run.loop.sampling,
+        sampling=run.loop.player.sampling,
         seed=derive_seed("told", 0),
         rewrite=rewrite,
     )

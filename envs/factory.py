@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
-import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import partial
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
+from opd.addressing import find_module
 from opd.envs import adapters
 from opd.envs.adapters import Adapter
 from opd.errors import ConfigError
@@ -38,7 +36,7 @@ def validate_id(env_id: str) -> None:
     if adapted := adapters.find(env_id):
         adapted[0].require()
     elif named := _IN_MODULE.fullmatch(env_id):
-        if _find_module(named["module"]) is None:
+        if find_module(named["module"]) is None:
             raise ConfigError(
                 f"env.id: {env_id!r} names the module {named['module']!r}, which cannot be found. "
                 "Is its folder on PYTHONPATH, or the package installed?"
@@ -138,15 +136,3 @@ def _check_kwargs(env_id: str, creator: Any, kwargs: dict[str, Any]) -> None:
 
 def _is_text(space: Any) -> bool:
     return isinstance(space, gymnasium.Space) and space.dtype is not None and np.dtype(space.dtype).kind == "U"
-
-
-def _find_module(name: str) -> ModuleSpec | None:
-    """The module's spec, found without importing its parents (`importlib.util.find_spec` would)."""
-    parent, _, _ = name.rpartition(".")
-    if name in sys.modules or not parent:
-        return importlib.util.find_spec(name)
-    found = _find_module(parent)
-    if found is None or found.submodule_search_locations is None:
-        return None
-    specs = (finder.find_spec(name, found.submodule_search_locations) for finder in sys.meta_path)
-    return next((spec for spec in specs if spec is not None), None)

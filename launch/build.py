@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -40,7 +40,11 @@ from opd.teachers.served import ServedTeacher
 from opd.teachers.teacher import Teacher
 from opd.tracking.intervals import paired_difference, wilson
 from opd.trainers.loop.loop import Loop
-from opd.trainers.loop.method import Method, methods
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.play import Player
+from opd.trainers.loop.reading import Models
+from opd.trainers.loop.registry import methods
+from opd.trainers.loop.stage import Stage
 from opd.types import Trajectory, TrajectoryGroup
 
 
@@ -128,14 +132,14 @@ class Run:
 
         Raises Interrupted, on all ranks, where `stopped` held on any of them when an episode ended.
         """
-        config, ranks = self.config, self.loop.backend.ranks
+        config, ranks = self.config, self.loop.player.ranks
 
         def finished(episode: Trajectory) -> None:
             on_finish(episode)
             if stopped():
                 raise Interrupted
 
-        self.loop.sync()
+        self.loop.player.sync()
         own: list[TrajectoryGroup] | None = None
         with suppress(Interrupted):
             own = self.held_out.run(
@@ -154,7 +158,7 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder; on all ranks."""
-        ranks = self.loop.backend.ranks
+        ranks = self.loop.player.ranks
         loaded = self.loaded
         if self.blank is not None:
             loaded = replace(loaded, model=collected(self.blank, loaded.model, keep=ranks.first))
@@ -162,11 +166,12 @@ class Run:
 
     def close(self) -> None:
         """Close the environments and the engine, and give the memory of training back."""
-        self.loop.rollouts.close()
+        scheduler, models = self.loop.player.scheduler, self.loop.models
+        scheduler.close()
         self.held_out.close()
-        self.loop.teacher.close()
-        self.loop.backend.close()  # before vLLM, which asks for memory once more where it ends in its sleep
-        self.loop.rollouts.engine.close()
+        models.teacher.close()
+        models.backend.close()  # before vLLM, which asks for memory once more where it ends in its sleep
+        scheduler.engine.close()
 
 
 def build(
@@ -193,12 +198,12 @@ def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.seed)  # adapters are initialised at random
     own = _named(config, ranks, str(model) if model else config.model.name)
-    planned = Method(None, cast(Any, None)) if stage is None else config.stages[stage]
-    name = planned.borrowed or planned.teacher.model
+    planned = _only_played(config) if stage is None else config.stages[stage]
+    name = planned.model or planned.teacher.model
     other = _named(config, ranks, name) if name else None
     if other is not None:
         ranks.agree(lambda: _check_tokenizers(own, other))
-    if planned.borrowed is None or other is None:
+    if planned.model is None or other is None:
         loaded = _load(config, ranks, own)
     else:
         loaded = _load(config, ranks, other.model_copy(update={"lora": None}))
@@ -210,12 +215,10 @@ def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None
         on_rewrite=config.rollout.on_rewrite,
         stop_ids=loaded.stop_ids,
     )
-    spec = methods()[config.method]
-    method = spec.cls(config.section, chat)
-    method = method if stage is None else method.stages()[stage]
-    train = method.schedule(config.train)
+    method: Method = planned.make(chat)
+    train = planned.settings(config.train)
     blank = blank_copy(loaded.model, "meta") if config.backend == "deepspeed" else None
-    backend, engine = _backend(config, train, loaded.model, ranks, opened, trains=method.trains)
+    backend, engine = _backend(config, train, loaded.model, ranks, opened, trains=planned.trains)
     scheduler = partial(
         RolloutScheduler,
         engine,
@@ -231,26 +234,35 @@ def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None
     opened.callback(held_out.close)
     teacher = _teacher(config, planned, loaded.model, other, ranks)
     opened.callback(teacher.close)
-    loop = Loop(
-        seed=config.seed,
-        method=method,
+    models = Models(
         student=loaded.model,
-        weights=ModelWeights(loaded.model, gather=whole if any(map(is_sharded, loaded.model.parameters())) else None),
         teacher=teacher,
-        rollouts=rollouts,
         backend=backend,
+        sampler=_sampler(config.rollout),
+        pad_id=loaded.pad_id,
+        tokens_per_microbatch=train.tokens_per_microbatch,
+    )
+    player = Player(
+        stage=planned,
+        models=models,
+        scheduler=rollouts,
+        weights=ModelWeights(loaded.model, gather=whole if any(map(is_sharded, loaded.model.parameters())) else None),
         rollout=config.rollout,
         train=train,
-        sampler=_sampler(config.rollout),
-        weighting=config.weighting,
-        pad_id=loaded.pad_id,
-        origin=config.fingerprint,
+        seed=config.seed,
+        settings=config.fingerprint,
     )
+    loop = Loop(method=method, player=player, weighting=config.weighting)
     return Run(config=config, loaded=loaded, method=method, loop=loop, held_out=held_out, blank=blank)
 
 
+def _only_played(config: Config) -> Stage:
+    """A stage for a run that is evaluated and not trained: nobody teaches."""
+    return Stage(make=partial(methods()[config.method].cls, config.section))
+
+
 def _check_top_k(config: Config, vocabulary: int) -> None:
-    """Of every stage: what only the last would find out costs all those before it. Raises ConfigError."""
+    """Check top_k of every stage now: a bad last stage would waste the earlier ones. Raises ConfigError."""
     for stage in config.stages:
         top_k = getattr(stage.losses.distill, "top_k", None)
         if top_k is not None and top_k > vocabulary:
@@ -291,13 +303,13 @@ def _check_tokenizers(student: ModelConfig, teacher: ModelConfig) -> None:
     check_same_tokenizer(load_tokenizer(student), load_tokenizer(teacher), names=(student.name, teacher.name))
 
 
-def _teacher(config: Config, method: Method, student: CausalModel, other: ModelConfig | None, ranks: Ranks) -> Teacher:
+def _teacher(config: Config, stage: Stage, student: CausalModel, other: ModelConfig | None, ranks: Ranks) -> Teacher:
     """Who teaches; another model is cut into slices where the student is, or asked where it is served."""
-    teaching = method.teacher
+    teaching = stage.teacher
     if other is None or teaching.model is None:
         return Teacher(teaching, student)
     if teaching.servers:
-        served = _served(method, student)
+        served = _served(stage, student)
         named = f"served: {teaching.model}"
         return Teacher(teaching, student, served=served, fingerprint=named, close=served.scorer.close)
     sharded = _in_slices(config)
@@ -311,8 +323,8 @@ def _teacher(config: Config, method: Method, student: CausalModel, other: ModelC
     return Teacher(teaching, student, model, fingerprint=fingerprint, look=held.look, close=held.close)
 
 
-def _served(method: Method, student: CausalModel) -> ServedTeacher:
-    teaching, distill = method.teacher, method.losses.distill
+def _served(stage: Stage, student: CausalModel) -> ServedTeacher:
+    teaching, distill = stage.teacher, stage.losses.distill
     key = os.environ.get(teaching.api_key_env)
     servers = [Server(url, key=key, timeout=teaching.timeout, connections=16) for url in teaching.servers]
     scorer = VllmScorer(servers, vocabulary=student.vocabulary, retries=4, restart_timeout=300.0)

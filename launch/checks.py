@@ -24,6 +24,7 @@ from opd.launch.tiny_names import TINY_ENVS
 from opd.losses import Distill, SampledDistill
 from opd.models.config import ModelConfig
 from opd.ranks.ranks import started_ranks
+from opd.teachers.config import TeacherConfig
 from opd.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def check_started(config: Config) -> None:
             "Set backend: deepspeed, or start one."
         )
     check_servers(config.rollout)
-    for teacher in {id(s.teacher): s.teacher for s in config.stages if s.losses.distill}.values():
+    for teacher in {id(s.teacher): s.teacher for s in config.stages if s.listens}.values():
         check_teaching_servers(teacher, config.rollout.max_length, f"{config.method}.teacher")
 
 
@@ -131,7 +132,7 @@ def _backend(config: Config) -> list[Problem]:
 
 def _undistilled(config: Config) -> list[Problem]:
     """Settings about a teacher's word, for a method that does not listen to one."""
-    if any(stage.losses.distill and stage.asks for stage in config.stages):
+    if any(stage.losses.distill and stage.listens for stage in config.stages):
         return []
     weighting = config.weighting
     asked = {
@@ -148,9 +149,9 @@ def _undistilled(config: Config) -> list[Problem]:
 def _unserved(config: Config) -> list[Problem]:
     """What a teacher behind servers cannot say (`opd.engines.scoring`)."""
     key = f"{config.method}.teacher.servers"
-    stage = next((s for s in config.stages if s.teacher.servers and s.losses.distill and s.asks), None)
+    stage = next((s for s in config.stages if s.teacher.servers and s.listens), None)
     if stage is None:
-        named = getattr(getattr(config.section, "teacher", None), "servers", [])
+        named = any(value.servers for _, value in config.section if isinstance(value, TeacherConfig))
         text = f"{key} has no effect: the method loads teacher.model to play or to score ahead. Remove it."
         return [Problem((key,), text)] if named else []
     distill, weighting = stage.losses.distill, config.weighting
@@ -175,7 +176,7 @@ def _unserved(config: Config) -> list[Problem]:
 
 def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
     """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
-    teachers = [stage.teacher.weights for stage in config.stages if stage.losses.distill]
+    teachers = [stage.teacher.weights for stage in config.stages if stage.listens]
     own = next((weights for weights in teachers if weights not in ("live", "external")), None)
     if own is None:
         return []
@@ -272,25 +273,20 @@ def check_model(model: ModelConfig) -> list[Problem]:
 
 def check_teachers(config: Config) -> list[Problem]:
     """Whether there are such models as other than the student are asked to teach."""
-    named = (name for stage in config.stages for name in (stage.teacher.model, stage.borrowed) if name)
-    other = getattr(config.section, "sft_teacher", None)
-    problems = []
-    for name in dict.fromkeys(named):
-        key = f"{config.method}.{'sft_teacher' if name == other else 'teacher.model'}"
-        if problem := _model_problem(name):
-            problems.append(Problem((key,), f'{key} = "{name}" {problem}'))
-    return problems
+    named = ((f"{config.method}.{key}", name) for key, name in config.inputs.models.items())
+    found = ((key, name, _model_problem(name)) for key, name in named)
+    return [Problem((key,), f'{key} = "{name}" {problem}') for key, name, problem in found if problem]
 
 
 def check_files(config: Config) -> list[Problem]:
     """Whether what a method is to read ahead of training is there."""
+    inputs = config.inputs
+    named = [(key, value, "file", Path.is_file) for key, value in inputs.files.items()]
+    named += [(key, value, "folder", Path.is_dir) for key, value in inputs.folders.items()]
     problems = []
-    for name, kind in (("file", "file"), ("data", "folder")):
-        value = getattr(config.section, name, None)
-        if value is None:
-            continue
-        path, key = Path(value).expanduser(), f"{config.method}.{name}"
-        if not (path.is_file() if kind == "file" else path.is_dir()):
+    for name, value, kind, is_there in named:
+        key = f"{config.method}.{name}"
+        if not is_there(Path(value).expanduser()):
             problems.append(Problem((key,), f'{key} = "{value}": there is no such {kind}'))
     return problems
 

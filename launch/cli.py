@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from opd import __version__
 from opd.errors import ConfigError, OpdError
-from opd.ranks.ranks import Ranks, SharedError, join, started_ranks
+from opd.ranks.join import join
+from opd.ranks.ranks import Ranks, SharedError, started_ranks
 
 if TYPE_CHECKING:
     from opd.launch.config import Config
@@ -191,7 +192,7 @@ def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int
     ranks = join() if started_ranks() > 1 else Ranks()
     config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
     if all(stage.trains for stage in config.stages):
-        why = "with data: it trains on what an earlier run prepared" if getattr(config.section, "data", None) else ""
+        why = "with data: it trains on what an earlier run prepared" if config.inputs.folders else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
     out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
     from opd.launch.train import train
@@ -309,7 +310,7 @@ def _mapping(text: str, *, flag: str) -> dict[str, Any]:
 
 
 def _methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.trainers.loop.method import methods
+    from opd.trainers.loop.registry import methods
 
     width = max(map(len, methods()))
     for name, spec in methods().items():

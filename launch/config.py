@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
@@ -42,7 +42,8 @@ from opd.launch.server_checks import check_engine_args
 from opd.models.config import ModelConfig, ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
-from opd.trainers.loop.method import Method, methods
+from opd.trainers.loop.registry import methods
+from opd.trainers.loop.stage import Inputs, Stage
 
 
 def _read_deepspeed(value: Any) -> Any:
@@ -153,14 +154,19 @@ class Config(Strict):
         return config
 
     @property
-    def stages(self) -> Sequence[Method]:
-        """The stages of the method as far as its settings go: for that it needs no tokenizer."""
-        return methods()[self.method].cls(self.section, cast(Any, None)).stages()
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the method."""
+        return methods()[self.method].stages(self.section)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the method reads ahead of training, by the keys of its own section."""
+        return methods()[self.method].inputs(self.section)
 
     @property
     def stage_steps(self) -> list[int]:
         """The steps of each stage."""
-        return [stage.schedule(self.train).steps if stage.trains else 0 for stage in self.stages]
+        return [stage.steps(self.train) for stage in self.stages]
 
     @property
     def fingerprint(self) -> str:

@@ -122,9 +122,9 @@ def _show_episode(run: Run, folder: Path) -> Any:
     """One episode of the untrained student, each token shaded by how much the teacher disagrees."""
     tasks = [task(i, split="eval") for i in range(12)]
     seed = derive_seed("demo", run.config.seed)
-    groups = run.loop.rollouts.run(tasks, group_size=1, sampling=run.loop.sampling, seed=seed)
+    groups = run.loop.player.scheduler.run(tasks, group_size=1, sampling=run.loop.player.sampling, seed=seed)
     samples = [sample for group in groups for sample in run.method.annotate(group)]
-    nats = run.loop.nats(samples)
+    nats = run.loop.player.divergences(samples)
     # The episode with the strongest single objection shows best what the teacher knows.
     best = max(range(len(samples)), key=lambda i: float(nats[i].max()))
     sample, values = samples[best], iter(nats[best].tolist())

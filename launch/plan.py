@@ -204,7 +204,7 @@ def _listed(head: str, parts: list[Part]) -> str:
 
 def teacher_of(config: Config) -> TeacherConfig | None:
     """Whose weights teach; None where nobody is listened to."""
-    return next((stage.teacher for stage in config.stages if stage.losses.distill and stage.asks), None)
+    return next((stage.teacher for stage in config.stages if stage.listens), None)
 
 
 def has_gpu() -> bool:
@@ -270,7 +270,7 @@ def _notes(config: Config) -> list[str]:
             f"the loss is taken at {config.method}.temperature = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
-    notes += dict.fromkeys(note for stage in config.stages for note in stage.advice(rollout))
+    notes += dict.fromkeys(note for stage in config.stages for note in stage.notes(rollout))
     bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
     if bounded and train.updates_per_step == 1:
         notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")

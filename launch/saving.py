@@ -67,28 +67,28 @@ def clear_the_way(exports: Iterable[Path], saved: checkpoint.Checkpoint | None) 
 def save(run: Run, out: Path, step: int, before: Score | None, after: Score | None) -> None:
     """Save after `step`, whose weights were evaluated as `after` says, if they were; on all ranks. Then delete the
     checkpoints that no setting keeps. Raises CheckpointError where the disk does not take it."""
-    loop, ranks = run.loop, run.loop.backend.ranks
+    loop, models, ranks = run.loop, run.loop.models, run.loop.player.ranks
     root = out / "checkpoints"
     checkpoint.save(
         root / f"step-{step}",
         parts=[
-            loop.backend.save,
-            lambda folder: loop.teacher.own.save(folder, ranks),
+            models.backend.save,
+            lambda folder: models.teacher.own.save(folder, ranks),
             lambda folder: torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank}.pt"),
         ],
         records={
             "run": {
                 "step": step,
                 "ranks": ranks.world_size,
-                "teacher_updates": loop.teacher.updates,
-                "teacher_fingerprint": loop.teacher.fingerprint,
-                "policy_version": loop.version,
+                "teacher_updates": models.teacher.updates,
+                "teacher_fingerprint": models.teacher.fingerprint,
+                "policy_version": loop.player.version,
                 "config": run.config.dump(),
                 "before": None if before is None else before.outcomes,
                 "after": None if after is None else after.outcomes,
                 "success": after.rate if after is not None and after.played else None,
                 "finite": loop.finite,
-                "streaks": dict(loop.health.streaks),
+                "streaks": dict(loop.player.health.streaks),
             },
             "method": run.method.state_dict(),
         },
@@ -121,19 +121,19 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Load a checkpoint of this run's stage; on all ranks. Raises CheckpointError where it does not fit the run."""
-    record, loop = saved.record("run"), run.loop
-    ranks = loop.backend.ranks
-    if record["teacher_fingerprint"] != loop.teacher.fingerprint:
+    record, player, models = saved.record("run"), run.loop.player, run.loop.models
+    backend, teacher, ranks = models.backend, models.teacher, player.ranks
+    if record["teacher_fingerprint"] != teacher.fingerprint:
         raise CheckpointError(
             f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
-            f"teacher.model = {run.method.teacher.model!r} holds now ({loop.teacher.fingerprint!r}). Put the teacher "
+            f"teacher.model = {player.stage.teacher.model!r} holds now ({teacher.fingerprint!r}). Put the teacher "
             "back, or start afresh."
         )
-    loop.backend.load(saved.folder, saved_ranks=record["ranks"])
-    loop.teacher.own.load(saved.folder, ranks, saved_ranks=record["ranks"])
-    loop.teacher.updates = record["teacher_updates"]
+    backend.load(saved.folder, saved_ranks=record["ranks"])
+    teacher.own.load(saved.folder, ranks, saved_ranks=record["ranks"])
+    teacher.updates = record["teacher_updates"]
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
-    loop.version = record["policy_version"]
-    loop.health.streaks.update(record["streaks"])
+    player.version = record["policy_version"]
+    player.health.streaks.update(record["streaks"])
     run.method.load_state_dict(saved.record("method"))

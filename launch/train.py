@@ -27,7 +27,8 @@ from opd.launch.config import Config
 from opd.launch.lock import RunLock
 from opd.launch.out import Resume, remove_run, resumes
 from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
-from opd.ranks.ranks import Ranks, join
+from opd.ranks.join import join
+from opd.ranks.ranks import Ranks
 from opd.ranks.watch import together
 from opd.tracking import NoTracker, Tracker
 
@@ -69,8 +70,8 @@ def train(
             ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = newest(out, ranks, anew=resume == "auto") if again else None
-            course = _Course(config=config, ranks=ranks, out=out, lock=lock, only_prepare=only_prepare)
-            return _train(course, saved, anew=again and saved is None)
+            runner = _StageRunner(config=config, ranks=ranks, out=out, lock=lock, only_prepare=only_prepare)
+            return _train(runner, saved, anew=again and saved is None)
 
 
 @contextmanager
@@ -104,43 +105,43 @@ def ranks_of(config: Config) -> Ranks:
     return ranks
 
 
-def _train(course: _Course, saved: checkpoint.Checkpoint | None, *, anew: bool) -> RunResult:
+def _train(runner: _StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bool) -> RunResult:
     """Train from a checkpoint or from the start; `anew` in the folder of a run that has none."""
-    config, ranks, out = course.config, course.ranks, course.out
+    config, ranks, out = runner.config, runner.ranks, runner.out
     if saved is not None:
-        course.take_up(saved.record("run"), saved.folder)
-    left = ranks.from_first(course.stages_left)
+        runner.take_up(saved.record("run"), saved.folder)
+    left = ranks.from_first(runner.stages_left)
     ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
     if anew:
         ranks.from_first(partial(begin_anew, out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
     ranks.from_first(partial(clear_the_way, exports, saved))
-    with _stop_signals() as stopped, closing(course):
-        course.stopped = stopped
+    with _stop_signals() as stopped, closing(runner):
+        runner.stopped = stopped
         for stage in left:
             with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
-                if saved is not None and course.done > stage.first and stage.record is None:
+                if saved is not None and runner.done > stage.first and stage.record is None:
                     restore(run, saved)
                 try:
-                    course.go(run, stage)
+                    runner.go(run, stage)
                 except EngineError as error:
-                    raise course.stopped_with_checkpoint(run, stage, error) from error
+                    raise runner.stopped_with_checkpoint(run, stage, error) from error
                 except HealthError as error:
-                    ranks.agree(partial(_raise, course.given_up(run, stage, error)))
-                if run.method.trains and (course.done > stage.first if course.interrupted else stage.last):
+                    ranks.agree(partial(_raise, runner.given_up(run, stage, error)))
+                if run.loop.stage.trains and (runner.done > stage.first if runner.interrupted else stage.last):
                     run.export(out / "export")
                 elif stage.next_model is not None:
                     _export_whole(run, stage.next_model)
-                if course.interrupted:
+                if runner.interrupted:
                     break
             del run  # else two stages' models would be in memory while the next is loaded
             gc.collect()
-        return course.finish()
+        return runner.finish()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stage:
-    """One stage among the steps of a run."""
+class _Place:
+    """The place of one stage among the steps of a run."""
 
     number: int
     """From 0."""
@@ -157,8 +158,8 @@ class _Stage:
 
 
 @dataclass(kw_only=True)
-class _Course:
-    """A run on its way through its stages."""
+class _StageRunner:
+    """Runs the remaining stages; owns the tracker and the scores."""
 
     config: Config
     ranks: Ranks
@@ -194,17 +195,17 @@ class _Course:
                 "run (eval, tracking and, of a run of one stage, train.steps may change), or start afresh."
             )
 
-    def stages_left(self) -> list[_Stage]:
+    def stages_left(self) -> list[_Place]:
         """The stages from the first one that is not both trained and exported, or whose data is not there any more.
 
         Raises CheckpointError where a stage without steps made its data under other settings.
         """
         ends = list(accumulate(self.config.stage_steps))
-        stages: list[_Stage] = []
+        stages: list[_Place] = []
         model = None
         for n, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             last, trains = n == len(ends) - 1, self.config.stages[n].trains
-            stage = _Stage(
+            stage = _Place(
                 number=n,
                 first=first,
                 end=end,
@@ -223,13 +224,13 @@ class _Course:
         prepares = max(stage.number for stage in stages if stage.record is not None)
         return [stage for stage in left if stage.number <= prepares]
 
-    def _is_over(self, stage: _Stage) -> bool:
+    def _is_over(self, stage: _Place) -> bool:
         if stage.record is not None:
             made = self._record(stage)["made"]
-            return bool(made) and self.config.stages[stage.number].kept(self.out / "data", made)
+            return bool(made) and self.config.stages[stage.number].holds(self.out / "data", made)
         return self.done >= stage.end and stage.next_model is not None and stage.next_model.is_dir()
 
-    def _record(self, stage: _Stage) -> dict[str, Any]:
+    def _record(self, stage: _Place) -> dict[str, Any]:
         """What a stage without steps wrote down when it was over; with nothing `made` where it is not."""
         assert stage.record is not None
         try:
@@ -244,13 +245,13 @@ class _Course:
         self._same(stage.record, self.config.differs(config))
         return {"made": made}
 
-    def go(self, run: Run, stage: _Stage) -> None:
+    def go(self, run: Run, stage: _Place) -> None:
         """Train the stage from where it stands to its end, or until a signal."""
-        config, loop, evaluation = self.config, run.loop, self.config.eval
+        config, loop, player, evaluation = self.config, run.loop, run.loop.player, self.config.eval
         tracker = self.tracker = self.tracker or self._open_tracker()
-        loop.on_finish, loop.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
-        loop.version = self.done
-        if self.before is None and evaluation.tasks and run.method.borrowed is None:
+        player.on_finish, player.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
+        player.version = self.done
+        if self.before is None and evaluation.tasks and loop.stage.model is None:
             self.before = self._evaluate(run, tracker)
         if not self.interrupted:
             self._prepare(run, stage, tracker)
@@ -261,7 +262,7 @@ class _Course:
             row |= {"stage": stage.number + 1.0} if len(config.stages) > 1 else {}
             self.done += 1
             self.after = None
-            self.interrupted = loop.stopping()  # then it is saved at once, and not evaluated
+            self.interrupted = player.stopping()  # then it is saved at once, and not evaluated
             last = self.done == stage.end
             due = last or (evaluation.every and self.done % evaluation.every == 0)
             if loop.failed is None and not self.interrupted and evaluation.tasks and due:
@@ -270,28 +271,28 @@ class _Course:
             tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
             if loop.failed is not None:
                 raise loop.failed
-            self.interrupted = self.interrupted or loop.stopping()
+            self.interrupted = self.interrupted or player.stopping()
             if last or self.interrupted or self._save_is_due():
                 self._save(run)
-            self.interrupted = loop.stopping() and not (last and stage.last and self._is_evaluated())
+            self.interrupted = player.stopping() and not (last and stage.last and self._is_evaluated())
         steps = stage.end - stage.first
         if self.done == stage.end:
-            loop.health.ended(steps=steps, updates=steps * loop.train.updates_per_step)
+            player.health.ended(steps=steps, updates=steps * player.train.updates_per_step)
         if stage.record is None:
             self.made = {}  # of a stage that had its steps before a restart
-        if stage.last and run.method.trains and not (self.interrupted or self._is_evaluated()):
+        if stage.last and loop.stage.trains and not (self.interrupted or self._is_evaluated()):
             self.after = self._evaluate(run, tracker)  # a signal came before it could be
             self._save(run)  # that says so
 
-    def _prepare(self, run: Run, stage: _Stage, tracker: Tracker | NoTracker) -> None:
+    def _prepare(self, run: Run, stage: _Place, tracker: Tracker | NoTracker) -> None:
         """What the stage needs before its first step."""
         since = time.monotonic()
         with tracker.phase("prepare"):
-            made = run.method.prepare(run.loop, self.out / "data")
+            made = run.loop.prepare(self.out / "data")
         if stage.record is not None:
             made = {**made, f"time/stage_{stage.number + 1}": time.monotonic() - since}
         self.made |= made
-        self.interrupted = run.loop.stopping()
+        self.interrupted = run.loop.player.stopping()
         if self.done == stage.first:
             tracker.prepared(made)
         if stage.record is not None and not self.interrupted:
@@ -325,7 +326,7 @@ class _Course:
         save(run, self.out, self.done, self.before, self.after)
         self.saved_at = time.monotonic()
 
-    def stopped_with_checkpoint(self, run: Run, stage: _Stage, error: EngineError) -> EngineError:
+    def stopped_with_checkpoint(self, run: Run, stage: _Place, error: EngineError) -> EngineError:
         """An engine was lost: the last whole step is saved if the weights are still its, and the error says so.
 
         Of several ranks, only one may have lost its engine: they go on from their last checkpoint.
@@ -335,7 +336,7 @@ class _Course:
             return EngineError(f"{error} Step {self.done} is saved: opd train {self.out} --resume")
         return EngineError(f"{error}{self._last_checkpoint()}")
 
-    def given_up(self, run: Run, stage: _Stage, error: HealthError) -> HealthError:
+    def given_up(self, run: Run, stage: _Place, error: HealthError) -> HealthError:
         """Nothing is learned: the last whole step is saved if its updates were numbers, and the error says so."""
         if self.done > stage.first and run.loop.finite and not run.loop.halfway:
             self._save(run)
@@ -389,7 +390,7 @@ def _export_whole(run: Run, folder: Path) -> None:
     """Export a stage's model so that the folder is whole or absent."""
     aside = folder.with_name(f".{folder.name}.partial")
     run.export(aside)
-    run.loop.backend.ranks.from_first(lambda: aside.rename(folder))
+    run.loop.player.ranks.from_first(lambda: aside.rename(folder))
 
 
 @contextmanager

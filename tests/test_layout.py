@@ -1,4 +1,4 @@
-"""The shape of the repository: which folder may import which, and that nothing is left out of the wheel.
+"""The shape of the repository: which room may import which, sizes, and that nothing is left out of the wheel.
 
 Not covered: imports by name at run time, such as the entry points of environments.
 """
@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from opd.trainers.loop.method import METHODS
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -21,16 +22,41 @@ PACKAGES = {
     "trainers": "opd.trainers",
     "launch": "opd.launch",
 }
-MAY_IMPORT = {
-    "opd": {"opd"},
-    "rewards": {"opd", "rewards"},
-    "envs": {"opd", "rewards", "envs"},
-    "trainers": {"opd", "rewards", "envs", "trainers"},
-    "launch": {"opd", "rewards", "envs", "trainers", "launch"},
+GROUND = (
+    *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
+    *("ranks", "sandbox"),
+)
+"""Plain data, text and processes: what every room may use, environments and rewards too."""
+STREETS = {
+    "ground": {"ground"},
+    "tracking": {"ground", "tracking"},
+    "checkpoint": {"ground", "checkpoint"},
+    "maths": {"ground", "maths"},
+    "models": {"ground", "maths", "models"},
+    "objective": {"ground", "maths", "models", "objective"},
 }
-PLAIN = {"opd.types", "opd.errors", "opd.teachers.privileged", "opd.sandbox", "opd.background", "opd.grading"}
-"""What environments and rewards may use of the core: data, errors, the words of privileged prompts, the sandbox, limits
-of time and clocks."""
+"""What the modules of a room may import. Rooms that are named last come last; none imports a later one."""
+CORE = {*STREETS, "objective"}
+STREETS |= {room: {*CORE, room} for room in ("engines", "backends")}
+STREETS |= {room: {*CORE, "engines", "backends", room} for room in ("teachers", "episodes")}
+STREETS |= {
+    "rewards": {"ground", "rewards"},
+    "envs": {"ground", "rewards", "envs"},
+}
+LOOP = {*STREETS, "trainers.loop"} - {"envs", "rewards"}
+STREETS |= {
+    "trainers.loop": LOOP,
+    "trainers.parts": {*LOOP, "trainers.parts"},
+    "methods": {*LOOP, "trainers.parts", "methods"},
+}
+LAUNCH = ("settings", "checks", "plan", "run", "cli")
+"""The rooms of `launch/`, each of which may import those before it."""
+STREETS["launch"] = {*STREETS, "launch"}
+EXTENDS = {"opd.trainers.vopd": "opd.trainers.opd"}
+"""Methods that are another one with other settings."""
+LONG = re.compile(r"\bLong because \w+")
+MOST = {"file": 400, "class": 150, "function": 40}
+"""Lines; what has more says why in its docstring, in a sentence that begins with `Long because`."""
 
 
 def sources(folder: str) -> list[Path]:
@@ -42,60 +68,108 @@ def module_of(path: Path) -> str:
     return ".".join([PACKAGES[folder], *(part for part in rest if part != "__init__")])
 
 
-MODULES = {module_of(path) for folder in PACKAGES for path in sources(folder)}
+FILES = {module_of(path): path for folder in PACKAGES for path in sources(folder)}
+FACADES = {"opd", "opd.trainers"}
+"""Packages that resolve their public names when these are first used."""
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path) -> Iterator[str]:
     """The modules of this project that a file imports, wherever in the file it does so."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "opd")
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import leads elsewhere in a wheel"
             if node.module and node.module.split(".")[0] == "opd":
                 deeper = {f"{node.module}.{alias.name}" for alias in node.names}
-                yield from (deeper & MODULES) or {node.module}
+                yield from (deeper & FILES.keys()) or {node.module}
 
 
-def folder_of(module: str) -> str:
-    part = module.split(".")[1] if "." in module else ""
-    return part if part in PACKAGES else "opd"
+def room_of(module: str) -> str:
+    """The room of a module: a folder of `opd/` or of the root, and the ground for what all may use."""
+    _, *parts = module.split(".")
+    if not parts or parts[0] in GROUND or parts[:2] == ["maths", "formulas"]:
+        return "ground"
+    if parts[0] == "trainers":
+        return ".".join(parts[:2]) if parts[1:2] in (["loop"], ["parts"]) else "methods"
+    return parts[0]
+
+
+def method_of(module: str) -> str | None:
+    """`opd.trainers.sd_zero` for every module of that method; None for what is no method's."""
+    return ".".join(module.split(".")[:3]) if room_of(module) == "methods" and module.count(".") >= 2 else None
+
+
+IMPORTS = {module: sorted(set(imports(path))) for module, path in FILES.items() if module not in FACADES}
+
+
+def test_every_module_stands_in_a_room_that_has_rules():
+    assert {room_of(module) for module in FILES} <= STREETS.keys()
 
 
 def test_imports_point_one_way():
     wrong = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for folder, allowed in MAY_IMPORT.items()
-        for path in sources(folder)
-        if path != ROOT / "opd" / "__init__.py"  # resolves opd.train and opd.Config when they are first used
-        for module in imports(path)
-        if folder_of(module) not in allowed
+        f"{module} ({room_of(module)}) imports {other} ({room_of(other)})"
+        for module, found in IMPORTS.items()
+        for other in found
+        if room_of(other) not in STREETS[room_of(module)]
     ]
     assert wrong == []
 
 
-def test_environments_and_rewards_import_only_plain_data_of_the_core():
+def test_a_methods_folder_is_imported_by_nobody_else():
     wrong = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for folder in ("envs", "rewards")
-        for path in sources(folder)
-        for module in imports(path)
-        if folder_of(module) == "opd" and module not in PLAIN
+        f"{module} imports {other}"
+        for module, found in IMPORTS.items()
+        for other in found
+        if (method := method_of(other)) and method not in (method_of(module), EXTENDS.get(module))
     ]
     assert wrong == []
+
+
+def test_the_rooms_of_launch_import_those_before_them_alone():
+    def place(module: str) -> int:
+        room = module.split(".")[2] if module.count(".") >= 2 else ""
+        return LAUNCH.index(room) if room in LAUNCH else len(LAUNCH)
+
+    wrong = [
+        f"{module} imports {other}"
+        for module, found in IMPORTS.items()
+        for other in found
+        if module.startswith("opd.launch.") and other.startswith("opd.launch.") and place(module) < place(other)
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Lazy and type-only imports count. `opd/__init__` and `trainers/__init__` apart, which resolve names late."""
+
+    def reached(module: str) -> set[str]:
+        seen, todo = set(), [*IMPORTS[module]]
+        while todo:
+            if (other := todo.pop()) not in seen:
+                seen.add(other)
+                todo += IMPORTS.get(other, [])
+        return seen
+
+    assert [module for module in IMPORTS if module in reached(module)] == []
 
 
 def test_every_imported_module_of_the_project_exists():
-    missing = {m for folder in PACKAGES for path in sources(folder) for m in imports(path)} - MODULES
-    assert missing == set()
+    assert {other for found in IMPORTS.values() for other in found} - FILES.keys() == set()
 
 
 def test_the_wheel_is_told_of_every_package():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    on_disk = {module_of(path) for folder in PACKAGES for path in sources(folder) if path.name == "__init__.py"}
+    on_disk = {module for module, path in FILES.items() if path.name == "__init__.py"}
     assert set(declared["packages"]) == on_disk
     assert declared["package-dir"] == {name: folder for folder, name in PACKAGES.items()}
-    assert all((path.parent / "__init__.py").is_file() for folder in PACKAGES for path in sources(folder))
+    assert all((path.parent / "__init__.py").is_file() for path in FILES.values())
 
 
 def test_no_other_folder_at_the_root_holds_a_package():
@@ -114,31 +188,64 @@ def test_no_file_that_may_be_run_bears_the_name_of_a_dependency():
         *(one for extra in declared["optional-dependencies"].values() for one in extra),
     ]
     names = {re.split(r"[<>=\[ ]", dependency)[0].lower().replace("-", "_") for dependency in wanted}
-    may_be_run = [*sources("launch"), *sources("benchmarks"), *sources("examples")]
+    may_be_run = [ROOT / "launch" / "train.py", *sources("launch/cli"), *sources("benchmarks"), *sources("examples")]
     assert {path.stem for path in may_be_run} & names == set()
+
+
+# -- sizes ---------------------------------------------------------------------------------------------
+
+
+def too_long(module: str) -> Iterator[str]:
+    """What of a module is longer than `MOST` allows and does not say why."""
+    tree, path = tree_of(FILES[module]), FILES[module]
+    if len(path.read_text().splitlines()) > MOST["file"] and not _says_why(tree):
+        yield f"{module}: {len(path.read_text().splitlines())} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            kind, lines = "class" if isinstance(node, ast.ClassDef) else "function", _lines(node)
+            if lines > MOST[kind] and not _says_why(node):
+                yield f"{module}, {kind} {node.name}: {lines} lines"
+
+
+def _lines(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def _says_why(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return LONG.search(ast.get_docstring(node) or "") is not None
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_what_is_long_says_why(folder):
+    assert [line for module, path in FILES.items() if path in sources(folder) for line in too_long(module)] == []
+
+
+# -- what stays apart ----------------------------------------------------------------------------------
 
 
 def test_the_shared_machinery_names_no_method():
     shared = [
         *sources("trainers/loop"),
-        ROOT / "opd" / "objective" / "objective.py",
+        *sources("opd/objective"),
         *sources("opd/engines"),
         *sources("opd/backends"),
+        ROOT / "opd" / "teachers" / "teacher.py",
     ]
-    names = re.compile(rf"\b({'|'.join(name for name in METHODS if name != 'opd')})\b")
+    names = re.compile(rf"\b({'|'.join(names_of_methods() - {'opd'})})\b")
     assert [path.name for path in shared if names.search(path.read_text())] == []
 
 
-def test_a_method_can_be_read_in_one_sitting():
-    files = {name: ROOT / "trainers" / f"{name}.py" for name in METHODS}
-    files = {name: path if path.is_file() else ROOT / "trainers" / name / "method.py" for name, path in files.items()}
-    long = {name: len(path.read_text().splitlines()) for name, path in files.items()}
-    assert {name: lines for name, lines in long.items() if lines >= 150} == {}
+def names_of_methods() -> set[str]:
+    return {method.rpartition(".")[2] for method in map(method_of, FILES) if method is not None}
 
 
-def test_methods_environments_and_commands_are_known_without_torch():
+def test_settings_methods_environments_and_commands_are_known_without_torch():
+    settings = [module for module in FILES if module.endswith(".config") and not module.startswith("opd.launch")]
+    rooms = [module for module in FILES if module.startswith(("opd.launch.settings", "opd.launch.checks"))]
     program = (
-        "import sys, opd, opd.envs, opd.launch.cli, opd.launch.plan\n"
+        f"import importlib, sys, opd, opd.envs, opd.launch.cli, opd.launch.plan\n"
+        f"for module in {[*settings, *rooms, 'opd.losses', 'opd.types']}: importlib.import_module(module)\n"
         "from opd.trainers.loop.method import methods\n"
         "methods()\n"
         "sys.exit('torch' in sys.modules)"

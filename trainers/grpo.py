@@ -9,58 +9,16 @@ Left out: the KL to a reference policy, which these variants drop as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import Strict
 from opd.episodes.config import RolloutConfig
-from opd.losses import Losses, Policy
-from opd.trainers.loop.method import Method, register
-from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
-
-ALONE = (
-    "an episode is compared with others of its task, and there are none (rollout.group_size = 1; published: 8): "
-    "nothing can be learned"
-)
-
-
-class PolicyConfig(Strict):
-    """How the rewards of a group become advantages, and how far one may move a token's probability."""
-
-    scale: Literal["std", "none"] = Field(
-        "std", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
-    )
-    leave_one_out: bool = Field(False, description="Compare with the mean of the group's other members (RLOO).")
-    clip_low: float | None = Field(
-        0.2,
-        gt=0,
-        le=1,
-        description="Ratios below 1 - this lose their gradient; null is off. Idle with one update a step.",
-    )
-    clip_high: float | None = Field(
-        0.2, gt=0, description="Ratios above 1 + this lose their gradient (DAPO: 0.28); null is off."
-    )
-    ratio: Literal["token", "sequence"] = Field(
-        "token", description="One ratio a token, or the geometric mean of its sequence (GSPO; clips of order 3e-4)."
-    )
-    entropy: float = Field(0.0, ge=0, description="Bonus on the student's entropy, per nat.")
-
-    def loss(self, *, coef: float = 1.0) -> Policy:
-        """The component that these settings ask for."""
-        return Policy(
-            clip_low=self.clip_low, clip_high=self.clip_high, level=self.ratio, entropy=self.entropy, coef=coef
-        )
-
-    def advantages(self, group: Sequence[Trajectory]) -> list[float]:
-        """One for each episode of a group, by its reward; none for none."""
-        from opd.maths.advantage import group_advantage  # late: it needs torch
-
-        if not group:
-            return []
-        found = group_advantage([t.reward for t in group], scale=self.scale, leave_one_out=self.leave_one_out)
-        return [float(value) for value in found]
+from opd.losses import Losses
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.registry import register
+from opd.trainers.parts.policy import ALONE, PolicyConfig
+from opd.types import Sample, TrajectoryGroup, to_sample
 
 
 class GrpoConfig(PolicyConfig):
@@ -89,12 +47,12 @@ class Grpo(Method):
 
     config: GrpoConfig
 
-    @property
-    def losses(self) -> Losses:
-        config = self.config
+    @staticmethod
+    def losses(config: GrpoConfig) -> Losses:
         return Losses(policy=config.loss(), reduction=config.reduction, length=config.length or 1.0)
 
-    def advice(self, rollout: RolloutConfig) -> list[str]:
+    @staticmethod
+    def advice(config: GrpoConfig, rollout: RolloutConfig) -> list[str]:
         return [ALONE] if rollout.group_size == 1 else []
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:

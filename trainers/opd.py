@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.teachers.config import TeacherConfig
-from opd.trainers.grpo import PolicyConfig
-from opd.trainers.loop.method import Method, register
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.registry import register
 from opd.trainers.parts.forms import FormConfig
+from opd.trainers.parts.policy import PolicyShareConfig
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 UNPAID = (
@@ -27,7 +28,7 @@ UNPAID = (
 )
 
 
-class OpdConfig(FormConfig):
+class OpdConfig(PolicyShareConfig, FormConfig):
     """Settings of `method: opd`."""
 
     teacher: TeacherConfig = Field(description="Who teaches: `weights: external` and its `model`.")
@@ -42,15 +43,6 @@ class OpdConfig(FormConfig):
     teacher_chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."
     )
-    policy_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of the reward's policy gradient, beside one less this of the teacher; 0 leaves rewards out.",
-    )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
-    )
 
     @field_validator("teacher")
     @classmethod
@@ -62,12 +54,6 @@ class OpdConfig(FormConfig):
             )
         return teacher
 
-    @model_validator(mode="after")
-    def _policy_settings_need_a_share(self) -> OpdConfig:
-        if not self.policy_share and self.policy != PolicyConfig():
-            raise ValueError("policy has no effect while policy_share = 0; set a share, or remove it")
-        return self
-
 
 @register("opd", OpdConfig)
 class Opd(Method):
@@ -75,32 +61,30 @@ class Opd(Method):
 
     config: OpdConfig
 
-    @property
-    def losses(self) -> Losses:
-        config, share = self.config, self.config.policy_share
+    @staticmethod
+    def losses(config: OpdConfig) -> Losses:
         return Losses(
-            policy=config.policy.loss(coef=share) if share else None,
-            distill=config.loss(coef=1 - share),
+            policy=config.policy_loss(),
+            distill=config.loss(coef=1 - config.policy_share),
             reduction=config.reduction,
         )
 
-    @property
-    def teacher(self) -> TeacherConfig:
-        return self.config.teacher
+    @staticmethod
+    def teacher(config: OpdConfig) -> TeacherConfig:
+        return config.teacher
 
-    def advice(self, rollout: RolloutConfig) -> list[str]:
-        notes = [UNPAID] if self.config.policy_share and rollout.group_size == 1 else []
-        if self.config.baseline and rollout.truncated:
+    @staticmethod
+    def advice(config: OpdConfig, rollout: RolloutConfig) -> list[str]:
+        notes = [UNPAID] if config.policy_share and rollout.group_size == 1 else []
+        if config.baseline and rollout.truncated:
             notes.append(
                 "a baseline is without bias for tokens of the whole distribution, not with rollout.top_p, top_k"
             )
         return notes
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
-        share = 1.0 if self.config.policy_share else 0.0
-        advantages = self.config.policy.advantages(group.usable)
         samples = []
-        for trajectory, advantage in zip(group.usable, advantages, strict=True):
+        for trajectory, weight, advantage in self.config.credited(group.usable):
             for segment in trajectory.segments():
                 view = self.chat.view(trajectory, segment, _as_it_is, **self.config.teacher_chat_template_kwargs)
                 samples.append(
@@ -109,8 +93,8 @@ class Opd(Method):
                         segment,
                         view=view,
                         distill=1.0,
-                        policy=share,
-                        advantage=share * advantage,
+                        policy=weight,
+                        advantage=advantage,
                         route="distill",
                     )
                 )

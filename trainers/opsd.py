@@ -19,7 +19,8 @@ from opd.errors import DataError
 from opd.losses import Distill, Losses
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
-from opd.trainers.loop.method import Method, register
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.registry import register
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 
@@ -74,21 +75,21 @@ class Opsd(Method):
 
     config: OpsdConfig
 
-    @property
-    def losses(self) -> Losses:
+    @staticmethod
+    def losses(config: OpsdConfig) -> Losses:
         return Losses(
             distill=Distill(
-                kind=self.config.divergence,
-                beta=self.config.beta,
-                clip=self.config.clip,
-                temperature=self.config.temperature,
+                kind=config.divergence,
+                beta=config.beta,
+                clip=config.clip,
+                temperature=config.temperature,
             ),
-            reduction=self.config.reduction,
+            reduction=config.reduction,
         )
 
-    @property
-    def teacher(self) -> TeacherConfig:
-        return self.config.teacher
+    @staticmethod
+    def teacher(config: OpsdConfig) -> TeacherConfig:
+        return config.teacher
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         samples = []

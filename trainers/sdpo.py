@@ -9,13 +9,11 @@ Left out: the PPO-like clip of equation 13 (the code's detached ratio stands in 
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
-
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
-from opd.trainers.grpo import ALONE, PolicyConfig
-from opd.trainers.loop.method import register
+from opd.trainers.loop.registry import register
 from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod
+from opd.trainers.parts.policy import ALONE, PolicyShareConfig
 from opd.types import Sample, TrajectoryGroup
 
 UNSHOWN = (
@@ -24,25 +22,8 @@ UNSHOWN = (
 )
 
 
-class SdpoConfig(HindsightConfig):
+class SdpoConfig(PolicyShareConfig, HindsightConfig):
     """Settings of `method: sdpo`."""
-
-    policy_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of the reward's policy gradient, beside one less this of the teacher (equation 3; 0.9 "
-        "helps weak models).",
-    )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
-    )
-
-    @model_validator(mode="after")
-    def _policy_settings_need_a_share(self) -> SdpoConfig:
-        if not self.policy_share and self.policy != PolicyConfig():
-            raise ValueError("sdpo.policy has no effect while sdpo.policy_share = 0; set a share, or remove it")
-        return self
 
 
 @register("sdpo", SdpoConfig)
@@ -51,31 +32,25 @@ class Sdpo(HindsightMethod):
 
     config: SdpoConfig
 
-    @property
-    def losses(self) -> Losses:
-        config, share = self.config, self.config.policy_share
+    @staticmethod
+    def losses(config: SdpoConfig) -> Losses:
         return Losses(
-            policy=config.policy.loss(coef=share) if share else None,
-            distill=config.loss(coef=1 - share),
+            policy=config.policy_loss(),
+            distill=config.loss(coef=1 - config.policy_share),
             reduction=config.reduction,
         )
 
-    def advice(self, rollout: RolloutConfig) -> list[str]:
-        alone = ALONE if self.config.feedback == "never" else UNSHOWN
-        return [*super().advice(rollout), *([alone] if rollout.group_size == 1 else [])]
+    @staticmethod
+    def advice(config: SdpoConfig, rollout: RolloutConfig) -> list[str]:
+        alone = ALONE if config.feedback == "never" else UNSHOWN
+        return [*HindsightMethod.advice(config, rollout), *([alone] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         """Right episodes are taught as well, by other right ones; where there is nothing to show, nothing is."""
-        share = 1.0 if self.config.policy_share else 0.0
-        advantages = self.config.policy.advantages(group.usable)
         return [
             self.taught(
-                trajectory,
-                segment,
-                self.hindsight(trajectory, group.usable),
-                policy=share,
-                advantage=share * advantage,
+                trajectory, segment, self.hindsight(trajectory, group.usable), policy=weight, advantage=advantage
             )
-            for trajectory, advantage in zip(group.usable, advantages, strict=True)
+            for trajectory, weight, advantage in self.config.credited(group.usable)
             for segment in trajectory.segments()
         ]

@@ -19,9 +19,9 @@ from pydantic import Field
 
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
-from opd.trainers.grpo import ALONE, PolicyConfig
-from opd.trainers.loop.method import register
+from opd.trainers.loop.registry import register
 from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod, When
+from opd.trainers.parts.policy import ALONE, PolicyConfig
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 
@@ -51,17 +51,17 @@ class Srpo(HindsightMethod):
 
     config: SrpoConfig
 
-    @property
-    def losses(self) -> Losses:
-        config = self.config
+    @staticmethod
+    def losses(config: SrpoConfig) -> Losses:
         return Losses(policy=config.policy.loss(), distill=config.loss(), reduction=config.reduction, shared=True)
 
-    @property
-    def needs_scores(self) -> bool:
-        return self.config.entropy_beta > 0
+    @staticmethod
+    def needs_scores(config: SrpoConfig) -> bool:
+        return config.entropy_beta > 0
 
-    def advice(self, rollout: RolloutConfig) -> list[str]:
-        return [*super().advice(rollout), *([ALONE] if rollout.group_size == 1 else [])]
+    @staticmethod
+    def advice(config: SrpoConfig, rollout: RolloutConfig) -> list[str]:
+        return [*HindsightMethod.advice(config, rollout), *([ALONE] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         advantages = self.config.policy.advantages(group.usable)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd.trainers.loop.method import register
+from opd.trainers.loop.registry import register
 from opd.trainers.opd import Opd, OpdConfig
 
 

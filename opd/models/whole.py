@@ -70,8 +70,8 @@ def check_finite(name: str, model: Any) -> None:
     if bad:
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
-            f"model.name = {name!r}: {name_few(bad)} hold nan or infinity. The run that saved them diverged, the file is "
-            f"damaged, or they are too large for model.dtype = {dtype}. Name another checkpoint, or a wider type."
+            f"model.name = {name!r}: {name_few(bad)} hold nan or infinity. The run that saved them diverged, the file "
+            f"is damaged, or they are too large for model.dtype = {dtype}. Name another checkpoint, or a wider type."
         )
 
 

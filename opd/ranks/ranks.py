@@ -9,19 +9,14 @@ different ranks take as long as they take.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from math import fsum
 from typing import Any, TypeVar
 
 from opd.errors import ConfigError, OpdError
 
 T = TypeVar("T")
-
-_PATIENCE = timedelta(days=30)
-"""How long a rank waits for the others' values. `opd.ranks.watch` notices at once, without waiting, that one died."""
 
 
 class SharedError(OpdError):
@@ -155,70 +150,3 @@ def _attempt(work: Callable[[], T]) -> tuple[T | OpdError, str | None]:
         return work(), None
     except OpdError as error:
         return error, str(error)
-
-
-_joined: list[Ranks] = []
-
-
-def join() -> Ranks:
-    """Meet the other processes of the launch, once; later calls return the same.
-
-    Without a launcher the group has one member, which DeepSpeed needs all the same. Raises ConfigError where
-    DeepSpeed is not installed.
-    """
-    if not _joined:
-        _joined.append(_meet())
-    return _joined[0]
-
-
-def _meet() -> Ranks:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ConfigError(
-            f"several processes, or backend = deepspeed, need DeepSpeed ({error}): pip install 'opd[deepspeed]'"
-        ) from error
-    import logging
-    import warnings
-
-    import torch
-    import torch.distributed as dist
-
-    from opd.ranks import extensions
-    from opd.ranks.watch import watch
-
-    # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if "DS_LOG_LEVEL" not in os.environ:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    launched = _complete_launch()
-    device, first = local_device(), not launched or int(os.environ["LOCAL_RANK"]) == 0
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes the GPU of this number
-    extensions.prepare(first=first)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), group=group)
-    if ranks.world_size > 1:
-        watch(ranks)
-    return ranks
-
-
-def _complete_launch() -> bool:
-    """True: a launcher started this process. False: it is alone, and the environment now says so.
-
-    Raises ConfigError where the launcher left out LOCAL_RANK.
-    """
-    launched = "RANK" in os.environ  # else there is no launcher, not even of one process
-    if not launched:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_device())}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    if not os.environ.get("LOCAL_RANK"):
-        raise ConfigError(
-            f"RANK = {os.environ['RANK']}, but no LOCAL_RANK says which of its machine's ranks this is. Set it where "
-            "the ranks are started: LOCAL_RANK=$SLURM_LOCALID under srun (examples/slurm.sh)."
-        )
-    return launched

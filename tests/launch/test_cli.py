@@ -13,7 +13,7 @@ from opd.errors import ModelError
 from opd.launch.cli import main
 from opd.launch.config import Config, all_settings
 from opd.launch.out import Resume, holds_run, remove_run
-from opd.trainers.loop.method import methods
+from opd.trainers.loop.registry import methods
 
 GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
 

@@ -22,7 +22,7 @@ from opd.launch import checks
 from opd.launch.config import Config, all_settings, explain
 from opd.launch.reader import parse_yaml
 from opd.launch.tiny_names import TINY_ENVS
-from opd.trainers.loop.method import METHODS, methods
+from opd.trainers.loop.registry import METHODS, methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"

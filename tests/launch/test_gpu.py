@@ -26,7 +26,7 @@ from opd.launch.train import train
 from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.tracking import read_rows
-from opd.trainers.loop.method import METHODS, methods
+from opd.trainers.loop.registry import METHODS, methods
 
 pytestmark = [
     pytest.mark.gpu,
@@ -245,7 +245,7 @@ def recorded(settings, tmp_path_factory):
     def record(size):
         with on_cpu():
             run = build(Config.from_dict(settings(f"recorded-{size}", rollout={"group_size": size})))
-            groups = [with_rewards(group) for group in run.loop.rollout_step(0)]
+            groups = [with_rewards(group) for group in run.loop.player.play_step(0)]
             run.close()
         path = folder / f"{size}.pickle"
         path.write_bytes(pickle.dumps(groups))

@@ -229,7 +229,7 @@ def test_a_signal_in_an_evaluation_ends_it_with_the_episode_at_hand_and_saves(se
     episodes = []
 
     def evaluate(run, **options):
-        if run.loop.version == 0:
+        if run.loop.player.version == 0:
             return real(run, **options)
         os.kill(os.getpid(), signal.SIGTERM)
         told = options.pop("on_finish")

@@ -1,6 +1,7 @@
 """A method of several stages: one run, one file of metrics, each stage from the weights of the one before it."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch import build as launch_build
 from opd.launch import config as launch_config
-from opd.launch.build import build
 from opd.launch.plan import plan
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
-from opd.trainers.loop import method as base
-from opd.trainers.loop.method import Method, MethodSpec
+from opd.trainers.loop import registry
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.play import draw
+from opd.trainers.loop.registry import MethodSpec
+from opd.trainers.loop.stage import Prepared, Stage
 from opd.types import to_sample
 
 
@@ -32,26 +35,17 @@ class TwoStagesConfig(Strict):
 class Imitate(Method):
     """Plays a few episodes before it trains on them, from the file that it wrote."""
 
-    losses = Losses(ce=CrossEntropy())
-
-    def schedule(self, train: TrainConfig) -> TrainConfig:
-        return self.config.first.over(train)
-
-    def prepare(self, loop, folder):
-        groups = loop.play([loop.task(n) for n in range(5)], seed=3)
+    def prepare(self, player, folder):
+        groups = player.play([player.task(n) for n in range(5)], seed=3)
         folder.mkdir(exist_ok=True)
-        (folder / "played.txt").write_text(loop.origin)
+        (folder / "played.txt").write_text(player.standing.settings)
         trajectories = [t for group in groups for t in group.usable]
-        self.dataset = [to_sample(t, s, ce=1.0, route="ce") for t in trajectories for s in t.segments()]
-        return {"tokens/collected": float(sum(t.completion_tokens for t in trajectories))}
+        dataset = [to_sample(t, s, ce=1.0, route="ce") for t in trajectories for s in t.segments()]
+        return Prepared({"tokens/collected": float(sum(t.completion_tokens for t in trajectories))}, dataset)
 
 
 class Follow(Method):
     """Distils the model as it was when this stage began, on tasks of its own."""
-
-    first_task = 5
-    losses = Losses(distill=Distill(kind="reverse_kl", temperature=1.0))
-    teacher = TeacherConfig(weights="frozen", rate=None)
 
     def annotate(self, group):
         samples = []
@@ -65,14 +59,23 @@ class Follow(Method):
 class TwoStages(Method):
     """Imitates itself, then follows."""
 
-    def stages(self):
-        return (Imitate(self.config, self.chat), Follow(self.config, self.chat))
+    @classmethod
+    def stages(cls, config):
+        return (
+            Stage(make=partial(Imitate, config), over=config.first, losses=Losses(ce=CrossEntropy())),
+            Stage(
+                make=partial(Follow, config),
+                first_task=5,
+                losses=Losses(distill=Distill(kind="reverse_kl", temperature=1.0)),
+                teacher=TeacherConfig(weights="frozen", rate=None),
+            ),
+        )
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    known = {**base.methods(), "two": MethodSpec("two", TwoStagesConfig, TwoStages, "for tests")}
-    monkeypatch.setattr(base, "methods", lambda: known)
+    known = {**registry.methods(), "two": MethodSpec("two", TwoStagesConfig, TwoStages, "for tests")}
+    monkeypatch.setattr(registry, "methods", lambda: known)
     for module in (launch_config, launch_build):
         monkeypatch.setattr(module, "methods", lambda: known)
 
@@ -196,15 +199,12 @@ def test_the_length_of_a_run_of_several_stages_is_fixed(settings):
         train(settings("run", train={"steps": 3}), resume=True)
 
 
-def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_order(settings):
-    run = build(launch_config.Config.from_dict(settings("run", train={"tasks_per_step": 4})))
-    loop = run.loop
+def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_order():
     dataset = list(range(10))
-    drawn = [sample for step in range(5) for sample in loop.draw(dataset, step)]
-    run.close()
+    drawn = [sample for step in range(5) for sample in draw(dataset, step, 4, seed=0)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == dataset
     assert drawn[:10] != drawn[10:]
-    assert drawn[4:8] == loop.draw(dataset, 1)
+    assert drawn[4:8] == draw(dataset, 1, 4, seed=0)
 
 
 def test_the_plan_counts_the_updates_and_evaluations_of_every_stage(settings, tmp_path):

@@ -145,7 +145,7 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
     # Another model teaches than learns, and the id that ends a turn is the one that pads.
     teacher = Teacher(TeacherConfig(weights="live", rate=None), make_model(dtype=torch.float64, seed=7))
     batch = collate(samples, chat.end_id)
-    result = objective(student, batch, method.losses, teacher.teach(batch))
+    result = objective(student, batch, method.losses(method.config), teacher.teach(batch))
     brute = []
     for sample in samples:
         ours = one_by_one(student, sample.token_ids, sample.rows)

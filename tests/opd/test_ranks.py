@@ -1,12 +1,15 @@
 """Ranks without processes: how work is dealt, and what one rank does by itself."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError
-from opd.ranks import extensions, ranks
+from opd.ranks import extensions
+from opd.ranks.join import _meet
 from opd.ranks.ranks import Ranks, local_device, started_ranks, without_launcher
 
 
@@ -111,7 +114,7 @@ def met(monkeypatch):
     monkeypatch.setattr(extensions, "prepare", lambda *, first: told.append(first))
     monkeypatch.setattr(deepspeed, "init_distributed", far)
     with pytest.raises(EOFError, match="far enough"):
-        ranks._meet()
+        _meet()
     return told == [True]
 
 
@@ -121,14 +124,14 @@ def test_deepspeed_is_told_the_gpu_that_the_rank_is_on(monkeypatch, gpus, told, 
     monkeypatch.setenv("RANK", "11")
     assert met(monkeypatch) is first
     assert chosen == [own]
-    assert ranks.os.environ["LOCAL_RANK"] == str(own)
+    assert os.environ["LOCAL_RANK"] == str(own)
 
 
 def test_a_process_without_a_launcher_stays_on_its_current_gpu(monkeypatch):
     chosen = machine(monkeypatch, 4, current=2)
     assert met(monkeypatch)
     assert chosen == [2]
-    assert [ranks.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "2"]
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "2"]
 
 
 def test_a_launcher_that_leaves_out_the_local_rank_is_named_with_the_mend(monkeypatch):
@@ -136,4 +139,4 @@ def test_a_launcher_that_leaves_out_the_local_rank_is_named_with_the_mend(monkey
     machine(monkeypatch, 8)
     monkeypatch.setenv("RANK", "5")
     with pytest.raises(ConfigError, match=r"RANK = 5, but no LOCAL_RANK .* LOCAL_RANK=\$SLURM_LOCALID"):
-        ranks._meet()
+        _meet()

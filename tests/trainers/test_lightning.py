@@ -31,7 +31,8 @@ from opd.objective.objective import objective
 from opd.teachers.store import open_store
 from opd.tracking import read_rows
 from opd.trainers.lightning_opd.offline import episodes, tokens_of, with_scores
-from opd.trainers.loop import loop as loop_module
+from opd.trainers.loop.loop import Loop
+from opd.trainers.loop.play import Player
 from opd.trainers.parts.episodes import EpisodeFile
 
 
@@ -149,20 +150,21 @@ def test_the_last_stage_is_the_policy_gradient_of_the_stored_log_ratio(whole, se
 
 def test_while_it_trains_no_teacher_is_loaded_or_asked_and_none_is_in_memory(whole, settings, models, monkeypatch):
     loaded, held = [], []
-    load_model, step = launch_build.load, loop_module.Loop.step
+    load_model, step = launch_build.load, Loop.step
 
     def noted(config, **options):
         loaded.append(config.name)
         return load_model(config, **options)
 
     def counted(loop, number):
-        held.append(loop.teacher.weights or loop.teacher.other)
-        loop.teacher.teach = lambda batch: pytest.fail("the teacher was asked")
+        teacher = loop.models.teacher
+        held.append(teacher.own.by_name or teacher.other)
+        teacher.teach = lambda batch: pytest.fail("the teacher was asked")
         return step(loop, number)
 
     monkeypatch.setattr(launch_build, "load", noted)
     monkeypatch.setattr(launch_build, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
-    monkeypatch.setattr(loop_module.Loop, "step", counted)
+    monkeypatch.setattr(Loop, "step", counted)
     again = settings("again", lightning_opd={"data": str(whole / "data")}) | {"model": str(whole / "export-stage-2")}
     second = train(again).out
     assert loaded == [str(whole / "export-stage-2")]
@@ -258,7 +260,7 @@ def test_settings_that_changed_since_the_data_was_made_are_refused_by_name(whole
     ],
 )
 def test_what_a_later_stage_could_not_do_is_said_before_the_first(settings, own, message, monkeypatch):
-    monkeypatch.setattr(loop_module.Loop, "play", lambda *_, **__: pytest.fail("a stage began"))
+    monkeypatch.setattr(Player, "play", lambda *_, **__: pytest.fail("a stage began"))
     with pytest.raises(ConfigError, match=message):
         train(settings("never", lightning_opd=own))
     assert not (Path(settings("never")["out"]) / "data").exists()

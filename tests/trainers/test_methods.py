@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opd.launch.config import Config
-from opd.trainers.loop.method import METHODS, methods
+from opd.trainers.loop.registry import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_NAMES = ("sft", "grpo", "opd", "vopd", "opsd", "sdpo", "srpo", "sd_zero", "skill_sd", "lightning_opd")
@@ -28,9 +28,8 @@ def test_no_method_is_named(path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_one_file_of_less_than_150_lines_with_an_example_and_a_line_of_documentation(name):
+def test_a_method_has_a_summary_an_example_and_a_line_of_documentation(name):
     assert methods()[name].summary
-    assert len((ROOT / f"trainers/{name}.py").read_text().splitlines()) < 150
     assert (ROOT / f"examples/{name}.yaml").is_file()
     assert f"| `{name}` |" in (ROOT / "docs/methods.md").read_text()
 

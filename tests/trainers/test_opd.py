@@ -88,7 +88,9 @@ def test_another_model_scores_the_students_own_tokens_in_the_conversation_they_w
     assert [max(s.turn) for s in samples] == [2, 2, 2]
     assert all(s.teacher_view.token_ids == s.token_ids and s.teacher_view.rows == s.rows for s in samples)
     batch = collate(samples, chat.end_id)
-    found = objective(student, batch, method.losses, Teacher(EXTERNAL, student, other).teach(batch)).facts["nats"]
+    found = objective(
+        student, batch, method.losses(method.config), Teacher(EXTERNAL, student, other).teach(batch)
+    ).facts["nats"]
     brute = []
     for sample in samples:
         ours, theirs = (one_by_one(m, sample.token_ids, sample.rows) for m in (student, other))
@@ -164,7 +166,7 @@ def test_the_name_of_vopd_switches_the_baseline_on():
 
 def test_rewards_come_beside_the_teacher_with_their_share(make_chat, make_group):
     method = Opd(OpdConfig(teacher=EXTERNAL, policy_share=0.25, policy={"scale": "none"}), make_chat())
-    assert (method.losses.policy.coef, method.losses.distill.coef) == (0.25, 0.75)
+    assert (method.losses(method.config).policy.coef, method.losses(method.config).distill.coef) == (0.25, 0.75)
     samples = method.annotate(make_group(method.chat, "RWW"))
     assert [s.advantage[-1] for s in samples] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     assert all(any(s.policy_weight) and any(s.distill_weight) for s in samples)
@@ -206,7 +208,7 @@ def test_another_model_can_teach_any_method_that_distils(settings, method, teach
     own |= {"privileged": "plan"} if method == "opsd" else {"feedback_at": "start"}
     run = build(Config.from_dict(settings(method=method, rollout={"group_size": 2}, **{method: own})))
     try:
-        assert run.loop.teacher.fingerprint == weights_fingerprint(
+        assert run.loop.models.teacher.fingerprint == weights_fingerprint(
             load_teacher(ModelConfig(name=str(teacher)), run.loaded.model)
         )
         row, _ = run.loop.step(0)
@@ -221,7 +223,7 @@ def test_another_model_can_teach_any_method_that_distils(settings, method, teach
 def test_evaluating_loads_no_teacher(settings):
     run = build(Config.from_dict(settings()), stage=None)
     run.close()
-    assert run.loop.teacher.other is None
+    assert run.loop.models.teacher.other is None
 
 
 def test_the_plan_counts_the_teacher(settings, tmp_path, teacher):

@@ -2,12 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opd.backends.config import TrainConfig
 from opd.engines.base import Sampling
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
@@ -18,7 +18,7 @@ from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
-from opd.trainers.loop.health import Health
+from opd.trainers.loop.play import Standing
 from opd.trainers.sd_zero.method import Distilling, SdZero, SdZeroConfig
 from opd.trainers.sd_zero.revisions import (
     Collection,
@@ -73,7 +73,7 @@ def test_the_teachers_targets_are_the_second_copy_of_the_attempt_position_by_pos
     assert [t.failed for t in attempts] == [None] * len(samples)
     teacher = Teacher(TeacherConfig(weights="live", rate=None), make_model(dtype=torch.float64, seed=7))
     batch = collate(samples, chat.end_id)
-    nats = objective(student, batch, method.losses, teacher.teach(batch)).facts["nats"].tolist()
+    nats = objective(student, batch, method.losses(method.config), teacher.teach(batch)).facts["nats"].tolist()
     brute = []
     for attempt, sample in zip(attempts, samples, strict=True):
         [segment] = attempt.segments()
@@ -174,79 +174,82 @@ def test_the_cue_stands_in_place_of_the_last_action_of_an_attempt_of_several_tur
 
 def test_the_switch_between_paper_and_code_makes_the_stages_and_their_losses():
     def stages(**settings):
-        return SdZero(SdZeroConfig(**settings), None).stages()
+        return SdZero.stages(SdZeroConfig(**settings))
+
+    def of(stage):
+        return stage.make.keywords
 
     revising, distilling = stages()
-    assert revising.parts == {"generation": 1.0, "revision": 1.0}
+    assert of(revising)["parts"] == {"generation": 1.0, "revision": 1.0}
     distill = distilling.losses.distill
     assert (distill.kind, distill.top_k) == ("reverse_kl", None)
     first, second, third = stages(variant="code")
-    assert (first.parts, second.parts) == ({"generation": 1.0}, {"revision": 1.0})
-    assert (first.collects, second.collects) == (True, False)
+    assert (of(first)["parts"], of(second)["parts"]) == ({"generation": 1.0}, {"revision": 1.0})
+    assert (of(first)["collects"], of(second)["collects"]) == (True, False)
     mixed = third.losses.distill
     assert (mixed.kind, mixed.beta, mixed.top_k, mixed.support, mixed.tail) == ("mixed_kl", 0.5, 64, "teacher", False)
-    assert [type(s).__name__ for s in stages(phases="revision")] == ["Revising"]
-    assert [(type(s).__name__, s.first_task) for s in stages(phases="distillation")] == [("Distilling", 0)]
+    assert [s.make.func.__name__ for s in stages(phases="revision")] == ["Revising"]
+    assert [(s.make.func.__name__, s.first_task) for s in stages(phases="distillation")] == [("Distilling", 0)]
     assert distilling.first_task == 256
     with pytest.raises(ValueError, match="phases: distillation"):
         SdZeroConfig(generation=0, revision=0)
 
 
 def test_the_plan_tells_how_much_is_played_before_the_first_step():
-    first, *rest = SdZero(SdZeroConfig(questions=500, revisions=2, variant="code"), None).stages()
+    first, *rest = SdZero.stages(SdZeroConfig(questions=500, revisions=2, variant="code"))
     rollout = RolloutConfig(group_size=2)
-    assert first.advice(rollout)[0].startswith("phase 1 begins with 1,000 attempts and up to 2,000 revisions; ")
-    assert [stage.advice(rollout) for stage in rest] == [[], []]
-    [rejecting] = SdZero(SdZeroConfig(revisions=0, phases="revision"), None).stages()
-    assert rejecting.advice(rollout)[0].startswith("phase 1 begins with 512 attempts; ")
+    assert first.notes(rollout)[0].startswith("phase 1 begins with 1,000 attempts and up to 2,000 revisions; ")
+    assert [stage.notes(rollout) for stage in rest] == [[], []]
+    [rejecting] = SdZero.stages(SdZeroConfig(revisions=0, phases="revision"))
+    assert rejecting.notes(rollout)[0].startswith("phase 1 begins with 512 attempts; ")
 
 
 @pytest.fixture
-def make_loop(make_scheduler, scripted_env, make_chat, make_model):
-    """What `collect` asks of a loop, with a real scheduler; `rounds` counts what is played."""
+def make_player(make_scheduler, scripted_env, make_chat, make_model):
+    """What `collect` asks of a player, with a real scheduler; `rounds` counts what is played."""
 
     def make(*, concurrency=4, group_size=2, stop_after=math.inf):
         chat = make_chat()
         scheduler = make_scheduler(
             lucky(scripted_env), model=make_model(stops=True), chat=chat, concurrency=concurrency
         )
-        loop = SimpleNamespace(
+        standing = Standing(
             seed=0,
-            origin="abc",
+            settings="abc",
             rollout=RolloutConfig(concurrency=concurrency, group_size=group_size),
-            train=TrainConfig(),
-            backend=SimpleNamespace(ranks=Ranks()),
-            health=Health(),
-            rounds=0,
+            give_up_after=3,
+            steps=0,
+            updates=0,
         )
+        player = SimpleNamespace(standing=standing, ranks=Ranks(), rounds=0)
 
         def play(tasks, *, seed, group_size=None, opening=None):
-            loop.rounds += 1
+            player.rounds += 1
             return scheduler.run(
                 tasks,
-                group_size=group_size or loop.rollout.group_size,
+                group_size=group_size or standing.rollout.group_size,
                 sampling=Sampling(temperature=1.0),
                 seed=seed,
                 opening=opening,
             )
 
-        loop.play, loop.stopping = play, lambda: loop.rounds >= stop_after
-        loop.task = lambda index: task(index, split="train")
-        return loop, chat
+        player.play, player.stopping = play, lambda: player.rounds >= stop_after
+        player.task = lambda index: task(index, split="train")
+        return player, chat
 
     return make
 
 
-def gather(loop, chat, path, *, revisions=2, revise_right=True, place="prompt", whole=False):
+def gather(player, chat, path, *, revisions=2, revise_right=True, place="prompt", whole=False):
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
     collection = Collection(5, revisions, revise_right=revise_right)
-    return collect(loop, TraceFile(path, loop.origin), reviser, collection, whole=whole)
+    return collect(player, TraceFile(path, player.standing.settings), reviser, collection, whole=whole)
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
-def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_are_kept(make_loop, tmp_path, place):
-    loop, chat = make_loop()
-    rows = gather(loop, chat, tmp_path / "r.jsonl", place=place)
+def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_are_kept(make_player, tmp_path, place):
+    player, chat = make_player()
+    rows = gather(player, chat, tmp_path / "r.jsonl", place=place)
     assert [(row["task"], row["member"]) for row in rows] == [(f"train/{n}", m) for n in range(5) for m in range(2)]
     for row in rows:
         right = row["seed"] % 2 == 0
@@ -263,23 +266,23 @@ def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_
     assert [{key: value for key, value in row.items() if key != "seal"} for row in written] == rows
 
 
-def test_with_right_attempts_left_alone_only_the_wrong_ones_are_revised(make_loop, tmp_path):
-    loop, chat = make_loop()
-    for row in gather(loop, chat, tmp_path / "r.jsonl", revise_right=False):
+def test_with_right_attempts_left_alone_only_the_wrong_ones_are_revised(make_player, tmp_path):
+    player, chat = make_player()
+    for row in gather(player, chat, tmp_path / "r.jsonl", revise_right=False):
         assert len(row["revisions"]) == (0 if row["right"] else 2)
 
 
-def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_loop, tmp_path):
+def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_player, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    gather(*make_loop(), whole)
-    loop, chat = make_loop(stop_after=3)  # attempts, and the revisions of both members, of two of the five tasks
-    assert len(gather(loop, chat, cut)) == 4
+    gather(*make_player(), whole)
+    player, chat = make_player(stop_after=3)  # attempts, and the revisions of both members, of two of the five tasks
+    assert len(gather(player, chat, cut)) == 4
     cut.write_bytes(whole.read_bytes()[: len(cut.read_bytes()) + 700])  # killed in the middle of the next part
-    gather(*make_loop(), cut)
+    gather(*make_player(), cut)
     assert cut.read_bytes() == whole.read_bytes()
-    loop, chat = make_loop()
-    gather(loop, chat, cut)
-    assert loop.rounds == 0
+    player, chat = make_player()
+    gather(player, chat, cut)
+    assert player.rounds == 0
 
 
 @pytest.mark.slow
@@ -294,43 +297,44 @@ def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_loop, tm
         lambda line: line.replace('"completion_ids": [', '"completion_ids": [7, ', 1),
     ],
 )
-def test_a_row_that_is_not_as_it_was_written_is_named(make_loop, tmp_path, change):
+def test_a_row_that_is_not_as_it_was_written_is_named(make_player, tmp_path, change):
     path = tmp_path / "r.jsonl"
-    gather(*make_loop(), path)
+    gather(*make_player(), path)
     whole = path.read_bytes()
     first, second, *rest = path.read_text().splitlines()
     assert change(second) != second
     path.write_text("\n".join([first, change(second), *rest]) + "\n")
     with pytest.raises(DataError, match="line 2 is not as it was written"):
-        gather(*make_loop(), path)
+        gather(*make_player(), path)
     path.write_text(first + "\n")  # as the message says
-    gather(*make_loop(), path)
+    gather(*make_player(), path)
     assert path.read_bytes() == whole
 
 
-def test_rows_of_other_settings_are_refused(make_loop, tmp_path):
-    loop, chat = make_loop()
-    gather(loop, chat, tmp_path / "r.jsonl")
-    loop.origin = "abd"
+def test_rows_of_other_settings_are_refused(make_player, tmp_path):
+    player, chat = make_player()
+    gather(player, chat, tmp_path / "r.jsonl")
+    player.standing = replace(player.standing, settings="abd")
     with pytest.raises(DataError, match="line 1 was collected under other settings"):
-        gather(loop, chat, tmp_path / "r.jsonl")
+        gather(player, chat, tmp_path / "r.jsonl")
 
 
-def test_what_is_lost_after_training_is_not_collected_again_by_other_weights(make_loop, tmp_path):
+def test_what_is_lost_after_training_is_not_collected_again_by_other_weights(make_player, tmp_path):
     path = tmp_path / "r.jsonl"
-    gather(*make_loop(), path)
-    loop, chat = make_loop()
-    assert len(gather(loop, chat, path, whole=True)) == 10
+    gather(*make_player(), path)
+    player, chat = make_player()
+    assert len(gather(player, chat, path, whole=True)) == 10
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
     with pytest.raises(DataError, match="8 of 10 attempts, and the weights that made them have trained since"):
-        gather(loop, chat, path, whole=True)
-    assert loop.rounds == 0
+        gather(player, chat, path, whole=True)
+    assert player.rounds == 0
 
 
-def test_without_revisions_the_attempts_that_were_right_are_learned_from_as_they_stand(make_loop, tmp_path):
-    loop, chat = make_loop()
-    rows = gather(loop, chat, tmp_path / "r.jsonl", revisions=0)
-    [rejecting] = SdZero(SdZeroConfig(revisions=0, phases="revision", generation=0.5), chat).stages()
+def test_without_revisions_the_attempts_that_were_right_are_learned_from_as_they_stand(make_player, tmp_path):
+    player, chat = make_player()
+    rows = gather(player, chat, tmp_path / "r.jsonl", revisions=0)
+    [stage] = SdZero.stages(SdZeroConfig(revisions=0, phases="revision", generation=0.5))
+    rejecting = stage.make(chat)
     samples, _ = to_samples(rows, rejecting.reviser, rejecting.parts, 10_000, where=tmp_path)
     right = [turns for row in rows if row["right"] for turns in [row["attempt"]["turns"]]]
     assert [s.completion_ids for s in samples] == [[i for t in turns for i in t["completion_ids"]] for turns in right]
@@ -354,9 +358,9 @@ def test_the_summary_tells_how_often_a_wrong_attempt_is_put_right():
     assert (numbers["collect/right"], numbers["collect/kept"], numbers["tokens/collected"]) == (1 / 4, 2, 4 * 2 + 5 * 3)
 
 
-def test_what_trains_is_what_was_said_and_what_is_too_long_is_counted(make_loop, tmp_path):
-    loop, chat = make_loop()
-    rows = gather(loop, chat, tmp_path / "r.jsonl")
+def test_what_trains_is_what_was_said_and_what_is_too_long_is_counted(make_player, tmp_path):
+    player, chat = make_player()
+    rows = gather(player, chat, tmp_path / "r.jsonl")
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
     samples, none = to_samples(rows, reviser, {"revision": 1.0}, 10_000, where=tmp_path)
     kept = [r for row in rows for r in row["revisions"] if r["dropped"] is None]

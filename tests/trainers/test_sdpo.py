@@ -17,7 +17,7 @@ def test_every_episode_with_something_to_show_is_taught_and_the_others_count_for
     method = Sdpo(SdpoConfig(), chat)
     samples = [s for outcomes in ("RW", "RR", "WW", "R") for s in method.annotate(make_group(chat, outcomes))]
     assert [s.route for s in samples] == ["untaught", "distill", "distill", "distill", *["untaught"] * 3]
-    scaled = normalise(samples, method.losses, lambda sums: sums)
+    scaled = normalise(samples, method.losses(method.config), lambda sums: sums)
     taught = [s for s in scaled if s.teacher_view]
     tokens = sum(len(s.rows) for s in taught)
     assert [set(s.distill_weight) - {0.0} for s in taught] == [{1 / tokens}] * 3
@@ -108,8 +108,8 @@ def test_the_loss_is_the_papers_in_each_of_its_forms(make_chat, make_model, make
     """The mean over taught tokens of (ratio at most 2) times the divergence; with a share, equation 3."""
     settings, divergence = FORMS[form]
     method, model, teacher, samples = setup(make_chat, make_model, make_group, policy_share=share, **settings)
-    batch = collate(normalise(samples, method.losses, lambda sums: sums), 0)
-    result = objective(model, batch, method.losses, teacher.teach(batch))
+    batch = collate(normalise(samples, method.losses(method.config), lambda sums: sums), 0)
+    result = objective(model, batch, method.losses(method.config), teacher.teach(batch))
     result.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 

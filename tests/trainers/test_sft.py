@@ -77,8 +77,8 @@ def test_the_teacher_plays_first_and_the_student_learns_what_it_said(settings, m
 def test_what_trains_is_each_sampled_token_of_each_turn_and_nothing_else(settings):
     run = build(Config.from_dict(settings(source="own")))
     try:
-        run.method.prepare(run.loop, _folder(run))
-        dataset = run.method.dataset
+        run.loop.prepare(_folder(run))
+        dataset = run.loop.dataset
     finally:
         run.close()
     _, rows = EpisodeFile(_folder(run) / "episodes-own.jsonl").read()

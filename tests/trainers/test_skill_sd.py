@@ -26,6 +26,8 @@ from opd.objective.objective import objective
 from opd.ranks.ranks import Ranks
 from opd.teachers.teacher import Teacher
 from opd.trainers.loop.loop import Loop
+from opd.trainers.loop.play import Player
+from opd.trainers.loop.reading import Models
 from opd.trainers.skill_sd import file
 from opd.trainers.skill_sd.bank import Lesson, Source
 from opd.trainers.skill_sd.method import SkillSd, SkillSdConfig
@@ -107,8 +109,8 @@ def expected_and_exact(make_chat, make_model, make_group, **config):
         theirs = model.model(input_ids=torch.tensor([cut])).logits[0, -1].log_softmax(-1)
     # Each token counts by its probability; in float64, which a batch's weights are not by themselves.
     batch = replace(collate(samples, 0), distill_weight=own.detach().softmax(-1))
-    losses = Losses(distill=method.losses.distill)
-    teacher = Teacher(method.teacher, student)
+    losses = Losses(distill=method.losses(method.config).distill)
+    teacher = Teacher(method.teacher(method.config), student)
     sampled = gradient(model, objective(student, batch, losses, teacher.teach(batch)).loss)
     exact = {}
     for kind in ("reverse_kl", "forward_kl"):
@@ -146,9 +148,9 @@ def test_the_loss_is_grpos_and_lambda_times_the_mean_over_taught_tokens(make_cha
     known = method.annotate(make_group(chat, "RW"))
     other = SkillSd(SkillSdConfig(distill=0.3), chat).annotate(make_group(chat, "RW"))
     assert [s.route for s in known + other] == ["distill", "distill", "policy", "policy"]
-    batch = collate(normalise(known + other, method.losses, lambda sums: sums), 0)
-    teacher = Teacher(method.teacher, model)
-    result = objective(model, batch, method.losses, teacher.teach(batch))
+    batch = collate(normalise(known + other, method.losses(method.config), lambda sums: sums), 0)
+    teacher = Teacher(method.teacher(method.config), model)
+    result = objective(model, batch, method.losses(method.config), teacher.teach(batch))
     surrogate, values = [], []
     for s in known + other:
         own = logprobs(model, s.token_ids, s.rows, s.completion_ids)
@@ -250,21 +252,26 @@ def scripts(chat, tasks, blunders):
 
 def make_loop(method, model, scheduler, folder):
     train = TrainConfig(steps=4, tasks_per_step=2, tasks=2, lr=1e-3)
-    loop = Loop(
-        seed=0,
-        method=method,
+    [stage] = method.stages(method.config)
+    models = Models(
         student=model,
-        weights=ModelWeights(model),
-        teacher=Teacher(method.teacher, model),
-        rollouts=scheduler,
+        teacher=Teacher(stage.teacher, model),
         backend=LocalBackend(model, train, total_steps=4),
-        rollout=RolloutConfig(group_size=2, max_tokens=48, max_length=512),
-        train=train,
         sampler=Sampler(),
         pad_id=0,
-        checks=0,
+        tokens_per_microbatch=train.tokens_per_microbatch,
     )
-    method.prepare(loop, folder)
+    player = Player(
+        stage=stage,
+        models=models,
+        scheduler=scheduler,
+        weights=ModelWeights(model),
+        rollout=RolloutConfig(group_size=2, max_tokens=48, max_length=512),
+        train=train,
+        seed=0,
+    )
+    loop = Loop(method=method, player=player, checks=0)
+    loop.prepare(folder)
     return loop
 
 
@@ -277,7 +284,6 @@ def test_a_skills_whole_life(world, make_scheduler, scripted_engine, tmp_path):
     played = []
     with closing(make_scheduler(LookupEnv, chat=chat, engine=engine, max_turns=6, max_tokens=48)) as scheduler:
         loop = make_loop(method, model, scheduler, tmp_path)
-        loop.train = loop.train.model_copy(update={"tasks_per_step": 2})
         for number in range(2):
             engine.completions = [iter(turns) for turns in scripts(chat, tasks, blunders=True)]
             engine.prompts = [[] for _ in range(4)]
@@ -330,8 +336,8 @@ def tried(world, make_scheduler, scripted_engine, folder, *, members, config, by
     engine = scripted_engine(scripts(chat, tasks, blunders=True) * (members // 2))
     with closing(make_scheduler(LookupEnv, chat=chat, engine=engine, max_turns=6, max_tokens=48)) as scheduler:
         loop = make_loop(method, model, scheduler, folder)
-        groups = loop.play(tasks, seed=0, group_size=members)
-        loop.version = 7
+        groups = loop.player.play(tasks, seed=0, group_size=members)
+        loop.player.version = 7
         method.keeper.bank.add(Lesson(workflow=text), source(task=goal.id, **by), pdi=0.0)
         method.observe(groups)
     return method, groups[0]

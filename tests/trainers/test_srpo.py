@@ -118,10 +118,12 @@ def logprobs_of(model, s):
 
 def trained(method, model, teacher, samples):
     """The loss of the step, and its gradients, by the code under test."""
-    scaled = normalise(method.weigh(samples, lambda sums: sums), method.losses, lambda sums: sums)
+    scaled = normalise(method.weigh(samples, lambda sums: sums), method.losses(method.config), lambda sums: sums)
     model.zero_grad()
     batch = collate(scaled, 0)
-    result = objective(model, batch, method.losses, teacher.teach(batch) if batch.teacher_ids is not None else None)
+    result = objective(
+        model, batch, method.losses(method.config), teacher.teach(batch) if batch.teacher_ids is not None else None
+    )
     result.loss.backward()
     return result.loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -163,10 +165,10 @@ def test_the_loss_is_the_papers_equation(make_chat, make_model, make_group, beta
 
 def test_beta_zero_gives_uniform_weights_and_asks_the_teacher_only_once(make_chat, make_model, make_group):
     method, _, _, samples = setup(make_chat, make_model, make_group, "RWW", entropy_beta=0.0)
-    assert not method.needs_scores
+    assert not method.needs_scores(method.config)
     assert method.weigh(samples, lambda sums: sums) == samples
     weighed, _, _, _ = setup(make_chat, make_model, make_group, "RWW")
-    assert weighed.needs_scores
+    assert weighed.needs_scores(weighed.config)
     one, two = [
         [w for s in m.weigh(samples, lambda sums: sums) for w in s.distill_weight if w] for m in (method, weighed)
     ]

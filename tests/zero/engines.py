@@ -18,7 +18,7 @@ from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 from opd.models.config import ModelConfig
 from opd.models.loading import load
-from opd.ranks.ranks import join
+from opd.ranks.join import join
 from opd.ranks.watch import together
 
 

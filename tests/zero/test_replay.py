@@ -99,7 +99,7 @@ def recorded(tmp_path_factory, zero_settings):
 
     def record(group_size):
         run = build(Config.from_dict(zero_settings(folder / "x", rollout={"group_size": group_size})))
-        groups = [group for number in range(5) for group in run.loop.rollout_step(number)]
+        groups = [group for number in range(5) for group in run.loop.player.play_step(number)]
         run.close()
 
         def broken(group):

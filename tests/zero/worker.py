@@ -20,9 +20,9 @@ from opd.launch.build import build
 from opd.launch.config import Config
 from opd.launch.train import ranks_of, train
 from opd.models.sharding import held_part, whole_in_turn
-from opd.ranks.ranks import join
+from opd.ranks.join import join
 from opd.ranks.watch import together
-from opd.trainers.loop.loop import Loop
+from opd.trainers.loop import loop
 
 
 class Replay:
@@ -41,13 +41,14 @@ def replay(case):
     config = Config.from_dict(case["config"])
     ranks = ranks_of(config)
     run = build(config, ranks)
-    rollouts = run.loop.rollouts = Replay(run.loop.rollouts, pickle.loads(Path(case["rollouts"]).read_bytes()))
+    player = run.loop.player
+    rollouts = player.scheduler = Replay(player.scheduler, pickle.loads(Path(case["rollouts"]).read_bytes()))
     run.loop.checks = 1  # what was recorded is of the first weights: it agrees with no later ones
     if case["spoil"] is not None:
         spoil(run.loop, ranks, step=case["spoil"])
     rows = [run.loop.step(number)[0] for number in range(config.train.steps)]
-    run.loop.sync()
-    weights = {name: w.clone() for name, w in whole_in_turn(run.loop.student)}
+    player.sync()
+    weights = {name: w.clone() for name, w in whole_in_turn(run.loop.models.student)}
     sampling = {name: w.clone() for name, w in whole_in_turn(rollouts.engine.model)}
     if ranks.first:
         out = Path(case["out"])
@@ -59,9 +60,10 @@ def replay(case):
 
 def spoil(loop, ranks, *, step):
     """Make the last rank's gradients of a step infinite."""
-    train, steps = loop.backend.train, []
-    play = loop.rollout_step
-    loop.rollout_step = lambda number: steps.append(number) or play(number)
+    player, backend = loop.player, loop.models.backend
+    train, steps = backend.train, []
+    play = player.play_step
+    player.play_step = lambda number: steps.append(number) or play(number)
 
     def spoiled(work, *, last):
         def infinite():
@@ -71,7 +73,7 @@ def spoil(loop, ranks, *, step):
 
         return train(infinite, last=last)
 
-    loop.backend.train = spoiled
+    backend.train = spoiled
 
 
 def measure(case):
@@ -90,7 +92,7 @@ def alive():
 
 def sizes_of_a_step(case):
     run = build(Config.from_dict(case["config"]), join())
-    optimizer, step, gradients = run.loop.backend._engine.optimizer, run.loop.backend.step, []
+    optimizer, step, gradients = run.loop.models.backend._engine.optimizer, run.loop.models.backend.step, []
 
     def measured():
         flat = getattr(optimizer, "grad_partitions_flat_buffer", None)  # of ZeRO-3
@@ -98,17 +100,17 @@ def sizes_of_a_step(case):
         gradients.append(size(gradient for own in lists for gradient in own))
         return step()
 
-    run.loop.backend.step = measured
+    run.loop.models.backend.step = measured
     run.loop.step(0)
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")  # of ZeRO-3, of ZeRO-1 and 2
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     sizes = {
-        "weights": size(map(held_part, run.loop.student.parameters())),
+        "weights": size(map(held_part, run.loop.models.student.parameters())),
         "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
-        "teacher": size(run.loop.teacher.own.by_name.values()),
-        "copy for rollouts": size(map(held_part, run.loop.rollouts.engine.model.parameters())),
+        "teacher": size(run.loop.models.teacher.own.by_name.values()),
+        "copy for rollouts": size(map(held_part, run.loop.player.scheduler.engine.model.parameters())),
     }
     run.close()
     return sizes
@@ -116,19 +118,18 @@ def sizes_of_a_step(case):
 
 def fresh(case):
     """A whole run, and how far the engine's log-probs of each step's fresh samples are from the trainer's: nats."""
-    gaps, update = [], Loop.update
+    gaps, update = [], loop.update
 
-    def noted(loop, *args, **options):
-        found = update(loop, *args, **options)
-        facts = found[1]
-        gaps.append(max((float(own["sampler_gap"].abs().max()) for own in facts.values()), default=0.0))
-        return found
+    def noted(*args, **options):
+        updated = update(*args, **options)
+        gaps.append(max((float(own["sampler_gap"].abs().max()) for own in updated.facts.values()), default=0.0))
+        return updated
 
-    Loop.update = noted
+    loop.update = noted
     try:
         result = train(Config.from_dict(case["config"]))
     finally:
-        Loop.update = update
+        loop.update = update
     gaps = [max(step) for step in zip(*join().gather(gaps), strict=True)]
     if join().first:
         (result.out / "gaps.json").write_text(json.dumps(gaps))

@@ -19,10 +19,12 @@ from pydantic import Field, field_validator, model_validator
 from opd.backends.config import StageConfig
 from opd.losses import Distill, Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
-from opd.trainers.lightning_opd.offline import Offline, Scoring, Terms
-from opd.trainers.loop.method import Method, register
-from opd.trainers.parts.episodes import Playing
-from opd.trainers.sft import Imitating, ImitationConfig
+from opd.trainers.lightning_opd.offline import Terms, offline, scoring
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.registry import register
+from opd.trainers.loop.stage import Inputs, Stage
+from opd.trainers.parts.episodes import playing
+from opd.trainers.parts.imitation import ImitationConfig, imitating
 
 
 class LightningConfig(ImitationConfig):
@@ -103,22 +105,27 @@ class LightningConfig(ImitationConfig):
 class LightningOpd(Method):
     """Distillation from a teacher that is asked once, ahead of training, into a store (Lightning OPD)."""
 
-    config: LightningConfig
-
-    def stages(self) -> Sequence[Method]:
-        config, chat = self.config, self.chat
+    @classmethod
+    def stages(cls, config: LightningConfig) -> Sequence[Stage]:
         losses = Losses(distill=config.loss(), reduction=config.reduction)
         allowed = config.mismatch == "allow"
         terms = Terms(top_k=config.top_k, shard_tokens=config.shard_tokens, allow_mismatch=allowed)
-        last = Offline(config, chat, terms, losses, over=config.distilling, data=config.data)
+        last = offline(config, terms, losses, over=config.distilling, data=config.data)
         if config.data is not None:
             return (last,)
-        first: list[Method] = []
+        first: list[Stage] = []
         if config.sft_tasks:
-            player = config.sft_teacher or config.teacher.model
+            model = config.sft_teacher or config.teacher.model
             first = [
-                Playing(config, chat, tasks=config.sft_tasks, model=player),
-                Imitating(config, chat, source="teacher", over=config.imitating),
+                playing(config, tasks=config.sft_tasks, model=model),
+                imitating(config, source="teacher", over=config.imitating),
             ]
-        own = Playing(config, chat, tasks=config.tasks, first=config.sft_tasks)
-        return (*first, own, Scoring(config, chat, terms, model=config.teacher.model), last)
+        own = playing(config, tasks=config.tasks, first=config.sft_tasks)
+        return (*first, own, scoring(config, terms, model=config.teacher.model), last)
+
+    @classmethod
+    def inputs(cls, config: LightningConfig) -> Inputs:
+        if config.data is not None:
+            return Inputs(folders={"data": config.data})
+        models = {"sft_teacher": config.sft_teacher, "teacher.model": config.teacher.model}
+        return Inputs(models={key: name for key, name in models.items() if name})

@@ -13,20 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.backends.config import StageConfig, TrainConfig
+from opd.backends.config import StageConfig
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
 from opd.trainers.loop.method import Method
+from opd.trainers.loop.stage import Prepared, Stage
 from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
 from opd.types import Sample, to_sample
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from opd.models.chat import ChatFormat
-    from opd.objective.collate import Batch
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 logger = logging.getLogger(__name__)
 STORE = "store"
@@ -42,66 +40,63 @@ class Terms:
     allow_mismatch: bool
 
 
+def scoring(config: Any, terms: Terms, *, model: str | None) -> Stage:
+    """The stage in which a teacher, in place of the run's model, scores each token of the student's episodes once."""
+    return Stage(
+        kind="score", make=partial(Scoring, config, terms=terms, model=model), model=model, holds=_holds_scores
+    )
+
+
+def _holds_scores(folder: Path, made: Mapping[str, float]) -> bool:
+    return count(folder / STORE) >= made["store/sequences"]
+
+
+def offline(config: Any, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None) -> Stage:
+    """The stage that trains on the stored episodes and scores in `data`, by default in the run's own folder."""
+    return Stage(make=partial(Offline, config, terms=terms, data=data), over=over, losses=losses, stored=True)
+
+
 class Scoring(Method):
-    """The teacher, in place of the run's model, says once how likely each token of the student's episodes was."""
+    """Runs the stage that `scoring` describes."""
 
-    trains = False
-    losses = Losses()
-
-    def __init__(self, config: Any, chat: ChatFormat, terms: Terms, *, model: str | None) -> None:
+    def __init__(self, config: Any, chat: ChatFormat, *, terms: Terms, model: str | None) -> None:
         super().__init__(config, chat)
-        self.terms, self.borrowed = terms, model
+        self.terms, self.model = terms, model
 
-    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
-        from opd.models.identity import weights_fingerprint  # late: it needs torch
-
-        ranks = loop.backend.ranks
+    def prepare(self, player: Player, folder: Path) -> Prepared:
+        ranks = player.ranks
         header, samples = ranks.from_first(lambda: episodes(folder / OWN, self.chat))
         scorer = Scorer(
-            teacher=weights_fingerprint(loop.student),
+            teacher=player.fingerprint(),
             **rendering(self.chat),
-            temperature=loop.sampler.temperature,
+            temperature=player.standing.rollout.temperature,
             top_k=self.terms.top_k,
         )
         sft_teacher = ranks.from_first(partial(_sft, folder))
-        about = {"name": self.borrowed, "student": header["model"], "sft_teacher": sft_teacher}
+        about = {"name": self.model, "student": header["model"], "sft_teacher": sft_teacher}
         mismatch = sft_teacher not in (None, scorer.teacher)
         if mismatch:
             _object(
-                f"{self.borrowed!r} ({scorer.teacher}) is to score, but another model ({sft_teacher}) played the "
+                f"{self.model!r} ({scorer.teacher}) is to score, but another model ({sft_teacher}) played the "
                 "episodes of the SFT: the student would be drawn to another fixed point (teacher consistency)",
                 allow=self.terms.allow_mismatch,
             )
-        scored, store = score(loop, samples, folder / STORE, scorer, about, shard_tokens=self.terms.shard_tokens)
-        return summary(store, samples) | {"store/scored": float(scored), "store/mismatch": float(mismatch)}
-
-    def kept(self, folder: Path, made: Mapping[str, float]) -> bool:
-        return count(folder / STORE) >= made["store/sequences"]
+        scored, store = score(player, samples, folder / STORE, scorer, about, shard_tokens=self.terms.shard_tokens)
+        return Prepared(summary(store, samples) | {"store/scored": float(scored), "store/mismatch": float(mismatch)})
 
 
 class Offline(Method):
-    """Trains on stored episodes with stored scores."""
+    """Runs the stage that `offline` describes."""
 
-    asks = False
-
-    def __init__(
-        self, config: Any, chat: ChatFormat, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None
-    ) -> None:
+    def __init__(self, config: Any, chat: ChatFormat, *, terms: Terms, data: str | None) -> None:
         super().__init__(config, chat)
-        self.terms, self.over, self.data = terms, over, data
-        self._losses = losses
+        self.terms, self.data = terms, data
 
-    @property
-    def losses(self) -> Losses:
-        return self._losses
-
-    def schedule(self, train: TrainConfig) -> TrainConfig:
-        return self.over.over(train)
-
-    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
+    def prepare(self, player: Player, folder: Path) -> Prepared:
+        ranks, temperature = player.ranks, player.standing.rollout.temperature
         folder = folder if self.data is None else Path(self.data).expanduser()
-        header, samples = loop.backend.ranks.agree(lambda: episodes(folder / OWN, self.chat))
-        store = loop.backend.ranks.agree(lambda: self._store(folder / STORE, loop.sampler.temperature))
+        header, samples = ranks.agree(lambda: episodes(folder / OWN, self.chat))
+        store = ranks.agree(lambda: self._store(folder / STORE, temperature))
         sft_teacher = _sft(folder) or store.about["sft_teacher"]
         mismatch = sft_teacher not in (None, store.scorer.teacher)
         if mismatch and self.data is not None:
@@ -110,9 +105,9 @@ class Offline(Method):
                 f"episodes of the SFT ({sft_teacher})",
                 allow=self.terms.allow_mismatch,
             )
-        mismatch |= self._is_another_student(loop, header["model"])
-        self.dataset = loop.backend.ranks.agree(lambda: with_scores(samples, store))
-        return summary(store, samples) | {"store/mismatch": float(mismatch)}
+        mismatch |= self._is_another_student(player, header["model"])
+        dataset = ranks.agree(lambda: with_scores(samples, store))
+        return Prepared(summary(store, samples) | {"store/mismatch": float(mismatch)}, dataset)
 
     def _store(self, folder: Path, temperature: float) -> Store:
         """The store, made under the settings of this run. Raises DataError naming what differs."""
@@ -121,14 +116,12 @@ class Offline(Method):
         store.check(wanted)
         return store
 
-    def _is_another_student(self, loop: Loop, player: str) -> bool:
-        """Whether the stage starts from other weights than played the episodes; a resumed one has moved since."""
-        from opd.models.identity import weights_fingerprint  # late: it needs torch
-
-        if loop.teacher.updates or (now := weights_fingerprint(loop.student)) == player:
+    def _is_another_student(self, player: Player, played: str) -> bool:
+        """True: the stage starts from other weights than `played` the episodes. A resumed one has moved since."""
+        if player.standing.updates or (now := player.fingerprint()) == played:
             return False
         _object(
-            f"the stored episodes were played by another model ({player}) than the one that is to train ({now}): they "
+            f"the stored episodes were played by another model ({played}) than the one that is to train ({now}): they "
             "are not its own",
             allow=self.terms.allow_mismatch,
         )
@@ -164,7 +157,7 @@ def episodes(path: Path, chat: ChatFormat) -> tuple[dict[str, Any], list[Sample]
 
 
 def score(
-    loop: Loop,
+    player: Player,
     samples: Sequence[Sample],
     folder: Path,
     scorer: Scorer,
@@ -172,12 +165,13 @@ def score(
     *,
     shard_tokens: int,
 ) -> tuple[int, Store]:
-    """Positions that the loop's model scored now, and the store, where each sequence stands once.
+    """Positions that the player's model scored now, and the store, where each sequence stands once.
 
     After every `shard_tokens` tokens the scores are on disk, and stay there whatever happens. Ends early, with what
-    there is, once `loop.stopping()` holds. Raises DataError where the store is another scorer's, or cannot be written.
+    there is, once `player.stopping()` is true. Raises DataError where the store is another scorer's, or cannot be
+    written.
     """
-    ranks = loop.backend.ranks
+    ranks = player.ranks
     store = ranks.agree(lambda: Store(folder, scorer, about=about) if ranks.first else None)
     unique = list({tokens_of(sample): sample for sample in samples}.values())
     missing = ranks.from_first(
@@ -191,7 +185,7 @@ def score(
             store.append(pending)
             pending.clear()
 
-    for part, columns in loop.looked(unique, ranks.share(missing), partial(_said, loop, scorer.top_k)):
+    for part, columns in player.read(unique, ranks.share(missing), top_k=scorer.top_k):
         found = [
             (tokens_of(unique[n]), Scored(*(values.tolist() for values in scores)))
             for n, *scores in zip(part, *columns, strict=True)
@@ -199,25 +193,10 @@ def score(
         pending += [entry for share in ranks.to_first(found) for entry in share]
         scored += sum(sum(unique[n].completion_mask) for n in part)
         ranks.from_first(partial(write, shard_tokens))
-        if loop.stopping():
+        if player.stopping():
             break
     ranks.from_first(partial(write, 1))
     return int(ranks.sum([scored])[0]), ranks.agree(lambda: open_store(folder) if store is None else store)
-
-
-def _said(loop: Loop, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
-    """Of each sampled token: its log-prob, the entropy, and the top k."""
-    import torch
-
-    from opd.maths.logprobs import chunked_scores, chunked_top_k
-
-    hidden, head = loop.student(batch.input_ids, batch.rows), loop.student.head()
-    temperature = loop.sampler.temperature
-    scores = chunked_scores(hidden, head, batch.targets, temperature=temperature)
-    ids, logprobs = torch.empty(2, len(hidden), 0)
-    if top_k:
-        ids, logprobs = chunked_top_k(hidden, head, top_k, temperature=temperature)
-    return scores.logprobs.cpu(), scores.entropy.cpu(), ids.cpu(), logprobs.cpu()
 
 
 def tokens_of(sample: Sample) -> Tokens:

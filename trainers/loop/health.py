@@ -1,4 +1,4 @@
-"""Whether a run still learns: warnings while it may not, and its end once it cannot."""
+"""The health of a run: warnings while it may not learn, and its end once it cannot."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Health:
         self.streaks["unusable"] += 1
         self.first_failure = self.first_failure or _first_failure(groups)
         if 0 < self.give_up_after <= self.streaks["unusable"]:
-            raise self._nothing_usable(f"not one episode of the last {self.give_up_after} rounds can be used")
+            raise _nothing_usable(
+                f"not one episode of the last {self.give_up_after} rounds can be used", self.first_failure
+            )
 
     def ended(self, *, steps: int, updates: int) -> None:
         """A stage of so many steps and updates is over. Raises HealthError where none of its rounds had a usable
@@ -46,21 +48,9 @@ class Health:
         if not self.give_up_after or steps < 1:
             return
         if self.streaks["unusable"] >= steps:
-            raise self._nothing_usable(f"not one episode of the stage's {steps} steps can be used")
+            raise _nothing_usable(f"not one episode of the stage's {steps} steps can be used", self.first_failure)
         if self.streaks["not finite"] >= updates:
             raise _not_finite(f"not one of the stage's {updates} updates is finite")
-
-    def collected(self, failures: Sequence[str | None]) -> None:
-        """A collection is over: why each of its episodes failed, or None. Raises HealthError where all did."""
-        if self.give_up_after and failures and None not in failures:
-            self.first_failure = failures[0]
-            raise self._nothing_usable(f"not one of the {len(failures)} episodes that were collected can be used")
-
-    def _nothing_usable(self, what: str) -> HealthError:
-        return HealthError(
-            f"{what}, so nothing is learned. The first failure: {self.first_failure}. Mend the environment "
-            "(`opd envs check ID`), or set train.give_up_after to wait longer (0: for ever)."
-        )
 
     def updated(self, losses: Iterable[float], norms: Iterable[float]) -> HealthError | None:
         """Take note of a step's updates: the loss and the gradient norm of each, in their order.
@@ -76,8 +66,13 @@ class Health:
                 )
         return None
 
-    def note_silence(self, number: int, row: Mapping[str, float]) -> None:
-        """Warn of a step from which nothing could be learned. Where there are several ranks, the first one knows."""
+    def warn(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of what the finished row of step `number` (from 0) shows. Of several ranks, the first one knows it."""
+        self._warn_of_silence(number, row)
+        self._warn_of_unread(number, row)
+
+    def _warn_of_silence(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of a step from which nothing could be learned."""
         if self._again("silent", "tokens/trained" in row and row.get("signal/zero", 1.0) == 1):
             logger.warning(
                 "step %d: nothing teaches (%d in a row): no token has a weight and an advantage, or a weight and a "
@@ -88,7 +83,7 @@ class Health:
                 100 * row.get("reward/success", 0.0),
             )
 
-    def note_unread(self, number: int, row: Mapping[str, float]) -> None:
+    def _warn_of_unread(self, number: int, row: Mapping[str, float]) -> None:
         """Warn of a step whose teacher would have read more than it may of all that it was to correct."""
         unread = row.get("route/too_long", 0.0)
         if self._again("unread", unread > 0 and "route/distill" not in row):
@@ -101,9 +96,27 @@ class Health:
             )
 
     def _again(self, what: str, holds: bool) -> bool:
-        """Whether something is to be told: at its first step, and after 10 and 100 of them in a row."""
+        """Count a step for which something `holds`; True at the first, the 10th and the 100th of them in a row."""
         self.streaks[what] = self.streaks[what] + 1 if holds else 0
         return self.streaks[what] in (1, 10, 100)
+
+
+def check_collected(failures: Sequence[str | None], give_up_after: int) -> None:
+    """Check a collection that is over. Raises HealthError if every episode failed and `give_up_after` is not 0.
+
+    Args:
+        failures: why each episode failed, or None.
+        give_up_after: as in `Health`.
+    """
+    if give_up_after and failures and None not in failures:
+        raise _nothing_usable(f"not one of the {len(failures)} episodes that were collected can be used", failures[0])
+
+
+def _nothing_usable(what: str, first_failure: str | None) -> HealthError:
+    return HealthError(
+        f"{what}, so nothing is learned. The first failure: {first_failure}. Mend the environment "
+        "(`opd envs check ID`), or set train.give_up_after to wait longer (0: for ever)."
+    )
 
 
 def _not_finite(what: str) -> HealthError:

@@ -14,36 +14,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import DataError
-from opd.losses import Losses
+from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
+from opd.trainers.loop.stage import Prepared, Stage
 from opd.types import Segment, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
 """Files in a run's `data/`: of another model, and of the model that trains."""
 
 
+def playing(config: Any, *, tasks: int, first: int = 0, model: str | None = None) -> Stage:
+    """The stage that plays episodes of so many tasks into a file, as another model or as the run's own."""
+    return Stage(
+        kind="play",
+        make=partial(Playing, config, tasks=tasks, model=model),
+        model=model,
+        first_task=first,
+        holds=partial(_holds_episodes, TEACHERS if model else OWN),
+    )
+
+
+def _holds_episodes(name: str, folder: Path, made: Mapping[str, float]) -> bool:
+    return EpisodeFile(folder / name).lines > made["collect/episodes"]
+
+
 class Playing(Method):
-    """A stage that plays episodes into a file and trains nothing, as another model or as the run's own."""
+    """Runs the stage that `playing` describes."""
 
-    trains = False
-    losses = Losses()
-
-    def __init__(self, config: Any, chat: ChatFormat, *, tasks: int, first: int = 0, model: str | None = None) -> None:
+    def __init__(self, config: Any, chat: ChatFormat, *, tasks: int, model: str | None) -> None:
         super().__init__(config, chat)
-        self.tasks, self.first_task, self.borrowed = tasks, first, model
+        self.tasks, self.model = tasks, model
 
-    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
-        return summary(collect(loop, self._file(folder), self.tasks, name=self.borrowed or "the run's model"))
-
-    def kept(self, folder: Path, made: Mapping[str, float]) -> bool:
-        return self._file(folder).lines > made["collect/episodes"]
-
-    def _file(self, folder: Path) -> EpisodeFile:
-        return EpisodeFile(folder / (TEACHERS if self.borrowed else OWN))
+    def prepare(self, player: Player, folder: Path) -> Prepared:
+        file = EpisodeFile(folder / (TEACHERS if self.model else OWN))
+        return Prepared(summary(collect(player, self.chat, file, self.tasks, name=self.model or "the run's model")))
 
 
 class EpisodeFile:
@@ -113,28 +121,28 @@ def _line(data: Mapping[str, Any]) -> bytes:
     return json.dumps(data, default=str).encode() + b"\n"
 
 
-def collect(loop: Loop, file: EpisodeFile, tasks: int, *, name: str) -> list[dict[str, Any]]:
+def collect(player: Player, chat: ChatFormat, file: EpisodeFile, tasks: int, *, name: str) -> list[dict[str, Any]]:
     """Episodes of the first `tasks` tasks of the stage, `rollout.group_size` of each, which `file` holds too.
 
     What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
-    early, with what there is, once `loop.stopping()` holds.
+    early, with what there is, once `player.stopping()` is true.
     """
-    from opd.episodes.scheduler import derive_seed
-    from opd.models.identity import weights_fingerprint  # late: it needs torch
+    from opd.episodes.scheduler import derive_seed  # late: it needs torch
 
-    ranks, size = loop.backend.ranks, loop.rollout.group_size
-    at_once = max(1, loop.rollout.concurrency // size)
-    header = {"model": weights_fingerprint(loop.student), **rendering(loop.method.chat), "settings": loop.origin}
+    ranks, run = player.ranks, player.standing
+    size = run.rollout.group_size
+    at_once = max(1, run.rollout.concurrency // size)
+    header = {"model": player.fingerprint(), **rendering(chat), "settings": run.settings}
     rows = ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * size))
     rows = without_broken_end(rows, [row["failed"] for row in rows], at_once=at_once * size, wanted=tasks * size)
-    while len(rows) < tasks * size and not loop.stopping():
+    while len(rows) < tasks * size and not player.stopping():
         first = len(rows) // size
-        goals = [loop.task(i) for i in range(first, min(first + at_once, tasks))]
-        groups = loop.play(goals, seed=derive_seed("episodes", loop.seed))
+        goals = [player.task(i) for i in range(first, min(first + at_once, tasks))]
+        groups = player.play(goals, seed=derive_seed("episodes", run.seed))
         more = [to_row(trajectory) for group in groups for trajectory in group.trajectories]
         ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
-    loop.health.collected([row["failed"] for row in rows])
+    check_collected([row["failed"] for row in rows], run.give_up_after)
     return rows
 
 

@@ -93,12 +93,13 @@ class HindsightMethod(Method):
 
     config: HindsightConfig
 
-    @property
-    def teacher(self) -> TeacherConfig:
-        return self.config.teacher
+    @staticmethod
+    def teacher(config: HindsightConfig) -> TeacherConfig:
+        return config.teacher
 
-    def advice(self, rollout: RolloutConfig) -> list[str]:
-        most = self.config.max_teacher_tokens
+    @staticmethod
+    def advice(config: HindsightConfig, rollout: RolloutConfig) -> list[str]:
+        most = config.max_teacher_tokens
         if most >= rollout.max_length:
             return []
         return [

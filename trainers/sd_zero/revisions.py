@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
+from opd.trainers.loop.health import check_collected
 from opd.trainers.parts.episodes import without_broken_end
 from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 Part = Literal["attempt", "generation", "revision"]
 SEPARATOR = "\n\n"
@@ -252,17 +253,18 @@ class Collection:
 
 
 def collect(
-    loop: Loop, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
+    player: Player, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
 ) -> list[dict[str, Any]]:
     """Attempts at the first tasks of the run, and their revisions: as rows, which `file` holds too.
 
     As many tasks at a time as there are episodes at once. What the file holds already is not played again, and is
-    played again to the same ids if it is cut there. Ends early, with what there is, once `loop.stopping()` holds.
+    played again to the same ids if it is cut there. Ends early, with what there is, once `player.stopping()` is true.
 
     Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
     """
-    ranks, size, questions = loop.backend.ranks, loop.rollout.group_size, collection.questions
-    at_once = max(1, loop.rollout.concurrency // size)
+    ranks, run, questions = player.ranks, player.standing, collection.questions
+    size = run.rollout.group_size
+    at_once = max(1, run.rollout.concurrency // size)
     rows = ranks.from_first(file.read)
     if whole and len(rows) < questions * size:
         raise DataError(
@@ -271,25 +273,26 @@ def collect(
         )
     failures = [row["attempt"]["failed"] for row in rows]
     rows = without_broken_end(rows, failures, at_once=at_once * size, wanted=questions * size)
-    while len(rows) < questions * size and not loop.stopping():
+    while len(rows) < questions * size and not player.stopping():
         first = len(rows) // size
-        tasks = [loop.task(i) for i in range(first, min(first + at_once, questions))]
-        more = _attempted(loop, tasks, file.origin, reviser, collection)
+        tasks = [player.task(i) for i in range(first, min(first + at_once, questions))]
+        more = _attempted(player, tasks, file.origin, reviser, collection)
         ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
-    loop.health.collected([row["attempt"]["failed"] for row in rows])
+    check_collected([row["attempt"]["failed"] for row in rows], run.give_up_after)
     return rows
 
 
 def _attempted(
-    loop: Loop, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
+    player: Player, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
 ) -> list[dict[str, Any]]:
     """A row for each attempt at these tasks."""
     from opd.episodes.scheduler import derive_seed  # late: it needs torch
 
-    groups = loop.play(tasks, seed=derive_seed("attempts", loop.seed))
+    run = player.standing
+    groups = player.play(tasks, seed=derive_seed("attempts", run.seed))
     revised: dict[tuple[Task, int], TrajectoryGroup] = {}
-    for member in range(loop.rollout.group_size):
+    for member in range(run.rollout.group_size):
         attempts = [t for group in groups for t in group.usable if t.member == member]
         wanted = [t for t in attempts if collection.revisions and (collection.revise_right or not t.success)]
         chosen = {t.task: t for t in wanted}
@@ -297,8 +300,8 @@ def _attempted(
         def opening(task: Task, _: list[Message], __: Any, chosen: dict[Task, Trajectory] = chosen) -> list[int]:
             return reviser.opening(chosen[task], chosen[task].segments()[-1 if reviser.place == "reply" else 0])
 
-        seed = derive_seed("revisions", loop.seed, member)
-        for group in loop.play(list(chosen), seed=seed, group_size=collection.revisions, opening=opening):
+        seed = derive_seed("revisions", run.seed, member)
+        for group in player.play(list(chosen), seed=seed, group_size=collection.revisions, opening=opening):
             revised[group.task, member] = group
     return [
         to_row(origin, reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 logger = logging.getLogger(__name__)
 
@@ -136,22 +136,22 @@ class SkillKeeper:
         self._warned = False
         """Whether it was said that no trial fits."""
         self._found: dict[tuple[str, str], list[Skill]] = {}
-        self._loop: Loop | None = None
+        self._player: Player | None = None
         self._path = Path()
 
-    def open(self, loop: Loop, folder: Path) -> None:
+    def open(self, player: Player, folder: Path) -> None:
         """Where the run is, before its first step or after a restart; takes up what a person changed meanwhile."""
-        self._loop, self._path = loop, folder / file.NAME
+        self._player, self._path = player, folder / file.NAME
         self._structure = structural_tokens(self.chat.tokenizer)
-        self._summariser = self._make_summariser(loop)
+        self._summariser = self._make_summariser(player)
         self._take_edits()
 
-    def _make_summariser(self, loop: Loop) -> Summariser:
+    def _make_summariser(self, player: Player) -> Summariser:
         config = self.config
         if config.summariser == "rules":
             return Rules()
         if config.summariser == "policy":
-            return Policy(loop, self.chat, max_tokens=config.max_tokens)
+            return Policy(player, self.chat, max_tokens=config.max_tokens)
         server = config.server
         assert server.url
         assert server.model
@@ -163,7 +163,7 @@ class SkillKeeper:
             retries=server.retries,
             max_tokens=config.max_tokens,
         )
-        return Server(loop, chat_server)
+        return Server(player, chat_server)
 
     # -- for a teacher ----------------------------------------------------------------------------------
 
@@ -177,8 +177,8 @@ class SkillKeeper:
 
     def learn(self, groups: Sequence[TrajectoryGroup], view: View) -> None:
         """Make skills of a step's episodes, try them, and write the bank down."""
-        assert self._loop is not None, "open() comes before learn()"
-        step = self._loop.version
+        assert self._player is not None, "open() comes before learn()"
+        step = self._player.standing.steps
         self._credit(groups, step)
         self._take_edits()
         made = self._make(groups, step)
@@ -189,11 +189,11 @@ class SkillKeeper:
         usable = [s for s in self.bank.skills.values() if self.bank.usable(s, "own") or self.bank.usable(s, "like")]
         counts = made | tried | {"known": len(self.bank.skills), "usable": len(usable), "forgotten": forgotten}
         self.numbers = {f"skills/{name}": float(value) for name, value in counts.items()}
-        self._loop.backend.ranks.from_first(lambda: file.write(self._path, self.bank.skills.values()))
+        self._player.ranks.from_first(lambda: file.write(self._path, self.bank.skills.values()))
 
     def _take_edits(self) -> None:
-        assert self._loop is not None
-        for skill in self._loop.backend.ranks.from_first(self._by_hand):
+        assert self._player is not None
+        for skill in self._player.ranks.from_first(self._by_hand):
             taken = self.bank.take(replace(skill, lesson=skill.lesson.map(self._clean)))
             logger.info("skill %s was changed by hand: version %d", taken.id, taken.version)
 
@@ -250,9 +250,9 @@ class SkillKeeper:
 
     def _try(self, groups: Sequence[TrajectoryGroup], view: View) -> dict[str, float]:
         """Try untried skills on this step's episodes; what tells right from wrong nowhere is dropped."""
-        assert self._loop is not None
-        ranks = self._loop.backend.ranks
-        trials = self._trials(groups, self._loop.version)
+        assert self._player is not None
+        ranks = self._player.ranks
+        trials = self._trials(groups, self._player.standing.steps)
         lifts = ranks.deal(ranks.gather(self._lifts(ranks.share(trials), view)))
         if trials and lifts.count(None) == len(lifts):
             self._warn(len(trials))
@@ -297,8 +297,8 @@ class SkillKeeper:
         teacher, over the variance of success: the slope of the success rate where the policy starts to move from the
         teacher without the skill to the one with it. A skill that makes all likelier, or only its own way, has none.
         """
-        assert self._loop is not None
-        found = iter(gains([(e, t.text) for t in trials for e in (*t.right, *t.wrong)], view, self._loop.nats))
+        assert self._player is not None
+        found = iter(gains([(e, t.text) for t in trials for e in (*t.right, *t.wrong)], view, self._player.divergences))
         lifts: list[float | None] = []
         for trial in trials:
             right, wrong = ([g for _ in kind if (g := next(found)) is not None] for kind in (trial.right, trial.wrong))
@@ -320,7 +320,7 @@ def gains(
 ) -> list[float | None]:
     """Nats a token by which the teacher finds each episode likelier with its text than without; None: too long.
 
-    `nats` is `Loop.nats`. An episode is read once without, however many texts it is read with.
+    `nats` is `Player.divergences`. An episode is read once without, however many texts it is read with.
     """
     scored = {(id(e), said): _scored(e, said, view) for e, text in readings for said in (text, None)}
     gaps = iter(nats([sample for samples in scored.values() for sample in samples]))

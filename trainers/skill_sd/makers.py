@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opd.engines.base import Request, Sampling, generate
 from opd.teachers.privileged import episode_text, without_thinking
 from opd.tool_calls import ToolCall, parse_tool_calls
 from opd.trainers.skill_sd.bank import Lesson
@@ -24,7 +23,7 @@ from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 logger = logging.getLogger(__name__)
 
@@ -164,21 +163,20 @@ class Policy:
 
     name = "policy"
 
-    def __init__(self, loop: Loop, chat: ChatFormat, *, max_tokens: int) -> None:
-        self._loop, self._chat, self._max_tokens = loop, chat, max_tokens
+    def __init__(self, player: Player, chat: ChatFormat, *, max_tokens: int) -> None:
+        self._player, self._chat, self._max_tokens = player, chat, max_tokens
         self._structure = structural_tokens(chat.tokenizer)
         self._warned = False
 
     def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
-        loop, ranks = self._loop, self._loop.backend.ranks
-        loop.sync()
-        answers = self._answers(ranks.share(list(enumerate(cases))))
-        loop.rollouts.engine.sleep()
-        loop.synced = None  # an engine that sleeps may have given its weights up
-        everyone = ranks.deal(ranks.gather(answers))
-        if cases and everyone.count(None) == len(cases):
+        prompts = []
+        for case in cases:
+            asked = neutral(prompt_for(case), self._structure, most=_PROMPT_CHARACTERS)
+            prompts.append(self._chat.start([{"role": "user", "content": asked}]))
+        answers = self._player.generate(prompts, max_tokens=self._max_tokens)
+        if cases and answers.count(None) == len(cases):
             self._warn()
-        return [None if text is None else parse_lesson(text) for text in everyone]
+        return [None if ids is None else parse_lesson(self._chat.text(ids)) for ids in answers]
 
     def _warn(self) -> None:
         """Once a run, that no case of a step fits: a run without skills is not what anybody asked for."""
@@ -187,25 +185,9 @@ class Policy:
                 "no question about a task's episodes fits: with skill_sd.skills.max_tokens = %d for the answer it is "
                 "longer than rollout.max_length = %d, so the policy writes no skills; raise rollout.max_length",
                 self._max_tokens,
-                self._loop.rollout.max_length,
+                self._player.standing.rollout.max_length,
             )
         self._warned = True
-
-    def _answers(self, cases: Sequence[tuple[int, Case]]) -> list[str | None]:
-        """What the policy says to this rank's cases; None where one does not fit."""
-        loop, engine = self._loop, self._loop.rollouts.engine
-        engine.begin(Sampling(temperature=0.0), self._chat.stop_ids)
-        requests = []
-        for number, case in cases:
-            asked = neutral(prompt_for(case), self._structure, most=_PROMPT_CHARACTERS)
-            ids = self._chat.start([{"role": "user", "content": asked}])
-            if len(ids) + self._max_tokens <= loop.rollout.max_length:
-                requests.append(Request(session=number, prompt_ids=ids, seed=0, max_tokens=self._max_tokens))
-        texts: dict[int, str] = {}
-        for completion in generate(engine, requests):
-            texts[completion.session] = self._chat.text(completion.token_ids)
-            engine.release(completion.session)
-        return [texts.get(number) for number, _ in cases]
 
 
 class Server:
@@ -213,12 +195,12 @@ class Server:
 
     name = "server"
 
-    def __init__(self, loop: Loop, server: ChatServer) -> None:
-        self._loop, self._server = loop, server
+    def __init__(self, player: Player, server: ChatServer) -> None:
+        self._player, self._server = player, server
         self._silent = False
 
     def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
-        answers = self._loop.backend.ranks.from_first(lambda: self._ask(cases))
+        answers = self._player.ranks.from_first(lambda: self._ask(cases))
         if cases and not any(answers) and not self._silent:
             logger.warning("%s gives no answer; the run goes on without new skills", self._server.url)
         self._silent = bool(cases) and not any(answers)

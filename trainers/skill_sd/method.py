@@ -25,15 +25,17 @@ from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message, with_skill, with_solution
-from opd.trainers.grpo import PolicyConfig
-from opd.trainers.loop.method import Method, register
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.registry import register
+from opd.trainers.loop.stage import Prepared
+from opd.trainers.parts.policy import PolicyConfig
 from opd.trainers.skill_sd.keeper import SkillKeeper, SkillsConfig
 from opd.trainers.skill_sd.makers import prompt_text
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
-    from opd.trainers.loop.loop import Loop
+    from opd.trainers.loop.play import Player
 
 
 class SkillSdConfig(Strict):
@@ -79,40 +81,39 @@ class SkillSd(Method):
         super().__init__(config, chat)
         self.keeper = SkillKeeper(config.skills, chat, right_from=config.right_from)
 
-    @property
-    def losses(self) -> Losses:
-        config = self.config
+    @staticmethod
+    def losses(config: SkillSdConfig) -> Losses:
         bound = None if config.estimator in ("k2", "k3") else config.max_ratio
         distill = SampledDistill(form=config.estimator, max_ratio=bound, coef=config.distill)
         return Losses(policy=config.policy.loss(), distill=distill)
 
-    @property
-    def teacher(self) -> TeacherConfig:
-        return self.config.teacher
+    @staticmethod
+    def teacher(config: SkillSdConfig) -> TeacherConfig:
+        return config.teacher
 
-    def prepare(self, loop: Loop, folder: Path) -> dict[str, float]:
-        self.keeper.open(loop, folder)
-        return {}
+    def prepare(self, player: Player, folder: Path) -> Prepared:
+        self.keeper.open(player, folder)
+        return Prepared()
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
-        samples = []
-        for trajectory, advantage in zip(group.usable, self.config.policy.advantages(group.usable), strict=True):
-            text = self._skills(group.task.id, trajectory.turns[0].messages)
-            for segment in trajectory.segments():
-                sample = to_sample(trajectory, segment, policy=1.0, advantage=advantage, route="policy")
-                samples.append(sample if text is None else self._taught(sample, self._view(trajectory, segment, text)))
-        return samples
+        return [
+            self._sample(trajectory, segment, advantage)
+            for trajectory, advantage in zip(group.usable, self.config.policy.advantages(group.usable), strict=True)
+            for segment in trajectory.segments()
+        ]
 
     def _skills(self, task: str, messages: list[Message]) -> str | None:
         """What there is to show: skills, or in the comparison the name of a text that the environment has."""
         return self.keeper.text_for(task, prompt_text(messages)) if self.config.fixed is None else self.config.fixed
 
-    def _taught(self, sample: Sample, view: TeacherView | None) -> Sample:
+    def _sample(self, trajectory: Trajectory, segment: Segment, advantage: float) -> Sample:
+        text = self._skills(trajectory.task.id, trajectory.turns[0].messages)
+        view = None if text is None else self._view(trajectory, segment, text)
+        plain = partial(to_sample, trajectory, segment, policy=1.0, advantage=advantage)
         if view is None:
-            return replace(sample, route="too_long")
-        weight = [float(sampled) for sampled in sample.completion_mask]
-        view = replace(view, shows=("skill" if self.config.fixed is None else self.config.fixed,))
-        return replace(sample, teacher_view=view, distill_weight=weight, route="distill")
+            return plain(route="policy" if text is None else "too_long")
+        view = replace(view, shows=(self.config.fixed or "skill",))
+        return plain(view=view, distill=1.0, route="distill")
 
     def _view(self, trajectory: Trajectory, segment: Segment, text: str | None) -> TeacherView | None:
         """The teacher's side with a text of skills, or without; None where it would be too long."""

@@ -1,0 +1,131 @@
+"""Objects that live outside of this repository: named `my_package.my_module:name` in the settings.
+
+Methods, divergences, weightings and environments are found so. A run writes down where each came from, and a resume
+looks whether that has changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError
+
+_ADDRESS = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
+
+
+def is_address(text: str) -> bool:
+    """True for `module:name`, dotted before the colon."""
+    return _ADDRESS.fullmatch(text) is not None
+
+
+def find(address: str) -> Any:
+    """Import what an address names.
+
+    Raises ConfigError where the module is not found or fails while it is imported, or has no such name.
+    """
+    named = _ADDRESS.fullmatch(address)
+    if named is None:
+        raise ConfigError(f"{address!r} is no address; write my_package.my_module:name")
+    if find_module(named["module"]) is None:
+        raise ConfigError(
+            f"{address!r} names the module {named['module']!r}, which cannot be found. Is its folder on PYTHONPATH, or "
+            "the package installed?"
+        )
+    try:
+        return pkgutil.resolve_name(address)
+    except AttributeError:
+        own = vars(sys.modules[named["module"]]) if named["module"] in sys.modules else {}
+        public = sorted(name for name, value in own.items() if getattr(value, "__module__", None) == named["module"])
+        raise ConfigError(
+            f"{address!r}: {named['module']} defines no {named['name']!r}; it defines {', '.join(public) or 'nothing'}"
+        ) from None
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        raise ConfigError(f"{address!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def find_module(name: str) -> ModuleSpec | None:
+    """Find a module's spec without importing its parents, as `importlib.util.find_spec` would; None: there is none."""
+    parent, _, _ = name.rpartition(".")
+    if name in sys.modules or not parent:
+        return importlib.util.find_spec(name)
+    found = find_module(parent)
+    if found is None or found.submodule_search_locations is None:
+        return None
+    specs = (finder.find_spec(name, found.submodule_search_locations) for finder in sys.meta_path)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the code behind an address stands: the file that defines it, and a digest of it and of its package.
+
+    >>> Origin("shop.methods:Fade", "/home/me/shop/methods.py", "a3f0…")  # doctest: +SKIP
+    """
+
+    address: str
+    file: str
+    sha256: str
+    """Hex, over the module's source and every module of its top-level package that it imports, directly or not."""
+
+
+def origin(address: str) -> Origin:
+    """Tell where an address leads. Nothing is imported. Raises ConfigError where its module is not found."""
+    module = address.partition(":")[0]
+    files = dict(_sources(module))
+    if module not in files:
+        raise ConfigError(
+            f"{address!r} names the module {module!r}, which cannot be found. Is its folder on PYTHONPATH, or the "
+            "package installed?"
+        )
+    digest = sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0".encode() + files[name].read_bytes() + b"\0")
+    return Origin(address, str(files[module]), digest.hexdigest())
+
+
+def _sources(module: str) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a module and of those that it imports from its own top-level package, each once."""
+    package, seen, todo = module.partition(".")[0], set[str](), [module]
+    while todo:
+        name = todo.pop()
+        if name in seen or name.partition(".")[0] != package:
+            continue
+        seen.add(name)
+        spec = find_module(name)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            continue
+        path = Path(spec.origin)
+        yield name, path
+        inside = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+        todo += [*_imported(path, inside), *_parents(name)]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _imported(path: Path, package: str) -> Iterator[str]:
+    """Yield the modules that a file may import, with relative names resolved against its package."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -1,0 +1,115 @@
+"""Reads samples without training on them: what the teacher says, what the student said before its first update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opd.backends.base import Backend
+from opd.engines.base import Sampling
+from opd.engines.preflight import sampler_gap
+from opd.episodes.config import RolloutConfig
+from opd.losses import Sampler
+from opd.maths.logprobs import chunked_logprobs, chunked_scores, chunked_top_k
+from opd.models.causal import CausalModel
+from opd.objective.collate import Batch, collate, empty_batch, microbatches
+from opd.teachers.teacher import Teacher
+from opd.types import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The model that trains and the one that teaches, how both are held, and how samples become batches for them."""
+
+    student: CausalModel
+    teacher: Teacher
+    backend: Backend
+    sampler: Sampler
+    pad_id: int
+    tokens_per_microbatch: int
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """The samples as one batch; without samples, one for a rank that has nothing to do while another one does."""
+        batch = collate(samples, self.pad_id) if samples else empty_batch(self.pad_id)
+        return batch.to(self.backend.device)
+
+
+def evaluate_in_batches(
+    models: Models, samples: Sequence[Sample], indices: Sequence[int], work: Callable[[Batch], tuple[Tensor, ...]]
+) -> Iterator[tuple[list[int], list[Sequence[Tensor]]]]:
+    """Run `work` without gradients over the samples; yield its [N, ...] outputs split by sample.
+
+    Yields, for each micro-batch, the indices of its samples and, for each output, one tensor a sample; on all ranks
+    equally often.
+    """
+    parts = microbatches([samples[i] for i in indices], models.tokens_per_microbatch)
+    for number in range(models.backend.ranks.most(len(parts))):
+        part = [indices[i] for i in parts[number]] if number < len(parts) else []
+        batch = models.batch([samples[i] for i in part])
+        columns = models.backend.look(partial(work, batch))
+        yield part, [column.split(batch.lengths) if part else () for column in columns]
+
+
+def with_teacher_scores(models: Models, samples: Sequence[Sample]) -> tuple[list[Sample], dict[int, Tensor]]:
+    """The samples with the teacher's log-probs and entropies, and its hidden states [tokens, H] by index of sample."""
+
+    def score(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        taught = models.teacher.teach(batch)
+        scores = chunked_scores(*taught, batch.targets, temperature=models.sampler.temperature)
+        return taught.hidden, scores.logprobs.cpu(), scores.entropy.cpu()
+
+    scored, hidden = list(samples), {}
+    viewed = [i for i, s in enumerate(samples) if s.teacher_view is not None]
+    for part, (states, logprobs, entropy) in evaluate_in_batches(models, samples, viewed, score):
+        for i, own, likely, unsure in zip(part, states, logprobs, entropy, strict=True):
+            hidden[i] = own
+            scored[i] = replace(
+                samples[i],
+                teacher_logprobs=samples[i].spread(likely.tolist()),
+                teacher_entropy=samples[i].spread(unsure.tolist()),
+            )
+    return scored, hidden
+
+
+def with_old_logprobs(models: Models, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the log-probs of the student as it is now, before the first update."""
+
+    def score(batch: Batch) -> tuple[Tensor]:
+        hidden, head = models.student(batch.input_ids, batch.rows), models.student.head()
+        return (chunked_logprobs(hidden, head, batch.targets, temperature=models.sampler.temperature).cpu(),)
+
+    scored = list(samples)
+    for part, (logprobs,) in evaluate_in_batches(models, samples, list(range(len(samples))), score):
+        for i, values in zip(part, logprobs, strict=True):
+            scored[i] = replace(samples[i], old_logprobs=samples[i].spread(values.tolist()))
+    return scored
+
+
+def own_scores(models: Models, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
+    """The student's word on each of a batch's N sampled tokens: its log-prob [N], the entropy [N], and the ids and
+    log-probs [N, k] of the `top_k` likeliest entries."""
+    hidden, head = models.student(batch.input_ids, batch.rows), models.student.head()
+    temperature = models.sampler.temperature
+    scores = chunked_scores(hidden, head, batch.targets, temperature=temperature)
+    ids, logprobs = torch.empty(2, len(hidden), 0)
+    if top_k:
+        ids, logprobs = chunked_top_k(hidden, head, top_k, temperature=temperature)
+    return scores.logprobs.cpu(), scores.entropy.cpu(), ids.cpu(), logprobs.cpu()
+
+
+def check_sampler(models: Models, samples: Sequence[Sample], sampling: Sampling, rollout: RolloutConfig) -> bool:
+    """Compare the log-probs of the four shortest samples with the student's (`opd.engines.preflight.sampler_gap`).
+
+    Returns False where no rank has a sample to compare. Raises ModelError, on all ranks, if they differ.
+    """
+    ranks = models.backend.ranks
+    if not ranks.any(bool(samples)):
+        return False
+    dtype = None if rollout.engine == "transformers" else getattr(torch, rollout.vllm.dtype, None)  # "auto": None
+    batch = models.batch(sorted(samples, key=lambda s: len(s.token_ids))[:4])
+    ranks.agree(lambda: models.backend.look(lambda: sampler_gap(models.student, batch, sampling, engine_dtype=dtype)))
+    return True

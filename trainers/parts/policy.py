@@ -1,0 +1,85 @@
+"""The reward's policy gradient: its settings, and its share beside a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from opd.config import Strict
+from opd.losses import Policy
+from opd.types import Trajectory
+
+ALONE = (
+    "an episode is compared with others of its task, and there are none (rollout.group_size = 1; published: 8): "
+    "nothing can be learned"
+)
+
+
+class PolicyConfig(Strict):
+    """How the rewards of a group become advantages, and how far one may move a token's probability."""
+
+    scale: Literal["std", "none"] = Field(
+        "std", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
+    )
+    leave_one_out: bool = Field(False, description="Compare with the mean of the group's other members (RLOO).")
+    clip_low: float | None = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Ratios below 1 - this lose their gradient; null is off. Idle with one update a step.",
+    )
+    clip_high: float | None = Field(
+        0.2, gt=0, description="Ratios above 1 + this lose their gradient (DAPO: 0.28); null is off."
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="One ratio a token, or the geometric mean of its sequence (GSPO; clips of order 3e-4)."
+    )
+    entropy: float = Field(0.0, ge=0, description="Bonus on the student's entropy, per nat.")
+
+    def loss(self, *, coef: float = 1.0) -> Policy:
+        """The component that these settings ask for."""
+        return Policy(
+            clip_low=self.clip_low, clip_high=self.clip_high, level=self.ratio, entropy=self.entropy, coef=coef
+        )
+
+    def advantages(self, group: Sequence[Trajectory]) -> list[float]:
+        """One for each episode of a group, by its reward; none for none."""
+        from opd.maths.advantage import group_advantage  # late: it needs torch
+
+        if not group:
+            return []
+        found = group_advantage([t.reward for t in group], scale=self.scale, leave_one_out=self.leave_one_out)
+        return [float(value) for value in found]
+
+
+class PolicyShareConfig(Strict):
+    """A share of the reward's policy gradient beside a teacher's divergence."""
+
+    policy_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the reward's policy gradient, beside one less this of the teacher (SDPO, equation 3; 0.9 "
+        "helps weak models); 0 leaves rewards out.",
+    )
+    policy: PolicyConfig = Field(
+        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
+    )
+
+    @model_validator(mode="after")
+    def _policy_settings_need_a_share(self) -> PolicyShareConfig:
+        if not self.policy_share and self.policy != PolicyConfig():
+            raise ValueError("policy has no effect while policy_share = 0; set a share, or remove it")
+        return self
+
+    def policy_loss(self) -> Policy | None:
+        """The policy's component; None where it has no share."""
+        return self.policy.loss(coef=self.policy_share) if self.policy_share else None
+
+    def credited(self, group: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, float, float]]:
+        """Each episode of a group with the weight of its policy loss and its advantage, both 0 without a share."""
+        weight = 1.0 if self.policy_share else 0.0
+        for trajectory, advantage in zip(group, self.policy.advantages(group), strict=True):
+            yield trajectory, weight, weight * advantage

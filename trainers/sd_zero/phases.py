@@ -1,0 +1,64 @@
+"""The phases of SD-Zero: what both share, and the first, in which a model learns to revise."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opd.losses import CrossEntropy, Losses
+from opd.trainers.loop.method import Method
+from opd.trainers.loop.stage import Prepared, Stage
+from opd.trainers.sd_zero.config import SdZeroConfig
+from opd.trainers.sd_zero.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
+
+if TYPE_CHECKING:
+    from opd.models.chat import ChatFormat
+    from opd.trainers.loop.play import Player
+
+
+def revising(config: SdZeroConfig, parts: dict[Part, float], *, collects: bool) -> Stage:
+    """Phase 1, or a half of it; the first half collects the revisions of both."""
+    collection = Collection(config.questions, config.revisions, revise_right=config.variant == "paper")
+    return Stage(
+        make=partial(Revising, config, parts=parts, collection=collection, collects=collects),
+        over=config.revising,
+        losses=Losses(ce=CrossEntropy()),
+        notes=lambda rollout: [collection.announced(rollout.group_size)] if collects else [],
+    )
+
+
+class Phase(Method):
+    """What both phases share: how an attempt is put before the model."""
+
+    config: SdZeroConfig
+
+    def __init__(self, config: SdZeroConfig, chat: ChatFormat) -> None:
+        super().__init__(config, chat)
+        self.reviser = Reviser(chat, (config.cue_right, config.cue_wrong), config.place)
+
+
+class Revising(Phase):
+    """Phase 1, or a half of it: learn from revisions that turned out right."""
+
+    def __init__(
+        self,
+        config: SdZeroConfig,
+        chat: ChatFormat,
+        *,
+        parts: dict[Part, float],
+        collection: Collection,
+        collects: bool,
+    ) -> None:
+        super().__init__(config, chat)
+        self.parts, self.collection, self.collects = parts, collection, collects
+
+    def prepare(self, player: Player, folder: Path) -> Prepared:
+        config, run = self.config, player.standing
+        file = TraceFile(folder / "revisions.jsonl", run.settings)
+        rows = collect(player, file, self.reviser, self.collection, whole=run.steps > 0)
+        if player.stopping():
+            return Prepared()
+        dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=file.path)
+        numbers = {"dropped/too_long": float(too_long)} | (summary(rows) if self.collects else {})
+        return Prepared(numbers, dataset)
