@@ -19,8 +19,9 @@ from typing import Any
 
 from opd.engines.base import Sampling
 from opd.episodes.scheduler import task
-from opd.launch.build import Run, build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, build
+from opd.launch.run.out import choose_out, write_config
 
 ENGINES = ("transformers", "vllm", "vllm_server")
 RUNS: dict[str, dict[str, Any]] = {
@@ -67,10 +68,10 @@ def measure(model: str, engine: str, concurrencies: list[int]) -> list[str]:
     with tempfile.TemporaryDirectory() as out:
         settings = RUNS[model]
         rollout = {**settings["rollout"], "engine": engine, "deterministic": False, "concurrency": max(concurrencies)}
-        config = Config.from_dict(
+        config = config_from(
             {"method": "opsd", "model": model, "env": settings["env"], "rollout": rollout, "out": f"{out}/run"}
         )
-        config.write_to(config.choose_out())
+        write_config(config, choose_out(config))
         since = time.perf_counter()
         run = build(config)
         try:

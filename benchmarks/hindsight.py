@@ -22,7 +22,7 @@ from methods import read
 from opd.engines.base import Sampling
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import ConfigError, OpdError
-from opd.launch.build import Run, build
+from opd.launch.run.build import Run, build
 from opd.teachers.privileged import in_first_user_message, with_demonstration, with_feedback
 from opd.tracking.intervals import wilson
 from opd.trainers.parts.hindsight import HindsightMethod

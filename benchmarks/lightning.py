@@ -25,9 +25,9 @@ from statistics import fmean
 from typing import Any
 
 from opd.episodes.scheduler import derive_seed, task
-from opd.launch.build import build
-from opd.launch.config import Config
-from opd.launch.out import remove_run
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import build
+from opd.launch.run.out import remove_run
 from opd.launch.train import train
 from opd.tracking import read_rows
 
@@ -63,11 +63,11 @@ def run(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
             return found
     if out.exists():
         remove_run(out)
-    train(Config.from_dict(data))
+    train(config_from(data))
     rows = read_rows(out / "metrics.jsonl")
     last = [row for row in rows if row.get("stage") == rows[-1].get("stage")]
     found = {part: sum(row.get(f"time/{part}", 0.0) for row in last) for part in PARTS}
-    last_stage = len(Config.from_dict(data).stages)
+    last_stage = len(config_from(data).stages)
     for number, name in enumerate(("scores", "plays"), start=1):  # the stages before the last, if there are any
         found[name] = sum(row.get(f"time/stage_{last_stage - number}", 0.0) for row in last)
     found |= measure(arguments, out / "export", data["seed"])
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, float]:
     """KL(student || teacher) in nats a token on the student's own held-out episodes, and the share that it solves."""
     own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "full", "divergence": "reverse_kl"}
-    built = build(Config.from_dict(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
+    built = build(config_from(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
     try:
         built.loop.player.sync()
         groups = built.held_out.run(
@@ -152,9 +152,9 @@ def report(title: str, found: Sequence[dict[str, Any]]) -> None:
 
 WORKER = """
 import json, resource, sys
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
 from opd.launch.train import train
-train(Config.from_dict(json.loads(sys.argv[1])))
+train(config_from(json.loads(sys.argv[1])))
 print("\\npeak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.scheduler import derive_seed, task
-from opd.launch.build import Run, build
-from opd.launch.config import Config
-from opd.launch.tiny_recipes import WarmArithmetic
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, build
+from opd.launch.tiny.recipes import WarmArithmetic
 from opd.tracking.shading import ShadedToken, episode_picture
 from opd.types import Sample, Task, Trajectory
 
@@ -91,7 +91,7 @@ def scored(run: Run, world: Any, attempts: int) -> list[Scored]:
 def measure(name: str, model: str, attempts: int, folder: Path) -> str:
     """One row of the table; a typical attempt goes into a picture."""
     env, world = WORLDS[name]
-    config = Config.from_dict(
+    config = config_from(
         {
             "method": "sd_zero",
             "model": model,

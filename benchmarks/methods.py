@@ -26,10 +26,11 @@ from pydantic import Field, ValidationError
 
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
-from opd.launch.build import Run, Score, build
-from opd.launch.config import Config
-from opd.launch.overrides import merge
-from opd.launch.reader import read_settings
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, Score, build
+from opd.launch.settings.config import Config
+from opd.launch.settings.overrides import merge
+from opd.launch.settings.reader import read_settings
 from opd.tracking.intervals import paired_difference, wilson
 from opd.tracking.plots import COLORS, curves, success_curve
 
@@ -49,7 +50,7 @@ class Comparison(Strict):
 
     def config(self, label: str, seed: int) -> Config:
         """The settings of one run. Raises ConfigError."""
-        return Config.from_dict(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
+        return config_from(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
 
 
 class Point(Strict):

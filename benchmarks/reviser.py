@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from opd.episodes.scheduler import derive_seed
-from opd.launch.build import Run, build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, build
 from opd.tracking.intervals import wilson
 from opd.trainers.sd_zero.method import Distilling
 from opd.types import Task, Trajectory
@@ -30,7 +30,7 @@ WORLDS = (
 def measure(model: str, env: str, tasks: int) -> str:
     """One row of the table."""
     run = build(
-        Config.from_dict(
+        config_from(
             {
                 "method": "sd_zero",
                 "model": model,

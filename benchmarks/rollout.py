@@ -37,7 +37,7 @@ from opd.envs import TextSpace
 from opd.envs.tools import Tool
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
-from opd.launch.tiny_tokenizer import build_tokenizer
+from opd.launch.tiny.tokenizer import build_tokenizer
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 

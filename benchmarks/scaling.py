@@ -1,14 +1,14 @@
 """The tables of docs/scaling.md: what a rank holds and sends when models of four sizes train on 8 to 512 GPUs.
 
-Nothing is measured here: the numbers are counted by `opd.launch.scaling`, which `opd train --dry-run` also uses, and
-which tests hold against real allocations at small sizes.
+Nothing is measured here: the numbers are counted by `opd.launch.plan.scaling`, which `opd train --dry-run` also uses,
+and which tests hold against real allocations at small sizes.
 """
 
 from __future__ import annotations
 
 from opd.episodes.config import RolloutConfig
-from opd.launch.memory import ModelSize
-from opd.launch.scaling import Sharding, Work, device_memory, traffic
+from opd.launch.plan.memory import ModelSize
+from opd.launch.plan.scaling import Sharding, Work, device_memory, traffic
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 

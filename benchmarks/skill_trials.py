@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from opd.episodes.scheduler import derive_seed
-from opd.launch.build import Run, build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, build
 from opd.teachers.privileged import in_first_user_message, of_like_task, with_skill
 from opd.trainers.skill_sd.keeper import EPISODES_EACH, gains
 from opd.trainers.skill_sd.makers import Rules, case_of, prompt_text
@@ -53,7 +53,7 @@ def study(model: str, env: str, *, tasks: int, members: int) -> list[Trial]:
     """Two skills, its own and another's, of each task whose trying half is mixed and whose prompt no other has."""
     world = json.loads(env) if env.startswith("{") else {"id": env}
     run = build(
-        Config.from_dict(
+        config_from(
             {
                 "method": "skill_sd",
                 "model": model,

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from lightning import measure, settings
 
-from opd.launch.config import Config
-from opd.launch.out import remove_run
+from opd.launch.checks.loading import config_from
+from opd.launch.run.out import remove_run
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.tracking.plots import Curve, curves
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, label: str, seed: int) -> dict[str, Any]:
         return json.loads(kept.read_text(encoding="utf-8"))
     if out.exists():
         remove_run(out)
-    train(Config.from_dict(data))
+    train(config_from(data))
     rows = read_rows(out / "metrics.jsonl")
     measured = [row for row in rows if "variance/plain" in row]
     factor = "variance/baseline" if method == "vopd" else None

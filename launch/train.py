@@ -21,12 +21,13 @@ from typing import Any, NoReturn
 
 from opd import checkpoint
 from opd.errors import CheckpointError, EngineError, HealthError
-from opd.launch.build import Interrupted, Run, Score, build
-from opd.launch.checks import check_started
-from opd.launch.config import Config
-from opd.launch.lock import RunLock
-from opd.launch.out import Resume, remove_run, resumes
-from opd.launch.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
+from opd.launch.checks.loading import config_from
+from opd.launch.checks.starting import check_started
+from opd.launch.run.build import Interrupted, Run, Score, build
+from opd.launch.run.lock import RunLock
+from opd.launch.run.out import Resume, choose_out, remove_run, resumes, write_config
+from opd.launch.run.saving import begin_anew, clear_the_way, finite_checkpoints, newest, restore, save
+from opd.launch.settings.config import Config
 from opd.ranks.join import join
 from opd.ranks.ranks import Ranks
 from opd.ranks.watch import together
@@ -62,10 +63,10 @@ def train(
     process has the folder, HealthError where the run goes on without learning.
     """
     if not isinstance(config, Config):
-        config = Config.from_dict(dict(config))
+        config = config_from(dict(config))
     ranks = ranks_of(config)
     with together():
-        out = ranks.from_first(lambda: config.choose_out(resume=resume, overwrite=overwrite))
+        out = ranks.from_first(lambda: choose_out(config, resume=resume, overwrite=overwrite))
         with _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
@@ -87,7 +88,7 @@ def _locked(out: Path, ranks: Ranks) -> Iterator[RunLock | None]:
 
 def _make_room(config: Config, out: Path, *, resume: Resume, overwrite: bool) -> None:
     """Look at the folder once more, now that it is ours: another run may have come before. Delete it if asked to."""
-    config.choose_out(resume=resume, overwrite=overwrite)
+    choose_out(config, resume=resume, overwrite=overwrite)
     if overwrite:
         remove_run(out)
 
@@ -98,7 +99,7 @@ def ranks_of(config: Config) -> Ranks:
     check_started(config)
     if config.backend == "local":
         return Ranks()
-    from opd.launch.deepspeed_check import check_deepspeed
+    from opd.launch.checks.deepspeed import check_deepspeed
 
     ranks = join()
     ranks.agree(lambda: check_deepspeed(config))
@@ -111,7 +112,7 @@ def _train(runner: _StageRunner, saved: checkpoint.Checkpoint | None, *, anew: b
     if saved is not None:
         runner.take_up(saved.record("run"), saved.folder)
     left = ranks.from_first(runner.stages_left)
-    ranks.from_first(lambda: config.write_to(out))  # not before: settings that are refused must not stand there
+    ranks.from_first(lambda: write_config(config, out))  # not before: settings that are refused must not stand there
     if anew:
         ranks.from_first(partial(begin_anew, out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
@@ -417,6 +418,6 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    from opd.launch.cli import main
+    from opd.launch.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """The typed settings that every run shares. No torch here: a bad file must fail before anything heavy.
 
 Each field's description is what `opd config --explain KEY` prints. A method's own settings stand in its
-file under `trainers/`; `opd.launch.config` joins the two and reads YAML.
+file under `trainers/`; `opd.launch.settings.config` joins the two and reads YAML.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def tiny_model(tmp_path_factory):
 
     Each is built once a session, by whichever process of the session asks for it first.
     """
-    from opd.launch.tiny import build_tiny  # late: most tests need no tiny model
+    from opd.launch.tiny.build import build_tiny  # late: most tests need no tiny model
 
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own

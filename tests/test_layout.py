@@ -246,7 +246,7 @@ def test_settings_methods_environments_and_commands_are_known_without_torch():
     program = (
         f"import importlib, sys, opd, opd.envs, opd.launch.cli, opd.launch.plan\n"
         f"for module in {[*settings, *rooms, 'opd.losses', 'opd.types']}: importlib.import_module(module)\n"
-        "from opd.trainers.loop.method import methods\n"
+        "from opd.trainers.loop.registry import methods\n"
         "methods()\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from opd.backends.config import TrainConfig
 
-READY = Path(__file__).resolve().parent / "backends"
+READY = Path(__file__).resolve().parent
 AUTO = "auto"
 
 _OURS = {

@@ -1,6 +1,6 @@
 """Loading a model and its tokenizer: from a hub, a folder, a GGUF file, or the SmolLM2 package.
 
-`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny` builds it): the core knows no
+`tiny:<env>` is resolved to a folder before this (`opd.launch.tiny.build` builds it): the core knows no
 environment. What a checkpoint or an export holds is written here too.
 """
 

@@ -10,9 +10,11 @@ import pytest
 
 import opd
 from opd.errors import ModelError
-from opd.launch.cli import main
-from opd.launch.config import Config, all_settings
-from opd.launch.out import Resume, holds_run, remove_run
+from opd.launch.checks.loading import load_config
+from opd.launch.cli.main import main
+from opd.launch.run.out import Resume, choose_out, remove_run, write_config
+from opd.launch.settings.config import Config, all_settings
+from opd.launch.settings.reader import holds_run
 from opd.trainers.loop.registry import methods
 
 GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
@@ -32,10 +34,10 @@ def trained(monkeypatch):
 
     def train(config: Config, *, resume: Resume = False, overwrite: bool = False) -> types.SimpleNamespace:
         calls.append((config, resume))
-        folder = config.choose_out(resume=resume, overwrite=overwrite)
+        folder = choose_out(config, resume=resume, overwrite=overwrite)
         if overwrite:
             remove_run(folder)
-        config.write_to(folder)
+        write_config(config, folder)
         return types.SimpleNamespace(steps=config.train.steps, interrupted=config.train.steps == 13)
 
     monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))
@@ -167,7 +169,7 @@ def test_eval_takes_a_run_or_a_file(monkeypatch, trained, capsys):
         calls.append((config.eval.tasks, run))
         return types.SimpleNamespace(played=config.eval.tasks if config.eval.tasks < 50 else 0)
 
-    monkeypatch.setitem(sys.modules, "opd.launch.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
+    monkeypatch.setitem(sys.modules, "opd.launch.run.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
     assert main(["eval", "run.yaml", "--tasks", "30"]) == 0
     assert main(["train", "run.yaml", "--out", "mine"]) == 0
     assert main(["eval", "mine", "--eval.tasks", "40"]) == 0
@@ -180,7 +182,7 @@ def test_eval_takes_a_run_or_a_file(monkeypatch, trained, capsys):
 def test_demo_takes_seeds_and_a_folder(monkeypatch, capsys):
     calls = []
     monkeypatch.setitem(
-        sys.modules, "opd.launch.demo", types.SimpleNamespace(demo=lambda *, seeds, out: calls.append((seeds, out)))
+        sys.modules, "opd.launch.cli.demo", types.SimpleNamespace(demo=lambda *, seeds, out: calls.append((seeds, out)))
     )
     assert main(["demo"]) == 0
     assert main(["demo", "--seeds", "3", "--out", "d"]) == 0
@@ -234,7 +236,7 @@ def test_every_method_is_listed_with_what_it_is(capsys):
 def test_config_prints_settings_that_load_as_the_same(capsys):
     assert main(["config", "run.yaml", "--train.lr", "1e-4"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
-    assert Config.load("resolved.yaml") == Config.load("run.yaml", {"train.lr": 1e-4})
+    assert load_config("resolved.yaml") == load_config("run.yaml", {"train.lr": 1e-4})
 
 
 def test_config_explains_one_setting_a_section_or_all(capsys):

@@ -18,10 +18,12 @@ import pytest
 
 import opd
 from opd.errors import ConfigError
-from opd.launch import checks
-from opd.launch.config import Config, all_settings, explain
-from opd.launch.reader import parse_yaml
-from opd.launch.tiny_names import TINY_ENVS
+from opd.launch.checks.loading import config_from, load_config
+from opd.launch.checks.models import check_model
+from opd.launch.checks.tracking import wandb_mode
+from opd.launch.settings.config import Config, all_settings, explain
+from opd.launch.settings.reader import parse_yaml
+from opd.launch.tiny.names import TINY_ENVS
 from opd.trainers.loop.registry import METHODS, methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -29,7 +31,7 @@ GOOD = "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\n"
 
 
 def load(text: str, **options: Any) -> Config:
-    return Config.from_dict(parse_yaml(text, "run.yaml"), source="run.yaml", **options)
+    return config_from(parse_yaml(text, "run.yaml"), source="run.yaml", **options)
 
 
 def problems_of(text: str, **options: Any) -> list[str]:
@@ -317,7 +319,7 @@ def test_a_folder_is_a_model_only_with_config_weights_and_tokenizer(tmp_path, mo
     (model / "export").mkdir(parents=True)
 
     def problem() -> str | None:
-        found = checks.check_model(load(GOOD, check_machine=False).model.model_copy(update={"name": "./model"}))
+        found = check_model(load(GOOD, check_machine=False).model.model_copy(update={"name": "./model"}))
         return found[0].text if found else None
 
     assert problem() == 'model.name = "./model" has no config.json, so it holds no Hugging Face model'
@@ -357,7 +359,7 @@ def test_an_online_wandb_needs_a_key(monkeypatch, tmp_path):
 
 def test_the_section_of_another_method_is_an_error(monkeypatch):
     spec = methods()["opsd"]
-    monkeypatch.setattr("opd.launch.config.methods", lambda: {"opsd": spec, "sdpo": spec})
+    monkeypatch.setattr("opd.launch.settings.config.methods", lambda: {"opsd": spec, "sdpo": spec})
     assert problems_of(GOOD + "sdpo: {}") == [
         "run.yaml: sdpo is the section of another method, but method = opsd. Remove it, or set method: sdpo."
     ]
@@ -365,7 +367,7 @@ def test_the_section_of_another_method_is_an_error(monkeypatch):
 
 def test_what_only_python_can_hold_is_refused():
     with pytest.raises(ConfigError, match="config: env holds what a file cannot: Object of type object is not JSON"):
-        Config.from_dict({"method": "opsd", "model": "tiny:lookup", "env": {"id": "x", "kwargs": {"table": object()}}})
+        config_from({"method": "opsd", "model": "tiny:lookup", "env": {"id": "x", "kwargs": {"table": object()}}})
 
 
 def test_a_short_file_means_the_same_as_a_long_one():
@@ -384,9 +386,9 @@ def test_numbers_are_read_as_they_are_meant():
 
 @pytest.mark.parametrize("method", methods())
 def test_resolved_settings_are_read_back_as_the_same(method):
-    config = Config.load(EXAMPLES / f"{method}.yaml", check_machine=False)
+    config = load_config(EXAMPLES / f"{method}.yaml", check_machine=False)
     assert load(config.to_yaml()) == config
-    assert Config.from_dict(config.dump()) == config
+    assert config_from(config.dump()) == config
 
 
 def test_settings_can_be_built_in_python():
@@ -406,10 +408,10 @@ def test_messages_about_the_command_line_say_so():
 
 def test_a_file_is_loaded_with_overrides_over_it(tmp_path):
     (tmp_path / "x.yaml").write_text(GOOD + "train: {lr: 0.1, steps: 7}")
-    config = Config.load(tmp_path / "x.yaml", {"train.lr": 0.2, "model.lora.r": 8})
+    config = load_config(tmp_path / "x.yaml", {"train.lr": 0.2, "model.lora.r": 8})
     assert (config.train.lr, config.train.steps, config.model.lora.r) == (0.2, 7, 8)
     with pytest.raises(ConfigError, match=r"^command line: train\.lr = 0 is not allowed"):
-        Config.load(tmp_path / "x.yaml", {"train.lr": 0})
+        load_config(tmp_path / "x.yaml", {"train.lr": 0})
 
 
 def test_a_resumed_run_may_change_its_length_and_its_evaluation_alone():
@@ -449,7 +451,7 @@ def test_explaining_a_setting_gives_default_allowed_values_and_meaning():
 def test_explained_defaults_are_what_a_file_that_leaves_them_out_gets(name):
     config = methods()[name].config
     needed = [field for field, about in config.model_fields.items() if about.is_required()]
-    example = Config.load(EXAMPLES / f"{name}.yaml", check_machine=False).section
+    example = load_config(EXAMPLES / f"{name}.yaml", check_machine=False).section
     made = config.model_construct(**{field: getattr(example, field) for field in needed})
     own = {key: setting for key, setting in all_settings().items() if key.startswith(f"{name}.")}
     absent = [*needed, *(field for field in config.model_fields if getattr(made, field) is None)]
@@ -482,7 +484,7 @@ def test_explaining_an_unknown_setting_names_the_nearest():
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_example_holds_settings_that_exist(file):
-    assert Config.load(file, check_machine=False).method in methods()
+    assert load_config(file, check_machine=False).method in methods()
 
 
 def test_a_micro_batch_may_be_as_long_as_one_sequence():
@@ -516,4 +518,4 @@ def test_wandb_follows_the_setting_then_its_own_mode_then_the_key(monkeypatch, t
     monkeypatch.setenv("WANDB_MODE", wanted)
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert checks.wandb_mode(load(GOOD, check_machine=False).tracking.model_copy(update={"wandb": setting})) == mode
+    assert wandb_mode(load(GOOD, check_machine=False).tracking.model_copy(update={"wandb": setting})) == mode

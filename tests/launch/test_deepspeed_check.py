@@ -8,14 +8,14 @@ import yaml
 from deepspeed.accelerator import get_accelerator
 
 from opd.errors import ConfigError
-from opd.launch.config import Config
-from opd.launch.deepspeed_check import check_deepspeed
+from opd.launch.checks.deepspeed import check_deepspeed
+from opd.launch.checks.loading import config_from
 
 
 def check(data):
     settings = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0", "opsd": {"privileged": "plan"}}
     data = yaml.safe_load(data) if isinstance(data, str) else data
-    check_deepspeed(Config.from_dict(settings | {"backend": "deepspeed", "deepspeed": data}), source="run.yaml")
+    check_deepspeed(config_from(settings | {"backend": "deepspeed", "deepspeed": data}), source="run.yaml")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from opd.launch.definitions import digest
+from opd.launch.tiny.definitions import digest
 
 ONE = """
 from opd.two import helper, unused
@@ -136,9 +136,9 @@ def test_what_stands_under_a_condition_belongs_to_the_module(digest_of, conditio
 
 
 def test_a_module_that_is_not_loaded_yet_is_followed_as_one_that_is(digest_of, monkeypatch):
-    text = "def root():\n    from opd.launch.muon import orthogonal\n    return orthogonal\n"
+    text = "def root():\n    from opd.launch.tiny.muon import orthogonal\n    return orthogonal\n"
     loaded = digest_of(one=text)
-    monkeypatch.delitem(sys.modules, "opd.launch.muon", raising=False)
+    monkeypatch.delitem(sys.modules, "opd.launch.tiny.muon", raising=False)
     assert digest_of(one=text) == loaded
     assert digest_of(one=text.replace("orthogonal", "Muon")) != loaded
 

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from opd.launch.build import build
-from opd.launch.config import Config
-from opd.launch.plan import plan
+from opd.launch.checks.loading import config_from, load_config
+from opd.launch.plan.plan import plan
+from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.models.config import ModelConfig
 from opd.models.loading import load
@@ -183,7 +183,7 @@ def test_the_example_of_a_method_trains(name, models, tmp_path):
         changes[f"{name}.teacher.model"] = models[1]
     if methods()[name].config.model_fields.get("skills"):
         changes["train.steps"] = 2  # the first step makes them
-    result = train(Config.load(example, changes))
+    result = train(load_config(example, changes))
     rows = steps(result.out)
     assert result.steps == rows[-1]["step"] == len(rows) > 0
     for row in rows:
@@ -244,7 +244,7 @@ def recorded(settings, tmp_path_factory):
 
     def record(size):
         with on_cpu():
-            run = build(Config.from_dict(settings(f"recorded-{size}", rollout={"group_size": size})))
+            run = build(config_from(settings(f"recorded-{size}", rollout={"group_size": size})))
             groups = [with_rewards(group) for group in run.loop.player.play_step(0)]
             run.close()
         path = folder / f"{size}.pickle"
@@ -387,7 +387,7 @@ def real_shape(models, tmp_path_factory):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_the_plan_tells_the_memory_of_a_model_of_real_shape(settings, real_shape, checkpointing):
-    config = Config.from_dict(
+    config = config_from(
         settings(
             f"real-{checkpointing}",
             model={"name": real_shape, "dtype": "bfloat16", "gradient_checkpointing": checkpointing},

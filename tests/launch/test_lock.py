@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from opd.errors import LockError
-from opd.launch import lock
-from opd.launch.demo import demo
-from opd.launch.lock import NAME, RunLock, check_free
+from opd.launch.cli.demo import demo
+from opd.launch.run import lock
+from opd.launch.run.lock import NAME, RunLock, check_free
 
-HOLD = "import sys; from pathlib import Path; from opd.launch.lock import RunLock; RunLock(Path(sys.argv[1])); "
+HOLD = "import sys; from pathlib import Path; from opd.launch.run.lock import RunLock; RunLock(Path(sys.argv[1])); "
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from opd.episodes.config import RolloutConfig
-from opd.launch.memory import TILE_BYTES, ModelSize, known_size, memory_estimate, size_of_folder
+from opd.launch.plan.memory import TILE_BYTES, ModelSize, known_size, memory_estimate, size_of_folder
 from opd.maths.head import TILE_BYTES as REAL_TILE_BYTES
 from opd.models.config import LoraConfig, ModelConfig
 from opd.models.loading import smollm2_folder

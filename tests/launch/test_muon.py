@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd.launch.muon import Muon, orthogonal
+from opd.launch.tiny.muon import Muon, orthogonal
 
 
 def matrices(*shape, seed=0):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from opd.errors import ConfigError
-from opd.launch.config import Config
-from opd.launch.out import choose, default_name, holds_run, remove_run, write_config
+from opd.launch.checks.loading import config_from, load_config
+from opd.launch.run.out import choose, choose_out, default_name, remove_run, write_config
+from opd.launch.settings.config import Config
+from opd.launch.settings.reader import holds_run
 
 SETTINGS = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
 
@@ -18,16 +20,15 @@ def here(tmp_path, monkeypatch):
 
 
 def run_in(folder: Path) -> Path:
-    write_config(folder, "method: opsd\n", "0.1.0")
-    return folder
+    return write_config(config(), folder)
 
 
 def config(**settings: str) -> Config:
-    return Config.from_dict({**SETTINGS, **settings}, check_machine=False)
+    return config_from({**SETTINGS, **settings}, check_machine=False)
 
 
 def prepared(settings: Config) -> Path:
-    return settings.write_to(settings.choose_out())
+    return write_config(settings, choose_out(settings))
 
 
 def chosen(out: str | None, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -140,14 +141,14 @@ def test_a_prepared_folder_holds_settings_that_load_as_the_same_run():
     folder = prepared(config(out="mine"))
     assert folder == Path("mine")
     assert holds_run(folder)
-    assert Config.load(folder, check_machine=False) == config(out="mine")
+    assert load_config(folder, check_machine=False) == config(out="mine")
 
 
 def test_a_run_that_was_moved_is_found_where_it_is():
     prepared(config()).rename("moved")
-    assert Config.load("moved", check_machine=False).out == "moved"
+    assert load_config("moved", check_machine=False).out == "moved"
 
 
 def test_preparing_twice_without_a_name_makes_two_runs():
     assert [str(prepared(config())) for _ in range(2)] == ["runs/opsd-lookup-tiny", "runs/opsd-lookup-tiny-2"]
-    assert str(config().choose_out(resume=True)) == "runs/opsd-lookup-tiny-2"
+    assert str(choose_out(config(), resume=True)) == "runs/opsd-lookup-tiny-2"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError
-from opd.launch.config import all_settings
-from opd.launch.overrides import merge, put, split
+from opd.launch.settings.config import all_settings
+from opd.launch.settings.overrides import merge, put, split
 
 SETTINGS = all_settings()
 OPTIONS = ("--steps", "--out", "--resume", "-h", "--help")

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opd.launch.config import Config
-from opd.launch.plan import has_gpu, plan, teacher_of
-from opd.launch.reader import parse_yaml
+from opd.launch.checks.loading import config_from
+from opd.launch.plan.plan import has_gpu, plan, teacher_of
+from opd.launch.settings.config import Config
+from opd.launch.settings.reader import parse_yaml
 
 GOOD = {"method": "opsd", "model": "smollm2", "env": "opd/Lookup-v0"}
 
 
 def config(text: str = "", **settings: object) -> Config:
-    return Config.from_dict({**GOOD, **(parse_yaml(text, "x") or {}), **settings}, check_machine=False)
+    return config_from({**GOOD, **(parse_yaml(text, "x") or {}), **settings}, check_machine=False)
 
 
 def planned(text: str = "", **settings: object):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError
-from opd.launch.reader import parse_yaml, read_settings, to_yaml
+from opd.launch.settings.reader import parse_yaml, read_settings, to_yaml
 
 TEXT = st.text() | st.text(" \t\n\r\x85\u2028\ufeff:#-'\"\\|>&*!%@`?,[]{}ae1.~", max_size=12)
 KEYS = TEXT.filter(bool)

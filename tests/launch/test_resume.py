@@ -14,9 +14,9 @@ import torch
 from opd import checkpoint
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, LockError
-from opd.launch.build import Run
-from opd.launch.cli import main
-from opd.launch.lock import NAME
+from opd.launch.cli.main import main
+from opd.launch.run.build import Run
+from opd.launch.run.lock import NAME
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.loop.loop import Loop

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from opd.episodes.config import RolloutConfig
-from opd.launch.memory import ModelSize
-from opd.launch.scaling import Sharding, Work, device_memory, host_memory, largest_layer, traffic
+from opd.launch.plan.memory import ModelSize
+from opd.launch.plan.scaling import Sharding, Work, device_memory, host_memory, largest_layer, traffic
 from opd.models.config import LoraConfig, ModelConfig
 from opd.teachers.config import TeacherConfig
 

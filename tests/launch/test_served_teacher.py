@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from opd.errors import ConfigError, EngineError
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
 from opd.launch.train import train
 from opd.tracking import read_rows
 
@@ -128,18 +128,18 @@ def test_a_server_that_is_not_there_is_told_before_anything_loads(settings, mode
 )
 def test_what_a_served_teacher_cannot_say_is_refused_by_name(settings, models, own, sections, name):
     with pytest.raises(ConfigError, match=f"opd.teacher.servers: .* It cannot do: .*{name}"):
-        Config.from_dict(settings("x", served(models[1], "http://127.0.0.1:9") | own, **sections))
+        config_from(settings("x", served(models[1], "http://127.0.0.1:9") | own, **sections))
 
 
 def test_a_method_that_loads_its_teacher_to_score_ahead_takes_no_servers(settings, models):
     with pytest.raises(ConfigError, match=r"lightning_opd.teacher.servers has no effect"):
-        Config.from_dict(settings("x", served(models[1], "http://127.0.0.1:9"), "lightning_opd"))
+        config_from(settings("x", served(models[1], "http://127.0.0.1:9"), "lightning_opd"))
 
 
 def test_servers_belong_to_an_external_teacher(settings, models):
     section = {"teacher": {"weights": "live", "servers": ["http://127.0.0.1:9"]}}
     with pytest.raises(ConfigError, match=r"teacher.servers is used by external alone"):
-        Config.from_dict(settings("x", section, "skill_sd"))
+        config_from(settings("x", section, "skill_sd"))
 
 
 @pytest.mark.long

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from opd.errors import ConfigError
-from opd.launch import checks, server_checks
-from opd.launch.cli import main
-from opd.launch.config import Config
-from opd.launch.server_checks import check_port, check_servers, check_teaching_servers
+from opd.launch.checks import engines
+from opd.launch.checks.loading import config_from
+from opd.launch.checks.servers import check_port, check_servers, check_teaching_servers
+from opd.launch.cli.main import main
 from opd.teachers.config import TeacherConfig
 
 GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
@@ -58,7 +58,7 @@ def serve(monkeypatch):
 
 def config(url, **rollout):
     rollout = {"engine": "vllm_server", "max_tokens": 48, "max_length": 512, "vllm": {"servers": [url]}, **rollout}
-    return Config.from_dict({**GOOD, "rollout": rollout}, check_machine=False).rollout
+    return config_from({**GOOD, "rollout": rollout}, check_machine=False).rollout
 
 
 def test_a_server_that_is_up_and_takes_the_key_is_good(serve, monkeypatch):
@@ -85,7 +85,7 @@ def test_what_is_no_address_is_said_with_one_that_is(section, url):
     data["rollout"] = {"engine": "vllm_server", "vllm": {"servers": []}}
     {"rollout.vllm": data["rollout"]["vllm"], "opd.teacher": data["opd"]["teacher"]}[section]["servers"].append(url)
     with pytest.raises(ConfigError, match=rf"{section}.servers: .*is like http://127.0.0.1:8000, with nothing behind"):
-        Config.from_dict(data, check_machine=False)
+        config_from(data, check_machine=False)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://host/", "http://[::1]:1"])
@@ -156,7 +156,7 @@ def test_a_server_for_shorter_sequences_is_refused_with_both_lengths(serve):
 
 
 def test_a_dry_run_says_that_nobody_is_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    monkeypatch.setattr(engines, "is_installed", lambda package: True)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -171,7 +171,7 @@ def test_a_dry_run_says_that_nobody_is_there(tmp_path, monkeypatch, capsys):
 def test_an_unknown_argument_of_vllm_is_named_with_the_nearest():
     rollout = {"engine": "vllm", "vllm": {"engine_args": {"block_sizes": 3, "swap_space": 1, "block_size": 3}}}
     with pytest.raises(ConfigError) as caught:
-        Config.from_dict({**GOOD, "rollout": rollout})
+        config_from({**GOOD, "rollout": rollout})
     assert 'rollout.vllm.engine_args.block_sizes is no argument of vLLM\'s engine. Did you mean "block_size"?' in str(
         caught.value
     )
@@ -179,10 +179,10 @@ def test_an_unknown_argument_of_vllm_is_named_with_the_nearest():
 
 
 def test_without_vllm_its_arguments_are_not_judged(monkeypatch):
-    monkeypatch.setattr(server_checks, "_engine_args", frozenset)
+    monkeypatch.setattr(engines, "_engine_args", frozenset)
     rollout = {"engine": "vllm_server", "vllm": {"engine_args": {"anything": 3}}}
-    parsed = Config.from_dict({**GOOD, "rollout": rollout}, check_machine=False).rollout
-    assert server_checks.check_engine_args(parsed) == []
+    parsed = config_from({**GOOD, "rollout": rollout}, check_machine=False).rollout
+    assert engines.check_engine_args(parsed) == []
 
 
 def test_a_busy_port_is_refused():

@@ -10,10 +10,11 @@ from opd.engines.vllm import common_arguments
 from opd.engines.vllm_process import server_command, server_environment
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, EngineError
-from opd.launch import checks, servers
-from opd.launch.build import _sampler
-from opd.launch.config import Config, served
-from opd.launch.plan import plan
+from opd.launch.checks import engines
+from opd.launch.checks.loading import config_from, model_to_serve
+from opd.launch.plan.plan import plan
+from opd.launch.run import servers
+from opd.launch.run.build import _sampler
 from opd.launch.train import train
 from opd.losses import Correction
 from opd.models.config import ModelConfig
@@ -24,14 +25,14 @@ GOOD = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
 
 def problem_of(rollout, **sections):
     with pytest.raises(ConfigError) as caught:
-        Config.from_dict({**GOOD, **sections, "rollout": rollout})
+        config_from({**GOOD, **sections, "rollout": rollout})
     return str(caught.value)
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine with vLLM and without a key."""
-    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    monkeypatch.setattr(engines, "is_installed", lambda package: True)
     monkeypatch.setattr(servers, "is_installed", lambda package: True)
     monkeypatch.delenv("OPD_VLLM_KEY", raising=False)
 
@@ -85,12 +86,12 @@ def test_truncated_sampling_with_vllm_needs_a_decision_about_the_ratio(narrowed)
     assert "rollout.correction.mode = truncate (what auto means with engine = vllm) with top_p" in message
     assert "or correction.mode: none" in message
     decided = {"engine": "vllm", "correction": {"mode": "none"}, **narrowed}
-    assert not _sampler(Config.from_dict({**GOOD, "rollout": decided}).rollout).measured
+    assert not _sampler(config_from({**GOOD, "rollout": decided}).rollout).measured
 
 
 def test_vllms_distance_is_corrected_by_itself_and_measured_whatever_is_done_about_it():
     def sampler(**rollout):
-        return _sampler(Config.from_dict({**GOOD, "rollout": rollout}).rollout)
+        return _sampler(config_from({**GOOD, "rollout": rollout}).rollout)
 
     assert sampler(engine="vllm").correction == Correction(mode="truncate", level="token", low=0.5, high=2.0)
     left = sampler(engine="vllm", correction={"mode": "none"})
@@ -119,20 +120,20 @@ def test_vllms_distance_is_corrected_by_itself_and_measured_whatever_is_done_abo
     ],
 )
 def test_the_plan_says_who_samples_and_what_is_corrected(rollout, row):
-    made = plan(Config.from_dict({**GOOD, "rollout": rollout}), Path("runs/a"), gpu=False)
+    made = plan(config_from({**GOOD, "rollout": rollout}), Path("runs/a"), gpu=False)
     assert dict(made.rows())["rollouts"].startswith(row)
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(checks, "is_installed", lambda package: package != "vllm")
+    monkeypatch.setattr(engines, "is_installed", lambda package: package != "vllm")
     assert "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]'" in problem_of({"engine": "vllm"})
     servers_elsewhere = {"engine": "vllm_server", "vllm": {"servers": ["http://localhost:8000"]}}
-    assert Config.from_dict({**GOOD, "rollout": servers_elsewhere}).rollout.engine == "vllm_server"
+    assert config_from({**GOOD, "rollout": servers_elsewhere}).rollout.engine == "vllm_server"
 
 
 def test_the_address_of_a_server_may_change_when_a_run_is_resumed():
     def at(url):
-        return Config.from_dict({**GOOD, "rollout": {"engine": "vllm_server", "vllm": {"servers": [url]}}})
+        return config_from({**GOOD, "rollout": {"engine": "vllm_server", "vllm": {"servers": [url]}}})
 
     assert at("http://127.0.0.1:1").differs_for_resume(at("http://127.0.0.1:2").dump()) == []
 
@@ -190,22 +191,22 @@ def test_on_loopback_a_key_is_not_needed(commands, host):
 
 
 def test_a_model_is_served_by_name_or_as_a_runs_file_says(tmp_path):
-    model, rollout = served("tiny:lookup", {"rollout": {"max_length": 64}})
+    model, rollout = model_to_serve("tiny:lookup", {"rollout": {"max_length": 64}})
     assert (model.name, rollout.max_length) == ("tiny:lookup", 64)
     file = tmp_path / "run.yaml"
     file.write_text("method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\nrollout: {max_length: 300}\n")
-    assert served(str(file), {})[1].max_length == 300
+    assert model_to_serve(str(file), {})[1].max_length == 300
     # Where the run will find this server is of no account here, and both sides of the settings may be given.
     file.write_text(
         "method: opsd\nmodel: tiny:lookup\nenv: opd/Lookup-v0\nrollout:\n  engine: vllm_server\n"
         "  vllm: {servers: ['http://127.0.0.1:9'], api_key_env: A_KEY}\n"
     )
-    assert served(str(file), {"rollout": {"vllm": {"kv_cache_gib": 0.5}}})[1].vllm.kv_cache_gib == 0.5
+    assert model_to_serve(str(file), {"rollout": {"vllm": {"kv_cache_gib": 0.5}}})[1].vllm.kv_cache_gib == 0.5
     file.write_text("method: opsd\n")
     with pytest.raises(ConfigError, match=r"run.yaml: model is missing"):
-        served(str(file), {})
+        model_to_serve(str(file), {})
     with pytest.raises(ConfigError, match=r'model.name = "tiny:lokup" is unknown.*Did you mean "tiny:lookup"'):
-        served("tiny:lokup", {})
+        model_to_serve("tiny:lokup", {})
 
 
 def test_without_vllm_nothing_is_served(commands, monkeypatch):

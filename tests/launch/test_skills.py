@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opd.launch.cli import main
+from opd.launch.cli.main import main
 from opd.trainers.skill_sd import file
 from opd.trainers.skill_sd.bank import Lesson, SkillBank, Source
 

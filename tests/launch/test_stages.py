@@ -11,9 +11,10 @@ from opd.backends.config import StageConfig, TrainConfig
 from opd.checkpoint import Checkpoint
 from opd.config import Strict
 from opd.errors import CheckpointError
-from opd.launch import build as launch_build
-from opd.launch import config as launch_config
-from opd.launch.plan import plan
+from opd.launch.checks.loading import config_from
+from opd.launch.plan.plan import plan
+from opd.launch.run import build as launch_build
+from opd.launch.settings import config as launch_config
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Losses
 from opd.teachers.config import TeacherConfig
@@ -208,7 +209,7 @@ def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_orde
 
 
 def test_the_plan_counts_the_updates_and_evaluations_of_every_stage(settings, tmp_path):
-    config = launch_config.Config.from_dict(settings("run", eval={"tasks": 5, "every": 3}, two={"first": {"steps": 1}}))
+    config = config_from(settings("run", eval={"tasks": 5, "every": 3}, two={"first": {"steps": 1}}))
     made = plan(config, tmp_path, gpu=False)
     assert dict(made.rows())["updates"] == "3 in 2 stages (1 + 2)"
     assert made.evaluations == 3  # before, after step 1, after step 3

@@ -31,11 +31,11 @@ from opd.episodes.answers import messages_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import RolloutScheduler, task
 from opd.errors import ConfigError
-from opd.launch import tiny
-from opd.launch.tiny import EpisodeWriter, build_tiny, warm_start
-from opd.launch.tiny_names import TINY_ENVS
-from opd.launch.tiny_skills import RECIPES
-from opd.launch.tiny_tokenizer import END, build_tokenizer
+from opd.launch.tiny import build as tiny
+from opd.launch.tiny.build import EpisodeWriter, build_tiny, warm_start
+from opd.launch.tiny.names import TINY_ENVS
+from opd.launch.tiny.skills import RECIPES
+from opd.launch.tiny.tokenizer import END, build_tokenizer
 from opd.losses import CrossEntropy, Losses
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
@@ -391,11 +391,11 @@ class OtherWords(ast.NodeTransformer):
 
 
 SOURCES = [
-    "opd.launch.tiny",
-    "opd.launch.tiny_recipes",
-    "opd.launch.tiny_skills",
-    "opd.launch.tiny_tokenizer",
-    "opd.launch.muon",
+    "opd.launch.tiny.build",
+    "opd.launch.tiny.recipes",
+    "opd.launch.tiny.skills",
+    "opd.launch.tiny.tokenizer",
+    "opd.launch.tiny.muon",
     "opd.envs.worlds.lookup",
     "opd.envs.worlds.sokoban_board",
     "opd.envs.text_env",
@@ -428,10 +428,13 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
     built = []
     monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
     first = build_tiny("lookup", steps=1, quiet=True)
-    stands("opd.launch.muon", source("opd.launch.muon") + "\n# A comment.\n")
+    stands("opd.launch.tiny.muon", source("opd.launch.tiny.muon") + "\n# A comment.\n")
     assert build_tiny("lookup", steps=1, quiet=True) == first
     assert built == [0]
-    stands("opd.launch.muon", source("opd.launch.muon").replace("momentum: float = 0.95", "momentum: float = 0.9"))
+    stands(
+        "opd.launch.tiny.muon",
+        source("opd.launch.tiny.muon").replace("momentum: float = 0.95", "momentum: float = 0.9"),
+    )
     assert build_tiny("lookup", steps=1, quiet=True) != first
     assert built == [0, 0]
 
@@ -439,14 +442,14 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
 @pytest.mark.parametrize(
     ("name", "module", "old", "new"),
     [
-        ("lookup", "opd.launch.tiny", '"hidden_size": 128', '"hidden_size": 64'),
-        ("lookup", "opd.launch.tiny", "(step + 1) / 20", "(step + 1) / 10"),
-        ("lookup", "opd.launch.tiny", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)"),
-        ("lookup", "opd.launch.tiny", "model.save_pretrained", "model.half().save_pretrained"),
-        ("lookup", "opd.launch.muon", "-4.7750", "-4.7"),
-        ("lookup", "opd.launch.tiny_tokenizer", "'Tools: '", "'You have: '"),
-        ("lookup", "opd.launch.tiny_recipes", "1 if other == field else 2", "1 if other == field else 3"),
-        ("lookup-skills", "opd.launch.tiny_skills", "rng.random() < 0.9", "rng.random() < 0.8"),
+        ("lookup", "opd.launch.tiny.build", '"hidden_size": 128', '"hidden_size": 64'),
+        ("lookup", "opd.launch.tiny.build", "(step + 1) / 20", "(step + 1) / 10"),
+        ("lookup", "opd.launch.tiny.build", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)"),
+        ("lookup", "opd.launch.tiny.build", "model.save_pretrained", "model.half().save_pretrained"),
+        ("lookup", "opd.launch.tiny.muon", "-4.7750", "-4.7"),
+        ("lookup", "opd.launch.tiny.tokenizer", "'Tools: '", "'You have: '"),
+        ("lookup", "opd.launch.tiny.recipes", "1 if other == field else 2", "1 if other == field else 3"),
+        ("lookup-skills", "opd.launch.tiny.skills", "rng.random() < 0.9", "rng.random() < 0.8"),
         ("sokoban-skills", "opd.trainers.skill_sd.makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
         ("lookup", "opd.envs.worlds.lookup", "one field of one person", "one field"),
         ("arithmetic", "opd.envs.worlds.arithmetic", "Answer with the number only.", "Answer in digits."),

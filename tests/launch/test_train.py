@@ -16,7 +16,7 @@ import opd
 from opd.backends.local import LocalBackend
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError, EngineError
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from, load_config
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.loop.method import Method
@@ -85,7 +85,7 @@ def test_settings_that_are_refused_leave_those_of_the_run_in_its_folder(settings
 
 def before_settings(folder, steps):
     """What `opd train FOLDER --resume --train.steps N` reads."""
-    return Config.load(folder, {"train.steps": steps})
+    return load_config(folder, {"train.steps": steps})
 
 
 def lost(owner, name, monkeypatch, *, call):
@@ -186,9 +186,10 @@ def test_a_new_run_in_the_folder_of_an_old_one_is_refused(settings):
         train(settings("run"))
 
 
-def test_opd_train_and_opd_config_are_the_launchers(settings):
+def test_the_names_of_the_package_are_the_launchers(settings):
     assert opd.train is train
-    assert opd.Config.from_dict(settings("x")).train.steps == 4
+    assert opd.load_config is load_config
+    assert isinstance(config_from(settings("x")), opd.Config)
 
 
 def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(settings, tmp_path):
@@ -212,7 +213,7 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(settings, tmp_pat
 
 @pytest.mark.slow
 def test_three_steps_of_the_example_run_from_yaml_to_export(tmp_path):
-    config = opd.Config.load("examples/opsd.yaml", {"train.steps": 3, "eval.tasks": 50, "out": str(tmp_path / "run")})
+    config = opd.load_config("examples/opsd.yaml", {"train.steps": 3, "eval.tasks": 50, "out": str(tmp_path / "run")})
     result = opd.train(config)
     assert result.before.rate < 0.8  # of 50 tasks; there is something left to learn
     assert (result.out / "export" / "model.safetensors").is_file()

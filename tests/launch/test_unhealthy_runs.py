@@ -8,9 +8,9 @@ import pytest
 
 from opd.checkpoint import Checkpoint
 from opd.errors import DataError, HealthError
-from opd.launch.cli import main
-from opd.launch.config import Config
-from opd.launch.evaluate import evaluate_run
+from opd.launch.checks.loading import config_from, load_config
+from opd.launch.cli.main import main
+from opd.launch.run.evaluate import evaluate_run
 from opd.launch.train import train
 from opd.tracking import read_rows
 
@@ -186,7 +186,7 @@ def test_an_evaluation_whose_environment_breaks_is_not_measured(fickle, capsys):
     assert "not measured: the environment broke in all of 4 episodes" in " ".join(shown.split())
     assert [row["eval/success"] for row in read_rows(result.out / "evals.jsonl")] == [None, None]
     assert [row["eval/broken"] for row in read_rows(result.out / "evals.jsonl")] == [4, 4]
-    evaluate_run(Config.load(result.out), run=result.out)
+    evaluate_run(load_config(result.out), run=result.out)
     shown = " ".join(capsys.readouterr().out.split())
     assert "not measured" in shown
     assert "0.0%" not in shown
@@ -194,7 +194,7 @@ def test_an_evaluation_whose_environment_breaks_is_not_measured(fickle, capsys):
 
 def test_a_score_is_of_the_episodes_that_were_measured(fickle, tmp_path, capsys):
     (tmp_path / "good").write_text("3")
-    config = Config.from_dict(fickle(eval={"tasks": 4}, tracking={"console": False}))
+    config = config_from(fickle(eval={"tasks": 4}, tracking={"console": False}))
     score = evaluate_run(config)
     assert (score.played, score.broken, len(score.outcomes)) == (3, 1, 4)
     assert score.outcomes[3] is None

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from opd.engines.vllm_http import Server
 from opd.engines.vllm_process import OwnServer
 from opd.engines.vllm_server import VllmServerEngine
-from opd.launch.tiny import build_tiny
+from opd.launch.tiny.build import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 

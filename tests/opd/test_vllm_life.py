@@ -23,9 +23,9 @@ from opd.engines.vllm_core import Core
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, ModelError
-from opd.launch import build as building
-from opd.launch.config import Config
-from opd.launch.tiny import build_tiny
+from opd.launch.checks.loading import config_from
+from opd.launch.run import build as building
+from opd.launch.tiny.build import build_tiny
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
 pytestmark = pytest.mark.slow
@@ -322,7 +322,7 @@ def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypat
         monkeypatch.setattr(building, missing, broken)
     rollout = {"engine": "vllm", "max_tokens": 8, "max_length": 64, "deterministic": False}
     data = {"method": "opsd", "model": folder, "env": "opd/Lookup-v0", "opsd": {"privileged": "plan"}}
-    config = Config.from_dict(data | {"rollout": rollout})
+    config = config_from(data | {"rollout": rollout})
     if missing:
         with pytest.raises(ModelError, match="no such thing"):
             building.build(config)

@@ -17,10 +17,10 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, DataError
-from opd.launch import build as launch_build
-from opd.launch.cli import main
-from opd.launch.config import Config
-from opd.launch.stored import inspect, problems
+from opd.launch.checks.loading import config_from
+from opd.launch.cli.main import main
+from opd.launch.plan.stored import inspect, problems
+from opd.launch.run import build as launch_build
 from opd.launch.train import train
 from opd.maths.divergence import stored_divergence, token_divergence
 from opd.models.config import ModelConfig
@@ -81,7 +81,7 @@ def timeless(out):
 
 
 def chat_of(settings):
-    run = launch_build.build(Config.from_dict(settings("chat")), stage=None)
+    run = launch_build.build(config_from(settings("chat")), stage=None)
     run.close()
     return run.method.chat
 
@@ -132,7 +132,7 @@ def test_the_last_stage_is_the_policy_gradient_of_the_stored_log_ratio(whole, se
     chat = chat_of(settings)
     _, plain = episodes(whole / "data/episodes-own.jsonl", chat)
     samples = with_scores(plain, open_store(whole / "data/store"))
-    losses = Config.from_dict(settings("x")).stages[-1].losses
+    losses = config_from(settings("x")).stages[-1].losses
     student = load(ModelConfig(name=str(models[0]))).model
     batch = collate(normalise(samples, losses, lambda sums: sums), chat.end_id)
     objective(student, batch, losses, None).loss.backward()
@@ -280,7 +280,7 @@ def test_another_teacher_than_the_sfts_is_refused_unless_it_is_allowed_and_then_
 ):
     other = {"sft_teacher": str(models[2])}
     with pytest.raises(ConfigError, match="is not the one that scores"):
-        Config.from_dict(settings("x", lightning_opd=other))
+        config_from(settings("x", lightning_opd=other))
     out = train(settings("mismatch", lightning_opd=other | {"mismatch": "allow"})).out
     assert read_rows(out / "metrics.jsonl")[2]["store/mismatch"] == 1
     assert "teacher consistency" in caplog.text

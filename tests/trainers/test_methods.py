@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.launch.config import Config
+from opd.launch.checks.loading import load_config
 from opd.trainers.loop.registry import METHODS, methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,4 +36,4 @@ def test_a_method_has_a_summary_an_example_and_a_line_of_documentation(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_example_of_a_method_uses_it_and_has_no_mistake(name):
-    assert Config.load(ROOT / f"examples/{name}.yaml", check_machine=False).method == name
+    assert load_config(ROOT / f"examples/{name}.yaml", check_machine=False).method == name

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, ModelError
-from opd.launch import build as launch_build
-from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run import build as launch_build
+from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.losses import SampledDistill
 from opd.models.config import ModelConfig
@@ -123,7 +123,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_both_names_before_any_weig
     make_model().model.save_pretrained(tmp_path / "stranger")
     make_tokenizer().save_pretrained(tmp_path / "stranger")
     monkeypatch.setattr(launch_build, "load", lambda *_, **__: pytest.fail("weights were read"))
-    config = Config.from_dict(settings(opd={"teacher": {"weights": "external", "model": str(tmp_path / "stranger")}}))
+    config = config_from(settings(opd={"teacher": {"weights": "external", "model": str(tmp_path / "stranger")}}))
     with pytest.raises(
         ModelError, match=f"{tmp_path}/stranger.*vocabulary: .* entries of the student, .* of the teacher"
     ) as error:
@@ -133,7 +133,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_both_names_before_any_weig
 
 def refused(data, *messages):
     with pytest.raises(ConfigError) as error:
-        Config.from_dict(data)
+        config_from(data)
     for message in messages:
         assert message in str(error.value)
 
@@ -206,7 +206,7 @@ def test_a_run_goes_on_with_the_same_teacher_to_the_bit_and_refuses_another(sett
 def test_another_model_can_teach_any_method_that_distils(settings, method, teacher, tiny):
     own = {"teacher": {"weights": "external", "model": str(teacher)}}
     own |= {"privileged": "plan"} if method == "opsd" else {"feedback_at": "start"}
-    run = build(Config.from_dict(settings(method=method, rollout={"group_size": 2}, **{method: own})))
+    run = build(config_from(settings(method=method, rollout={"group_size": 2}, **{method: own})))
     try:
         assert run.loop.models.teacher.fingerprint == weights_fingerprint(
             load_teacher(ModelConfig(name=str(teacher)), run.loaded.model)
@@ -221,15 +221,15 @@ def test_another_model_can_teach_any_method_that_distils(settings, method, teach
 
 
 def test_evaluating_loads_no_teacher(settings):
-    run = build(Config.from_dict(settings()), stage=None)
+    run = build(config_from(settings()), stage=None)
     run.close()
     assert run.loop.models.teacher.other is None
 
 
 def test_the_plan_counts_the_teacher(settings, tmp_path, teacher):
-    from opd.launch.plan import plan
+    from opd.launch.plan.plan import plan
 
-    made = plan(Config.from_dict(settings()), tmp_path, gpu=False)
+    made = plan(config_from(settings()), tmp_path, gpu=False)
     [part] = [part for part in made.memory if part.name == "teacher"]
     weights = json.loads((teacher / "config.json").read_text())
     assert part.note == str(teacher)

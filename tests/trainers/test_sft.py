@@ -10,8 +10,8 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
-from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.parts.conversations import read_conversations
@@ -75,7 +75,7 @@ def test_the_teacher_plays_first_and_the_student_learns_what_it_said(settings, m
 
 
 def test_what_trains_is_each_sampled_token_of_each_turn_and_nothing_else(settings):
-    run = build(Config.from_dict(settings(source="own")))
+    run = build(config_from(settings(source="own")))
     try:
         run.loop.prepare(_folder(run))
         dataset = run.loop.dataset
@@ -118,7 +118,7 @@ def test_a_resumed_run_does_not_load_the_teacher_again(settings, models, tmp_pat
     shutil.copytree(whole, cut)
     for step in (2, 3):
         shutil.rmtree(cut / f"checkpoints/step-{step}")
-    config = Config.from_dict(settings("cut", train={"save_every": 1, "keep_last": 9}, **own))
+    config = config_from(settings("cut", train={"save_every": 1, "keep_last": 9}, **own))
     shutil.rmtree(moved)
     train(config, resume=True)
     assert timeless(cut) == timeless(whole)
@@ -216,7 +216,7 @@ def test_a_line_that_is_no_conversation_is_named(make_chat, tmp_path, line, mess
 
 def test_a_file_that_is_not_there_is_said_before_the_model_loads(settings):
     with pytest.raises(ConfigError, match=r'sft.file = "/nonexistent.jsonl": there is no such file'):
-        Config.from_dict(settings(source="file", sft={"file": "/nonexistent.jsonl"}))
+        config_from(settings(source="file", sft={"file": "/nonexistent.jsonl"}))
 
 
 def test_a_file_of_conversations_trains(settings, tmp_path):
@@ -242,7 +242,7 @@ def test_a_file_of_conversations_trains(settings, tmp_path):
 def test_settings_that_do_not_belong_to_the_source_are_refused(settings, own, message):
     data = settings() | {"sft": own}
     with pytest.raises(ConfigError, match=message):
-        Config.from_dict(data)
+        config_from(data)
 
 
 def test_a_borrowed_teacher_of_another_tokenizer_is_refused(settings, make_model, make_tokenizer, tmp_path):
@@ -256,9 +256,9 @@ def test_a_borrowed_teacher_of_another_tokenizer_is_refused(settings, make_model
 
 
 def test_the_plan_counts_only_stages_with_steps(settings, tmp_path):
-    from opd.launch.plan import plan
+    from opd.launch.plan.plan import plan
 
-    made = plan(Config.from_dict(settings(eval={"tasks": 5})), tmp_path, gpu=False)
+    made = plan(config_from(settings(eval={"tasks": 5})), tmp_path, gpu=False)
     assert dict(made.rows())["updates"].startswith("3 ")
     assert made.evaluations == 2
     assert torch.get_num_threads() >= 1

@@ -5,7 +5,7 @@ import torch
 
 from opd.checkpoint import Checkpoint
 from opd.errors import ConfigError, DataError
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.skill_sd import file
@@ -262,9 +262,9 @@ WRONG = {
 def test_settings_that_do_not_belong_together_are_refused(settings, case):
     skills, section, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
-        Config.from_dict(settings(skills, section))
+        config_from(settings(skills, section))
 
 
 def test_fewer_tasks_than_a_step_plays_are_refused(settings):
     with pytest.raises(ConfigError, match=r"train\.tasks = 2 is less than train\.tasks_per_step = 3"):
-        Config.from_dict(settings(train={"tasks": 2}))
+        config_from(settings(train={"tasks": 2}))

@@ -15,8 +15,8 @@ from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import DataError
-from opd.launch.tiny import EpisodeWriter
-from opd.launch.tiny_skills import LOOKUP_SKILLS
+from opd.launch.tiny.build import EpisodeWriter
+from opd.launch.tiny.skills import LOOKUP_SKILLS
 from opd.losses import Losses, Sampler
 from opd.maths.divergence import token_divergence
 from opd.models.causal import CausalModel

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from opd.checkpoint import Checkpoint
 from opd.episodes.config import RolloutConfig
-from opd.launch.config import Config
-from opd.launch.memory import size_of_folder
-from opd.launch.scaling import Sharding, Work, device_memory
+from opd.launch.checks.loading import load_config
+from opd.launch.plan.memory import size_of_folder
+from opd.launch.plan.scaling import Sharding, Work, device_memory
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
@@ -163,7 +163,7 @@ def test_an_export_is_a_plain_model_for_transformers(runs, case):
 
 
 def test_the_json_is_kept_in_the_runs_own_settings(runs):
-    config = Config.load(runs("zero-3") / "whole" / "zero-3")
+    config = load_config(runs("zero-3") / "whole" / "zero-3")
     assert config.deepspeed == {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     json.dumps(config.dump())
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import build
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
@@ -98,7 +98,7 @@ def recorded(tmp_path_factory, zero_settings):
     folder = tmp_path_factory.mktemp("recorded")
 
     def record(group_size):
-        run = build(Config.from_dict(zero_settings(folder / "x", rollout={"group_size": group_size})))
+        run = build(config_from(zero_settings(folder / "x", rollout={"group_size": group_size})))
         groups = [group for number in range(5) for group in run.loop.player.play_step(number)]
         run.close()
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from opd.launch.build import build
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import build
 from opd.launch.train import ranks_of, train
 from opd.models.sharding import held_part, whole_in_turn
 from opd.ranks.join import join
@@ -38,7 +38,7 @@ class Replay:
 
 
 def replay(case):
-    config = Config.from_dict(case["config"])
+    config = config_from(case["config"])
     ranks = ranks_of(config)
     run = build(config, ranks)
     player = run.loop.player
@@ -91,7 +91,7 @@ def alive():
 
 
 def sizes_of_a_step(case):
-    run = build(Config.from_dict(case["config"]), join())
+    run = build(config_from(case["config"]), join())
     optimizer, step, gradients = run.loop.models.backend._engine.optimizer, run.loop.models.backend.step, []
 
     def measured():
@@ -127,7 +127,7 @@ def fresh(case):
 
     loop.update = noted
     try:
-        result = train(Config.from_dict(case["config"]))
+        result = train(config_from(case["config"]))
     finally:
         loop.update = update
     gaps = [max(step) for step in zip(*join().gather(gaps), strict=True)]
@@ -159,7 +159,7 @@ def main():
     with together():
         for case in cases:
             if case["do"] == "train":
-                train(Config.from_dict(case["config"]), resume=case["resume"])
+                train(config_from(case["config"]), resume=case["resume"])
             else:
                 {"replay": replay, "measure": measure, "copy": copy, "fresh": fresh}[case["do"]](case)
 

@@ -7,7 +7,7 @@ import pytest
 from opd.envs import check, make
 from opd.episodes.config import EnvConfig
 from opd.errors import ConfigError, EnvError
-from opd.launch.checks import check_env
+from opd.launch.checks.envs import check_env
 
 pytestmark = pytest.mark.slow
 

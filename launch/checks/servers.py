@@ -5,57 +5,19 @@ vLLM itself is not imported: that takes seconds, and a wrong setting should not.
 
 from __future__ import annotations
 
-import ast
 import errno
-import importlib.util
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import httpx
 
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
-from opd.launch.problems import Problem, did_you_mean, nearest
 from opd.teachers.config import TeacherConfig
 
 PROBE_SECONDS = 10.0
-
-
-def check_engine_args(rollout: RolloutConfig) -> list[Problem]:
-    """Whether vLLM knows the arguments of `rollout.vllm.engine_args`, as far as its source is here."""
-    known = _engine_args()
-    return [
-        Problem(
-            ("rollout.vllm.engine_args",),
-            f"rollout.vllm.engine_args.{name} is no argument of vLLM's engine.{did_you_mean(nearest(name, known))}",
-        )
-        for name in rollout.vllm.engine_args
-        if known and name not in known
-    ]
-
-
-@cache
-def _engine_args() -> frozenset[str]:
-    """The fields of vLLM's `EngineArgs`, read from its source; empty where they are not found."""
-    found = importlib.util.find_spec("vllm")
-    for root in (found and found.submodule_search_locations) or ():
-        source = Path(root) / "engine" / "arg_utils.py"
-        if source.is_file():
-            return frozenset(_fields(ast.parse(source.read_text()), "EngineArgs"))
-    return frozenset()
-
-
-def _fields(module: ast.Module, name: str) -> Iterator[str]:
-    """The annotated fields of a class."""
-    for found in module.body:
-        if isinstance(found, ast.ClassDef) and found.name == name:
-            for line in found.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    yield line.target.id
 
 
 def check_servers(rollout: RolloutConfig) -> None:

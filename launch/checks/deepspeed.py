@@ -26,10 +26,10 @@ from pydantic import ValidationError
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
-from opd.launch.problems import Problem, did_you_mean, nearest, report, show
+from opd.launch.settings.problems import Problem, did_you_mean, nearest, report, show
 
 if TYPE_CHECKING:
-    from opd.launch.config import Config
+    from opd.launch.settings.config import Config
 
 Finding = tuple[str, str]
 """A key of the JSON, dotted, or nothing for all of it; and what is wrong, as the rest of a sentence."""

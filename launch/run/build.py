@@ -27,7 +27,7 @@ from opd.envs.factory import make, module_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
 from opd.errors import ConfigError
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.losses import Correction, Distill, Sampler
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
@@ -337,7 +337,7 @@ def _engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack)
     if config.rollout.engine == "transformers":
         return TransformersEngine(model)
     if config.rollout.engine == "vllm_server":
-        from opd.launch.servers import server_engine
+        from opd.launch.run.servers import server_engine
 
         engine = server_engine(config, model, ranks)
     else:
@@ -401,6 +401,6 @@ def _filled(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks
 
 
 def _built_name(name: str) -> str:
-    from opd.launch.tiny import build_tiny
+    from opd.launch.tiny.build import build_tiny
 
     return str(build_tiny(name.removeprefix("tiny:")))

@@ -20,7 +20,7 @@ from opd.ranks.join import join
 from opd.ranks.ranks import Ranks, SharedError, started_ranks
 
 if TYPE_CHECKING:
-    from opd.launch.config import Config
+    from opd.launch.settings.config import Config
 
 UNMEASURED, USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -72,8 +72,8 @@ def _run(argv: list[str]) -> int:
     command = next((c for c in _COMMANDS if argv and argv[0] == c.name), None)
     overrides: dict[str, Any] = {}
     if command is not None and command.takes_settings:
-        from opd.launch.config import all_settings
-        from opd.launch.overrides import split
+        from opd.launch.settings.config import all_settings
+        from opd.launch.settings.overrides import split
 
         options = [option for action in parsers[command.name]._actions for option in action.option_strings]
         argv, overrides = split(argv, options=options, settings=all_settings())
@@ -142,16 +142,17 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from opd.launch.config import Config
-    from opd.launch.plan import plan
+    from opd.launch.checks.loading import load_config
+    from opd.launch.plan.plan import plan
+    from opd.launch.run.out import choose_out
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
     if arguments.ranks and not arguments.dry_run:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    config = ranks.agree(lambda: _startable(load_config(arguments.file, overrides), arguments.file))
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     if ranks.first and (arguments.dry_run or config.tracking.console):
         Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
     if arguments.dry_run:
@@ -167,11 +168,11 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def _startable(config: Config, source: str) -> Config:
-    from opd.launch.checks import check_started
+    from opd.launch.checks.starting import check_started
 
     check_started(config)
     if config.deepspeed is not None:
-        from opd.launch.deepspeed_check import check_deepspeed
+        from opd.launch.checks.deepspeed import check_deepspeed
 
         check_deepspeed(config, source=source)
     return config
@@ -185,16 +186,17 @@ def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config
+    from opd.launch.checks.loading import load_config
+    from opd.launch.run.out import choose_out
 
     _short(overrides, "train.steps", arguments.steps)
     _short(overrides, "out", arguments.out)
     ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: _startable(Config.load(arguments.file, overrides), arguments.file))
+    config = ranks.agree(lambda: _startable(load_config(arguments.file, overrides), arguments.file))
     if all(stage.trains for stage in config.stages):
         why = "with data: it trains on what an earlier run prepared" if config.inputs.folders else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
-    out = ranks.from_first(lambda: config.choose_out(resume=arguments.resume, overwrite=arguments.overwrite))
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     from opd.launch.train import train
 
     result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite, only_prepare=True)
@@ -212,7 +214,7 @@ def _store_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _store(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.stored import inspect, problems
+    from opd.launch.plan.stored import inspect, problems
 
     if arguments.action == "inspect":
         lines = inspect(arguments.folder)
@@ -232,15 +234,15 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config
-    from opd.launch.out import holds_run
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.reader import holds_run
 
     _short(overrides, "eval.tasks", arguments.tasks)
     target = Path(arguments.target)
-    config = Config.load(target, overrides)
+    config = load_config(target, overrides)
     if not config.eval.tasks:
         raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
-    from opd.launch.evaluate import evaluate_run
+    from opd.launch.run.evaluate import evaluate_run
 
     score = evaluate_run(config, run=target if holds_run(target) else None)
     return 0 if score.played else UNMEASURED
@@ -255,10 +257,10 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import served
-    from opd.launch.servers import serve
+    from opd.launch.checks.loading import model_to_serve
+    from opd.launch.run.servers import serve
 
-    model, rollout = served(arguments.target, overrides)
+    model, rollout = model_to_serve(arguments.target, overrides)
     serve(model, rollout, host=arguments.host, port=arguments.port)
 
 
@@ -268,7 +270,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.demo import demo
+    from opd.launch.cli.demo import demo
 
     demo(seeds=arguments.seeds, out=arguments.out)
     return 0
@@ -343,7 +345,7 @@ def _skills_arguments(parser: argparse.ArgumentParser) -> None:
 def _skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from rich.console import Console
 
-    from opd.launch import skills
+    from opd.launch.cli import skills
 
     if arguments.action == "list":
         skills.show_all(arguments.target, Console())
@@ -368,7 +370,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.launch.config import Config, all_settings, explain
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.config import all_settings, explain
 
     if (arguments.explain is None) == (arguments.file is None):
         raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
@@ -376,15 +379,15 @@ def _config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         settings = explain(arguments.explain) if arguments.explain else list(all_settings().values())
         print("\n".join(setting.explanation() for setting in settings))
     else:
-        print(Config.load(arguments.file, overrides, check_machine=False).to_yaml(), end="")
+        print(load_config(arguments.file, overrides, check_machine=False).to_yaml(), end="")
     return 0
 
 
 def _short(overrides: dict[str, Any], key: str, value: str | None) -> None:
     """An option that stands for a setting."""
     if value is not None:
-        from opd.launch.overrides import put
-        from opd.launch.reader import parse_yaml
+        from opd.launch.settings.overrides import put
+        from opd.launch.settings.reader import parse_yaml
 
         put(overrides, key, value if key == "out" else parse_yaml(value, f"command line: {key}"))
 
@@ -414,7 +417,3 @@ _COMMANDS = (
     _Command("config", "print resolved settings, or explain one", "opd config --explain rollout.temperature",
              _config, _config_arguments, takes_settings=True),
 )  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())

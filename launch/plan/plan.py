@@ -13,10 +13,10 @@ from rich.table import Table
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch import scaling
-from opd.launch.checks import wandb_mode
-from opd.launch.config import Config
-from opd.launch.memory import ModelSize, Part, known_size, memory_estimate
+from opd.launch.checks.tracking import wandb_mode
+from opd.launch.plan import scaling
+from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
+from opd.launch.settings.config import Config
 from opd.teachers.config import TeacherConfig
 
 _GIB = 2**30

@@ -1,7 +1,7 @@
 """From plain data to typed sections, or to sentences about what is wrong with it.
 
 pydantic decides what is valid; here its errors become the house's form. Which sections there are is up to
-`opd.launch.config`.
+`opd.launch.settings.config`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from opd.launch.problems import Problem, did_you_mean, nearest, nearest_key, show
-from opd.launch.schema import Setting
+from opd.launch.settings.problems import Problem, did_you_mean, nearest, nearest_key, show
+from opd.launch.settings.schema import Setting
 
 
 def parse(

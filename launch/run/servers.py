@@ -16,10 +16,11 @@ from opd.engines.vllm_replicas import Replica, Sharing
 from opd.engines.vllm_server import VllmServerEngine
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
-from opd.launch.checks import is_installed, is_loopback
-from opd.launch.config import Config
-from opd.launch.plan import has_gpu
-from opd.launch.server_checks import check_port
+from opd.launch.checks.engines import is_loopback
+from opd.launch.checks.packages import is_installed
+from opd.launch.checks.servers import check_port
+from opd.launch.plan.plan import has_gpu
+from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
 from opd.ranks.ranks import Ranks
@@ -105,7 +106,7 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
 def _served_name(name: str) -> str:
     """What vLLM can load: a hub id or a folder. Raises ConfigError for a GGUF file."""
     if name.startswith("tiny:"):
-        from opd.launch.tiny import build_tiny
+        from opd.launch.tiny.build import build_tiny
 
         return str(build_tiny(name.removeprefix("tiny:")))
     if name == "smollm2":

@@ -12,9 +12,9 @@ from typing import Any
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
-from opd.launch.problems import did_you_mean, nearest_key, show
-from opd.launch.reader import parse_yaml
-from opd.launch.schema import Setting
+from opd.launch.settings.problems import did_you_mean, nearest_key, show
+from opd.launch.settings.reader import parse_yaml
+from opd.launch.settings.schema import Setting
 
 FILES = {"deepspeed": deepspeed_json.read}
 """Sections that may be written as the name of a file, and what reads it."""

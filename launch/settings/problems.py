@@ -1,6 +1,6 @@
 """What is wrong with a file of settings, as sentences: setting, value, what is allowed, and the mend.
 
-Nothing here knows which settings exist; `opd.launch.config` finds the problems and hands them over.
+Nothing here knows which settings exist; `opd.launch.settings.config` finds the problems and hands them over.
 """
 
 from __future__ import annotations

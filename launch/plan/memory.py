@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.episodes.config import RolloutConfig
-from opd.launch.checks import is_hub_id
+from opd.launch.checks.models import is_hub_id
 from opd.models.config import LoraConfig, ModelConfig
 from opd.teachers.config import TeacherConfig
 

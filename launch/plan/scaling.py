@@ -15,7 +15,7 @@ from typing import Any
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
+from opd.launch.plan.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 

@@ -16,7 +16,7 @@ import annotated_types
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from opd.launch.problems import show
+from opd.launch.settings.problems import show
 
 _WORDS: dict[Any, str] = {
     bool: "true or false",

@@ -1,7 +1,7 @@
 """`tiny:<env>`: a small model with its own tokenizer, built and warm-started on this machine, and kept.
 
 The warm start is supervised training on scripted episodes, on tasks that are neither trained on nor
-evaluated later; what it teaches is in `opd.launch.tiny_recipes`. The result is an ordinary Hugging Face
+evaluated later; what it teaches is in `opd.launch.tiny.recipes`. The result is an ordinary Hugging Face
 folder. The same environment, seed and code give the same folder, so it is built once: the name of the folder
 holds a digest of what the weights depend on (`_fingerprint`), and of nothing else.
 """
@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from opd.episodes.answers import messages_of
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import ConfigError
-from opd.launch import definitions, muon
-from opd.launch.tiny_recipes import Recipe, privileged_phrases
-from opd.launch.tiny_skills import RECIPES
-from opd.launch.tiny_tokenizer import END, START, build_tokenizer, call_pieces
+from opd.launch.tiny import definitions, muon
+from opd.launch.tiny.recipes import Recipe, privileged_phrases
+from opd.launch.tiny.skills import RECIPES
+from opd.launch.tiny.tokenizer import END, START, build_tokenizer, call_pieces
 from opd.maths.logprobs import chunked_logprobs
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat

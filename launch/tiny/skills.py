@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd.envs.worlds.lookup import ATTRIBUTES, MEANING, PEOPLE, RELATIONS, Question
-from opd.launch.tiny_recipes import LOOKUP, SLANG, SOKOBAN, Recipe, SlangLookup, WarmSokoban
-from opd.launch.tiny_recipes import RECIPES as PLAIN_RECIPES
+from opd.launch.tiny.recipes import LOOKUP, SLANG, SOKOBAN, Recipe, SlangLookup, WarmSokoban
+from opd.launch.tiny.recipes import RECIPES as PLAIN_RECIPES
 from opd.teachers.privileged import of_like_task
 from opd.trainers.skill_sd.makers import by_rules
 from opd.trainers.skill_sd.text import one_line

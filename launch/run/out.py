@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from opd import __version__
 from opd.errors import ConfigError
-from opd.launch import lock
+from opd.launch.run import lock
+from opd.launch.settings.config import Config
+from opd.launch.settings.reader import RUN_MARK, holds_run
 
 Resume = bool | Literal["auto"]
 """Whether to go on with the run in the folder; `auto` begins one where there is none, for scripts that run again."""
 
 ROOT = Path("runs")
-_MARK = "# Settings of an opd run"
 
 
 def default_name(method: str, env: str, model: str) -> str:
@@ -25,13 +27,10 @@ def default_name(method: str, env: str, model: str) -> str:
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in (method, env, model))
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether an earlier run wrote into this folder."""
-    try:
-        with (folder / "config.yaml").open(encoding="utf-8") as file:
-            return file.readline().startswith(_MARK)
-    except OSError:
-        return False
+def choose_out(config: Config, *, resume: Resume = False, overwrite: bool = False) -> Path:
+    """Return the folder of a run by these settings; nothing is written. Raises what `choose` raises."""
+    name = default_name(config.method, config.env.id, config.model.name)
+    return choose(config.out, name, resume=resume, overwrite=overwrite)
 
 
 def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Path:
@@ -60,10 +59,12 @@ def resumes(folder: Path, resume: Resume) -> bool:
     return holds_run(folder) if resume == "auto" else resume
 
 
-def write_config(folder: Path, settings: str, version: str) -> None:
-    """Make the folder and write `config.yaml`, which marks it as a run's."""
+def write_config(config: Config, folder: Path) -> Path:
+    """Make the folder and write `config.yaml`, which marks it as a run's; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(f"{_MARK}, resolved by opd {version}\n{settings}", encoding="utf-8")
+    text = f"{RUN_MARK}, resolved by opd {__version__}\n{config.at(folder).to_yaml()}"
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return folder
 
 
 def remove_run(folder: Path) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 import yaml
 
 from opd.errors import ConfigError
-from opd.launch.problems import did_you_mean, nearest
+from opd.launch.settings.problems import did_you_mean, nearest
+
+RUN_MARK = "# Settings of an opd run"
+"""How the `config.yaml` of a run begins."""
 
 _RARE_BREAKS = frozenset("\x85\u2028\u2029")
 
@@ -125,3 +128,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 def to_yaml(data: Any) -> str:
     """Plain data as YAML, keys in the order given."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def holds_run(folder: Path) -> bool:
+    """True: an earlier run wrote its settings into this folder. False: it did not, or they cannot be read."""
+    try:
+        with (folder / "config.yaml").open(encoding="utf-8") as file:
+            return file.readline().startswith(RUN_MARK)
+    except OSError:
+        return False

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.errors import CheckpointError
-from opd.launch.build import Score, build
-from opd.launch.config import Config
+from opd.launch.run.build import Score, build
+from opd.launch.settings.config import Config
 from opd.launch.train import ranks_of
 
 

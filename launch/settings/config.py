@@ -7,7 +7,7 @@ and checked as far as that goes without torch. Every problem of a file is report
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,30 +16,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
-import opd
 from opd.backends import deepspeed_json
 from opd.backends.config import EvalConfig, TrainConfig
 from opd.config import Strict
 from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
-from opd.launch import out
-from opd.launch.checks import (
-    check_combinations,
-    check_env,
-    check_files,
-    check_model,
-    check_rollout,
-    check_teachers,
-    check_tracking,
-)
-from opd.launch.out import Resume
-from opd.launch.overrides import merge
-from opd.launch.parse import bad_value, parse
-from opd.launch.problems import Problem, did_you_mean, is_within, nearest_key, report
-from opd.launch.reader import read_settings, to_yaml
-from opd.launch.schema import Setting, describe, walk
-from opd.launch.server_checks import check_engine_args
-from opd.models.config import ModelConfig, ModelSetting
+from opd.launch.settings.parse import bad_value, parse
+from opd.launch.settings.problems import Problem, did_you_mean, is_within, nearest_key
+from opd.launch.settings.reader import to_yaml
+from opd.launch.settings.schema import Setting, describe, walk
+from opd.models.config import ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
 from opd.trainers.loop.registry import methods
@@ -107,52 +93,6 @@ class Config(Strict):
         section = own if isinstance(own, Strict) else known[data["method"]].config.model_validate(own)
         return {key: value for key, value in data.items() if key != data["method"]} | {"section": section}
 
-    @classmethod
-    def load(
-        cls, path: str | Path, overrides: Mapping[str, Any] | None = None, *, check_machine: bool = True
-    ) -> Config:
-        """Read a YAML file, or the `config.yaml` of a run's folder, and lay `overrides` (by dotted key) over it.
-
-        Raises ConfigError with a line for each problem; see `from_dict`.
-        """
-        path = Path(path)
-        overrides = overrides or {}
-        if out.holds_run(path):
-            overrides = {"out": str(path), **overrides}  # wherever the folder was moved to
-            path = path / "config.yaml"
-        data = merge(read_settings(path), overrides)
-        return cls.from_dict(data, source=str(path), overridden=overrides, check_machine=check_machine)
-
-    @classmethod
-    def from_dict(
-        cls,
-        data: Mapping[str, Any],
-        *,
-        source: str = "config",
-        overridden: Iterable[str] = (),
-        check_machine: bool = True,
-    ) -> Config:
-        """Settings from plain data, as a YAML file would hold them.
-
-        Args:
-            source: what messages call the place that the data came from.
-            overridden: the keys that came from the command line; messages say so.
-            check_machine: also see whether the model, the environment and wandb are there.
-
-        Raises ConfigError with a line for each problem: unknown, missing and impossible settings, and, with
-        `check_machine`, what this machine lacks.
-        """
-        sections, problems = _sections(data)
-        if check_machine:
-            problems += _machine_problems(sections)
-        if not problems:
-            config = cls(**sections)
-            problems = check_combinations(config)
-            problems += check_teachers(config) + check_files(config) if check_machine else []
-        if problems:
-            raise ConfigError(report(problems, source, list(overridden)))
-        return config
-
     @property
     def stages(self) -> Sequence[Stage]:
         """The stages of the method."""
@@ -175,23 +115,13 @@ class Config(Strict):
         return sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
     def dump(self) -> dict[str, Any]:
-        """All settings as plain data, defaults included; `from_dict` reads them back."""
+        """All settings as plain data, defaults included; `opd.launch.checks.loading` reads them back."""
         dumped = self.model_dump(mode="json")
         return {self.method if key == "section" else key: value for key, value in dumped.items()}
 
     def to_yaml(self) -> str:
         """All settings as a file would hold them."""
         return to_yaml(self.dump())
-
-    def choose_out(self, *, resume: Resume = False, overwrite: bool = False) -> Path:
-        """The run's folder; nothing is written. Raises ConfigError where it cannot be used (`opd.launch.out`)."""
-        name = out.default_name(self.method, self.env.id, self.model.name)
-        return out.choose(self.out, name, resume=resume, overwrite=overwrite)
-
-    def write_to(self, folder: Path) -> Path:
-        """Make the run's folder and write its `config.yaml`; returns the folder."""
-        out.write_config(folder, self.at(folder).to_yaml(), opd.__version__)
-        return folder
 
     def at(self, folder: Path) -> Config:
         """The same settings with the folder of the run filled in."""
@@ -207,27 +137,6 @@ class Config(Strict):
         ours, theirs = _flat(self.dump()), _flat(saved)
         changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
         return [key for key in changed if not any(is_within(key, prefix) for prefix in may)]
-
-
-def served(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:
-    """What `opd serve` serves, and how: a model by name, or the sections `model` and `rollout` of a run's file.
-
-    What the file's run does with vLLM is not looked at. Raises ConfigError with a line for each problem.
-    """
-    path = Path(target)
-    path = path / "config.yaml" if out.holds_run(path) else path
-    types = {"model": ModelSetting, "rollout": RolloutConfig}
-    data: dict[str, Any] = {"model": target}
-    if path.suffix in (".yaml", ".yml"):
-        data = {name: value for name, value in read_settings(path).items() if name in types}
-    values, problems = parse(merge(data, overrides), types, all_settings())
-    if "model" in values:
-        problems += check_model(values["model"])
-    if "rollout" in values:
-        problems += check_engine_args(values["rollout"])
-    if problems:
-        raise ConfigError(report(problems, str(path) if path.suffix else "opd serve", list(overrides)))
-    return values["model"], values.get("rollout", RolloutConfig())
 
 
 def all_settings() -> dict[str, Setting]:
@@ -248,8 +157,8 @@ def explain(key: str) -> list[Setting]:
     return [setting for name, setting in settings.items() if is_within(name, key)]
 
 
-def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """The valid top-level settings, typed, and what is wrong with the others."""
+def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the valid top-level settings, typed, and the problems of the others."""
     known, method = methods(), str(data.get("method"))
     foreign = [name for name in data if name in known and method in known and name != method]
     if method in known and data.get(method) is None:
@@ -265,16 +174,6 @@ def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         text = f"{name} is the section of another method, but method = {method}. Remove it, or set method: {name}."
         problems.append(Problem((name, "method"), text))
     return values, problems
-
-
-def _machine_problems(sections: Mapping[str, Any]) -> list[Problem]:
-    checks: dict[str, Callable[[Any], list[Problem]]] = {
-        "model": check_model,
-        "env": check_env,
-        "rollout": check_rollout,
-        "tracking": check_tracking,
-    }
-    return [problem for name, check in checks.items() if name in sections for problem in check(sections[name])]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

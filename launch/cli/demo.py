@@ -18,11 +18,11 @@ from rich.table import Table
 
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
-from opd.launch.build import Run, Score, build
-from opd.launch.config import Config
-from opd.launch.lock import RunLock
-from opd.launch.out import holds_run
-from opd.launch.tiny import build_tiny
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, Score, build
+from opd.launch.run.lock import RunLock
+from opd.launch.settings.reader import holds_run
+from opd.launch.tiny.build import build_tiny
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.tracking.plots import Curve, curves, running_mean
@@ -95,7 +95,7 @@ def _demo(*, seeds: int, out: Path) -> list[Outcome]:
 
 
 def _one_seed(console: Console, seed: int, model: Path, folder: Path) -> Outcome:
-    run = build(Config.from_dict(settings(seed, "opsd", model=model, out=folder / "opsd"), source="demo"))
+    run = build(config_from(settings(seed, "opsd", model=model, out=folder / "opsd"), source="demo"))
     try:
         with console.status("the teacher acts with its plan"):
             teacher, _ = run.evaluate(rewrite=run.method.teacher_messages)
@@ -107,7 +107,7 @@ def _one_seed(console: Console, seed: int, model: Path, folder: Path) -> Outcome
     for number, name in enumerate(TEACHERS, start=2):
         sees = "the plan" if TEACHERS[name] else "nothing extra (control)"
         console.print(f"[bold]{number}/3[/] {STEPS} steps of OPSD; the teacher sees {sees}")
-        config = Config.from_dict(settings(seed, name, model=model, out=folder / name), source="demo")
+        config = config_from(settings(seed, name, model=model, out=folder / name), source="demo")
         result = train(config, overwrite=holds_run(folder / name))
         if result.interrupted or result.before is None or result.after is None:
             raise KeyboardInterrupt

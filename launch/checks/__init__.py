@@ -1,0 +1,1 @@
+"""Problems that can be found before a model loads."""

@@ -1,0 +1,87 @@
+"""Problems of settings that are fine by themselves and impossible together."""
+
+from __future__ import annotations
+
+from opd.launch.checks.backends import check_backend
+from opd.launch.checks.engines import check_vllm
+from opd.launch.settings.config import Config
+from opd.launch.settings.problems import Problem
+from opd.losses import Distill, SampledDistill
+from opd.teachers.config import TeacherConfig
+
+
+def check_combinations(config: Config) -> list[Problem]:
+    """Settings that are fine by themselves and impossible together."""
+    rollout, train, evaluation = config.rollout, config.train, config.eval
+    problems = []
+    if rollout.max_tokens >= rollout.max_length:
+        problems.append(
+            Problem(
+                ("rollout.max_tokens", "rollout.max_length"),
+                f"rollout.max_tokens = {rollout.max_tokens} leaves no room for a prompt in rollout.max_length = "
+                f"{rollout.max_length}. Lower the one or raise the other.",
+            )
+        )
+    if train.tokens_per_microbatch < rollout.max_length:
+        problems.append(
+            Problem(
+                ("train.tokens_per_microbatch", "rollout.max_length"),
+                f"train.tokens_per_microbatch = {train.tokens_per_microbatch} is too little for one sequence of "
+                f"rollout.max_length = {rollout.max_length}. Raise the one or lower the other.",
+            )
+        )
+    problems += _undistilled(config) + _unserved(config)
+    problems += check_vllm(config)
+    for name in ("every", "env_kwargs"):
+        if getattr(evaluation, name) and not evaluation.tasks:
+            problems.append(
+                Problem(
+                    (f"eval.{name}", "eval.tasks"),
+                    f"eval.{name} has no effect while eval.tasks = 0. Set eval.tasks, or remove eval.{name}.",
+                )
+            )
+    return problems + check_backend(config)
+
+
+def _undistilled(config: Config) -> list[Problem]:
+    """Settings about a teacher's word, for a method that does not listen to one."""
+    if any(stage.losses.distill and stage.listens for stage in config.stages):
+        return []
+    weighting = config.weighting
+    asked = {
+        "weighting.entropy": weighting.entropy,
+        "weighting.pass_rate": weighting.pass_rate and weighting.pass_rate.on == "distilled",
+        "weighting.steps": weighting.steps,
+        "train.variance_every": config.train.variance_every,
+    }
+    text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
+    mends = {"weighting.pass_rate": " To weigh what rewards teach, set weighting.pass_rate.on: all."}
+    return [Problem((key,), f"{key} {text}{mends.get(key, '')}") for key, value in asked.items() if value]
+
+
+def _unserved(config: Config) -> list[Problem]:
+    """What a teacher behind servers cannot say (`opd.engines.scoring`)."""
+    key = f"{config.method}.teacher.servers"
+    stage = next((s for s in config.stages if s.teacher.servers and s.listens), None)
+    if stage is None:
+        named = any(value.servers for _, value in config.section if isinstance(value, TeacherConfig))
+        text = f"{key} has no effect: the method loads teacher.model to play or to score ahead. Remove it."
+        return [Problem((key,), text)] if named else []
+    distill, weighting = stage.losses.distill, config.weighting
+    wanted = {
+        "rollout.temperature other than 1": config.rollout.temperature != 1,
+        "weighting.entropy": weighting.entropy,
+        "weighting.steps": weighting.steps,
+        "train.variance_every": config.train.variance_every,
+    }
+    if isinstance(distill, SampledDistill):
+        wanted["a baseline, which needs whole distributions"] = distill.needs_distributions
+    elif isinstance(distill, Distill):
+        wanted["the whole vocabulary (choose form: top_k, or sampled)"] = distill.top_k is None
+        wanted["support = student (set support: teacher)"] = distill.top_k is not None and distill.support == "student"
+        wanted["a temperature other than 1"] = distill.temperature not in (None, 1)
+        wanted["clip"] = distill.clip is not None
+        wanted["max_ratio, over several updates a step"] = bool(distill.max_ratio) and config.train.updates_per_step > 1
+    wanted["scores that weigh the samples"] = stage.needs_scores
+    text = f"{key}: a served teacher says the sampled token's log-prob, or its top k, at temperature 1. It cannot do"
+    return [Problem((key,), f"{text}: {name}.") for name, asked in wanted.items() if asked]

@@ -1,0 +1,29 @@
+"""Problems of what a method's section names: other models, files and folders that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd.launch.checks.models import model_problem
+from opd.launch.settings.config import Config
+from opd.launch.settings.problems import Problem
+
+
+def check_teachers(config: Config) -> list[Problem]:
+    """Report the models, other than the student, that are asked to teach and are not there."""
+    named = ((f"{config.method}.{key}", name) for key, name in config.inputs.models.items())
+    found = ((key, name, model_problem(name)) for key, name in named)
+    return [Problem((key,), f'{key} = "{name}" {problem}') for key, name, problem in found if problem]
+
+
+def check_files(config: Config) -> list[Problem]:
+    """Report the files and folders that the method reads ahead of training and that are not there."""
+    inputs = config.inputs
+    named = [(key, value, "file", Path.is_file) for key, value in inputs.files.items()]
+    named += [(key, value, "folder", Path.is_dir) for key, value in inputs.folders.items()]
+    problems = []
+    for name, value, kind, is_there in named:
+        key = f"{config.method}.{name}"
+        if not is_there(Path(value).expanduser()):
+            problems.append(Problem((key,), f'{key} = "{value}": there is no such {kind}'))
+    return problems

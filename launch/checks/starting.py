@@ -1,0 +1,20 @@
+"""Problems that only the start of a run shows: processes, servers, and DeepSpeed's own settings."""
+
+from __future__ import annotations
+
+from opd.errors import ConfigError
+from opd.launch.checks.servers import check_servers, check_teaching_servers
+from opd.launch.settings.config import Config
+from opd.ranks.ranks import started_ranks
+
+
+def check_started(config: Config) -> None:
+    """Raises ConfigError where a launcher started more processes than the backend can use, or a server is no use."""
+    if config.backend == "local" and started_ranks() > 1:
+        raise ConfigError(
+            f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "
+            "Set backend: deepspeed, or start one."
+        )
+    check_servers(config.rollout)
+    for teacher in {id(s.teacher): s.teacher for s in config.stages if s.listens}.values():
+        check_teaching_servers(teacher, config.rollout.max_length, f"{config.method}.teacher")

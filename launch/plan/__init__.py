@@ -1,0 +1,1 @@
+"""What a run will do, need and send, and what a store holds: said without doing it."""

@@ -1,0 +1,1 @@
+"""The small models that this machine builds for itself: `tiny:<env>`."""
