@@ -87,6 +87,12 @@ class RolloutEngine(Protocol):
         """Free everything."""
 
 
+def check_request(request: Request) -> None:
+    """Raise ValueError unless a request has a prompt and room for a token."""
+    if not request.prompt_ids or request.max_tokens < 1:
+        raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+
+
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Completion]:
     """Sample all requests; yield completions in the order in which they finish."""
     for request in requests:

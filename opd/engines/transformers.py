@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.errors import ModelError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
@@ -140,8 +140,7 @@ class TransformersEngine:
         self._stop_ids = stop_ids
 
     def submit(self, request: Request) -> None:
-        if not request.prompt_ids or request.max_tokens < 1:
-            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        check_request(request)
         row = self._rows.get(request.session)
         if row is None:
             slot = self._free.pop() if self._free else len(self._rows)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opd.engines import vllm_life
-from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.engines.config import Limits, VllmConfig
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_core import Core
@@ -48,8 +48,7 @@ class VllmEngine:
 
     def submit(self, request: Request) -> None:
         self._core.check_open("submit")
-        if not request.prompt_ids or request.max_tokens < 1:
-            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        check_request(request)
         if any(other.session == request.session for other in self._sessions.values()):
             raise RuntimeError(f"session {request.session} already has a request in flight")
         self._sent += 1

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.engines.config import VllmConfig
 from opd.engines.vllm import completion, sampling_settings
 from opd.engines.vllm_http import FaultKind, ServerFault, cached_tokens, read_ids, weight_labels
@@ -144,8 +144,7 @@ class VllmServerEngine:
         self._homes.begin_round()
 
     def submit(self, request: Request) -> None:
-        if not request.prompt_ids or request.max_tokens < 1:
-            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        check_request(request)
         if request.session in self._flights:
             raise RuntimeError(f"session {request.session} already has a request in flight")
         self._sent += 1
