@@ -1,48 +1,26 @@
-"""Environments whose actions are tool calls. The tools are Python functions; their errors are observations."""
+"""Environments whose actions are tool calls. The tools are Python functions; their errors are observations.
+
+Running the calls of an action is in `opd.envs.tool_runs`, the tools themselves are in `opd.envs.tools`.
+"""
 
 from __future__ import annotations
 
-import inspect
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
-from itertools import groupby
-from traceback import format_exception_only
 from typing import Any
 
 import numpy as np
 
 from opd.background import Background
 from opd.envs.text_env import Reply, Start, TextEnv
-from opd.envs.tools import Tool, ToolError, marked_tools, to_text, tool
+from opd.envs.tool_runs import CallRunner, running_call
+from opd.envs.tools import Tool, ToolError, marked_tools, tool
 from opd.errors import ConfigError, EnvError
-from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolCall, ToolFormat, parse_tool_calls
-from opd.types import Message
+from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolFormat, parse_tool_calls
 
 __all__ = ["ToolEnv", "ToolError", "tool"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One call of an action, and what becomes of it."""
-
-    call: ToolCall | MalformedCall
-    tool: Tool | None
-    """None where there is none of that name."""
-    text: str = ""
-    failed: bool = False
-    ending: Reply | None = None
-    settled: bool = False
-
-
-_RUNNING: ContextVar[_Run | None] = ContextVar("opd_running_call", default=None)
-"""The call that the code at hand runs for, on whatever thread or task: `finish` ends the episode with it."""
 
 
 class ToolEnv(TextEnv):
@@ -54,8 +32,8 @@ class ToolEnv(TextEnv):
     Each call of an action becomes a message of role `tool`. Calls run in order; `async` tools that stand next to each
     other run at the same time. A tool that ends the episode calls `self.finish(...)` and returns; the calls after
     it (after its neighbours, where it is async) are not run. A call that is malformed, names no tool, has wrong
-    arguments, takes too long, or raises is answered with a short error text, which is also that turn's feedback;
-    an exception other than `ToolError` is logged besides, since it may be a bug in the tool.
+    arguments, takes too long, or raises is answered with a short error text, which is also the turn's feedback; an
+    exception other than `ToolError` is also logged, since it may be a bug in the tool.
 
     Args:
         tools: functions to offer beside the marked methods.
@@ -127,8 +105,8 @@ class ToolEnv(TextEnv):
         `rewards` names the parts that the reward is made of, for the logs. Raises EnvError outside a tool, and in
         one that was given up.
         """
-        run = _RUNNING.get()
-        if run is None or run.settled:
+        run = running_call()
+        if run is None:
             raise EnvError(f"{type(self).__name__}.finish was called outside a running tool; call it inside one")
         run.ending = Reply(
             reward=reward, terminated=True, success=success, feedback=feedback, rewards=dict(rewards or {})
@@ -138,7 +116,7 @@ class ToolEnv(TextEnv):
         return [made.schema() for made in self._tools.values()]
 
     def close(self) -> None:
-        """Stop what async tools left running."""
+        """Stop whatever async tools left running."""
         self._background.close()
         super().close()
 
@@ -148,84 +126,11 @@ class ToolEnv(TextEnv):
             return self.no_call(action)
         if len(calls) > self.max_calls:
             calls[self.max_calls :] = [MalformedCall(error=f"only {self.max_calls} calls are run in one turn")]
-        runs = self._run_all([_Run(call=call, tool=self._tools.get(getattr(call, "name", ""))) for call in calls])
+        runner = CallRunner(
+            background=self._background, call_timeout=self.call_timeout, max_result_chars=self.max_result_chars
+        )
+        runs = runner.run(calls, self._tools)
         reply = next((run.ending for run in runs if run.ending is not None), Reply())
         errors = "\n".join(run.text for run in runs if run.failed)
         feedback = errors or None if reply.feedback is None else reply.feedback
-        return replace(reply, messages=[_message(run) for run in runs], feedback=feedback)
-
-    def _run_all(self, runs: Sequence[_Run]) -> list[_Run]:
-        """Run the calls up to the one that ends the episode; those that were run."""
-        done: list[_Run] = []
-        for is_async, neighbours in groupby(runs, key=lambda run: run.tool is not None and run.tool.is_async):
-            for batch in [list(neighbours)] if is_async else [[run] for run in neighbours]:
-                for run, outcome in zip(batch, self._together(batch) if is_async else self._one(batch[0]), strict=True):
-                    self._settle(run, outcome)
-                done += batch
-                if any(run.ending is not None for run in batch):
-                    return done
-        return done
-
-    def _one(self, run: _Run) -> list[str | BaseException]:
-        token = _RUNNING.set(run)
-        try:
-            made, arguments = self._prepared(run)
-            result = made.function(**arguments)
-            if inspect.isawaitable(result):  # an async function behind a plain decorator
-                return self._background.run([partial(_text_of, result)], time_limit=self.call_timeout)
-            return [to_text(result)]
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a tool that calls exit() must not end the run
-            return [error]
-        finally:
-            _RUNNING.reset(token)
-
-    def _together(self, batch: Sequence[_Run]) -> list[str | BaseException]:
-        return self._background.run([partial(self._one_async, run) for run in batch], time_limit=self.call_timeout)
-
-    async def _one_async(self, run: _Run) -> str:
-        _RUNNING.set(run)  # in a context of its own: this is a task
-        made, arguments = self._prepared(run)
-        return to_text(await made.function(**arguments))
-
-    def _prepared(self, run: _Run) -> tuple[Tool, dict[str, Any]]:
-        """The tool and its arguments. Raises ToolError for a call that cannot be run."""
-        if isinstance(run.call, MalformedCall):
-            raise ToolError(run.call.error)
-        if run.tool is None:
-            near = get_close_matches(run.call.name[:80], self._tools, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ToolError(f"there is no tool {run.call.name[:80]!r}. The tools are: {', '.join(self._tools)}.{hint}")
-        return run.tool, run.tool.checked(run.call.arguments, as_text=run.call.as_text)
-
-    def _settle(self, run: _Run, outcome: str | BaseException) -> None:
-        """Write what a call gave or raised into its run; nothing that it does later counts."""
-        run.settled = True
-        if isinstance(outcome, str):
-            run.text = self._fit(outcome)
-            return
-        run.failed = True
-        if isinstance(outcome, ToolError):
-            run.text = self._fit(f"Error: {outcome}")
-            return
-        name = run.tool.name if run.tool is not None else "the call"
-        logger.warning("tool %s raised", name, exc_info=outcome)
-        run.text = self._fit(f"Error: {name} failed: {format_exception_only(outcome)[-1].strip()}")
-        if isinstance(outcome, TimeoutError):
-            run.ending = None  # whether it came to finish() before the limit is a matter of luck
-
-    def _fit(self, text: str) -> str:
-        """The text, cut to the limit with a notice."""
-        if len(text) <= self.max_result_chars:
-            return text
-        return f"{text[: self.max_result_chars]}\n[cut: {self.max_result_chars} of {len(text)} characters shown]"
-
-
-async def _text_of(result: Any) -> str:
-    return to_text(await result)
-
-
-def _message(run: _Run) -> Message:
-    name = {} if run.tool is None else {"name": run.tool.name}
-    return {"role": "tool", **name, "content": run.text}
+        return replace(reply, messages=[run.message() for run in runs], feedback=feedback)

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written aside, flushed, hashed, renamed.
 
-A checkpoint is a folder of files and a `manifest.json` with the hash and size of each. What is in it is up
-to the caller: plain JSON, and whatever its parts write, each rank its own. Ranks share the folder's disk.
+A checkpoint is a folder of files and a `manifest.json` with the hash and size of each. The caller decides what is in
+it: plain JSON, and whatever its parts write, each rank its own. Ranks share the folder's disk.
 """
 
 from __future__ import annotations
@@ -52,25 +52,24 @@ def save(
         for part in parts:
             part(aside)
 
-    def look_over() -> dict[str, Any]:
-        return {str(path.relative_to(aside)): _described(path) for path in ranks.share(_files(aside))}
-
-    def finish() -> None:
-        known = {name: file for share in described for name, file in share.items()}
-        (aside / "manifest.json").write_text(json.dumps({"files": known}, indent=1))
-        for path in [*_files(aside), aside]:
-            _flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-        _flush(folder.parent)
-
     def attempt(work: Callable[[], T]) -> Callable[[], T]:
         return partial(_or_checkpoint_error, work, folder, aside)
 
     ranks.from_first(attempt(begin))
     ranks.agree(attempt(write))
-    described = ranks.gather(ranks.agree(attempt(look_over)))
-    ranks.from_first(attempt(finish))
+    described = ranks.gather(ranks.agree(attempt(lambda: _describe(aside, ranks.share(_files(aside))))))
+    ranks.from_first(attempt(lambda: _publish(aside, folder, described)))
+
+
+def _publish(aside: Path, folder: Path, described: Sequence[dict[str, Any]]) -> None:
+    """Write the manifest, flush every file, and give the folder its name."""
+    known = {name: file for share in described for name, file in share.items()}
+    (aside / "manifest.json").write_text(json.dumps({"files": known}, indent=1))
+    for path in [*_files(aside), aside]:
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    _flush(folder.parent)
 
 
 def _or_checkpoint_error(work: Callable[[], T], folder: Path, aside: Path) -> T:
@@ -106,7 +105,7 @@ class Checkpoint:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's files should be, by their names. Raises CheckpointError for what says nothing of that."""
+    """Read the hash and size that each file should have. Raises CheckpointError where the manifest cannot be read."""
     try:
         files = dict(json.loads((folder / "manifest.json").read_text())["files"])
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -123,7 +122,7 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (frozen)
-    """The newest whole checkpoint; damaged ones are passed over, with a warning that names them.
+    """Open the newest whole checkpoint; damaged ones are passed over, with a warning that names them.
 
     Raises CheckpointError when none is left.
     """
@@ -141,8 +140,10 @@ def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (fr
 
 
 def put_aside_after(folder: Path) -> list[Path]:
-    """Rename the checkpoints that are newer than this one, which the run goes on from: they were passed over, and would
-    be taken for its future. Returns the new names."""
+    """Rename the checkpoints that are newer than this one, from which the run goes on; return the new names.
+
+    They were passed over as damaged, and would be taken for the run's future.
+    """
     moved = []
     for newer in [path for path in step_folders(folder.parent) if _number(path) > _number(folder)]:
         aside, count = newer.with_name(f"{newer.name}.damaged"), 1
@@ -158,7 +159,7 @@ def _number(folder: Path) -> int:
 
 
 def rotate(root: Path, keep_last: int, *, keep: Sequence[Path] = ()) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and those to `keep`."""
+    """Delete all checkpoints but the newest `keep_last` and those in `keep`."""
     for folder in step_folders(root)[:-keep_last]:
         if folder not in keep:  # a run that is killed meanwhile leaves no half of one under its name
             folder.rename(folder.with_name(f".{folder.name}.deleted"))
@@ -170,8 +171,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _described(path: Path) -> dict[str, Any]:
-    return {"sha256": _digest(path), "bytes": path.stat().st_size}
+def _describe(root: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """The manifest's entries for these files under `root`: the hash and size of each, by name."""
+    return {str(path.relative_to(root)): {"sha256": _digest(path), "bytes": path.stat().st_size} for path in files}
 
 
 def _digest(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 MOST_DEPTH = 64
-"""How deeply brackets may be nested: far beyond any tool's arguments, far below Python's recursion limit."""
+"""The deepest nesting of brackets: far beyond any tool's arguments, far below Python's recursion limit."""
 
 # What may stand between strings and brackets (`json.loads` is stricter), then a string or a bracket. Possessive
 # throughout, so that nothing is looked at twice. `<` is in neither: no tag can be read as a part of JSON.
@@ -18,11 +18,11 @@ _PIECE = re.compile(r'[\s\w,:.+-]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}])', re
 
 
 class JsonError(ValueError):
-    """What a text holds is no JSON. `str(error)` says why."""
+    """Raised where a text holds no JSON; `str(error)` says why."""
 
 
 def read_json(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins at `start`, where a bracket or brace stands, and where it ends.
+    """Read the value that begins at `start` with a bracket or brace; return it and the position after it.
 
     Strict: no single quotes, comments, trailing commas, NaN, numbers beyond a float's range, or keys that stand
     twice in an object. Raises JsonError.
@@ -36,7 +36,7 @@ def read_json(text: str, start: int) -> tuple[Any, int]:
 
 
 def _extent(text: str, start: int) -> int:
-    """Where the brackets that open at `start` are closed; else one past the character that breaks the value."""
+    """Find the end of the brackets that open at `start`; else one past the character that breaks the value."""
     depth, at = 0, start
     while piece := _PIECE.match(text, at):
         at = piece.end()

@@ -10,9 +10,9 @@ The formats that are read, by name:
     json     one such JSON object, or a list of them, as the whole text
     auto     whichever of these is there; the first markup that is found decides for the whole text
 
-A thought is never read: neither `<think>...</think>`, nor what stands before a `</think>` whose `<think>` the
-template wrote. What is meant as a call and cannot be read is answered, never guessed: JSON is read strictly, and
-where one call ends is known from the JSON itself, so a `</tool_call>` inside a string ends nothing.
+A thought is never read: neither `<think>...</think>`, nor the text before a `</think>` whose `<think>` the template
+wrote. A call that cannot be read is answered, never guessed. JSON is read strictly, and the JSON itself says where a
+call ends, so that a `</tool_call>` inside a string ends nothing.
 
 transformers' `parse_response` does this for the templates it knows, for well-formed text. A malformed call makes
 it raise (and trl's wrapper then takes all calls of the turn for plain text), so that nobody can tell the model what
@@ -68,17 +68,17 @@ _FUNCTION_FORM = f"{OPEN}<function=name><parameter=key>value</parameter></functi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call that could be read; whether such a tool exists is for others to say."""
+    """A call that could be read; a tool of that name may not exist."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     as_text: bool = False
-    """Every argument is the text that the model wrote, since the format has no types; the tool's schema has them."""
+    """True: every argument is the text that the model wrote, since the format has no types; the tool's schema has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MalformedCall:
-    """What was meant as a call and could not be read, and why, in words for the model."""
+    """A text that was meant as a call and could not be read; `error` says why, in words for the model."""
 
     error: str
 
@@ -86,16 +86,16 @@ class MalformedCall:
 def parse_tool_calls(
     text: str, tool_format: ToolFormat = "auto", *, starts_thinking: bool = False
 ) -> list[ToolCall | MalformedCall]:
-    """Every call in the text, in order; empty when the text does not try to call anything.
+    """Read every call in the text, in order; empty when the text does not try to call anything.
 
-    `starts_thinking` says that the model's template has opened a thought already, so that a text without
+    `starts_thinking` means that the model's template has opened a thought already, so that a text without
     `</think>` is nothing but thought. Takes time proportional to the text's length.
     """
     return _Parser(text, tool_format).parse(starts_thinking=starts_thinking)
 
 
 def format_call(name: str, arguments: dict[str, Any], tool_format: ToolFormat = "hermes") -> str:
-    """A call as a model would write it, in hermes where the format is auto. Raises ValueError for nan and inf."""
+    """Write a call as a model would, in hermes where the format is auto. Raises ValueError for nan and inf."""
     if tool_format == "mistral":
         return f"[TOOL_CALLS]{name}{_dumps(arguments)}"
     call = _dumps({"name": name, "parameters" if tool_format == "llama" else "arguments": arguments})
@@ -103,7 +103,7 @@ def format_call(name: str, arguments: dict[str, Any], tool_format: ToolFormat = 
 
 
 def valid_tool_calls(completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any) -> list[float]:
-    """A reward: 1 for a completion that calls at least one tool and whose every call can be read, else 0."""
+    """Reward 1 for a completion that calls at least one tool and whose every call can be read, else 0."""
     return [float(_all_valid(c if isinstance(c, str) else str(c[-1]["content"]))) for c in completions]
 
 
@@ -117,13 +117,13 @@ def _dumps(value: Any) -> str:
 
 
 class _Parser:
-    """One text. Its methods take the position to read from, append to `calls`, and return where to go on."""
+    """Reads one text. Its methods take the position to read from, append to `calls`, and return where to go on."""
 
     def __init__(self, text: str, tool_format: ToolFormat) -> None:
         self.text = _without_end(text)
         self.format = tool_format
         self.calls: list[ToolCall | MalformedCall] = []
-        self._found: dict[re.Pattern[str], tuple[int, re.Match[str] | None]] = {}
+        self._find = _Searches(self.text).find
 
     def parse(self, *, starts_thinking: bool) -> list[ToolCall | MalformedCall]:
         answer = self._after_thought(0) if starts_thinking else 0
@@ -159,30 +159,28 @@ class _Parser:
         end = self._find(_THINK_END, at)
         return None if end is None else end.end()
 
-    # -- one format each ------------------------------------------------------------------------------
-
     def _read_tagged(self, start: int) -> int:
-        """Hermes: what follows an opening tag."""
+        """Read what follows an opening tag of hermes."""
         close = self._find(_CLOSE_MARK, start)
         if close is None:
             return self._refuse(f"the tool call is not closed by {CLOSE}", start, "hermes")
-        body = self._skip_space(start)
+        body = _skip_space(self.text, start)
         if self.text.startswith("<function=", body):
             return self._read_function(body)
         try:
-            call, end = self._read_object(body, "hermes")
+            call, end = _read_object(self.text, body, "hermes")
         except JsonError as error:
             return self._refuse(str(error), start, "hermes")
         if closed := _CALL_END.match(self.text, end):
             self.calls.append(call)
             return closed.end()
-        if self.text.startswith(OPEN, self._skip_space(end)):
+        if self.text.startswith(OPEN, _skip_space(self.text, end)):
             self.calls.append(MalformedCall(error=f"the tool call is not closed by {CLOSE}"))
             return end
         return self._refuse(_no_json("there is more after the object", "hermes"), end, "hermes")
 
     def _read_function(self, start: int) -> int:
-        """Hermes: the form of Qwen3-Coder, whose values are raw text.
+        """Read hermes in the form of Qwen3-Coder, whose values are raw text.
 
         A value ends at the first `</parameter>` that another parameter or the end of the function follows.
         """
@@ -205,26 +203,15 @@ class _Parser:
         return closed.end()
 
     def _read_llama(self, start: int) -> int:
-        return self._read_objects(start, "llama")
+        return self._read_rest(_read_objects, start, "llama")
 
     def _read_bare(self, start: int) -> int:
         form = "llama" if self.format == "llama" else "json"
-        if self.text[start] == "[":
-            return self._read_list(start, form)
-        return self._read_objects(start, form)
+        return self._read_rest(_read_list if self.text[start] == "[" else _read_objects, start, form)
 
     def _read_mistral(self, start: int) -> int:
-        body = self._skip_space(start)
-        if self.text.startswith("[", body):
-            return self._read_list(body, "mistral")
-        name = _MISTRAL_NAME.match(self.text, body)
-        if name is None:
-            return self._refuse(f"the tool call cannot be read; write {FORMS['mistral']}", body, "mistral")
-        try:
-            arguments, end = read_json(self.text, name.end())
-        except JsonError as error:
-            return self._refuse(_no_json(str(error), "mistral"), body, "mistral")
-        return self._accept([ToolCall(name=name[1], arguments=arguments)], end, "mistral")
+        body = _skip_space(self.text, start)
+        return self._read_rest(_read_list if self.text.startswith("[", body) else _read_named, body, "mistral")
 
     _readers: ClassVar[dict[str, Callable[[_Parser, int], int]]] = {
         "hermes": _read_tagged,
@@ -232,54 +219,23 @@ class _Parser:
         "mistral": _read_mistral,
     }
 
-    # -- parts that formats share ---------------------------------------------------------------------
-
-    def _read_objects(self, start: int, form: str) -> int:
-        """Objects one after another, with semicolons between them."""
-        calls: list[ToolCall | MalformedCall] = []
-        at = start
-        while True:
-            try:
-                call, at = self._read_object(self._skip_space(at), form)
-            except JsonError as error:
-                return self._refuse(str(error), start, form)
-            calls.append(call)
-            at = self._skip_space(at)
-            if not self.text.startswith(";", at):
-                return self._accept(calls, at, form)
-            at += 1
-
-    def _read_list(self, start: int, form: str) -> int:
+    def _read_rest(self, read: _ReadCalls, start: int, form: str) -> int:
+        """Take the calls that `read` finds, if nothing but the next call or a thought follows them."""
         try:
-            values, end = read_json(self.text, start)
+            calls, end = read(self.text, start, form)
         except JsonError as error:
-            return self._refuse(_no_json(str(error), form), start, form)
-        if not values:
-            return self._refuse(f"the list of tool calls is empty; write {FORMS[form]}", start, form)
-        return self._accept([_call(value, form) for value in values], end, form)
-
-    def _accept(self, calls: Sequence[ToolCall | MalformedCall], end: int, form: str) -> int:
-        """Take calls that reach up to `end`, if nothing but the next call or a thought follows."""
-        after = self._skip_space(end)
+            return self._refuse(str(error), start, form)
+        after = _skip_space(self.text, end)
         follows = ("[TOOL_CALLS]",) if form == "mistral" else ()
         if after < len(self.text) and not self.text.startswith((*follows, "<think>", "</think>"), after):
             return self._refuse(_no_json("there is more after the call", form), end, form)
         self.calls += calls
         return after
 
-    def _read_object(self, start: int, form: str) -> tuple[ToolCall | MalformedCall, int]:
-        if not self.text.startswith("{", start):
-            raise JsonError(f"the tool call is not a JSON object; write {FORMS[form]}")
-        try:
-            value, end = read_json(self.text, start)
-        except JsonError as error:
-            raise JsonError(_no_json(str(error), form)) from None
-        return _call(value, form), end
-
     def _refuse(self, error: str, at: int, form: str) -> int:
-        """Note a call that cannot be read; nothing is run up to where it ends, or the thought that it is part of.
+        """Note a call that cannot be read and go on behind it, or at the end of the thought that it is part of.
 
-        Only tags say where that is; without them it is the end of the text.
+        Only tags tell where that is; without them it is the end of the text.
         """
         self.calls.append(MalformedCall(error=error))
         ends = [thought.start()] if (thought := self._find(_THINK_END, at)) else [len(self.text)]
@@ -287,22 +243,83 @@ class _Parser:
             ends.append(close.end())
         return min(ends)
 
-    def _skip_space(self, at: int) -> int:
-        space = _SPACE.match(self.text, at)
-        return at if space is None else space.end()
 
-    def _find(self, pattern: re.Pattern[str], at: int) -> re.Match[str] | None:
-        """`pattern.search` from a position on, remembered: many searches together pass over the text once."""
-        since, found = self._found.get(pattern, (len(self.text) + 1, None))
+class _Searches:
+    """Remembers what was found in one text: many searches together pass over it once."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._found: dict[re.Pattern[str], tuple[int, re.Match[str] | None]] = {}
+
+    def find(self, pattern: re.Pattern[str], at: int) -> re.Match[str] | None:
+        """The same as `pattern.search(text, at)`."""
+        since, found = self._found.get(pattern, (len(self._text) + 1, None))
         if not since <= at or (found is not None and found.start() < at):
-            found = pattern.search(self.text, at)
+            found = pattern.search(self._text, at)
             self._found[pattern] = (at, found)
         return found
 
 
+_Calls = list[ToolCall | MalformedCall]
+_ReadCalls = Callable[[str, int, str], tuple[_Calls, int]]
+"""From a text, a position and a format to the calls there and where they end. Raises JsonError, in words for the model,
+where one of them cannot be read."""
+
+
+def _read_objects(text: str, start: int, form: str) -> tuple[_Calls, int]:
+    """Read JSON objects one after another, with semicolons between them."""
+    calls: _Calls = []
+    at = start
+    while True:
+        call, at = _read_object(text, _skip_space(text, at), form)
+        calls.append(call)
+        at = _skip_space(text, at)
+        if not text.startswith(";", at):
+            return calls, at
+        at += 1
+
+
+def _read_list(text: str, start: int, form: str) -> tuple[_Calls, int]:
+    """Read a JSON list of calls that is not empty."""
+    values, end = _read_value(text, start, form)
+    if not values:
+        raise JsonError(f"the list of tool calls is empty; write {FORMS[form]}")
+    return [_call(value, form) for value in values], end
+
+
+def _read_named(text: str, start: int, form: str) -> tuple[_Calls, int]:
+    """Read one call of mistral's form `NAME{...}`."""
+    name = _MISTRAL_NAME.match(text, start)
+    if name is None:
+        raise JsonError(f"the tool call cannot be read; write {FORMS[form]}")
+    arguments, end = _read_value(text, name.end(), form)
+    return [ToolCall(name=name[1], arguments=arguments)], end
+
+
+def _read_object(text: str, start: int, form: str) -> tuple[ToolCall | MalformedCall, int]:
+    """Read one JSON object as a call; return it and where it ends. Raises JsonError."""
+    if not text.startswith("{", start):
+        raise JsonError(f"the tool call is not a JSON object; write {FORMS[form]}")
+    value, end = _read_value(text, start, form)
+    return _call(value, form), end
+
+
+def _read_value(text: str, start: int, form: str) -> tuple[Any, int]:
+    """Read one JSON value; return it and where it ends. Raises JsonError, in words for the model."""
+    try:
+        return read_json(text, start)
+    except JsonError as error:
+        raise JsonError(_no_json(str(error), form)) from None
+
+
+def _skip_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return at if space is None else space.end()
+
+
 @cache
 def _marks(formats: tuple[str, ...]) -> re.Pattern[str]:
-    """What to look for: the tags that open a call in one of these formats, and those of a thought."""
+    """A pattern of the tags that open a call in one of these formats, and of those of a thought."""
     openers = [opener for opener, name in _OPENERS.items() if name in formats]
     return re.compile("|".join(map(re.escape, (*openers, "<think>", "</think>"))))
 
@@ -330,7 +347,7 @@ def _no_json(reason: str, form: str) -> str:
 
 
 def _without_end(text: str) -> str:
-    """The text without the token that ended it."""
+    """Cut the token that ended the text, and white space around it."""
     text = text.rstrip()
     for token in _ENDS:
         if text.endswith(token):

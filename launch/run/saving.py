@@ -73,7 +73,7 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
         root / f"step-{step}",
         parts=[
             models.backend.save,
-            lambda folder: models.teacher.save(folder, ranks),
+            lambda folder: models.teacher.own.save(folder, ranks),
             lambda folder: torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank}.pt"),
         ],
         records={
@@ -130,7 +130,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             "back, or start afresh."
         )
     backend.load(saved.folder, saved_ranks=record["ranks"])
-    teacher.load(saved.folder, ranks, saved_ranks=record["ranks"])
+    teacher.own.load(saved.folder, ranks, saved_ranks=record["ranks"])
     teacher.updates = record["teacher_updates"]
     if record["ranks"] == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))

@@ -12,7 +12,8 @@ from typing import NoReturn
 from opd.engines.vllm import common_arguments, engine_args
 from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer, server_command, server_environment
-from opd.engines.vllm_server import Replica, Sharing, VllmServerEngine
+from opd.engines.vllm_replicas import Replica, Sharing
+from opd.engines.vllm_server import VllmServerEngine
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.checks.engines import is_loopback

@@ -1,1 +1,1 @@
-"""Where gradients live: one process of plain torch (`local`)."""
+"""Backends train: one process of plain torch (`local`), or many with DeepSpeed (`zero`)."""

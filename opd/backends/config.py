@@ -70,7 +70,7 @@ class TrainConfig(Strict):
 
 
 class StageConfig(Strict):
-    """What a stage of a method trains with where it differs from `train`."""
+    """The training settings of a stage of a method where they differ from `train`."""
 
     steps: int | None = Field(
         None, ge=1, description="Steps of this stage, where they are fewer than train.steps; more are not taken."
@@ -81,7 +81,7 @@ class StageConfig(Strict):
     lr: float | None = Field(None, gt=0, description="Peak learning rate.")
 
     def over(self, train: TrainConfig) -> TrainConfig:
-        """The run's settings with those of the stage laid over them."""
+        """Merge: the run's settings, replaced by those that the stage sets."""
         own = {name: getattr(self, name) for name in StageConfig.model_fields}
         given = {name: value for name, value in own.items() if value is not None}
         return train.model_copy(update=given | {"steps": min(train.steps, self.steps or train.steps)})

@@ -1,9 +1,9 @@
-"""The user's own DeepSpeed JSON: read as it is, and its "auto" values filled from the run's settings. No torch here.
+"""Reading the user's own DeepSpeed JSON, and filling its "auto" values from the run's settings. No torch here.
 
 Numbers that stand in the JSON are kept, also where a setting of ours says something else (the plan shows which of
-the two counts). Two things are ours alone. Batch sizes and accumulation: how many sequences fit a micro-batch
-follows from the token budget, and changes from step to step. And clipping is always written down: DeepSpeed clips at
-1.0 where its JSON is silent.
+the two counts). Two things are ours alone. Batch sizes and accumulation are, since the token budget decides how many
+sequences fit a micro-batch, another number at each step. And clipping is always written down: DeepSpeed clips at 1.0
+where its JSON is silent.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def ready() -> dict[str, Path]:
 
 
 def read(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON that a path, a ready file's name, or the object itself stands for.
+    """Read the JSON from a path or a ready file's name, or take the object itself.
 
-    Raises ValueError, with the mend, for what is no such thing, or decides what is not its to decide.
+    Raises ValueError, with the mend, where it is none of these, or decides what only our settings decide.
     """
     if isinstance(value, str):
         value = _read_file(value)
@@ -132,7 +132,7 @@ def _check_supported(data: Mapping[str, Any]) -> None:
 
 
 def _check_made(name: str, section: Mapping[str, Any] | None, example: str) -> None:
-    """What is made by its name and parameters: `optimizer` and `scheduler`."""
+    """Check `optimizer` or `scheduler`, which DeepSpeed makes from a name and parameters."""
     if section is None:
         return
     if not isinstance(section.get("type"), str):
@@ -151,7 +151,7 @@ def _enabled(data: Mapping[str, Any], name: str) -> Any:
 
 
 def dtype(data: Mapping[str, Any]) -> str | None:
-    """The type of the weights where the JSON decides it; None where it leaves that to `model.dtype`."""
+    """The type of the weights that the JSON asks for; None where it leaves that to `model.dtype`."""
     for name, result in (("bf16", "bfloat16"), ("fp16", "float16")):
         if _enabled(data, name) is True:
             return result
@@ -159,35 +159,35 @@ def dtype(data: Mapping[str, Any]) -> str | None:
 
 
 def offloads(data: Mapping[str, Any], what: str) -> str | None:
-    """Where `optimizer` or `param` goes instead of the device: cpu, nvme, or None."""
+    """The place to which `optimizer` or `param` is offloaded: cpu, nvme, or None."""
     device = (data.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device")
     return device if device in ("cpu", "nvme") else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What an "auto" can follow from, beside the settings of the training."""
+    """Facts of a run, beside its settings of training, from which an "auto" is filled."""
 
     total_steps: int
     """Optimiser updates of the whole run."""
     ranks: int
     dtype: str
-    """Of the weights, as the model is loaded."""
+    """The type of the weights, as the model is loaded."""
     hidden_size: int | None
-    """The model's width, from which the buckets of ZeRO-3 follow, as with transformers; None where it is not known
-    yet: they are then left to DeepSpeed."""
+    """The model's width, which gives the buckets of ZeRO-3, as in transformers; None where it is not known yet, so that
+    DeepSpeed chooses them."""
     gpu: bool
     nvcc: bool = True
-    """Whether CUDA's compiler is there, with which DeepSpeed makes its own Adam for a GPU."""
+    """True if CUDA's compiler is there: DeepSpeed needs it for its own Adam on a GPU."""
 
 
 @dataclass(slots=True)
 class Filled:
-    """A JSON that DeepSpeed takes, and what was decided to get it."""
+    """A JSON that DeepSpeed takes, and notes of the decisions that led to it."""
 
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    """`gradient_clipping = 1.0 (train.max_grad_norm)`, one a decision."""
+    """One text for each decision, such as `gradient_clipping = 1.0 (train.max_grad_norm)`."""
 
     def put(self, path: str, value: Any, why: str, *, absent: bool = False) -> None:
         """Fill in one value where it is "auto" (with `absent`, also where it is missing), and note it.
@@ -206,9 +206,9 @@ class Filled:
 
 
 def fill(data: Mapping[str, Any], train: TrainConfig, facts: Facts) -> Filled:
-    """Everything that is "auto" or must be said, filled in; nothing else is touched.
+    """Fill in every "auto", and what must always be said; touch nothing else.
 
-    Raises ValueError for an "auto" where nothing is known to fill in.
+    Raises ValueError for an "auto" whose value is not known.
     """
     filled = Filled(copy.deepcopy(dict(data)))
     settings = filled.settings
@@ -268,7 +268,7 @@ def _fill_buckets(filled: Filled, hidden_size: int | None) -> None:
 
 
 def _autos(data: Any, path: str = "") -> Iterator[str]:
-    """Where an "auto" stands."""
+    """List the places of "auto"."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             yield from _autos(value, f"{path}.{key}" if path else str(key))
@@ -281,7 +281,7 @@ def _show(value: Any) -> str:
 
 
 def reading(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without "auto" for a model that only says something, cut into slices as the one that trains."""
+    """Make settings without "auto" for a model that does not train, cut into slices as the one that trains."""
     zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
     kept = {key: settings[key] for key in ("bf16", "fp16") if key in settings}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **kept}

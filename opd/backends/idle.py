@@ -1,4 +1,4 @@
-"""No training: a model that plays or scores in a stage without steps, in one process. It has no optimiser."""
+"""A backend without an optimiser, for a stage without steps: its model plays or scores, in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class IdleBackend:
-    """What is asked of a backend where nothing trains."""
+    """A backend that only lets the model be used."""
 
     ranks = Ranks()
     lr = 0.0
@@ -31,7 +31,7 @@ class IdleBackend:
 
     @torch.no_grad()
     def look(self, work: Callable[[], T]) -> T:
-        """Use the model."""
+        """Run `work`, which uses the model."""
         return work()
 
     def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
@@ -47,4 +47,4 @@ class IdleBackend:
         raise RuntimeError("a stage without steps has nothing to load")
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """Do nothing: there is nothing to free."""

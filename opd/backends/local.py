@@ -1,4 +1,4 @@
-"""One process, plain torch: AdamW, a schedule, clipping."""
+"""The backend of one process, in plain torch: AdamW, a schedule, clipping."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class LocalBackend:
         return float(self.scheduler.get_last_lr()[0])
 
     def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
-        """The forward and the backward pass of one micro-batch."""
+        """Run the forward and the backward pass of one micro-batch."""
         result = work()
         result.loss.backward()
         return result
 
     @torch.no_grad()
     def look(self, work: Callable[[], T]) -> T:
-        """Use the model without training it."""
+        """Run `work`, which uses the model, without making a graph."""
         return work()
 
     def step(self) -> float:
-        """Clip, update, advance the schedule, unless the norm, which is returned, is not finite."""
+        """Clip, update and advance the schedule unless the gradients' norm is not finite; return the norm."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self.config.max_grad_norm))
         if math.isfinite(norm):
             self._update()
@@ -91,8 +91,8 @@ class LocalBackend:
             master.grad = None
 
     def save(self, folder: Path) -> None:
-        """The trained weights as `student.safetensors`; optimiser, schedule and float32 copies as `backend.pt`."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self._named()}
+        """Write the weights to `student.safetensors`; optimiser, schedule and float32 copies to `backend.pt`."""
+        weights = {name: p.detach().cpu().contiguous() for name, p in self._trained_by_name()}
         save_file(weights, folder / "student.safetensors")
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -103,9 +103,9 @@ class LocalBackend:
 
     @torch.no_grad()
     def load(self, folder: Path, *, saved_ranks: int) -> None:
-        """The reverse of `save`. Raises CheckpointError where the folder holds other weights than this model's."""
+        """Read what `save` wrote. Raises CheckpointError where the folder holds other weights than this model's."""
         weights: dict[str, Tensor] = load_file(folder / "student.safetensors")
-        own = dict(self._named())
+        own = dict(self._trained_by_name())
         if own.keys() != weights.keys():
             raise CheckpointError(f"{folder} holds other weights than this model trains")
         for name, weight in weights.items():
@@ -124,7 +124,7 @@ class LocalBackend:
             master.copy_(saved)
 
     def close(self) -> None:
-        """Nothing outlives this object."""
+        """Do nothing: nothing outlives this object."""
 
-    def _named(self) -> list[tuple[str, Tensor]]:
+    def _trained_by_name(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
-"""DeepSpeed: ZeRO 0 to 3, offload, on one machine or many, over `deepspeed.initialize` with the user's own JSON.
+"""The backend of many processes: DeepSpeed with the user's own JSON (ZeRO 0 to 3, offload, several machines).
 
-What DeepSpeed wraps is a module whose forward pass is whatever work is at hand, so that ZeRO-3, which gathers a
-module's weights when its forward pass is called inside of the wrapped one, finds the decoder's layers there.
-The head is no module that is called: it is gathered when it is asked for, and held until the backward pass of the
-micro-batch is over, since its gradient needs a place of its size.
+DeepSpeed wraps a module whose forward pass runs the work at hand: ZeRO-3 gathers a module's weights when its forward
+pass is called inside the wrapped one, and so finds the decoder's layers. The head is no module that is called: it is
+gathered when it is asked for, and held until the backward pass of the micro-batch is over, since its gradient needs a
+place of its size.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from opd.ranks.ranks import Ranks
 T = TypeVar("T")
 
 _TAG = "deepspeed"
-"""The folder, inside of a checkpoint, of what DeepSpeed writes."""
+"""The folder inside a checkpoint to which DeepSpeed writes."""
 
 
 class _Wrapped(nn.Module):
-    """The model, and a forward pass that does the work at hand. Its result stays in `result`."""
+    """Holds the model; its forward pass runs the work at hand and leaves the result in `result`."""
 
     def __init__(self, model: CausalModel) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Wrapped(nn.Module):
 
 
 class ZeroModel:
-    """A model in a DeepSpeed engine, to be looked at: cut into slices with ZeRO-3, and nothing in it trains.
+    """A model in a DeepSpeed engine that does not train; with ZeRO-3 it is cut into slices.
 
     `settings` is a DeepSpeed configuration without "auto" (`opd.backends.deepspeed_json.fill`, `reading`). Every rank
     does the same with it, in the same order.
@@ -77,7 +77,7 @@ class ZeroModel:
 
     @torch.no_grad()
     def look(self, work: Callable[[], T]) -> T:
-        """Use the model without training it; on every rank."""
+        """Run `work`, which uses the model, without making a graph; every rank must call it."""
         self._run(work)
         self._open.close()
         result: T = self._wrapped.result
@@ -105,7 +105,7 @@ class ZeroModel:
         return output
 
     def close(self) -> None:
-        """Give back what weights, gradients and optimiser take.
+        """Free what weights, gradients and optimiser take.
 
         DeepSpeed's caches keep modules and hooks reachable for as long as the process lives: their memory would be
         there twice when a method's next stage begins.
@@ -123,7 +123,7 @@ class ZeroModel:
 
 
 class ZeroBackend(ZeroModel):
-    """One rank of the ranks that train `model` together.
+    """One of the ranks that train `model` together.
 
     The optimiser is DeepSpeed's, by `settings`, and so is the schedule, if there is one in it; else `config` says.
     """
@@ -165,11 +165,11 @@ class ZeroBackend(ZeroModel):
 
     @property
     def scales_loss(self) -> bool:
-        """DeepSpeed lowers a dynamic scale at every overflow, and raises at its least."""
+        """True where the loss scale is dynamic: DeepSpeed lowers it at every overflow, and raises at its least."""
         return bool(self._engine.fp16_enabled() and self._engine.dynamic_loss_scale())
 
     def train(self, work: Callable[[], Objective], *, last: bool) -> Objective:
-        """The forward and the backward pass of one micro-batch; `last` of the step's, on every rank."""
+        """Run the forward and the backward pass of one micro-batch; `last` marks the step's last one on every rank."""
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._run(work)
         # DeepSpeed averages the ranks' gradients; ours are to be summed.
@@ -179,7 +179,7 @@ class ZeroBackend(ZeroModel):
         return replace(cast(Objective, self._wrapped.result), loss=loss.detach())
 
     def step(self) -> float:
-        """Clip, update, advance the schedule, unless the norm, which is returned, is not finite."""
+        """Clip, update and advance the schedule unless the gradients' norm is not finite; return the norm."""
         if not self._waiting:  # no rank had anything to train
             self._schedule.step()
             return 0.0
@@ -194,11 +194,11 @@ class ZeroBackend(ZeroModel):
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's own checkpoint of what trains, in `deepspeed/`; every rank writes its part."""
+        """Write DeepSpeed's own checkpoint of what trains to `deepspeed/`; every rank writes its part."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path, *, saved_ranks: int) -> None:
-        """The reverse of `save`, by way of a universal checkpoint where there were other ranks."""
+        """Read what `save` wrote, through a universal checkpoint where the number of ranks was another."""
         if self._stage == 0 or saved_ranks == self.ranks.world_size:
             self._load(folder)
             return
@@ -222,7 +222,7 @@ class ZeroBackend(ZeroModel):
 
 
 def _make_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's own conversion to files that any number of ranks can load; it takes the checkpoint's size on disk."""
+    """Convert to files that any number of ranks can load, with DeepSpeed's tool; they take the checkpoint's size."""
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target.parent, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Rollout engines: what turns a prompt into sampled ids. `base` says what one must do."""
+"""Rollout engines turn prompts into sampled ids. `base` is their interface."""

@@ -1,4 +1,4 @@
-"""What a rollout engine must do. The scheduler (`opd.episodes.scheduler`) drives any of them the same way."""
+"""The interface of a rollout engine. The scheduler (`opd.episodes.scheduler`) drives all of them the same way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
+    """The settings of sampling. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off."""
 
     temperature: float
     top_p: float = 1.0
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What was sampled: at least one id, each with its log-prob under the distribution it was drawn from."""
+    """The sampled ids, at least one, each with its log-prob under the distribution that it was drawn from."""
 
     session: int
     token_ids: list[int]
@@ -47,7 +47,7 @@ class Weights(Protocol):
     """A model's weights under the names of its checkpoint, as they are now; each `iter` is a fresh pass."""
 
     collective: bool
-    """Whether all ranks must iterate together, so that an engine cannot read them again on its own."""
+    """True: all ranks must iterate together, so that an engine cannot read them again on its own."""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -65,7 +65,7 @@ class RolloutEngine(Protocol):
         """Queue a request; sampling goes on in `step`."""
 
     def step(self) -> list[Completion]:
-        """Do a bounded piece of work; the completions that it finished, perhaps none."""
+        """Do a bounded piece of work; return the completions that it finished, perhaps none."""
 
     def release(self, session: int) -> None:
         """Forget a conversation and whatever was cached for it."""
@@ -78,17 +78,23 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Rollouts are over for now: give memory back to training, until the next `update_weights` or `begin`."""
+        """Give memory back to training until the next `update_weights` or `begin`."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the work since the last call, such as cache hits and retries."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
+
+
+def check_request(request: Request) -> None:
+    """Raise ValueError unless a request has a prompt and room for a token."""
+    if not request.prompt_ids or request.max_tokens < 1:
+        raise ValueError(f"a request needs a prompt and room for a token, got {request}")
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> Iterator[Completion]:
-    """Sample all requests; yields completions in the order in which they finish."""
+    """Sample all requests; yield completions in the order in which they finish."""
     for request in requests:
         engine.submit(request)
     missing = len(requests)

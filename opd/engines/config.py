@@ -21,7 +21,7 @@ _OWN_ENGINE_ARGS = {
 
 
 class VllmConfig(Strict):
-    """How vLLM runs, in this process (`rollout.engine: vllm`) or as servers (`vllm_server`)."""
+    """The settings of vLLM, in this process (`rollout.engine: vllm`) or as servers (`vllm_server`)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the engine's weights and cache; auto is the type of the model that trains."
@@ -74,7 +74,7 @@ class VllmConfig(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine must have room for: the longest sequence in tokens, and the sequences that it holds at once."""
+    """The sizes that an engine must have room for: the longest sequence in tokens, and the sequences held at once."""
 
     max_length: int
     concurrency: int

@@ -1,7 +1,7 @@
-"""Before the first update: does the sampler mean by a log-prob what the trainer means?
+"""A check before the first update: the sampler's log-probs must be those of the trainer.
 
-A wrong position, a stale cache or another temperature shows here as a gap of tenths of a nat; what is left
-when all is right is rounding.
+A wrong position, a stale cache or another temperature shows here as a gap of tenths of a nat; rounding alone is far
+smaller.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest mean gap in nats by the type of the weights; 16-bit kernels differ by more than rounding of a sum."""
+"""The largest mean gap in nats, by the type of the weights; 16-bit kernels differ by more than a sum's rounding."""
 
 
 @torch.no_grad()
 def sampler_gap(
     student: CausalModel, batch: Batch, sampling: Sampling, *, engine_dtype: torch.dtype | None = None
 ) -> float:
-    """Mean absolute difference, in nats, between the sampler's log-probs and the student's own.
+    """Measure the mean absolute difference, in nats, between the sampler's log-probs and the student's own.
 
     `engine_dtype` is the type that the engine computes in where it is not the student's.
 

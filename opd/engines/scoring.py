@@ -1,10 +1,10 @@
 """Log-probs of given sequences from vLLM: a teacher that is asked, not held in memory.
 
-A teacher behind vLLM can say the log-prob of the ids as they stand and its own top k, both at temperature 1: vLLM
-computes a prompt's log-probs before any sampling setting. Log-probs at ids of the caller's choice, entropies and hidden
-states are not on offer; what they would be needed for is refused by name. vLLM reads no cached prefix for such a
-request, since a cached position has no logits, so that privileged contexts with a common beginning share nothing; what
-was found in the cache is counted all the same (`metrics`).
+A teacher behind vLLM gives the log-prob of the ids as they stand and its own top k, both at temperature 1: vLLM
+computes a prompt's log-probs before any sampling setting. It does not give log-probs at ids of the caller's choice,
+entropies or hidden states; a setting that needs them is refused by name. vLLM reads no cached prefix for such a
+request, since a cached position has no logits, so that privileged contexts with a common beginning share nothing; hits
+in the cache are counted all the same (`metrics`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, labels, number
+from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, read_logprob, weight_labels
 from opd.errors import ConfigError, DataError, EngineError
 
 OFFERED = ("sampled", "top_k")
@@ -26,12 +26,12 @@ SCORE_VALUES = 1 << 18
 PROBE_EVERY = 0.5
 PAUSE = 0.5
 FLOOR = -9999.0
-"""What vLLM's servers send in place of minus infinity; read as a number it would poison a mean."""
+"""vLLM's servers send it in place of minus infinity; read as a number it would poison a mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a teacher says at the rows of one sequence; N rows, K ids at each."""
+    """A teacher's scores at the N rows of one sequence, with K ids at each."""
 
     logprobs: list[float]
     """[N] nats: the log-prob of the id that follows each row."""
@@ -42,7 +42,7 @@ class Scores:
 
 
 def check_offered(form: str, *, temperature: float) -> None:
-    """Raises ConfigError for what a teacher behind vLLM cannot be asked."""
+    """Raise ConfigError for a form of scores, or a temperature, that a teacher behind vLLM cannot answer."""
     if form not in OFFERED:
         raise ConfigError(f"a teacher served by vLLM cannot answer {form!r}. It answers: {', '.join(OFFERED)}.")
     if temperature != 1:
@@ -75,8 +75,9 @@ class VllmScorer:
             server.close()
 
     def metrics(self) -> dict[str, float]:
-        """`prefix_hits`: the share of the ids asked about since the last call that were found in the servers' caches;
-        nothing where they do not tell. vLLM 0.32 finds none.
+        """`prefix_hits`: the share of the scored ids since the last call that were found in the servers' caches.
+
+        Empty where the servers do not tell. vLLM 0.32 finds none.
         """
         with self._lock:
             seen, self._seen = self._seen, Counter()
@@ -85,7 +86,7 @@ class VllmScorer:
     def score(
         self, sequences: Sequence[list[int]], rows: Sequence[list[int]], *, top_k: int | None = None
     ) -> list[Scores]:
-        """The scores of each sequence at its rows, in order. Raises EngineError when a budget is spent."""
+        """Score each sequence at its rows, in order. Raises EngineError when a budget is spent."""
         check_rows(sequences, rows)
         waiting = deque(enumerate(zip(sequences, rows, strict=True)))
         asked: dict[Future[Scores], int] = {}
@@ -105,7 +106,7 @@ class VllmScorer:
                 raise
         return [found[number] for number in range(len(sequences))]
 
-    def _one(self, number: int, ids: list[int], rows: list[int], top_k: int) -> Scores:
+    def _score_one(self, number: int, ids: list[int], rows: list[int], top_k: int) -> Scores:
         for attempt in range(self._retries + 1):
             server = self._servers[(number + attempt) % len(self._servers)]
             try:
@@ -121,7 +122,7 @@ class VllmScorer:
 
     def _ask(self, server: Server, name: str, ids: list[int], rows: list[int], top_k: int) -> Scores:
         answer = server.generate(name, ids, scoring_settings(top_k))
-        said = labels(answer["choices"][0])
+        said = weight_labels(answer["choices"][0])
         self._label = self._label or said
         if said != self._label:
             raise EngineError(f"{server.url} scored with the weights {said}, others with {self._label}")
@@ -133,16 +134,16 @@ class VllmScorer:
         if not isinstance(entries, list) or len(entries) != len(ids):
             size = len(entries) if isinstance(entries, list) else "no"
             raise ServerFault(FaultKind.BROKEN, f"{server.url} sent {size} positions for {len(ids)} ids")
-        return scores_at([self._read(entries[row + 1]) for row in rows], [ids[row + 1] for row in rows], top_k)
+        return scores_at([self._read_position(entries[row + 1]) for row in rows], [ids[row + 1] for row in rows], top_k)
 
-    def _read(self, entry: Any) -> dict[int, tuple[float, int]]:
+    def _read_position(self, entry: Any) -> dict[int, tuple[float, int]]:
         if not isinstance(entry, dict):
             raise ServerFault(FaultKind.BROKEN, "a position came without log-probs")
         found = {}
         for token, said in entry.items():
             if not (token.isdecimal() and int(token) < self._vocabulary and isinstance(said, dict)):
                 raise ServerFault(FaultKind.BROKEN, f"a position holds {token!r}, which is no id of {self._vocabulary}")
-            found[int(token)] = number(said.get("logprob")), _rank(said.get("rank"))
+            found[int(token)] = read_logprob(said.get("logprob")), _rank(said.get("rank"))
         return found
 
     def _wait_for_any(self) -> None:
@@ -155,29 +156,29 @@ class VllmScorer:
 
 
 def scoring_settings(top_k: int) -> dict[str, Any]:
-    """Sampling settings of a request that is only scored; vLLM always samples one id."""
+    """The sampling settings of a request that is only scored; vLLM always samples one id."""
     return {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": top_k, "detokenize": False}
 
 
 def values(ids: Sequence[int], top_k: int | None) -> int:
-    """How many log-probs come back for a sequence: vLLM sends those of every id, whatever the rows."""
+    """The number of log-probs that come back for a sequence: vLLM sends those of every id, whatever the rows."""
     return len(ids) * (1 + (top_k or 0))
 
 
 def fits(held: int, more: int) -> bool:
-    """Whether a sequence of so many values may go on its way beside what is in flight."""
+    """True if a sequence of `more` values may be sent while `held` are in flight."""
     return not held or held + more <= SCORE_VALUES
 
 
 def check_rows(sequences: Sequence[list[int]], rows: Sequence[list[int]]) -> None:
-    """Raises DataError unless every row of every sequence has an id after it."""
+    """Raise DataError unless every row of every sequence has an id after it."""
     for ids, own in zip(sequences, rows, strict=True):
         if any(not 0 <= row < len(ids) - 1 for row in own):
             raise DataError(f"a sequence of {len(ids)} ids cannot be scored at rows {own}: each needs an id after it")
 
 
 def scores_at(positions: Sequence[Mapping[int, tuple[float, int]]], targets: Sequence[int], top_k: int) -> Scores:
-    """From (log-prob, rank) by id at each position to scores. Raises ServerFault for what is missing."""
+    """Make scores from (log-prob, rank) by id at each position. Raises ServerFault where one is missing."""
     logprobs, top_ids, top_logprobs = [], [], []
     for said, target in zip(positions, targets, strict=True):
         ranked = sorted((rank, token) for token, (_, rank) in said.items() if rank <= top_k)

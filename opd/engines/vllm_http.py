@@ -1,6 +1,6 @@
-"""One vLLM server: what is asked of it, and what kind of fault it is when the answer is not one.
+"""The calls to one vLLM server, and the kinds of fault where it does not answer them.
 
-Answers are read as what a stranger sends: bounded in size, checked in form, never padded and never cut.
+Answers are read as a stranger's: bounded in size, checked in form, never padded and never cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opd.engines.weights import Named
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 5.0
 ANSWER_BYTES = 1 << 28
-"""More than the log-probs of any sequence take; a server that sends more is not answering."""
+"""A longer answer is a fault; the log-probs of any sequence take less."""
 
 
 SIZES = (
@@ -33,34 +33,34 @@ SIZES = (
 )
 OTHER_MODEL = "the server holds another model than the one that trains"
 NO_RECEIVER = ("Weight transfer not configured", "Invalid init_info")
-"""What vLLM says where it was started without the receiver of `opd.engines.vllm_worker`, or with another one."""
+"""vLLM's messages where it was started without the receiver of `opd.engines.vllm_worker`, or with another one."""
 
 
 def sizes(config: Any) -> dict[str, int]:
-    """What a server's model must share with the one that trains, from a transformers configuration."""
+    """The sizes that a server's model must share with the one that trains, from a transformers configuration."""
     found = {name: getattr(config, name, None) for name in SIZES}
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 class FaultKind(StrEnum):
-    """What went wrong, by what mends it."""
+    """The kinds of fault, told apart by what mends them."""
 
     LOST = "lost"
     """No connection, or one that broke: the server died, or is not up yet."""
     LATE = "late"
     """No answer within the time limit."""
     BUSY = "busy"
-    """It says that it cannot now: 429 or any 5xx."""
+    """The server cannot answer now: status 429 or any 5xx."""
     REFUSED = "refused"
-    """It will never do this: any other status. Sending it again would not help."""
+    """The server will never do this: any other status. Sending it again would not help."""
     BROKEN = "broken"
-    """An answer that is not what was asked for: not JSON, other lengths, not a number."""
+    """The answer does not fit the request: not JSON, other lengths, not a number."""
     STALE = "stale"
-    """It answered from other weights than it was given last."""
+    """The server answered from other weights than it was given last."""
 
 
 class ServerFault(Exception):
-    """A request that failed; never leaves the engine, which retries it or raises EngineError."""
+    """A failed request. It never leaves the engine, which retries it or raises EngineError."""
 
     def __init__(self, kind: FaultKind, message: str) -> None:
         super().__init__(message)
@@ -85,14 +85,14 @@ class Server:
         self._client.close()
 
     def healthy(self) -> bool:
-        """Whether it answers at all."""
+        """True if the server answers at all."""
         try:
             return self._client.get("/health", timeout=PROBE_SECONDS).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
     def generate(self, name: str, token_ids: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
-        """One request of token ids; its answer with the form checked as far as its first choice."""
+        """Send one request of token ids; return its answer, whose form is checked as far as its first choice."""
         body = {"request_id": name, "token_ids": list(token_ids), "sampling_params": settings}
         answer = self._post("/inference/v1/generate", body)
         choices = answer.get("choices")
@@ -101,11 +101,11 @@ class Server:
         return answer
 
     def abort(self, name: str) -> None:
-        """Tell it that nobody waits for a request any more."""
+        """Tell the server that nobody waits for a request any more."""
         self._post("/inference/v1/abort_requests", {"request_ids": [name]})
 
     def label(self) -> Any:
-        """What the weights that it holds were called when they came."""
+        """Ask for the name of the weights that the server holds, as `finish_update` gave it."""
         return self._call("GET", "/weight_info").get("weight_version")
 
     def start_update(self, model: dict[str, int]) -> None:
@@ -132,7 +132,7 @@ class Server:
             self._post("/start_weight_update", {})
 
     def send_chunk(self, safetensors: str) -> None:
-        """Some weights, as `encoded` makes them."""
+        """Send some weights, as `encode_weights` makes them."""
         self._post("/update_weights", {"update_info": {"safetensors": safetensors}})
 
     def finish_update(self, label: str) -> None:
@@ -163,7 +163,7 @@ class Server:
                 FaultKind.BUSY if busy else FaultKind.REFUSED,
                 f"{self.url}{path} answered with status {response.status_code}: {said}",
             )
-        return self._parsed(path, raw)
+        return self._parse(path, raw)
 
     def _read(self, response: httpx.Response) -> bytes:
         raw = bytearray()
@@ -173,7 +173,7 @@ class Server:
                 raise ServerFault(FaultKind.BROKEN, f"{self.url} answered with more than {ANSWER_BYTES} bytes")
         return bytes(raw)
 
-    def _parsed(self, path: str, raw: bytes) -> dict[str, Any]:
+    def _parse(self, path: str, raw: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(raw or b"{}")
         except (ValueError, RecursionError) as error:
@@ -183,13 +183,13 @@ class Server:
         return answer
 
 
-def encoded(chunk: Sequence[Named]) -> str:
-    """Weights as they travel: a safetensors file in base64. Pickle would let a sender run code."""
+def encode_weights(chunk: Sequence[Named]) -> str:
+    """Encode weights as a safetensors file in base64. Pickle would let a sender run code."""
     return base64.b64encode(to_safetensors({name: t.detach().cpu().contiguous() for name, t in chunk})).decode()
 
 
-def sampled(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list[float]]:
-    """A choice's ids and their log-probs. Raises ServerFault unless each id has a number of its own."""
+def read_ids(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list[float]]:
+    """Read a choice's ids and their log-probs. Raises ServerFault unless each id has a number of its own."""
     ids = choice.get("token_ids")
     content = (choice.get("logprobs") or {}).get("content")
     if not isinstance(ids, list) or not isinstance(content, list) or len(ids) != len(content):
@@ -198,24 +198,24 @@ def sampled(choice: dict[str, Any], *, vocabulary: int) -> tuple[list[int], list
         raise ServerFault(FaultKind.BROKEN, f"an answer holds ids outside the vocabulary of {vocabulary}")
     if [entry.get("token_id") if isinstance(entry, dict) else None for entry in content] != ids:
         raise ServerFault(FaultKind.BROKEN, "an answer's log-probs belong to other ids")
-    return ids, [number(entry.get("logprob")) for entry in content]
+    return ids, [read_logprob(entry.get("logprob")) for entry in content]
 
 
-def number(value: Any) -> float:
-    """A log-prob that is one."""
+def read_logprob(value: Any) -> float:
+    """Check that a value is a finite number, and return it as a float. Raises ServerFault."""
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ServerFault(FaultKind.BROKEN, f"an answer has {value!r} for a log-prob")
     return float(value)
 
 
-def labels(choice: dict[str, Any]) -> set[Any]:
-    """Which weights sampled a choice, by the labels that they were given."""
+def weight_labels(choice: dict[str, Any]) -> set[Any]:
+    """The names of the weights that sampled a choice."""
     spans = choice.get("weight_versions")
     return {span.get("version") for span in spans} if isinstance(spans, list) else set()
 
 
 def cached_tokens(answer: dict[str, Any]) -> int | None:
-    """How much of a request's prompt was found in the cache; None where the server does not tell."""
+    """The number of a prompt's tokens that were found in the cache; None where the server does not tell."""
     found: Any = answer
     for name in ("usage", "prompt_tokens_details", "cached_tokens"):
         found = found.get(name) if isinstance(found, dict) else None

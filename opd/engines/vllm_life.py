@@ -1,7 +1,7 @@
-"""How vLLM starts in the trainer's own process and how it ends: on this rank's GPU, in nobody's process groups.
+"""Starting and ending vLLM in the trainer's own process: on this rank's GPU, without touching others' process groups.
 
-vLLM takes the process for its own. It keeps its groups in a module, where all engines of the process share them, and
-ends every group there is with the first engine that ends, whoever made it. Here an engine that ends takes away what
+vLLM behaves as if the process were its own. It keeps its groups in a module, where all engines of the process share
+them, and ends every group there is with the first engine that ends, whoever made it. Here an ending engine removes what
 vLLM made, once no other engine of the process needs it.
 """
 
@@ -26,24 +26,24 @@ class _Groups:
     engines: int = 0
     """How many use them."""
     made_default: bool = False
-    """Whether vLLM made torch's default group, too, because nobody else had."""
+    """True: vLLM made torch's default group, too, because nobody else had."""
 
 
 _groups = _Groups()
 
 
 def split(arguments: dict[str, Any]) -> dict[str, int]:
-    """By which of vLLM's arguments an engine is more than one worker, and into how many."""
+    """The arguments of vLLM that split an engine over several workers, each with the number of parts."""
     kinds = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
     return {kind: arguments[kind] for kind in kinds if arguments.get(kind, 1) > 1}
 
 
 def start(arguments: dict[str, Any]) -> Any:
-    """An LLMEngine in this process, by vLLM's own arguments, on the GPU of `opd.ranks.ranks.local_device`.
+    """Start an LLMEngine in this process, by vLLM's own arguments, on the GPU of `opd.ranks.ranks.local_device`.
 
-    One that is `split` has its workers in processes of their own, from the first GPU on. On several ranks all start
-    theirs at the same point, since vLLM makes groups over all of them. Changes the environment, which the caller puts
-    back. Raises ModelError where vLLM refuses to start (nothing of it is left then), ImportError where it is missing.
+    A `split` engine has its workers in processes of their own, from the first GPU on. Several ranks start their engines
+    at the same point, since vLLM makes groups over all of them. The environment changes; the caller restores it. Raises
+    ModelError where vLLM refuses to start (nothing of it is left then), ImportError where it is missing.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
@@ -54,7 +54,7 @@ def start(arguments: dict[str, Any]) -> Any:
     _guard_groups()
     settings, alone = {"disable_log_stats": True, **arguments}, not split(arguments)
     if alone:  # the launcher is the trainer's: the one worker is one of its ranks, on that one's GPU
-        _say_place()
+        _set_rank_variables()
         settings = {"distributed_executor_backend": "external_launcher", **settings}
     transfer = WeightTransferConfig(**settings.pop("weight_transfer_config"))
     if not _groups.engines:
@@ -84,8 +84,8 @@ def end(engine: Any, asleep: set[str]) -> None:
             _clean_up()
 
 
-def _say_place() -> None:
-    """Tell vLLM's external launcher where this process is, as torchrun would."""
+def _set_rank_variables() -> None:
+    """Tell vLLM's external launcher this process's rank and GPU, as torchrun would."""
     device, grouped = local_device(), dist.is_initialized()
     if not grouped:  # vLLM makes a group of one, on a port that it chooses, whatever launcher there was
         for name in set(os.environ) - set(without_launcher(os.environ)):
@@ -95,24 +95,24 @@ def _say_place() -> None:
 
 
 def _guard_groups() -> None:
-    """Have vLLM's engines end by `_clean_up`, also one that is garbage before anybody has closed it."""
+    """Make vLLM's engines end with `_clean_up`, also one that is garbage before anybody has closed it."""
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = _clean_up
 
 
 def _clean_up() -> None:
-    """vLLM's own, unless another engine needs the groups, and without those that vLLM did not make."""
+    """Run vLLM's own clean-up, unless another engine needs the groups, and keep groups that vLLM did not make."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     if not _groups.engines:
-        with _groups_of_others_kept():
+        with _keep_groups_of_others():
             cleanup_dist_env_and_memory()
 
 
 @contextmanager
-def _groups_of_others_kept() -> Iterator[None]:
-    """Nobody can end torch's default group, which takes all others along, unless vLLM has made it."""
+def _keep_groups_of_others() -> Iterator[None]:
+    """Let nobody end torch's default group, which would end all others, unless vLLM has made it."""
     destroy = dist.destroy_process_group
 
     def destroy_own(group: Any = None) -> None:

@@ -2,8 +2,8 @@
 
     python -m opd.engines.vllm_process COMMAND ...
 
-runs a command that ends with whoever started it: when standard input closes, because that process closed it or was
-killed, the command and all its children are ended.
+runs a command that ends with the process that started it: when standard input closes, because that process closed it
+or was killed, the command and all its children are ended.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def server_command(model: str, arguments: Mapping[str, Any], *, host: str, port:
 
 
 def server_environment(key: str | None) -> dict[str, str]:
-    """The variables that such a server needs: its paths for weights are open only in vLLM's development mode."""
+    """The variables of such a server: its paths for weights are open only in vLLM's development mode."""
     defaults = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -60,7 +60,7 @@ def server_environment(key: str | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Find a port of this machine on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -81,7 +81,7 @@ class OwnServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> bool:
-        """Start it unless it runs; returns before it is up, with whether it had to be started."""
+        """Start the server unless it runs; return before it is up. True: it had to be started."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 return False
@@ -98,14 +98,14 @@ class OwnServer:
             return True
 
     def last_words(self) -> str:
-        """The end of its log, and where that is."""
+        """The end of the server's log, with the log's path."""
         with self._log.open("rb") as log:
             log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
             text = log.read().decode(errors="replace")
         return f"{self._log} ends with:\n{text.strip()}"
 
     def stop(self) -> None:
-        """End it, and wait until it is gone."""
+        """End the server, and wait until it is gone."""
         with self._lock:
             if self._process is None:
                 return
@@ -117,7 +117,7 @@ class OwnServer:
                 self._process.wait()
 
     def _close_input(self) -> None:
-        """Nobody holds the pipe whose end the launcher waits for."""
+        """Close the pipe for whose end the launcher waits."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

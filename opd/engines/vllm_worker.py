@@ -1,4 +1,4 @@
-"""What runs inside vLLM: how a worker receives new weights, what it draws, and who may talk to a server.
+"""The code that runs inside vLLM: receiving weights, drawing ids on a CPU, and asking for the key.
 
 The entry point `vllm.general_plugins` in pyproject.toml calls `register` in every process of vLLM, whoever started it.
 vLLM's own weight-transfer interface calls `WeightReceiver` in every worker, where it is known as `opd_weights`. Weights
@@ -38,11 +38,11 @@ def register() -> None:
 
 
 def _draw_only_what_is_kept() -> None:
-    """A request whose prompt is read in pieces draws nothing before the last of them, as if it were read at once.
+    """Let a request whose prompt is read in pieces draw nothing before the last one, as if it were read at once.
 
     vLLM draws an id after each piece, throws it away, and turns the request's generator back. A generator on a CPU
     cannot be turned back: the engine ends with "CPU Generator does not use offset". Here the generators of such
-    requests are put aside meanwhile, and what is thrown away comes from the generator of the process.
+    requests are put aside meanwhile, and the ids to throw away come from the generator of the process.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -63,7 +63,7 @@ def _draw_only_what_is_kept() -> None:
 
 @dataclass
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
-    """Whose weights will come: `opd.engines.vllm_http.sizes`."""
+    """The sizes of the model whose weights will come: `opd.engines.vllm_http.sizes`."""
 
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -75,9 +75,9 @@ class Chunk(WeightTransferUpdateInfo):  # type: ignore[misc]
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     safetensors: str = ""
     last: bool = False
-    """Nothing comes after it: what is still missing then is missing."""
+    """True: no chunk comes after it, so that every weight must have come."""
 
-    def named(self) -> list[tuple[str, Tensor]]:
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
         if not self.safetensors:
             return self.tensors
         try:
@@ -93,7 +93,7 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
     update_info_cls = Chunk
 
     def init_transfer_engine(self, init_info: Model) -> None:
-        """Nothing is connected: weights come with the calls. Raises ValueError where they would not fit."""
+        """Check that the weights will fit. Raises ValueError where they will not. Nothing is connected here."""
         own, given = sizes(self.model_config.hf_text_config), init_info.sizes
         both = sorted(own.keys() & given)
         differ = [f"{name} is {own[name]} there, {given[name]} here" for name in both if own[name] != given[name]]
@@ -101,7 +101,7 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
             raise ValueError(f"{OTHER_MODEL}: {', '.join(differ)}")
 
     def start_weight_update(self) -> None:
-        """Begin anew; what an update that was broken off has left is discarded first."""
+        """Begin an update; discard first what an update that broke off has left."""
         finalize_layerwise_reload(self.model, self.model_config)
         # By name, before the layers' weights give way to their loaders; a packed weight keeps its name.
         self._expected = {name for name, _ in self.model.named_parameters()}
@@ -110,7 +110,7 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
 
     def receive_weights(self, update_info: Chunk) -> None:
         """Load a chunk. Raises ValueError after the last one, naming weights that never came."""
-        self._loaded |= self.model.load_weights(update_info.named())
+        self._loaded |= self.model.load_weights(update_info.named_tensors())
         missing = self._expected - self._loaded
         if update_info.last and missing and self.model_config.quantization is None:
             raise ValueError(f"{len(missing)} weights of the model were not sent, such as {sorted(missing)[:3]}")
@@ -121,13 +121,14 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
         _repack_heads(self.model)
 
     def shutdown(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: nothing is held between calls."""
 
 
 def _repack_heads(model: Any) -> None:
-    """On a CPU a head multiplies with a packed copy of its weight, and a tied one is never loaded by itself.
+    """Pack the heads' weights again, on a CPU.
 
-    Without this its copy stays the old one, in silence.
+    A head multiplies with a packed copy of its weight there, and a tied head is never loaded by itself: its copy would
+    stay the old one, in silence.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
@@ -137,7 +138,7 @@ def _repack_heads(model: Any) -> None:
 
 
 class RequireKey:
-    """ASGI middleware: every path but /health asks for the key.
+    """ASGI middleware that asks for the key on every path but /health.
 
     vLLM's own --api-key leaves the paths open that replace weights.
     """

@@ -1,1 +1,1 @@
-"""Models and tokenizers: loading, the forward pass, chat formats, fingerprints, slices."""
+"""Models and tokenizers: loading, the forward pass, chat formats, fingerprints, sharded weights."""

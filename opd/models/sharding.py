@@ -1,7 +1,7 @@
-"""Weights of which this process may hold only a part: ZeRO-3 leaves every rank a slice of each parameter.
+"""Parameters that this process may hold only in part: ZeRO-3 leaves every rank a slice of each.
 
-A plain parameter is one that is held whole, so everything here also works without DeepSpeed. What gathers
-talks to the other ranks: all of them must call it, in the same order.
+A plain parameter is held whole, so everything here also works without DeepSpeed. A function that gathers talks to
+the other ranks: all of them must call it, in the same order.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor, nn
 
 GATHER_BYTES = 512 * 2**20
-"""Parameters are gathered together up to this size; a larger one by itself."""
+"""Parameters are gathered together up to so many bytes; a larger one by itself."""
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether other ranks hold the rest of it (`ds_id` is ZeRO-3's mark)."""
+    """True if other ranks hold the rest of the parameter (`ds_id` is ZeRO-3's mark)."""
     return hasattr(parameter, "ds_id")
 
 
-def held(parameter: Tensor) -> Tensor:
-    """What this rank holds, detached: the parameter itself, or its slice [numel / ranks, padded]."""
+def held_part(parameter: Tensor) -> Tensor:
+    """The part that this rank holds, detached: the parameter itself, or its slice [numel / ranks, padded]."""
     return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data  # type: ignore[attr-defined]
 
 
 def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
-    """What `rank` holds of a weight [any shape] that takes the parameter's place; padding is 0."""
+    """The part that `rank` holds of a weight [any shape] in the parameter's place; padding is 0."""
     if not is_sharded(parameter):
         return full.reshape(parameter.shape)
     size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
@@ -40,13 +40,13 @@ def part_of(parameter: Tensor, full: Tensor, rank: int) -> Tensor:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape that it has when whole."""
+    """The shape of the whole parameter."""
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
 @contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within it, the parameters are whole on every rank; for reading."""
+    """Make the parameters whole on every rank inside the context; for reading."""
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
         yield
@@ -58,7 +58,7 @@ def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def whole_in_turn(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by its name, whole and detached, valid until the next is asked for.
+    """Yield every parameter by its name, whole and detached, valid until the next is asked for.
 
     At no time are more than `GATHER_BYTES`, or the largest parameter, gathered. A tied weight comes once. The
     iteration must be run to its end on every rank.
@@ -83,14 +83,14 @@ def _batches(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
 
 
 def largest_gather(sizes: Iterable[int]) -> int:
-    """The most bytes that `whole_in_turn` holds beside the shards, for parameters of these sizes in bytes."""
+    """The most bytes that `whole_in_turn` holds beside the shards, given the parameters' sizes in bytes."""
     listed = list(sizes)
     return max(min(GATHER_BYTES, sum(listed)), max(listed, default=0))
 
 
 @contextmanager
-def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, the held parts `weights` stand in place of the parameters' own, in their type.
+def swap_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the held parts `weights` in place of the parameters' own, in their type, inside the context.
 
     No data moves: pointers do. Nothing may be gathered when it begins or ends.
     """
@@ -106,9 +106,9 @@ def swapped(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor
 
 
 def blank_copy(model: M, device: torch.device | str) -> M:
-    """The same model on `device` with memory for weights, and no weights yet; on `meta` not even that.
+    """Copy a model to `device` without its weights: with memory for them, on `meta` not even that.
 
-    Of a model that is held whole. Buffers are copied; nothing in the copy requires a gradient.
+    The model must be held whole. Buffers are copied; nothing in the copy requires a gradient.
     """
     memo = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in model.parameters()}
     twin = copy.deepcopy(model, memo)
@@ -129,7 +129,7 @@ def fill(twin: nn.Module, model: nn.Module) -> None:
 
 @torch.no_grad()
 def collected(blank: M, model: nn.Module, *, keep: bool) -> M:
-    """The whole model in the CPU's memory, from a `blank_copy`; the ranks that do not `keep` it only take part."""
+    """Collect the whole model in the CPU's memory, in a `blank_copy`; ranks that do not `keep` it only take part."""
     if not keep:
         for _ in whole_in_turn(model):
             pass

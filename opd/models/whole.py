@@ -1,7 +1,7 @@
-"""A transformers model that is loaded whole: each weight came from the checkpoint, which held nothing else.
+"""Loading a transformers model whole: each weight comes from the checkpoint, which holds nothing else.
 
 transformers fills what a checkpoint lacks with random numbers, drops what it has no place for, and says so on the
-console alone. Here that is a ModelError; `opd.models.files` words it, and judges the files beforehand.
+console alone. Here that is a ModelError; `opd.models.files` words it, and checks the files beforehand.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ModelError
-from opd.models.files import FORMER_BUFFERS, check_taken, check_weights, few
+from opd.models.files import FORMER_BUFFERS, check_taken, check_weights, name_few
 
 logger = logging.getLogger(__name__)
 
 
 def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, Any], folder: Path | None = None) -> Any:
-    """The causal language model of a folder or hub id, on the CPU, with weights of type `dtype`.
+    """Load the causal language model of a folder or hub id, on the CPU, with weights of type `dtype`.
 
     Args:
         name: what messages call it: the value of model.name.
@@ -37,7 +37,7 @@ def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, An
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where the `kernels` package is installed, its weights would stay packed on a GPU.
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    with _own_report() as report:
+    with _hide_report() as report:
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -46,7 +46,7 @@ def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, An
             rows = "".join(f"\n  {row}" for row in report[:20])
             raise ModelError(f"model.name = {name!r} cannot be loaded: {error}{rows}") from error
     if "gguf_file" in options:
-        _look_at_gguf(model, Path(source) / options["gguf_file"], found)
+        _check_gguf(model, Path(source) / options["gguf_file"], found)
     former = check_taken(
         name,
         type(model).__name__,
@@ -55,13 +55,13 @@ def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, An
         missized=found["mismatched_keys"],
     )
     _check_ties(name, model)
-    _tell_left_out(name, model, set(former).union(check_weights(name, folder) if folder else ()))
+    _log_left_out(name, model, set(former).union(check_weights(name, folder) if folder else ()))
     _forget_quantization(model)
     return model
 
 
 def check_finite(name: str, model: Any) -> None:
-    """Raises ModelError where a weight is nan or infinite: nothing that is trained from it would be a number."""
+    """Raise ModelError where a weight is nan or infinite: training from it would give no numbers."""
     bad = [
         weight
         for weight, values in model.named_parameters()
@@ -70,14 +70,14 @@ def check_finite(name: str, model: Any) -> None:
     if bad:
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
-            f"model.name = {name!r}: {few(bad)} hold nan or infinity. The run that saved them diverged, the file is "
-            f"damaged, or they are too large for model.dtype = {dtype}. Name another checkpoint, or a wider type."
+            f"model.name = {name!r}: {name_few(bad)} hold nan or infinity. The run that saved them diverged, the file "
+            f"is damaged, or they are too large for model.dtype = {dtype}. Name another checkpoint, or a wider type."
         )
 
 
 @contextmanager
-def _own_report() -> Iterator[list[str]]:
-    """Keep off the console what transformers says of missing and unused tensors: it is said here. Yields the rows."""
+def _hide_report() -> Iterator[list[str]]:
+    """Keep transformers' report of missing and unused tensors off the console; yield its rows."""
     rows: list[str] = []
 
     def passes(record: logging.LogRecord) -> bool:
@@ -94,8 +94,8 @@ def _own_report() -> Iterator[list[str]]:
         source.removeFilter(passes)
 
 
-def _look_at_gguf(model: Any, file: Path, found: dict[str, set[Any]]) -> None:
-    """Add to `found` what transformers does not look for in a GGUF file: other sizes, and biases that nothing takes."""
+def _check_gguf(model: Any, file: Path, found: dict[str, set[Any]]) -> None:
+    """Add to `found` what transformers does not check in a GGUF file: other sizes, and biases that nothing takes."""
     with torch.device("meta"):
         wanted = {weight: tuple(values.shape) for weight, values in type(model)(model.config).named_parameters()}
     shapes = {weight: tuple(values.shape) for weight, values in model.named_parameters()}
@@ -107,9 +107,9 @@ def _look_at_gguf(model: Any, file: Path, found: dict[str, set[Any]]) -> None:
 
 
 def _check_ties(name: str, model: Any) -> None:
-    """Raises ModelError where the config makes one weight of two that the checkpoint holds, and that differ.
+    """Raise ModelError where the config ties two weights that differ in the checkpoint.
 
-    transformers would use both, and whoever goes by the config, as vLLM does, one.
+    transformers would use both, while vLLM, which goes by the config, would use one.
     """
     for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter_or_buffer(one) is not model.get_parameter_or_buffer(other):
@@ -119,16 +119,18 @@ def _check_ties(name: str, model: Any) -> None:
             )
 
 
-def _tell_left_out(name: str, model: Any, stored: set[str]) -> None:
-    """Log what of a checkpoint's tensors is left out, and which weights it may lack, by the model's own class."""
+def _log_left_out(name: str, model: Any, stored: set[str]) -> None:
+    """Log the tensors that the model's own class leaves out, and the weights that it allows to be missing."""
     kind, base, taken = type(model).__name__, f"{model.base_model_prefix}.", set(model.state_dict())
     vain, free = model._keys_to_ignore_on_load_unexpected, model._keys_to_ignore_on_load_missing
     others = [t for t in stored if taken.isdisjoint((t, base + t, t.removeprefix(base)))]
     if left := [tensor for tensor in others if FORMER_BUFFERS.search(tensor) or _matches(vain, tensor)]:
         level = logging.INFO if all(map(FORMER_BUFFERS.search, left)) else logging.WARNING
-        logger.log(level, "model.name = %r: left out, as no part of %s: %s", name, kind, few(left))
+        logger.log(level, "model.name = %r: left out, as no part of %s: %s", name, kind, name_few(left))
     if lacking := [weight for weight in taken - stored if _matches(free, weight)]:
-        logger.warning("model.name = %r: by the code of %s a checkpoint need not hold %s", name, kind, few(lacking))
+        logger.warning(
+            "model.name = %r: by the code of %s a checkpoint need not hold %s", name, kind, name_few(lacking)
+        )
 
 
 def _matches(patterns: Iterable[str] | None, tensor: str) -> bool:
@@ -136,7 +138,7 @@ def _matches(patterns: Iterable[str] | None, tensor: str) -> bool:
 
 
 def _forget_quantization(model: Any) -> None:
-    """A GGUF file is dequantised on loading, but its model still says that it is quantised."""
+    """Remove the mark of quantisation: a GGUF file is dequantised on loading, but its model keeps the mark."""
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
         model.hf_quantizer = None

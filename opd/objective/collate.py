@@ -17,11 +17,11 @@ from torch import Tensor
 from opd.errors import DataError
 from opd.losses import Losses
 from opd.maths.head import Head
-from opd.types import WEIGHTS, Sample
+from opd.types import WEIGHTS, Sample, TeacherView
 
 
 class Taught(NamedTuple):
-    """What an exact divergence needs of the teacher: hidden states [N, H] and the head that reads them."""
+    """The teacher's side of an exact divergence: hidden states [N, H] and the head that reads them."""
 
     hidden: Tensor
     head: Head
@@ -58,18 +58,18 @@ class Batch:
     teacher_rows: Tensor | None
     """[M] long: the teacher's rows, of the sampled tokens that it sees."""
     taught: Tensor | None
-    """[M] long: which of the N tokens these are; None where they are all."""
+    """[M] long: the indices of these among the N tokens; None where they are all."""
     old_logprobs: Tensor | None = None
-    """[N] float32, or None where the student is still what it was when the rollouts were played."""
+    """[N] float32, or None where the student has not changed since it played the rollouts."""
     teacher_logprobs: Tensor | None = None
-    """[N] float32, where the teacher's word was stored; None where it reads for itself, or was not asked."""
+    """[N] float32, where scores were stored; None where the teacher reads the batch, or was not asked."""
     teacher_top_ids: Tensor | None = None
     """[N, k] long, where the teacher's likeliest ids were stored; None elsewhere."""
     teacher_top_logprobs: Tensor | None = None
     """[N, k] float32 of these."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         tensors: dict[str, Any] = {
             f.name: t.to(device) for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)
         }
@@ -80,7 +80,7 @@ def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list
     """Divide every weight by its component's denominator, taken over all ranks through `all_sum`.
 
     After this, summing weight times loss over any micro-batches, on any ranks, gives the step's loss.
-    Raises DataError for a token that is to be distilled and that no teacher sees.
+    Raises DataError for a token to distil that no teacher sees.
     """
     for sample in samples if losses.distill else []:
         if sample.teacher_view is None and sample.teacher_logprobs is None and any(sample.distill_weight):
@@ -104,9 +104,9 @@ def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list
 
 
 def microbatches(samples: Sequence[Sample], token_budget: int) -> list[list[int]]:
-    """Indices of the samples, longest first, cut so that padded student and teacher tokens fit the budget.
+    """Group samples, longest first, so that padded student and teacher tokens fit the budget; lists of their indices.
 
-    A sample that is longer than the budget by itself makes a micro-batch of its own.
+    A sample that is longer than the budget makes a micro-batch of its own.
     """
 
     sizes = [(len(s.token_ids), len(s.teacher_view.token_ids) if s.teacher_view else 0) for s in samples]
@@ -119,26 +119,17 @@ def microbatches(samples: Sequence[Sample], token_budget: int) -> list[list[int]
 
 
 def _padded(sizes: Sequence[tuple[int, int]]) -> int:
-    """Tokens that are fed for sequences of these lengths (of the student, of the teacher or 0)."""
+    """Count the tokens fed, padding included, for these (student, teacher or 0) lengths."""
     widest, widest_view = max(own for own, _ in sizes), max(view for _, view in sizes)
     return len(sizes) * widest + sum(view > 0 for _, view in sizes) * widest_view
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad one micro-batch. Raises ValueError on an empty one, or on one whose teacher would be read in two ways."""
+    """Pad samples into one micro-batch. Raises ValueError for none, or for samples that need different columns."""
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
     ids = _pad([s.token_ids for s in samples], pad_id)
     views = [s.teacher_view for s in samples if s.teacher_view is not None]
-    if views and any(s.teacher_view is None and s.teacher_logprobs is not None for s in samples):
-        raise ValueError("a micro-batch mixes samples that a teacher reads with samples whose scores are stored")
-    teacher_ids = teacher_rows = taught = None
-    if views:
-        teacher_ids = _pad([v.token_ids for v in views], pad_id)
-        teacher_rows = _flat_rows([v.rows for v in views], teacher_ids.shape[1])
-    if views and len(views) < len(samples):
-        seen = [s.teacher_view is not None for s in samples for _ in s.rows]
-        taught = torch.tensor(seen).nonzero().squeeze(-1)
 
     def sampled(name: str) -> Tensor:
         picked = ([getattr(s, name)[row + 1] for row in s.rows] for s in samples)
@@ -150,12 +141,6 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
             raise ValueError(f"a micro-batch mixes samples with and without {name}")
         return None if any(missing) else sampled(name)
 
-    top = [s for s in samples if s.teacher_top_ids is not None and s.teacher_top_logprobs is not None]
-    if top and len(top) < len(samples):
-        raise ValueError("a micro-batch mixes samples with and without a stored top k")
-    top_ids = [row for s in top for row in s.teacher_top_ids or []]
-    top_logprobs = [row for s in top for row in s.teacher_top_logprobs or []]
-
     return Batch(
         input_ids=ids,
         rows=_flat_rows([s.rows for s in samples], ids.shape[1]),
@@ -166,21 +151,53 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         ce_weight=sampled("ce_weight"),
         advantage=sampled("advantage"),
         lengths=[sum(s.completion_mask) for s in samples],
-        teacher_ids=teacher_ids,
-        teacher_rows=teacher_rows,
-        taught=taught,
         old_logprobs=sampled_or_none("old_logprobs"),
-        # Where there are views, what the teacher said before training has done its work, in the weights.
+        # Where there are views, the weights already hold what scores from before training were needed for.
         teacher_logprobs=None if views else sampled_or_none("teacher_logprobs"),
-        teacher_top_ids=torch.tensor(top_ids, dtype=torch.long) if top else None,
-        teacher_top_logprobs=torch.tensor(top_logprobs, dtype=torch.float32) if top else None,
+        **_read_columns(samples, views, pad_id),
+        **_stored_top_columns(samples),
     )
 
 
-def empty_batch(pad_id: int) -> Batch:
-    """A micro-batch of one sequence of padding, of which nothing was sampled: N is 0, for student and teacher.
+def _read_columns(samples: Sequence[Sample], views: Sequence[TeacherView], pad_id: int) -> dict[str, Tensor | None]:
+    """The columns of what a teacher reads: `teacher_ids`, `teacher_rows`, `taught` (see `Batch`).
 
-    A forward pass over it reaches every weight, so that its loss of 0 has a graph that does.
+    Raises ValueError where it would read some samples and has stored its scores of others.
+    """
+    if not views:
+        return {"teacher_ids": None, "teacher_rows": None, "taught": None}
+    if any(s.teacher_view is None and s.teacher_logprobs is not None for s in samples):
+        raise ValueError("a micro-batch mixes samples that a teacher reads with samples whose scores are stored")
+    ids = _pad([v.token_ids for v in views], pad_id)
+    taught = None
+    if len(views) < len(samples):
+        seen = [s.teacher_view is not None for s in samples for _ in s.rows]
+        taught = torch.tensor(seen).nonzero().squeeze(-1)
+    return {"teacher_ids": ids, "teacher_rows": _flat_rows([v.rows for v in views], ids.shape[1]), "taught": taught}
+
+
+def _stored_top_columns(samples: Sequence[Sample]) -> dict[str, Tensor | None]:
+    """The columns of a stored top k: `teacher_top_ids`, `teacher_top_logprobs` (see `Batch`).
+
+    Raises ValueError where only some samples have one.
+    """
+    top = [s for s in samples if s.teacher_top_ids is not None and s.teacher_top_logprobs is not None]
+    if not top:
+        return {"teacher_top_ids": None, "teacher_top_logprobs": None}
+    if len(top) < len(samples):
+        raise ValueError("a micro-batch mixes samples with and without a stored top k")
+    ids = [row for s in top for row in s.teacher_top_ids or []]
+    logprobs = [row for s in top for row in s.teacher_top_logprobs or []]
+    return {
+        "teacher_top_ids": torch.tensor(ids, dtype=torch.long),
+        "teacher_top_logprobs": torch.tensor(logprobs, dtype=torch.float32),
+    }
+
+
+def empty_batch(pad_id: int) -> Batch:
+    """Make a micro-batch of one sequence of padding, with N = 0 sampled tokens, for student and teacher.
+
+    A forward pass over it reaches every weight, and so does the graph of its loss of 0.
     """
     ids = torch.full((1, 2), pad_id)
     nowhere, nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)

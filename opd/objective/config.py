@@ -49,7 +49,7 @@ class StepWeighting(Strict):
 
 
 class WeightingConfig(Strict):
-    """Which tokens count for more; lies over the weights of any method, on its distilled tokens or on all."""
+    """Factors on the weights of any method, for its distilled tokens or for all: some tokens count for more."""
 
     entropy: float | None = Field(
         None,
@@ -75,5 +75,5 @@ class WeightingConfig(Strict):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the teacher must be asked before the weights are known."""
+        """True if the weights depend on the teacher's scores: it must then be asked first."""
         return self.entropy is not None or self.steps is not None

@@ -1,4 +1,4 @@
-"""The loss of one micro-batch, and what it tells about itself.
+"""The loss of one micro-batch, with facts about its tokens for the logs.
 
 Only here do per-token values become a sum; the weights already carry every coefficient and denominator.
 """
@@ -25,12 +25,12 @@ from opd.objective.collate import Batch, Taught
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What one micro-batch adds to the step's loss."""
+    """The part of one micro-batch in the step's loss."""
 
     loss: Tensor
     """Scalar, with a graph even where nothing trains, so that sharded gradients always reduce."""
     facts: dict[str, Tensor] = field(default_factory=dict)
-    """[N] each, detached, nan where a token has none; `trainers/loop/metrics.py` says what becomes of them:
+    """[N] each, detached, nan where a token has none; `trainers/loop/metrics.py` turns them into numbers of a step:
 
     nats, clipped, kept, teacher_entropy: of the distillation, per token;
     entropy, ratio, ratio_clipped: of the student, and of its ratio to the old policy;
@@ -41,14 +41,14 @@ class Objective:
 
 @dataclass(slots=True, kw_only=True)
 class _Pass:
-    """The student's side of one micro-batch, and what its parts find out about it."""
+    """The student's side of one micro-batch, and the facts that the components note about it."""
 
     batch: Batch
     sampler: Sampler
     hidden: Tensor
     head: Head
     logprobs: Tensor | None = None
-    """[N] at the sampling temperature, with a graph, where a component needs them."""
+    """[N] at the sampling temperature; with a graph where a component needs one."""
     trust: Tensor | None = None
     """[N] importance weights between trainer and sampler; None where there is no correction."""
     facts: dict[str, Tensor] = field(default_factory=dict)
@@ -58,12 +58,12 @@ class _Pass:
         return self.logprobs
 
     def weights(self, name: str) -> Tensor:
-        """A weight stream, with the correction laid over it."""
+        """A weight stream [N] times the correction for the sampler."""
         stream: Tensor = getattr(self.batch, name)
         return stream if self.trust is None else stream * self.trust
 
     def ratio(self, most: float | None) -> Tensor:
-        """Student over old policy, detached, at most `most`: [N], ones before the first update."""
+        """The ratio of student to old policy, detached, at most `most`: [N], ones before the first update."""
         if self.batch.old_logprobs is None:
             return torch.ones_like(self.batch.distill_weight)
         log_ratio = self.own().detach() - self.batch.old_logprobs
@@ -86,11 +86,11 @@ def objective(
     *,
     meter: bool = False,
 ) -> Objective:
-    """The student's forward pass, then every component that the method asked for.
+    """Run the student's forward pass and add up every component that the method asked for.
 
-    `taught` is the teacher's side; it may be None where nothing is distilled, or only from what the batch holds of the
-    teacher: log-probs of the sampled tokens, or its top k. With `meter` the variance of the sampled-token gradient is
-    measured, with and without a baseline, for about what two forward projections cost.
+    `taught` is the teacher's side. It may be None where nothing is distilled, or only scores that the batch holds:
+    the teacher's log-probs of the sampled tokens, or its top k. `meter` also measures the variance of the sampled-token
+    gradient, with and without a baseline, for about the cost of two forward projections.
     """
     hidden = student(batch.input_ids, batch.rows)
     run = _Pass(batch=batch, sampler=sampler, hidden=hidden, head=student.head())
@@ -103,7 +103,11 @@ def objective(
     elif isinstance(losses.distill, Distill) and batch.teacher_top_ids is not None:
         loss = loss + _stored(run, losses.distill)
     if isinstance(losses.distill, SampledDistill) and (taught or batch.teacher_logprobs is not None):
-        loss = loss + _sampled(run, losses.distill, taught)
+        if losses.distill.needs_distributions:
+            assert taught is not None
+            loss = loss + _with_baseline(run, losses.distill, taught)
+        else:
+            loss = loss + _sampled(run, losses.distill, taught)
     if meter and taught is not None:
         _measure(run, losses.distill, taught)
     if losses.ce:
@@ -112,7 +116,7 @@ def objective(
 
 
 def _score(run: _Pass, losses: Losses) -> None:
-    """The student's own log-probs, if anything asks for them, and the correction for the sampler."""
+    """Compute the student's own log-probs, if a component needs them, and the correction for the sampler."""
     trained = losses.policy is not None or isinstance(losses.distill, SampledDistill)
     bounded = isinstance(losses.distill, Distill) and losses.distill.max_ratio and run.batch.old_logprobs is not None
     if not (trained or bounded or run.sampler.correction or run.sampler.measured):
@@ -184,7 +188,7 @@ def _distill(run: _Pass, distill: Distill, taught: Taught) -> Tensor:
 
 
 def _stored(run: _Pass, distill: Distill) -> Tensor:
-    """The divergence from what was stored of the teacher: its top k."""
+    """The divergence from the teacher's stored top k."""
     batch = run.batch
     assert batch.teacher_top_ids is not None
     assert batch.teacher_top_logprobs is not None
@@ -205,28 +209,32 @@ def _stored(run: _Pass, distill: Distill) -> Tensor:
     return part.total
 
 
+def _with_baseline(run: _Pass, distill: SampledDistill, taught: Taught) -> Tensor:
+    """The policy gradient of the sampled divergence, with a baseline over the teacher's distribution."""
+    where = run.batch.taught
+    found = chunked_advantages(
+        _at(run.hidden.detach(), where),
+        run.head,
+        taught.hidden,
+        taught.head,
+        _at(run.batch.targets, where),
+        temperature=run.sampler.temperature,
+        baseline=distill.baseline,
+        top_k=distill.top_k,
+        renormalise=distill.renormalise,
+        clip=distill.clip,
+    )
+    run.note("nats", found.gap, where)
+    run.note("teacher_entropy", found.teacher_entropy, where)
+    weights = _at(run.weights("distill_weight"), where)
+    return -(found.values * _at(run.own(), where) * weights * _at(run.ratio(distill.max_ratio), where)).sum()
+
+
 def _sampled(run: _Pass, distill: SampledDistill, taught: Taught | None) -> Tensor:
-    """What the teacher says of the sampled token alone."""
+    """The divergence's estimate from the teacher's log-prob of the sampled token alone."""
     where = run.batch.taught
     own, targets = _at(run.own(), where), _at(run.batch.targets, where)
     weights = _at(run.weights("distill_weight"), where)
-    if distill.needs_distributions:
-        assert taught is not None
-        found = chunked_advantages(
-            _at(run.hidden.detach(), where),
-            run.head,
-            taught.hidden,
-            taught.head,
-            targets,
-            temperature=run.sampler.temperature,
-            baseline=distill.baseline,
-            top_k=distill.top_k,
-            renormalise=distill.renormalise,
-            clip=distill.clip,
-        )
-        run.note("nats", found.gap, where)
-        run.note("teacher_entropy", found.teacher_entropy, where)
-        return -(found.values * own * weights * _at(run.ratio(distill.max_ratio), where)).sum()
     if taught is None:
         assert run.batch.teacher_logprobs is not None
         teacher = _at(run.batch.teacher_logprobs, where)
@@ -250,7 +258,7 @@ def _sampled(run: _Pass, distill: SampledDistill, taught: Taught | None) -> Tens
 
 
 def _measure(run: _Pass, distill: Distill | SampledDistill | None, taught: Taught) -> None:
-    """The variance meter, with the method's own baseline or, where it has none, the full one."""
+    """Measure the gradient's variance, with the method's own baseline or, where it has none, the full one."""
     sampled = distill if isinstance(distill, SampledDistill) and distill.baseline else SampledDistill(baseline="full")
     variance = chunked_gradient_variance(
         _at(run.hidden.detach(), run.batch.taught),

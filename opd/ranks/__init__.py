@@ -1,1 +1,1 @@
-"""The processes of a run and how they agree."""
+"""The processes of a run: how they start, exchange small values and notice each other's end."""

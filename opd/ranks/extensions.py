@@ -1,4 +1,4 @@
-"""Where DeepSpeed compiles its extensions, and whether it can: before any of them is used.
+"""A safe place for the extensions that DeepSpeed compiles, prepared before any of them is used.
 
 DeepSpeed compiles small extensions when they are first used. torch keeps them in one folder for all installations of
 a user, so that two of these (two environments, two versions) overwrite each other's, also while a run loads them:
@@ -18,15 +18,15 @@ from hashlib import sha256
 from pathlib import Path
 
 _PATIENCE = 180.0
-"""Seconds without any news in its folder after which a lock that nobody here holds is taken for left behind. A
+"""Seconds without a change in its folder after which a lock that no process here holds counts as left behind. A
 process on another machine with the same home may hold it, and cannot be seen from here."""
 _PAUSE = 1.0
 
 
 def prepare(*, first: bool) -> None:
-    """Choose the folder, unless TORCH_EXTENSIONS_DIR names one, and see that nobody waits there for the dead.
+    """Choose the folder, unless TORCH_EXTENSIONS_DIR names one, and remove locks that a killed process left there.
 
-    Called by every process; `first` is one of each machine.
+    Every process calls it; `first` is true for one of each machine.
     """
     import torch
 
@@ -37,7 +37,7 @@ def prepare(*, first: bool) -> None:
 
 
 def own_folder() -> Path:
-    """The folder of this installation of Python, torch and DeepSpeed, where nothing else says."""
+    """The default folder for this installation of Python, torch and DeepSpeed."""
     import deepspeed
     import torch
     from torch.utils.cpp_extension import get_default_build_root
@@ -47,10 +47,10 @@ def own_folder() -> Path:
 
 
 def settle(root: Path, *, first: bool, patience: float = _PATIENCE) -> None:
-    """Wait until no lock under `root` is left that no process of this machine holds.
+    """Wait until every lock under `root` is held by a process of this machine.
 
-    The `first` process of a machine says what is waited for, and deletes what was left behind; the others must not
-    go on before that, or they would find the lock gone and nothing compiled.
+    The `first` process of a machine prints what it waits for, and deletes what was left behind. The others wait for
+    that, or they would find the lock gone and nothing compiled.
     """
     told: set[Path] = set()
     while unheld := [lock for lock in _locks(root) if not _is_held(lock)]:
@@ -73,7 +73,7 @@ def _locks(root: Path) -> list[Path]:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the file open, as whoever compiles has; True where that cannot be seen."""
+    """True if a process of this machine has the file open, as one that compiles has, or where that cannot be seen."""
     if not Path("/proc/self/fd").is_dir():
         return True
     try:
@@ -91,7 +91,7 @@ def _is_same(handle: Path, own: os.stat_result) -> bool:
 
 
 def _idle_seconds(lock: Path) -> float:
-    """Since anything in the lock's folder was written."""
+    """Seconds since a file in the lock's folder was written."""
     newest = 0.0
     for path in lock.parent.iterdir():
         try:

@@ -1,4 +1,4 @@
-"""How the processes of a launch meet: once, over DeepSpeed's process group and one of their own for plain data.
+"""Meeting the other processes of a launch: once, over DeepSpeed's process group and one of our own for plain data.
 
 torch and DeepSpeed are imported when `join` is called.
 """
@@ -17,7 +17,7 @@ from opd.ranks.ranks import Ranks, local_device
 from opd.ranks.watch import watch
 
 _PATIENCE = timedelta(days=30)
-"""How long a rank waits for the others' news. `opd.ranks.watch` notices one that died at once, without waiting."""
+"""How long a rank waits for the others' values. `opd.ranks.watch` notices at once, without waiting, that one died."""
 
 _joined: list[Ranks] = []
 

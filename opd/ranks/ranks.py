@@ -1,9 +1,9 @@
-"""The processes of a run: which of them this one is, and what they tell each other.
+"""The processes of a run: the number of this one, and the exchange of small values between them.
 
 A launcher (`deepspeed`, `torchrun`, SLURM) starts the same program once for each rank, and says in the
-environment who is who. Gradients and weights travel as DeepSpeed sends them; what is here is small (sums of a
-few numbers, finished episodes, errors) and travels between CPUs over gloo, where waiting for a slow rank has
-no short time limit: episodes of different ranks take as long as they take.
+environment which rank each process is. DeepSpeed sends gradients and weights. The values here are small (sums of a
+few numbers, finished episodes, errors) and travel between CPUs over gloo, without a short time limit: episodes of
+different ranks take as long as they take.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ T = TypeVar("T")
 
 
 class SharedError(OpdError):
-    """What went wrong on one rank, raised on all of them; whoever prints errors prints it on the first alone."""
+    """An error of one rank, raised on all of them; only the first rank prints it."""
 
 
 _LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_"),
     *("CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_"),
 )
-"""How the variables begin by which launchers tell a process who it is."""
+"""Prefixes of the variables by which launchers tell a process its rank."""
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process that is none of the ranks: it must not wait for them, or answer for one."""
+    """Remove a launcher's variables, for a process that is no rank: it must not wait for others or answer for one."""
     return {name: value for name, value in environment.items() if not name.startswith(_LAUNCHERS)}
 
 
 def started_ranks() -> int:
-    """How many processes a launcher started for this run; 1 without a launcher."""
+    """The number of processes that a launcher started for this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -76,20 +76,20 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that prints, tracks and writes for all."""
+        """True for the rank that prints, tracks and writes for all."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every `world_size`-th item from this rank's number on: by index, whatever they cost."""
+        """Take every `world_size`-th item, from this rank's number on: by index, whatever the items cost."""
         return list(items[self.rank :: self.world_size])
 
     def deal(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """The reverse of `share`: the shares of all ranks, by rank, back in one order."""
+        """Undo `share`: put the shares of all ranks, listed by rank, back in one order."""
         total = sum(map(len, shares))
         return [shares[i % self.world_size][i // self.world_size] for i in range(total)]
 
     def gather(self, value: T) -> list[T]:
-        """What every rank brings, by rank; the same list on all of them."""
+        """Collect every rank's value, by rank; all ranks get the same list."""
         if self.group is None:
             return [value]
         import torch.distributed as dist
@@ -99,7 +99,7 @@ class Ranks:
         return found
 
     def to_first(self, value: T) -> list[T]:
-        """On the first rank what every rank brings; on the others nothing."""
+        """Collect every rank's value on the first rank; the others get an empty list."""
         if self.group is None:
             return [value]
         import torch.distributed as dist
@@ -109,7 +109,7 @@ class Ranks:
         return found or []
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all ranks, in one order, so that all get the same bits."""
+        """Sum each value over all ranks, in one order, so that all get the same bits."""
         return [fsum(column) for column in zip(*self.gather(values), strict=True)]
 
     def most(self, value: int) -> int:
@@ -117,11 +117,11 @@ class Ranks:
         return max(self.gather(value))
 
     def any(self, value: bool) -> bool:
-        """Whether it holds on any rank."""
+        """True if `value` is true on any rank."""
         return any(self.gather(value))
 
     def agree(self, work: Callable[[], T]) -> T:
-        """Do `work`, here and on every other rank; if it fails on one with an OpdError, it fails on all."""
+        """Run `work`, which every rank runs; if one rank raises an OpdError, all raise it."""
         result, error = _attempt(work)
         errors = self.gather(error)
         failed = [rank for rank, text in enumerate(errors) if text is not None]
@@ -136,12 +136,12 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What the first rank's `work` returns, on every rank; the others do nothing meanwhile."""
+        """Run `work` on the first rank alone and return its result on every rank."""
         mine = self.agree(work if self.first else lambda: None)
         return self.gather(mine)[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Until every rank has come to this point."""
+        """Wait until every rank has come to this point."""
         self.gather(None)
 
 

@@ -1,9 +1,8 @@
 """Notices at once when another rank dies, says which, and ends this one too.
 
-A rank that waits for a dead one in a collective operation waits for its time limit, and then blames the
-network. So every rank holds a connection to the first rank: when a process ends, whatever killed it, the
-kernel closes its connection. A rank that ends in order says so before; in the midst of common work
-(`together`) no end is in order.
+A rank that waits for a dead one in a collective operation waits for the time limit, and then blames the network. So
+every rank holds a connection to the first rank: when a process ends, whatever killed it, the kernel closes its
+connection. A rank that ends in order says so first; inside common work (`together`) no end is in order.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from opd.ranks.ranks import Ranks, SharedError
 
 _ENDED_WELL = b"."
 _SECONDS = 60.0
-"""For the connections to be made."""
+"""Seconds for the connections to be made."""
 
 
 class _Member(TypedDict):
@@ -45,7 +44,7 @@ class _Watch:
         atexit.register(self._leave)
 
     def _wait(self, rank: int, member: _Member) -> None:
-        """On a thread: until the other side ends in order, or is gone, or passes on who is."""
+        """Wait, on a thread, until the other side ends in order, is gone, or passes on which rank is gone."""
         try:
             said = self._connections[rank].recv(4096)
         except OSError:
@@ -57,7 +56,7 @@ class _Watch:
         _end(gone)
 
     def _leave(self) -> None:
-        """When the process ends by itself; an error was printed before this."""
+        """Say, as the process ends by itself, that it does; an error was printed before this."""
         self._left = True
         if not self.busy:
             self._tell(_ENDED_WELL)
@@ -74,7 +73,7 @@ _watching: list[_Watch] = []
 
 
 def watch(ranks: Ranks) -> None:
-    """Connect all ranks, and start watching on threads. Called by every rank at the same point."""
+    """Connect all ranks, and start watching on threads; every rank calls it at the same point."""
     own = _Member(rank=ranks.rank, host=socket.gethostname(), pid=os.getpid())
     members = ranks.gather(own)
     server = socket.create_server((os.environ["MASTER_ADDR"], 0)) if ranks.first else None
@@ -88,7 +87,7 @@ def watch(ranks: Ranks) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around what all ranks do together: one that leaves it by an error of its own ends them all."""
+    """Mark work that all ranks do together: one that leaves it by an error of its own ends them all."""
     for watching in _watching:
         watching.busy = True
     try:
@@ -107,7 +106,7 @@ def _rest() -> None:
 def _connect(address: tuple[str, int], token: bytes, own: _Member) -> socket.socket:
     connection = socket.create_connection(address, timeout=_SECONDS)
     connection.sendall(token + own["rank"].to_bytes(4))
-    return _lasting(connection)
+    return _keep_connection_alive(connection)
 
 
 def _accept(server: socket.socket, token: bytes, count: int) -> list[tuple[int, socket.socket]]:
@@ -119,13 +118,13 @@ def _accept(server: socket.socket, token: bytes, count: int) -> list[tuple[int, 
             connection.settimeout(_SECONDS)
             said = connection.recv(len(token) + 4, socket.MSG_WAITALL)
             if secrets.compare_digest(said[: len(token)], token) and len(said) == len(token) + 4:
-                found[int.from_bytes(said[len(token) :])] = _lasting(connection)
+                found[int.from_bytes(said[len(token) :])] = _keep_connection_alive(connection)
             else:
                 connection.close()
     return list(found.items())
 
 
-def _lasting(connection: socket.socket) -> socket.socket:
+def _keep_connection_alive(connection: socket.socket) -> socket.socket:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
@@ -135,7 +134,7 @@ def _lasting(connection: socket.socket) -> socket.socket:
 
 
 def _end(gone: _Member) -> NoReturn:
-    """The main thread may be waiting inside a collective operation, where no exception reaches it."""
+    """End the process: its main thread may wait inside a collective operation, where no exception reaches it."""
     print(
         f"error: rank {gone['rank']} (process {gone['pid']} on {gone['host']}) is gone; this rank ends too. "
         "Its own message, if it had one, is above. Go on from the last checkpoint with --resume.",

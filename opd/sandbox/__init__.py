@@ -1,4 +1,4 @@
-"""Untrusted programs, run apart from everything: `docs/sandbox.md` says what is stopped and what is not.
+"""Untrusted programs, run apart from everything: `docs/sandbox.md` says what the sandbox stops and what it does not.
 
 `Sandbox(limits).run(["ls", "-l"], files={"a.txt": "hello"})` gives an `Outcome`; a `Session` keeps a folder from
 one run to the next. Mode "bwrap" is a sandbox; mode "limits" must be asked for by name and is none.

@@ -26,7 +26,7 @@ from typing import IO
 
 from opd.errors import ConfigError, SandboxError
 from opd.sandbox.limits import SandboxLimits
-from opd.sandbox.process import Job, KilledWhy, Process, command, environment, python, sealed
+from opd.sandbox.process import Job, KilledWhy, Process, command, environment, python, sealed_file
 from opd.sandbox.syscalls import seccomp_filter
 
 _HOME, _SCRATCH = "/sandbox", "/tmp"
@@ -34,7 +34,7 @@ _OWN = (_HOME, _SCRATCH, "/proc", "/dev")
 _USER = 1000
 """The program's user and group id inside."""
 _NOBODY = 65534
-"""What root's sandboxes are outside."""
+"""The host's user and group id of sandboxes that root starts."""
 _SHARED_MEMORY = 16 << 20
 """Bytes of /dev/shm."""
 _PATIENCE = 30.0
@@ -58,12 +58,12 @@ _SWITCHES = (
         "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile that lets bwrap do it",
     ),
 )
-"""What a host may have switched off: file, its value then, the mend (as root)."""
+"""Features that a host may have switched off: the file that says so, its value then, the mend (as root)."""
 
 
 @lru_cache(maxsize=1)
 def require_bubblewrap() -> None:
-    """Run a sandbox once in the life of this process. Raises ConfigError with the mend when it does not work."""
+    """Try a sandbox once in the life of this process. Raises ConfigError with the mend when it does not work."""
     job = Job(argv=["true"], limits=SandboxLimits())
     try:
         process = Bubblewrapped(job, ())
@@ -100,7 +100,7 @@ class Bubblewrapped(Process):
     def __init__(self, job: Job, readable: Sequence[str]) -> None:
         super().__init__()
         self._limits = job.limits
-        self._kernel_limits = job.limits.of_process(processes=_countable(job.limits.processes))
+        self._kernel_limits = job.limits.of_process(processes=_kernel_limit(job.limits.processes))
         self.owner = _NOBODY if _can_be_nobody() else None
         self._init: int | None = None
         try:
@@ -122,7 +122,7 @@ class Bubblewrapped(Process):
     def _spawn(self, job: Job, readable: Sequence[str], theirs: socket.socket) -> int:
         """Start bwrap; returns the host's process id of the sandbox's first process."""
         with ExitStack() as passed:  # what is given to bwrap and not kept
-            stdin, rules = (passed.enter_context(sealed(data)) for data in (job.stdin, seccomp_filter()))
+            stdin, rules = (passed.enter_context(sealed_file(data)) for data in (job.stdin, seccomp_filter()))
             info, info_in = _pipe(passed)
             mapped_out, mapped = _pipe(passed)
             user = ["--userns-block-fd", str(mapped_out.fileno()), "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -184,12 +184,12 @@ class Bubblewrapped(Process):
         if sum(_number(status, b"Threads") for status in statuses) > self._limits.processes + 1:
             return "processes"
         resident = sum(_number(status, b"RssAnon") + _number(status, b"RssShmem") for status in statuses) << 10
-        if resident > self._limits.memory_bytes and self._proportional() > self._limits.memory_bytes:
+        if resident > self._limits.memory_bytes and self._proportional_bytes() > self._limits.memory_bytes:
             return "memory"
         return None
 
-    def _proportional(self) -> int:
-        """Bytes of memory with shared pages counted once: slower, and what forks share is not held against them."""
+    def _proportional_bytes(self) -> int:
+        """Count the bytes of memory, shared pages once: slower, but fair to forks, which share pages."""
         rollups = [_read(self._processes, f"{pid}/smaps_rollup") for pid in _pids(self._processes)]
         return sum(_number(rollup, b"Pss_Anon") + _number(rollup, b"Pss_Shmem") for rollup in rollups) << 10
 
@@ -205,7 +205,7 @@ class Bubblewrapped(Process):
         self.popen.wait(_PATIENCE)
 
     def _complaint(self) -> str:
-        """What bwrap said when it gave up."""
+        """Read the message with which bwrap gave up."""
         if not hasattr(self, "popen") or self.popen.stderr is None:
             return ""
         self.popen.kill()
@@ -224,12 +224,12 @@ def _bwrap() -> str:
 
 @lru_cache(maxsize=4)
 def _bounds_folders(bwrap: str) -> bool:
-    """Whether this build can make a tmpfs of a given size; if not, the watcher alone holds folders to theirs."""
+    """True if this build can make a tmpfs of a given size; if not, the watcher alone bounds the folders."""
     return "--size" in subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
 
 
 def _arguments(limits: SandboxLimits, readable: Sequence[str]) -> list[str]:
-    """What bwrap is told of namespaces and of the file system."""
+    """The arguments for bwrap: namespaces and the file system."""
     arguments = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--hostname", "sandbox"]
     arguments += ["--cap-drop", "ALL", *_system(), "--proc", "/proc", "--dev", "/dev"]
     for path, size in (("/dev/shm", _SHARED_MEMORY), (_HOME, limits.folder_bytes), (_SCRATCH, limits.folder_bytes)):
@@ -244,7 +244,7 @@ def _arguments(limits: SandboxLimits, readable: Sequence[str]) -> list[str]:
 
 
 def _system() -> Iterator[str]:
-    """Programs and libraries, and what leads to them."""
+    """The arguments that bind programs and libraries, and the links that lead to them."""
     yield from ("--ro-bind", "/usr", "/usr")
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
@@ -258,7 +258,7 @@ def _system() -> Iterator[str]:
 
 
 def check_readable(readable: Sequence[str]) -> tuple[str, ...]:
-    """Raises ConfigError for a path that is none, or would hide what the sandbox itself puts there."""
+    """Raise ConfigError for a path that does not exist, or would hide what the sandbox itself puts there."""
     for path in readable:
         if not os.path.isabs(path) or not os.path.exists(path):
             raise ConfigError(f"readable: {path!r} must be the absolute path of something that exists")
@@ -268,15 +268,15 @@ def check_readable(readable: Sequence[str]) -> tuple[str, ...]:
 
 
 def _can_be_nobody() -> bool:
-    """Whether we are root, and not just of a namespace that has no other users."""
+    """True if this process is root, and not just of a namespace that has no other users."""
     if os.geteuid() != 0:
         return False
     ranges = (map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines())
     return any(first <= _NOBODY < first + count for first, _, count in ranges)
 
 
-def _countable(processes: int) -> int | None:
-    """The kernel's own limit on processes; before Linux 5.14 it counts those of the user everywhere."""
+def _kernel_limit(processes: int) -> int | None:
+    """The limit on processes for the kernel; None before Linux 5.14, which counts the user's processes everywhere."""
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     assert version is not None
     return processes + 1 if tuple(map(int, version.groups())) >= (5, 14) else None  # 1: bwrap's own
@@ -298,7 +298,7 @@ def _statuses(proc: int) -> Iterator[bytes]:
 
 
 def _read(proc: int, path: str) -> bytes:
-    """A file of a process; empty once the process is gone."""
+    """Read a file of a process; empty once the process is gone."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     except OSError:

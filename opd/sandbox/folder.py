@@ -1,7 +1,7 @@
-"""The files of a sandbox, as plain data: how they are put into it, and how they come out of it again.
+"""The files of a sandbox as plain data: writing them into its folder, and reading them back.
 
-What comes out was made by an untrusted program. So no link is followed, nothing but files, folders and links is
-read, and size, number and depth are bounded; the program must have ended before.
+An untrusted program made what is read. So no link is followed, nothing but files, folders and links is read, and
+size, number and depth are bounded; the program must have ended before.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Entry:
 
     kind: Literal["file", "folder", "link"] = "file"
     data: bytes = b""
-    """A file's content, or where a link points."""
+    """A file's content, or the target of a link."""
     mode: int = 0o644
     """Permission bits."""
     changed_ns: int | None = None
-    """When a file's content was last changed, in nanoseconds since 1970; None: now."""
+    """The time of a file's last change, in nanoseconds since 1970; None: now."""
 
 
 Folder = dict[str, Entry]
@@ -37,7 +37,7 @@ Folder = dict[str, Entry]
 
 
 def to_folder(files: Mapping[str, str | bytes | Entry], *, most_bytes: int, most_files: int) -> Folder:
-    """Entries from text and bytes. Raises ConfigError for a path that leads out, or too much of them."""
+    """Make entries from text and bytes. Raises ConfigError for a path that leads out, or for too many bytes."""
     folder = {path: _entry(content) for path, content in files.items()}
     for path in folder:
         parts = path.split("/")
@@ -53,7 +53,7 @@ def to_folder(files: Mapping[str, str | bytes | Entry], *, most_bytes: int, most
 
 
 def _is_name(path: str) -> bool:
-    """Whether a file may be called so: not with a lone surrogate."""
+    """True if a file may have this name: no lone surrogate is in it."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -106,9 +106,9 @@ def _make_folders(root: int, paths: list[str], made: set[str], owner: int | None
 
 
 def read_folder(root: int, *, most_bytes: int, most_files: int) -> Folder:
-    """What stands in a folder, given by its descriptor. Sockets, pipes and devices are left out.
+    """Read a folder, given by its descriptor. Sockets, pipes and devices are left out.
 
-    Raises DataError when it is more than the bounds, or deeper than any sane tree.
+    Raises DataError when the content exceeds the bounds, or is deeper than any sane tree.
     """
     folder: Folder = {}
     left = most_bytes

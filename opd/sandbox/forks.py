@@ -1,8 +1,8 @@
 """A process that forks children for its parent, and the frames in which it talks with them.
 
-It has one thread, so that forking it is safe. It ends with its parent, however that ends, and takes every child and all
-that those have started along. Environments (`opd.episodes.env_server`) and graders (`opd.sandbox.grader_child`) live in
-such children.
+It has one thread, so that forking it is safe. It ends with its parent, however that ends, and ends every child and
+whatever the children have started. Environments (`opd.episodes.env_server`) and graders (`opd.sandbox.grader_child`)
+live in such children.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 COMMAND = struct.Struct("!ci")
 """To the server: `F` (fork; a socket comes along) or `E` and the process that is to end. Answered by an `INTEGER`."""
 INTEGER = struct.Struct("!i")
-"""A process's id, or the status that `waitpid` gave."""
+"""A process's id, or a status of `waitpid`."""
 _LENGTH = struct.Struct("!I")
 MOST_BYTES = 1 << 26
 """The longest frame that is read, in bytes."""
@@ -35,7 +35,7 @@ def write_frame(connection: socket.socket, payload: bytes) -> None:
 
 
 def read_frame(connection: socket.socket) -> bytes | None:
-    """The other side's next frame; None when it is gone, or sends what is no frame."""
+    """Read the other side's next frame; None when it is gone, or sends what is no frame."""
     head = _read(connection, _LENGTH.size)
     if head is None:
         return None
@@ -61,16 +61,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def _prctl(option: int, value: int) -> None:
-    """Linux's; elsewhere the server itself still ends what it knows."""
+    """Call Linux's prctl; elsewhere do nothing: the server still ends the children that it knows."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 class ForkServer:
-    """Forks children and ends them. A child's orphans fall to it, so that it can end them as well."""
+    """Forks children and ends them; it inherits a child's orphans, so that it can end them as well."""
 
     def __init__(self, control: socket.socket, work: Callable[[socket.socket], None]) -> None:
-        """A child does `work` at its end of a connection."""
+        """Each child runs `work` with its end of a connection."""
         self.control = control
         self._work = work
         self.children: set[int] = set()
@@ -78,7 +78,7 @@ class ForkServer:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
     def watch_trainer(self) -> None:
-        """Look every second whether the trainer is there: an import may hang, and other copies of the control
+        """Check every second that the trainer is there: an import may hang, and other copies of the control
         socket may be open."""
 
         def look(_: int, __: FrameType | None) -> None:
@@ -89,7 +89,7 @@ class ForkServer:
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
 
     def serve(self) -> NoReturn:
-        """Do what the trainer asks until it is gone."""
+        """Follow the trainer's commands until it is gone."""
         while True:
             try:
                 message, descriptors, _, _ = socket.recv_fds(self.control, COMMAND.size, 1)
@@ -125,7 +125,7 @@ class ForkServer:
         return pid
 
     def end(self, pid: int) -> int:
-        """Kill a process, its group, and what it left behind; its status as `waitpid` gives it."""
+        """Kill a process, its group, and what it left behind; return its status as `waitpid` gives it."""
         if pid not in self.children:
             return 0
         self.children.remove(pid)
@@ -147,7 +147,7 @@ class ForkServer:
         os._exit(0)
 
     def _sweep(self) -> None:
-        """Kill what children that have ended have left; each round may set free what the last one started."""
+        """Kill what ended children have left behind, in rounds: each may orphan what the last one started."""
         for _ in range(100):
             strays = _children() - self.children
             if not strays:
@@ -163,7 +163,7 @@ def _flush() -> None:
 
 
 def _children() -> set[int]:
-    """This process's children, as Linux tells them; elsewhere none."""
+    """List this process's children, as Linux tells them; elsewhere none."""
     try:
         return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
     except OSError:

@@ -46,7 +46,7 @@ _REFUSED = {
 
 
 def main(plan: str) -> NoReturn:
-    """Serve at the socket `descriptor` of the plan, a JSON text, with the grader whose maker comes there first."""
+    """Serve the socket whose `descriptor` the plan, a JSON text, names; the first frame there makes the grader."""
     told = json.loads(plan)
     _end_with_parent(told["parent"])
     descriptor = told["descriptor"]
@@ -56,7 +56,7 @@ def main(plan: str) -> NoReturn:
     try:
         grader = pickle.loads(read_frame(control) or b"")()
     except BaseException as error:  # sys.exit() too
-        _reply(control, {"error": _described(error)})
+        _reply(control, {"error": _describe_error(error)})
         sys.exit(1)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
@@ -66,7 +66,7 @@ def main(plan: str) -> NoReturn:
 
 
 def serve(grader: Any, filtered: bool, connection: socket.socket) -> None:
-    """In a fork: answer calls of the grader's methods until the other side is gone.
+    """Answer calls of the grader's methods, in a fork, until the other side is gone.
 
     A grader that needs something before this process is locked has a method `prepare`.
     """
@@ -82,15 +82,14 @@ def serve(grader: Any, filtered: bool, connection: socket.socket) -> None:
             reply = {"value": getattr(grader, method)(**arguments)}
             json.dumps(reply)
         except BaseException as error:  # sys.exit() too
-            reply = {"raised": _described(error)}
+            reply = {"raised": _describe_error(error)}
         if refused:  # whatever the grader made of it
             reply = {"refused": refused[0]}
         _reply(connection, reply)
 
 
 def lock(refused: list[str], *, filtered: bool) -> None:
-    """Give up, for the rest of this process, whatever a grader does not need; `refused` gets the audit events that
-    were tried all the same."""
+    """Forbid this process all that a grader does not need; `refused` gets the audit events that were tried anyway."""
     sys.dont_write_bytecode = True
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # the first to go when the machine runs out of memory
@@ -111,7 +110,7 @@ def lock(refused: list[str], *, filtered: bool) -> None:
 
 
 def _refuse(refused: list[str], event: str, arguments: tuple[Any, ...]) -> None:
-    """The audit hook: no other thread of Python runs between the event and what it is about."""
+    """Audit hook: refuse an event. No other thread of Python runs between the event and its action."""
     if event == "open":
         _, mode, flags = arguments
         writes = (isinstance(flags, int) and flags & _WRITES) or (isinstance(mode, str) and set(mode) & set("wax+"))
@@ -130,7 +129,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter_system_calls() -> None:
-    """Raises OSError where the kernel does not take the filter."""
+    """Install the filter of system calls. Raises OSError where the kernel does not take it."""
     code = locked_filter()
     program = _Program(len(code) // 8, code)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -146,7 +145,7 @@ def _prctl(option: int, value: int, argument: Any = 0) -> None:
 
 
 def _can_be_filtered() -> bool:
-    """Whether a fork of this process can be: it is tried."""
+    """Try the filter in a fork of this process. True: the kernel takes it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -165,7 +164,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _limit_computing(seconds: float) -> None:
-    """The system itself ends this process when it has computed for so long: no handler of signals runs while Python
+    """Let the kernel end this process after so many seconds of computing: Python runs no signal handler while it
     multiplies huge integers."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -173,7 +172,7 @@ def _limit_computing(seconds: float) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that this process has mapped, where the system tells; else what any grader needs."""
+    """The bytes that this process has mapped, where the system tells; else an amount that any grader needs."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
@@ -184,7 +183,7 @@ def _reply(connection: socket.socket, reply: dict[str, Any]) -> None:
     write_frame(connection, json.dumps(reply).encode())
 
 
-def _described(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}".split("\n")[0][:500]
     except BaseException:  # an exception of the model's own making

@@ -1,4 +1,4 @@
-"""What runs first inside the sandbox, as a script of its own: take on the limits, then become the program.
+"""The script that runs first inside the sandbox: it sets the limits, then becomes the program.
 
 Not imported: its text is given to an isolated Python, so it knows nothing of this package.
 Arguments: a socket's descriptor or -1, a user id or -1, the folder, "limit:soft:hard,...", and the program's own.
@@ -13,7 +13,7 @@ SHARED = ("/sandbox", "/tmp", "/dev/shm", "/proc")
 
 
 def hand_over(number: int) -> None:
-    """Give the watcher outside the folders of this sandbox, and wait until it has filled them."""
+    """Give the folders of this sandbox to the watcher outside, and wait until it has filled them."""
     channel = _socket.socket(fileno=number)
     folders = [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in SHARED]
     packed = b"".join(folder.to_bytes(4, sys.byteorder) for folder in folders)
@@ -23,7 +23,7 @@ def hand_over(number: int) -> None:
 
 
 def become(user: int, limits: str) -> None:
-    """An unprivileged user with these limits, and the first to go when the machine runs out of memory."""
+    """Become an unprivileged user with these limits, and the first process to go when memory runs out."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     for limit in limits.split(","):

@@ -1,4 +1,4 @@
-"""How much an untrusted program may use of the machine."""
+"""The bounds on what an untrusted program may use of the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SandboxLimits:
     processes: int = 32
     """Processes and threads that are alive at one time."""
     output_kb: int = 256
-    """Of stdout, and of stderr; a program that writes more is killed."""
+    """Size of stdout, and of stderr; a program that writes more is killed."""
     folder_mb: int = 64
     """Size of the working folder, of any file, and of /tmp. It is memory, beside `memory_mb`."""
     files: int = 2000
@@ -43,7 +43,7 @@ class SandboxLimits:
 
     @classmethod
     def of(cls, value: SandboxLimits | Mapping[str, Any] | None) -> SandboxLimits:
-        """Limits from what a YAML holds. Raises ConfigError for an unknown name."""
+        """Make limits from a mapping, as YAML holds it. Raises ConfigError for an unknown name."""
         if isinstance(value, SandboxLimits):
             return value
         known = [field.name for field in fields(cls)]
@@ -67,7 +67,7 @@ class SandboxLimits:
         return self.output_kb << 10
 
     def of_process(self, *, processes: int | None) -> dict[int, tuple[int, int]]:
-        """What the kernel holds each process to, `RLIMIT_*: (soft, hard)`, within the limits of this process.
+        """The kernel's limits for each process, `RLIMIT_*: (soft, hard)`, within the limits of this process.
 
         `processes` is left out where the kernel would count other people's too.
         """
@@ -82,10 +82,10 @@ class SandboxLimits:
         }
         if processes is not None:
             wanted[resource.RLIMIT_NPROC] = (processes, processes)
-        return {limit: (_within(limit, soft), _within(limit, hard)) for limit, (soft, hard) in wanted.items()}
+        return {limit: (_lowered(limit, soft), _lowered(limit, hard)) for limit, (soft, hard) in wanted.items()}
 
 
-def _within(limit: int, value: int) -> int:
-    """A value that this process may give to others: never above its own hard limit."""
+def _lowered(limit: int, value: int) -> int:
+    """Lower a limit to what this process may set for others: never above its own hard limit."""
     hardest = resource.getrlimit(limit)[1]
     return value if hardest == resource.RLIM_INFINITY else min(value, hardest)

@@ -1,4 +1,4 @@
-"""A running untrusted program, however it was started: what the watcher in `run` needs of it."""
+"""The interface of a running untrusted program, for the watcher in `run`, and how its command is made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCRIPT = "program"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to run, and with what around it."""
+    """A program to run, with its environment."""
 
     argv: Sequence[str]
     stdin: bytes = b""
@@ -33,7 +33,7 @@ class Job:
 
 
 class Process(ABC):
-    """Made with everything in place but the program itself, which waits for `start`."""
+    """A program whose folders and limits are in place, and that waits for `start`."""
 
     popen: Popen[bytes]
     folder: int
@@ -41,11 +41,11 @@ class Process(ABC):
     scratch: int
     """Descriptor of the folder for temporary files."""
     owner: int | None = None
-    """To whom files in the folders must be given; None: they are theirs already."""
+    """The user to whom files in the folders must be given; None: they have the right owner already."""
 
     def __init__(self) -> None:
         self.held = ExitStack()
-        """What is given back by `close`."""
+        """Resources that `close` frees."""
 
     @abstractmethod
     def start(self) -> None:
@@ -53,14 +53,14 @@ class Process(ABC):
 
     @abstractmethod
     def excess(self) -> KilledWhy | None:
-        """What the processes use too much of, seen from outside."""
+        """Name the limit that the processes exceed, as seen from outside; None where they keep to all."""
 
     @abstractmethod
     def kill(self) -> None:
-        """End every process of the run, and return when none is left."""
+        """End every process of the run; return when none is left."""
 
     def close(self) -> None:
-        """Kill, and give back what is held."""
+        """Kill the processes and free what is held."""
         with self.held:
             if hasattr(self, "popen"):
                 self.kill()
@@ -73,13 +73,13 @@ class Process(ABC):
 
 
 def python() -> str:
-    """The interpreter behind this one: a virtual environment's is only a link to it."""
+    """The path of the interpreter behind this one: a virtual environment's is only a link to it."""
     named = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
     return str(named) if named.exists() else os.path.realpath(sys.executable)
 
 
 def environment(home: str, scratch: str, importable: Sequence[str]) -> Mapping[str, str]:
-    """The whole environment of a program: nothing of ours, and the same at each run."""
+    """A program's whole environment: nothing of ours is in it, and each run gets the same."""
     return {
         "HOME": home,
         "TMPDIR": scratch,
@@ -98,15 +98,15 @@ def environment(home: str, scratch: str, importable: Sequence[str]) -> Mapping[s
 def command(
     job: Job, *, channel: int, user: int | None, home: str, scratch: str, kernel_limits: Mapping[int, tuple[int, int]]
 ) -> list[str]:
-    """The script of `inside.py` and its arguments; it becomes the job's program."""
+    """The command that runs `inside.py`, which becomes the job's program."""
     limits = ",".join(f"{name}:{soft}:{hard}" for name, (soft, hard) in kernel_limits.items())
     script = [] if job.script is None else [f"{scratch}/{_SCRIPT}"]
     begin = [python(), "-I", "-S", "-c", _INSIDE]
     return [*begin, str(channel), str(-1 if user is None else user), home, limits, *job.argv, *script]
 
 
-def sealed(data: bytes) -> IO[bytes]:
-    """A file in memory that nobody can change any more, open at its start."""
+def sealed_file(data: bytes) -> IO[bytes]:
+    """Make a file in memory that nobody can change any more, open at its start."""
     file = os.fdopen(os.memfd_create("opd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
     file.write(data)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
@@ -115,7 +115,7 @@ def sealed(data: bytes) -> IO[bytes]:
 
 
 def write_script(process: Process, script: str) -> None:
-    """Put a job's script where `command` names it: not among the files of the working folder."""
+    """Write a job's script to the place that `command` names, outside the working folder."""
     file = os.open(_SCRIPT, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o644, dir_fd=process.scratch)
     with os.fdopen(file, "wb") as opened:
         opened.write(script.encode("utf-8", "replace"))

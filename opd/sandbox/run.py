@@ -1,4 +1,4 @@
-"""Running untrusted programs, and watching them: what `docs/sandbox.md` describes."""
+"""Running and watching untrusted programs, as `docs/sandbox.md` describes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opd.sandbox.unprotected import WARNING, Unprotected
 
 MODES = ("bwrap", "limits")
 _LOOK = 0.05
-"""Seconds between looks at what the processes use."""
+"""Seconds between two checks of what the processes use."""
 _CHUNK = 1 << 16
 _LONGEST_ARGUMENT = 100_000  # characters; Linux takes 128 KiB
 
@@ -31,17 +31,17 @@ Files = Mapping[str, str | bytes | Entry]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a run."""
+    """The outcome of a run."""
 
     stdout: str
     stderr: str
     exit_code: int
-    """128 + n: ended by signal n."""
+    """128 + n where signal n ended it."""
     killed_why: KilledWhy | None
-    """The limit that ended it, by its name in `SandboxLimits`, if one did."""
+    """The limit that ended it, by its name in `SandboxLimits`; None where none did."""
     timed_out: bool
     truncated: bool
-    """Whether there was more output than the limit lets through."""
+    """True if there was more output than the limit lets through."""
     seconds: float
     folder: Folder
     """The working folder afterwards; as it was before when it has grown too large ("folder")."""
@@ -86,10 +86,10 @@ class Sandbox:
     def run(self, argv: Sequence[str], *, stdin: str | bytes = "", files: Files | None = None) -> Outcome:
         """Run a program with `files` in its working folder.
 
-        Whatever the program does is an outcome. Raises ConfigError for arguments or files that cannot be handed
-        over, SandboxError when the sandbox itself fails.
+        Everything that the program does is an outcome, not an error. Raises ConfigError for arguments or files that
+        cannot be handed over, SandboxError when the sandbox itself fails.
         """
-        parts = [_encodable(part) for part in argv]
+        parts = [_replace_surrogates(part) for part in argv]
         if not parts or any("\0" in part or len(part) > _LONGEST_ARGUMENT for part in parts):
             raise ConfigError(
                 f"argv = {argv!r:.200} must name a program, without NUL characters and with arguments of at most "
@@ -98,7 +98,7 @@ class Sandbox:
         return self._run(parts, None, stdin, files)
 
     def run_python(self, code: str, *, stdin: str | bytes = "", files: Files | None = None) -> Outcome:
-        """Run Python code, by the version of Python that runs this. Raises as `run` does."""
+        """Run Python code with the version of Python that runs this. Raises as `run` does."""
         return self._run([python()], code, stdin, files)
 
     def run_shell(self, command: str, *, stdin: str | bytes = "", files: Files | None = None) -> Outcome:
@@ -106,7 +106,7 @@ class Sandbox:
         return self._run(["bash" if shutil.which("bash") else "sh"], command, stdin, files)
 
     def session(self, files: Files | None = None) -> Session:
-        """A working folder that begins with `files` and lasts from one run to the next."""
+        """Open a working folder that begins with `files` and lasts from one run to the next."""
         return Session(self, files or {})
 
     def _run(self, argv: Sequence[str], script: str | None, stdin: str | bytes, files: Files | None) -> Outcome:
@@ -163,15 +163,15 @@ class Session:
         return {path: entry.data for path, entry in self.folder.items() if entry.kind == "file"}
 
     def run(self, argv: Sequence[str], *, stdin: str | bytes = "") -> Outcome:
-        """As `Sandbox.run`."""
+        """Run a program as `Sandbox.run` does."""
         return self._keep(self.sandbox.run(argv, stdin=stdin, files=self.folder))
 
     def run_python(self, code: str, *, stdin: str | bytes = "") -> Outcome:
-        """As `Sandbox.run_python`; variables do not last, files do."""
+        """Run Python code as `Sandbox.run_python` does; files last, variables do not."""
         return self._keep(self.sandbox.run_python(code, stdin=stdin, files=self.folder))
 
     def run_shell(self, command: str, *, stdin: str | bytes = "") -> Outcome:
-        """As `Sandbox.run_shell`; each command begins in the working folder."""
+        """Run a command line as `Sandbox.run_shell` does; each begins in the working folder."""
         return self._keep(self.sandbox.run_shell(command, stdin=stdin, files=self.folder))
 
     def _keep(self, outcome: Outcome) -> Outcome:
@@ -180,7 +180,7 @@ class Session:
 
 
 def _watch(process: Process, limits: SandboxLimits) -> tuple[list[str], KilledWhy | None]:
-    """What a program writes to stdout and stderr, until it ends or a limit ends it; nothing of it lives on."""
+    """Collect stdout and stderr until the program ends or a limit ends it; then kill every process of it."""
     streams = [_Stream(pipe, limits.output_bytes) for pipe in (process.popen.stdout, process.popen.stderr)]
     why: KilledWhy | None = None
     deadline = time.monotonic() + limits.seconds
@@ -213,7 +213,7 @@ def _watch(process: Process, limits: SandboxLimits) -> tuple[list[str], KilledWh
 
 
 class _Stream:
-    """What came out of a pipe, up to a bound."""
+    """The output of a pipe, up to a bound."""
 
     def __init__(self, pipe: IO[bytes] | None, most: int) -> None:
         assert pipe is not None
@@ -227,7 +227,7 @@ class _Stream:
         return len(self._data) > self._most
 
     def read(self) -> bool:
-        """Take some of what is there. False: there is no more, or no more is wanted."""
+        """Read some of what is there. False: there is no more, or no more is wanted."""
         try:
             chunk = os.read(self.fileno(), min(_CHUNK, self._most + 1 - len(self._data)))
         except BlockingIOError:
@@ -239,6 +239,6 @@ class _Stream:
         return self._data[: self._most].decode("utf-8", "replace")
 
 
-def _encodable(text: str) -> str:
-    """The text with lone surrogates, which no program can be given, replaced by `?`."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no program can be given, by `?`."""
     return text.encode("utf-8", "replace").decode()

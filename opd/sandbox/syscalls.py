@@ -1,4 +1,4 @@
-"""System calls that a sandboxed program is refused: a small seccomp filter, in the kernel's own byte code.
+"""Seccomp filters in the kernel's own byte code: the system calls that a sandboxed program is refused.
 
 Namespaces and limits do the work; the filter closes what they leave open. Numbers are from the kernel's tables
 (`arch/x86/entry/syscalls/syscall_64.tbl`, `include/uapi/asm-generic/unistd.h`).
@@ -167,23 +167,23 @@ _ARGUMENT_0_AT, _ARGUMENT_1_AT, _ARGUMENT_2_AT = 16, 24, 32
 
 
 def seccomp_filter(machine: str | None = None) -> bytes:
-    """The filter as an array of `struct sock_filter`, for this machine's kind of processor.
+    """Build the filter as an array of `struct sock_filter`, for this machine's kind of processor.
 
     Raises ConfigError for a kind other than x86_64 and aarch64.
     """
     column = _column(machine or platform.machine())
-    return b"".join([*_refused(column), *_looked_into(column), _op(_RETURN, _ALLOW)])
+    return b"".join([*_refused_calls(column), *_refused_arguments(column), _op(_RETURN, _ALLOW)])
 
 
 def locked_filter(machine: str | None = None) -> bytes:
-    """As `seccomp_filter`, for a process that reads and computes, and does nothing else.
+    """Build the filter, as `seccomp_filter` does, for a process that only reads and computes.
 
-    It starts no program and no process (threads are its own), opens no socket, and opens files for reading alone;
-    it reaches no other process. What it has open already, it keeps. Raises as `seccomp_filter` does.
+    It may start threads, but no program and no process, open no socket, open files for reading alone, and reach no
+    other process. It keeps what it has open already. Raises as `seccomp_filter` does.
     """
     column = _column(machine or platform.machine())
     denied = _op(_RETURN, _ERRNO | errno.EPERM)
-    code = _refused(column)
+    code = _refused_calls(column)
     for numbers in _LOCKED.values():
         if (number := numbers[column]) is not None:
             code += [_op(_EQUAL, number, 0, 1), denied]
@@ -193,18 +193,18 @@ def locked_filter(machine: str | None = None) -> bytes:
         if (number := call[column]) is not None:
             code += _only_if(number, flags_at, [_op(_ANY_BIT, _WRITES, 0, 1), denied])
     code += _only_if(_PRLIMIT[column], _ARGUMENT_0_AT, [_op(_EQUAL, 0, 1, 0), denied])  # 0: its own limits
-    return b"".join([*code, *_looked_into(column), _op(_RETURN, _ALLOW)])
+    return b"".join([*code, *_refused_arguments(column), _op(_RETURN, _ALLOW)])
 
 
 def _column(machine: str) -> int:
-    """Which of the two numbers of a call is this machine's."""
+    """The index of this machine's number among the two of a call."""
     if machine not in ("x86_64", "aarch64"):
         raise ConfigError(f'sandbox: "bwrap" knows the system calls of x86_64 and aarch64, not those of {machine}')
     return ("x86_64", "aarch64").index(machine)
 
 
-def _refused(column: int) -> list[bytes]:
-    """The beginning of a filter: calls of another kind of processor, and those that are refused to everybody."""
+def _refused_calls(column: int) -> list[bytes]:
+    """Begin a filter: refuse calls of another kind of processor, and calls that are refused to everybody."""
     denied = _op(_RETURN, _ERRNO | errno.EPERM)
     code = [
         _op(_LOAD, _ARCH_AT),
@@ -219,8 +219,8 @@ def _refused(column: int) -> list[bytes]:
     return [*code, _op(_EQUAL, _CLONE3[column], 0, 1), _op(_RETURN, _ERRNO | errno.ENOSYS)]
 
 
-def _looked_into(column: int) -> list[bytes]:
-    """Calls of which some arguments are refused."""
+def _refused_arguments(column: int) -> list[bytes]:
+    """Refuse some arguments of otherwise allowed calls."""
     denied = _op(_RETURN, _ERRNO | errno.EPERM)
     code = _only_if(_CLONE[column], _ARGUMENT_0_AT, [_op(_ANY_BIT, _NEW_NAMESPACE, 0, 1), denied])
     for call in (_SOCKET, _SOCKETPAIR):
@@ -231,7 +231,7 @@ def _looked_into(column: int) -> list[bytes]:
 
 
 def _only_if(number: int, argument_at: int, rule: list[bytes]) -> list[bytes]:
-    """A rule about the lower half of one argument of one call; what the rule does not refuse is allowed."""
+    """Make a rule about the lower half of one argument of one call; what it does not refuse is allowed."""
     body = [_op(_LOAD, argument_at), *rule, _op(_RETURN, _ALLOW)]
     return [_op(_EQUAL, number, 0, len(body)), *body]
 

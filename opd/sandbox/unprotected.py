@@ -1,4 +1,4 @@
-"""The mode "limits": a program with bounds, in a temporary folder, and nothing between it and this machine."""
+"""Mode "limits": a program with bounds in a temporary folder, and nothing between it and this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from opd.errors import SandboxError
-from opd.sandbox.process import Job, KilledWhy, Process, command, environment, sealed
+from opd.sandbox.process import Job, KilledWhy, Process, command, environment, sealed_file
 
 WARNING = (
     'sandbox: "limits" is no sandbox. A program runs as you: it can read and write your files, see the memory and '
@@ -41,7 +41,7 @@ class Unprotected(Process):
     def start(self) -> None:
         limits = self._job.limits.of_process(processes=None)
         argv = command(self._job, channel=-1, user=None, home=self._home, scratch=self._scratch, kernel_limits=limits)
-        with sealed(self._job.stdin) as stdin:
+        with sealed_file(self._job.stdin) as stdin:
             try:
                 self.spawn(
                     argv,

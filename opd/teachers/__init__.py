@@ -1,1 +1,1 @@
-"""Who scores the student's tokens, what it is shown, and what is stored of it."""
+"""Teachers: models that score the student's tokens, what they are shown, and stores of their scores."""

@@ -1,4 +1,4 @@
-"""The settings of who teaches. No torch here."""
+"""The settings of the teacher. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opd.config import ServerAddress, Strict
 
 
 class TeacherConfig(Strict):
-    """Who teaches: the same model in another role, or another one."""
+    """The teacher: the same model in another role, or another model."""
 
     weights: Literal["live", "frozen", "ema", "synced", "trust_region", "external"] = Field(
         "frozen",

@@ -1,7 +1,7 @@
-"""The words that put privileged context before a teacher: the only place where they stand.
+"""The words that put privileged context before a teacher; they stand nowhere else.
 
-Warm starts, methods and tests all build teacher prompts here, so that what a small model was taught to
-read is, to the letter, what a method later shows it. Each function takes the text of the first user
+Warm starts, methods and tests all build teacher prompts here, so that a method shows a small model, to the
+letter, what the model was taught to read. Each function takes the text of the first user
 message and returns the text that the teacher reads in its place. The student's prompt never passes here.
 """
 
@@ -66,12 +66,12 @@ def with_skill(prompt: str, skill: str, *, template: str = SKILL) -> str:
 
 
 def of_like_task(skill: str, task: str) -> str:
-    """A skill that was made of another task's episodes: what that task was belongs to it."""
+    """Head a skill that was made from another task's episodes with that task."""
     return fill(SKILL_OF_LIKE_TASK, skill=skill, task=task)
 
 
 def episode_text(messages: Iterable[Message]) -> str:
-    """What the assistant did and what came back, a line a message; what stands before its first word is left out."""
+    """Write an episode as text, a line a message, from the assistant's first message on."""
     lines: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
@@ -82,7 +82,7 @@ def episode_text(messages: Iterable[Message]) -> str:
 
 
 def in_first_user_message(messages: list[Message], rewrite: Callable[[str], str]) -> list[Message]:
-    """The messages with the text of their first user message rewritten; the originals stay untouched.
+    """Rewrite the text of the first user message; the messages given stay untouched.
 
     Raises ValueError when there is none: privileged text would go nowhere.
     """
@@ -97,14 +97,14 @@ def in_first_user_message(messages: list[Message], rewrite: Callable[[str], str]
 
 
 def in_last_message(messages: list[Message], rewrite: Callable[[str], str]) -> list[Message]:
-    """The messages with the text of their last one rewritten, whoever speaks; the originals stay untouched.
+    """Rewrite the text of the last message, whoever speaks; the messages given stay untouched.
 
-    It is what the student answers next. Where an environment said nothing, the text is a user's.
+    The student answers this message next. Where an environment said nothing, a user's message is added.
     """
     *before, last = messages or [{"role": "user", "content": ""}]
     return [*before, {**last, "content": rewrite(last["content"])}]
 
 
 def without_thinking(text: str) -> str:
-    """A completion after its last `</think>`; a template may have opened the thinking in the prompt."""
+    """Cut a completion up to its last `</think>`; a template may have opened the thinking in the prompt."""
     return _THINKING.sub("", text)

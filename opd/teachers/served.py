@@ -1,7 +1,7 @@
 """A teacher behind vLLM servers: asked about a step's samples before each pass over them, never held in memory.
 
-It says what vLLM can (`opd.engines.scoring`): the log-prob of each sampled id, or its own top k, at temperature 1.
-What came back stands on the samples as a stored teacher's word does (`opd.teachers.store`), so the losses are the same.
+It answers what vLLM can (`opd.engines.scoring`): the log-prob of each sampled id, or its own top k, at temperature 1.
+Its scores are written into the samples as stored ones are (`opd.teachers.store`), so the losses are the same.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from opd.types import Sample
 
 
 class ServedTeacher:
-    """Asks the servers. With `top_k` it learns their likeliest ids too; 0: of the sampled ones alone."""
+    """Asks servers for scores: of the sampled ids, and with `top_k` > 0 of that many likeliest ids too."""
 
     def __init__(self, scorer: VllmScorer, top_k: int) -> None:
         self.scorer = scorer
         self.top_k = top_k
 
     def asked(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with the teacher's word on their own ids, in the context of their teacher's views.
+        """Return the samples with the teacher's scores of their ids, in the context of their teacher's views.
 
-        Those that it is not to see are not sent, and get a word without weight. Raises EngineError once every retry is
+        Samples without a view are not sent, and get scores that carry no weight. Raises EngineError once every retry is
         spent.
         """
         views = [s.teacher_view for s in samples if s.teacher_view is not None]
@@ -32,14 +32,17 @@ class ServedTeacher:
             return list(samples)
         found = self.scorer.score([v.token_ids for v in views], [v.rows for v in views], top_k=self.top_k or None)
         scores = iter(found)
-        return [_told(s, next(scores) if s.teacher_view else self._nothing(sum(s.completion_mask))) for s in samples]
+        return [
+            _with_scores(s, next(scores) if s.teacher_view else self._weightless_scores(sum(s.completion_mask)))
+            for s in samples
+        ]
 
-    def _nothing(self, count: int) -> Scores:
+    def _weightless_scores(self, count: int) -> Scores:
         ids, logprob = list(range(self.top_k)), -math.log(max(self.top_k, 1))
         return Scores([0.0] * count, [ids] * count, [[logprob] * self.top_k] * count)
 
 
-def _told(sample: Sample, scores: Scores) -> Sample:
+def _with_scores(sample: Sample, scores: Scores) -> Sample:
     top = bool(scores.top_ids and scores.top_ids[0])
     return replace(
         sample,

@@ -1,8 +1,8 @@
-"""What a teacher said of sequences, on disk: scored once, read by any number of runs that hold no teacher.
+"""Scores of a teacher on disk: computed once, read by any number of runs that hold no teacher.
 
-A store is a folder: `store.json` says what all of its scores depend on, and append-only shards hold sequences of token
-ids, which of these were sampled, and for each of those the teacher's log-prob, the entropy of its distribution and,
-where the store has them, its `top_k` likeliest ids. A shard is written aside, flushed and renamed, and its name ends in
+A store is a folder: `store.json` says what its scores depend on, and append-only shards hold sequences of token ids,
+the mask of sampled ids, and for each sampled id the teacher's log-prob, the entropy of its distribution and, where the
+store has them, its `top_k` likeliest ids. A shard is written aside, flushed and renamed, and its name ends in
 the hash of its content: it is whole or absent, and a byte that changed later is found when the shard is opened.
 """
 
@@ -38,20 +38,22 @@ _PER_POSITION: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scorer:
-    """All that a score depends on beside the ids that were scored."""
+    """Everything that a score depends on beside the scored ids."""
 
     teacher: str
-    """Fingerprint of the teacher's weights (`opd.models.identity`); so are tokenizer and template of what it read."""
+    """Fingerprint of the teacher's weights (`opd.models.identity`)."""
     tokenizer: str
+    """Fingerprint."""
     template: str
+    """Fingerprint of the chat template of what it read."""
     temperature: float
-    """Divides the logits of what is stored."""
+    """The logits were divided by it."""
     top_k: int
     """How many likeliest ids are stored at each position; 0 for none."""
 
 
 class Scored(NamedTuple):
-    """What the teacher says of one sequence with N sampled tokens."""
+    """A teacher's scores of one sequence with N sampled tokens."""
 
     logprobs: Sequence[float]
     """[N] nats, of the sampled ids."""
@@ -71,13 +73,13 @@ class Tokens(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """The same for the same ids and mask."""
+        """A key that equal ids and masks share."""
         ids, mask = (np.asarray(values, dtype) for values, dtype in zip(self, _PER_TOKEN.values(), strict=True))
         return sha256(ids.tobytes() + mask.tobytes()).digest()[:_KEY_BYTES]
 
 
 class _Place(NamedTuple):
-    """Where an entry lies in its shard."""
+    """The place of an entry in its shard."""
 
     shard: Path
     tokens: slice
@@ -85,12 +87,12 @@ class _Place(NamedTuple):
 
 
 class Store:
-    """A folder of scores, all by the same scorer. Raises DataError for anything that is not what it was."""
+    """A folder of scores, all by the same scorer. Raises DataError where a file is not what was written."""
 
     def __init__(self, folder: Path, scorer: Scorer, *, about: Mapping[str, Any]) -> None:
-        """Open the store in `folder` for `scorer`, or begin it; `about` is kept for a reader, and never compared.
+        """Open the store in `folder` for `scorer`, or begin it; `about` is kept for human readers, and never compared.
 
-        Raises DataError naming all that differs, with both values, where the store was made by another scorer.
+        Raises DataError naming everything that differs, with both values, where another scorer made the store.
         """
         self.folder = folder
         if (folder / "store.json").exists():
@@ -112,7 +114,7 @@ class Store:
         _write_whole(self.folder / "store.json", json.dumps(header, indent=1).encode())
 
     def check(self, scorer: Scorer) -> None:
-        """Raises DataError naming all in which `scorer` is not the one that made the store."""
+        """Raise DataError, naming everything that differs, where `scorer` did not make the store."""
         there, here = asdict(self.scorer), asdict(scorer)
         differing = [
             f"{name} ({there[name]!r} there, {here[name]!r} here)" for name in there if there[name] != here[name]
@@ -124,7 +126,7 @@ class Store:
             )
 
     def __len__(self) -> int:
-        """Sequences."""
+        """The number of sequences."""
         return len(self._places)
 
     def __contains__(self, sequence: Tokens) -> bool:
@@ -132,16 +134,16 @@ class Store:
 
     @property
     def positions(self) -> int:
-        """Sampled tokens that have scores."""
+        """The number of sampled tokens that have scores."""
         return sum(place.positions.stop - place.positions.start for place in self._places.values())
 
     @property
     def bytes(self) -> int:
-        """On the disk."""
+        """The size on disk, in bytes."""
         return sum(path.stat().st_size for path in [*_shards(self.folder), self.folder / "store.json"])
 
     def sequences(self) -> Iterator[Tokens]:
-        """All that were scored, shard by shard."""
+        """Yield every scored sequence, shard by shard."""
         for place in self._places.values():
             yield Tokens(*(self._read(place, name, place.tokens) for name in _PER_TOKEN))
 
@@ -180,7 +182,7 @@ class Store:
         self._index(path)
 
     def _index(self, shard: Path) -> None:
-        """Verify a shard, and note where its entries lie."""
+        """Verify a shard, and note the places of its entries."""
         columns = _verified(shard)
         tokens, positions = (np.concatenate([[0], columns[name].cumsum()]).tolist() for name in ("lengths", "counts"))
         for n, key in enumerate(columns["keys"]):
@@ -195,7 +197,7 @@ class Store:
 
 
 def read_header(folder: Path) -> tuple[Scorer, dict[str, Any], int]:
-    """What a store's scores depend on, what else is known about it, and how many shards it had at most.
+    """Read what a store's scores depend on, what else is known about it, and how many shards it had at most.
 
     Raises DataError where there is no store.
     """
@@ -210,13 +212,13 @@ def read_header(folder: Path) -> tuple[Scorer, dict[str, Any], int]:
 
 
 def open_store(folder: Path) -> Store:
-    """A store that is there, whoever scored it. Raises DataError where there is none, or it is damaged."""
+    """Open an existing store, whoever scored it. Raises DataError where there is none, or it is damaged."""
     scorer, about, _ = read_header(folder)
     return Store(folder, scorer, about=about)
 
 
 def count(folder: Path) -> int:
-    """How many sequences a store's shards say that they hold; nothing is verified, and none where there is no store."""
+    """Count the sequences by what the shards say, without verifying them; 0 where there is no store."""
     total = 0
     for shard in _shards(folder):
         try:
@@ -228,7 +230,7 @@ def count(folder: Path) -> int:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a store, shard by shard; empty for one that is whole."""
+    """List what is wrong with a store, shard by shard; empty for a whole one."""
     try:
         _, _, shards = read_header(folder)
     except DataError as error:
@@ -250,7 +252,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def _check_entries(shard: Path, columns: Mapping[str, NDArray[Any]]) -> None:
-    """Whether every key is that of its sequence, and every sequence has as many scores as sampled tokens."""
+    """Raise DataError unless each key is that of its sequence, and each sampled token has a finite log-prob."""
     ends = columns["lengths"].cumsum()
     for n, (end, length) in enumerate(zip(ends, columns["lengths"], strict=True)):
         rows = slice(end - length, end)
@@ -262,7 +264,7 @@ def _check_entries(shard: Path, columns: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _columns(scored: Sequence[tuple[Tokens, Scored]], keys: Sequence[bytes], top_k: int) -> dict[str, NDArray[Any]]:
-    """A shard's tensors: entries one after the other, with their lengths.
+    """Pack entries into a shard's tensors: one entry after the other, with their lengths.
 
     Raises DataError for scores that do not fit their sequence.
     """
@@ -287,7 +289,7 @@ def _columns(scored: Sequence[tuple[Tokens, Scored]], keys: Sequence[bytes], top
 
 
 def _verified(shard: Path) -> dict[str, NDArray[Any]]:
-    """A shard's tensors, after its content was compared with the hash in its name. Raises DataError."""
+    """Read a shard's tensors and compare its content with the hash in its name. Raises DataError."""
     match = _NAME.fullmatch(shard.name)
     assert match is not None
     try:

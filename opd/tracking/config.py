@@ -1,4 +1,4 @@
-"""The settings of where numbers go. No torch here."""
+"""The settings of tracking. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from opd.config import Strict
 
 
 class TrackingConfig(Strict):
-    """Where numbers go. `metrics.jsonl` and `rollouts.jsonl` are always written."""
+    """Where the numbers of a run are written. `metrics.jsonl` and `rollouts.jsonl` are always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a key, offline without one, off where wandb is not installed."

@@ -23,18 +23,18 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
-"""Without a terminal, the least time between two lines ..."""
+"""Without a terminal: the least seconds between two lines."""
 PLAIN_LINES = 50
-"""... and about the most lines in a run."""
+"""Without a terminal: about the most lines in a run."""
 ETA_STEPS = 20
-"""The remaining time is judged by this many last steps."""
+"""The remaining time is estimated from this many last steps."""
 
 _SPARK = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(slots=True, kw_only=True)
 class _State:
-    """What is known of the run, and how it reads."""
+    """The state of a run, and the texts that show it."""
 
     total: int
     done: int
@@ -62,7 +62,7 @@ class _State:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to the last step, by the pace of the last steps; None before the first."""
+        """Estimate the seconds to the run's end from the last steps; None before the first."""
         if len(self.ends) < 2:
             return None
         return (self.total - self.done) * (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
@@ -90,7 +90,7 @@ class _State:
 
     @property
     def sparkline(self) -> str:
-        """The last rewards as bars, from the lowest to the highest among them."""
+        """Draw the last rewards as bars, from the lowest to the highest among them."""
         low, high = min(self.rewards, default=0.0), max(self.rewards, default=0.0)
         scale = (len(_SPARK) - 1) / (high - low) if high > low else 0.0
         return "".join(_SPARK[round((value - low) * scale)] for value in self.rewards)
@@ -118,17 +118,17 @@ class RunConsole:
         self._last_line = (-math.inf, -math.inf)
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         self.show(Text(line, style="dim"))
 
     def show(self, renderable: RenderableType) -> None:
-        """Anything that rich can print."""
+        """Print anything that rich can print."""
         if self._enabled:
             self._console.print(renderable, soft_wrap=isinstance(renderable, Text))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say that this is going on."""
+        """Show the name of what is going on."""
         self._open()
         self._state.phase, self._state.episodes = name, 0
         try:
@@ -137,12 +137,12 @@ class RunConsole:
             self._state.phase, self._state.episodes = None, 0
 
     def episode(self) -> None:
-        """One more episode of the step at hand, or of the phase, is finished."""
+        """Count one more finished episode of the current step or phase."""
         self._open()
         self._state.episodes += 1
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
-        """A step is done; `row` holds its numbers."""
+        """Count a finished step; `row` holds its numbers."""
         self._open()
         self._state.add(step, row)
         if not self._animated and self._line_is_due():
@@ -215,7 +215,7 @@ def _move_log_handlers(old: tuple[TextIO, TextIO], new: tuple[TextIO, TextIO]) -
 
 
 def span(seconds: float | None) -> str:
-    """A duration as 0:07, 12:34 or 1:02:03."""
+    """Write a duration as 0:07, 12:34 or 1:02:03."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""JSON lines on disk: append-only, whole rows, and cut back atomically when a run resumes.
+"""JSON lines on disk: appended as whole rows, and cut back atomically when a run resumes.
 
 A number that JSON cannot hold (nan, inf) is written as null: every reader copes with that, and a diverged
 loss leaves its trace in the file instead of an exception in the middle of training.
@@ -36,10 +36,10 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; [] where there is none.
+    """Read the rows of a file; [] where there is none.
 
-    What follows the last line break is a row that a killed process left half written, and is not counted.
-    Raises DataError, with the line's number, for a whole line that is no row.
+    A row after the last line break was left half written by a killed process, and is not counted. Raises DataError,
+    with the line's number, for a whole line that is no row.
     """
     return [row for row, _ in _lines(path)]
 
@@ -87,7 +87,7 @@ def _lines(path: Path) -> list[tuple[Row, bytes]]:
 
 
 def numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics as plain int and float, whatever kind of scalar they were. Raises DataError with the key."""
+    """Convert metrics to plain int and float, whatever kind of scalar they are. Raises DataError with the key."""
     plain: dict[str, float] = {}
     for key, value in metrics.items():
         try:
@@ -98,25 +98,25 @@ def numbers(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def json_row(step: int, plain: Mapping[str, float]) -> Row:
-    """One row of metrics.jsonl."""
+    """Write one row of metrics.jsonl as text."""
     return {"step": step} | {key: value if math.isfinite(value) else None for key, value in plain.items()}
 
 
 def episode_row(step: int, trajectory: Trajectory) -> Row:
-    """One row of rollouts.jsonl: the outcome first, the conversation last."""
+    """Make one row of rollouts.jsonl: the outcome first, the conversation last."""
     turns = trajectory.turns
     return {
         "step": step,
         "task": trajectory.task.id,
         "seed": trajectory.task.seed,
         "member": trajectory.member,
-        "reward": _finite(trajectory.reward),
+        "reward": _null_unless_finite(trajectory.reward),
         "success": trajectory.success,
         "terminated": trajectory.terminated,
         "truncated": trajectory.truncated,
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
-        "rewards": [_finite(turn.reward) for turn in turns],
+        "rewards": [_null_unless_finite(turn.reward) for turn in turns],
         "reward_parts": trajectory.reward_parts,
         "stop_reasons": [str(turn.stop_reason) for turn in turns],
         "feedback": [turn.feedback for turn in turns],
@@ -126,5 +126,5 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
     }
 
 
-def _finite(value: float) -> float | None:
+def _null_unless_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

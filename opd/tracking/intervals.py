@@ -54,8 +54,8 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = 
     phi = _correlation(both, gained, lost, neither)
 
     change = (gained - lost) / n
-    down = _joined(rate_after - low_after, high_before - rate_before, phi)
-    up = _joined(high_after - rate_after, rate_before - low_before, phi)
+    down = _joined_length(rate_after - low_after, high_before - rate_before, phi)
+    up = _joined_length(high_after - rate_after, rate_before - low_before, phi)
     return change, change - down, change + up
 
 
@@ -70,6 +70,6 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
     return product / math.sqrt(margins)
 
 
-def _joined(a: float, b: float, phi: float) -> float:
+def _joined_length(a: float, b: float, phi: float) -> float:
     """The length of the difference of two deviations with correlation phi."""
     return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))

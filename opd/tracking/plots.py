@@ -33,14 +33,14 @@ class Curve:
     """One line of a picture; all sequences have one entry a point."""
 
     label: str
-    """Stands beside the last point, before the last value; may be empty where there is one curve."""
+    """Text beside the last point, before the last value; may be empty where there is one curve."""
     steps: Sequence[float]
     values: Sequence[float]
     low: Sequence[float] | None = None
-    """The lower ends of the intervals; drawn as a band."""
+    """The lower ends of the intervals; with `high` drawn as a band."""
     high: Sequence[float] | None = None
     marked: bool = False
-    """A dot on each point: for the few points of an evaluation, not for each step."""
+    """Draw a dot on each point: for the few points of an evaluation, not for each step."""
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -51,7 +51,7 @@ class Curve:
 
 
 def success_curve(label: str, steps: Sequence[float], successes: Sequence[int], n: Sequence[int]) -> Curve:
-    """Success rates with their 95% Wilson intervals: `successes[i]` of `n[i]` tasks after `steps[i]`."""
+    """Make a curve of success rates with 95% Wilson intervals: `successes[i]` of `n[i]` tasks after `steps[i]`."""
     bounds = [wilson(solved, played) for solved, played in zip(successes, n, strict=True)]
     return Curve(
         label=label,
@@ -64,9 +64,9 @@ def success_curve(label: str, steps: Sequence[float], successes: Sequence[int], 
 
 
 def running_mean(label: str, steps: Sequence[float], values: Sequence[float], *, window: int | None = None) -> Curve:
-    """The mean over `window` steps about each step, and where that mean lies with 95% confidence.
+    """Make a curve of the mean over `window` steps about each step, with its 95% confidence interval.
 
-    For numbers that jump from step to step. By default the window is a tenth of the run, at least 5 steps.
+    It is meant for numbers that jump from step to step. By default the window is a tenth of the run, at least 5 steps.
     The band is 1.96 standard errors of the window's mean.
     """
     half = (window or max(5, len(values) // 10)) // 2
@@ -101,9 +101,9 @@ def curves(
 
 
 def run_picture(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
-    """The picture of one run from the rows of its metrics.jsonl: reward over steps, and held-out success.
+    """Draw one run from the rows of its metrics.jsonl: reward over steps, and held-out success.
 
-    Draws the panels that there are numbers for; without any, no file.
+    Draws the panels that there are numbers for; without any, writes no file.
     """
     panels: list[tuple[Curve, str, bool]] = []
     rewards = _series(rows, "reward/mean")
@@ -127,7 +127,7 @@ def run_picture(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str) ->
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """Make an empty figure of so many inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -168,7 +168,7 @@ def _draw(axes: Axes, runs: Sequence[Curve], *, ylabel: str, percent: bool, xlab
 
 
 def _dress(axes: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
-    """Axes that stay out of the way of the data."""
+    """Style the axes so that they stay out of the way of the data."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes.set_xlabel(xlabel, fontsize=11, color=_FAINT)
@@ -186,7 +186,7 @@ def _dress(axes: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
 
 
 def _label_ends(axes: Axes, runs: Sequence[Curve], percent: bool) -> None:
-    """Each curve's name and last value beside its last point, pushed apart where they would touch."""
+    """Write each curve's name and last value beside its last point, pushed apart where they would touch."""
     low, high = axes.get_ylim()
     wanted = [(curve.values[-1] - low) / (high - low) for curve in runs]
     for curve, color, height in zip(runs, COLORS, spread(wanted, _LABEL_GAP), strict=False):
@@ -198,7 +198,7 @@ def _label_ends(axes: Axes, runs: Sequence[Curve], percent: bool) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions as near to the wanted ones as may be, in their order, at least `gap` apart, in [0, 1] if they fit."""
+    """Move positions apart by at least `gap`, as little as possible and in their order; in [0, 1] if they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [min(max(wanted[i], 0.0), 1.0) for i in order]
     for i in range(1, len(placed)):

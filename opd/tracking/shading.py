@@ -32,18 +32,18 @@ class ShadedToken:
     text: str
     kind: Literal["prompt", "completion"]
     nats: float | None
-    """How much the teacher disagreed; None where it was not asked (every prompt token)."""
+    """How much the teacher disagreed; None where it was not asked, as for every prompt token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shade:
-    """How tokens from `least` nats on look, up to the next shade's `least`."""
+    """The look of tokens from `least` nats on, up to the next shade's `least`."""
 
     least: float
     ground: str
     ink: str
     marks: tuple[str, str] = ("", "")
-    """What stands around the token where there is no colour."""
+    """Text before and after the token where there is no colour."""
 
 
 # From light to dark, so that the order survives every colour vision and a grey print.
@@ -67,16 +67,16 @@ def shade_of(token: ShadedToken) -> Shade | None:
 
 
 def shade_episode(tokens: Sequence[ShadedToken], *, title: str) -> RenderableType:
-    """The episode for `rich.print` or `Console.print`; prompts are dim, a legend stands below.
+    """Shade an episode for `rich.print` or `Console.print`; prompts are dim, a legend stands below.
 
     Raises DataError when nothing was sampled.
     """
-    return _Episode(_checked(tokens), title)
+    return _Episode(_check_tokens(tokens), title)
 
 
 @dataclass(frozen=True, slots=True)
 class _Episode:
-    """Decides when it is printed: only the console knows whether there is colour."""
+    """Renders the episode when it is printed: only the console knows whether there is colour."""
 
     tokens: Sequence[ShadedToken]
     title: str
@@ -85,14 +85,14 @@ class _Episode:
         colored = console.color_system is not None and not console.no_color
         yield Text(self.title, style="bold")
         yield Text()
-        yield Text("").join(_styled(token, colored) for token in self.tokens)
+        yield Text("").join(_style_text(token, colored) for token in self.tokens)
         yield Text()
         yield _legend(colored)
         yield Text(_statistics(self.tokens), style="dim")
 
 
-def _styled(token: ShadedToken, colored: bool) -> Text:
-    text = _visible(token)
+def _style_text(token: ShadedToken, colored: bool) -> Text:
+    text = _make_visible(token)
     if token.kind == "prompt":
         return Text(text, style="dim")
     shade = shade_of(token)
@@ -129,14 +129,14 @@ def _statistics(tokens: Sequence[ShadedToken]) -> str:
     return f"{len(scored)} sampled tokens, mean {mean:.2g} nats, most {most:.2g} at {text!r}"
 
 
-def _visible(token: ShadedToken) -> str:
-    """The text without what would steer a terminal (a model may sample escape codes), shaded breaks shown."""
+def _make_visible(token: ShadedToken) -> str:
+    """Remove what would steer a terminal (a model may sample escape codes), and make shaded line breaks visible."""
     text = token.text.replace("\t", "    ")
     text = "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
     return text if shade_of(token) is None else text.replace("\n", "↵\n")
 
 
-def _checked(tokens: Sequence[ShadedToken]) -> Sequence[ShadedToken]:
+def _check_tokens(tokens: Sequence[ShadedToken]) -> Sequence[ShadedToken]:
     if not any(token.kind == "completion" for token in tokens):
         raise DataError("there is no sampled token to shade")
     return tokens
@@ -158,20 +158,20 @@ _Line = list[tuple[str, ShadedToken]]
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What one speaker says, set in lines."""
+    """The tokens of one speaker, set in lines."""
 
     role: str
     lines: list[_Line]
 
 
 def episode_picture(path: Path, tokens: Sequence[ShadedToken], *, title: str) -> None:
-    """The episode as a PNG: who speaks on the left, tokens on grounds coloured by nats, a legend below.
+    """Draw an episode as a PNG: who speaks on the left, tokens on grounds coloured by nats, a legend below.
 
     Raises DataError when nothing was sampled.
     """
     from matplotlib.figure import Figure
 
-    blocks = list(_blocks(_checked(tokens)))
+    blocks = list(_blocks(_check_tokens(tokens)))
     lines = sum(len(block.lines) + 0.6 for block in blocks)
     width = 2 * _MARGIN + _SIDE + _COLUMNS * _ADVANCE
     height = 2 * _MARGIN + (lines + 3.2) * _LEADING
@@ -207,11 +207,11 @@ def _blocks(tokens: Sequence[ShadedToken]) -> Iterator[_Block]:
 
 
 def _set_in_lines(tokens: Iterable[ShadedToken]) -> list[_Line]:
-    """Broken at line breaks and, between tokens where it can be, at the right margin; no empty lines."""
+    """Break tokens into lines at line breaks and, between tokens if possible, at the right margin; drop empty lines."""
     lines: list[_Line] = [[]]
     used = 0
     for token in tokens:
-        for number, part in enumerate(_visible(token).split("\n")):
+        for number, part in enumerate(_make_visible(token).split("\n")):
             if number or (used + len(part) > _COLUMNS and used):
                 lines.append([])
                 used = 0
@@ -231,7 +231,7 @@ def _draw_line(axes: Axes, line: _Line, y: float) -> None:
         if shade is not None:
             _draw_ground(axes, x, y, len(text) * _ADVANCE, shade)
         ink = shade.ink if shade else _INK if token.kind == "completion" else _FAINT
-        _write(axes, x, y, _drawable(text), fontsize=_SIZE, family="DejaVu Sans Mono", color=ink)
+        _write(axes, x, y, _replace_undrawable(text), fontsize=_SIZE, family="DejaVu Sans Mono", color=ink)
         x += len(text) * _ADVANCE
 
 
@@ -242,7 +242,7 @@ def _draw_legend(axes: Axes, y: float, tokens: Sequence[ShadedToken]) -> None:
         _draw_ground(axes, x, y, 7 * _ADVANCE, shade)
         _write(axes, x + 3.5 * _ADVANCE, y, f"{shade.least:g}+", fontsize=_SIZE, color=shade.ink, ha="center")
         x += 7 * _ADVANCE
-    _write(axes, x + 2 * _ADVANCE, y, _drawable(_statistics(tokens)), fontsize=9, color=_FAINT)
+    _write(axes, x + 2 * _ADVANCE, y, _replace_undrawable(_statistics(tokens)), fontsize=9, color=_FAINT)
 
 
 def _draw_ground(axes: Axes, x: float, y: float, width: float, shade: Shade) -> None:
@@ -258,8 +258,8 @@ def _write(axes: Axes, x: float, y: float, text: str, **font: Any) -> None:
     axes.text(x, y + 0.35 * font["fontsize"], text, va="baseline", parse_math=False, **font)
 
 
-def _drawable(text: str) -> str:
-    """The text without characters that the picture's font has no shape for."""
+def _replace_undrawable(text: str) -> str:
+    """Replace characters that the picture's font has no shape for."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties(family="DejaVu Sans Mono")))

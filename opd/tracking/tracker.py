@@ -1,4 +1,4 @@
-"""One object for everything that a run tells about itself."""
+"""The tracker: the loop gives it rows and episodes, and it writes them to files, wandb and the terminal."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Successes(Protocol):
 
     @property
     def played(self) -> int:
-        """How many were measured."""
+        """The number of tasks that were measured."""
         ...
 
     @property
     def broken(self) -> int:
-        """How many were not measured, because their environment broke."""
+        """The number of tasks that were not measured because their environment broke."""
         ...
 
 
@@ -82,7 +82,7 @@ class Tracker:
         self.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The row of a step, once each and in order. Raises DataError for what is no number, or out of order."""
+        """Write the row of a step, once each and in order. Raises DataError for what is no number, or out of order."""
         if step <= self._last_step:
             raise DataError(f"step {step} cannot be logged after step {self._last_step}: one row a step, in order")
         plain = numbers(self._pending | dict(metrics))
@@ -93,15 +93,15 @@ class Tracker:
         self._console.step(step, plain)
 
     def prepared(self, made: Mapping[str, float]) -> None:
-        """Say what a stage made before its first step; the numbers are for the row of that step."""
+        """Print what a stage made before its first step; its numbers join the row of that step."""
         if made:
             self._console.say("prepared: " + ", ".join(f"{name} {value:.5g}" for name, value in made.items()))
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation of the weights after `step` steps: a row of evals.jsonl.
+        """Write an evaluation of the weights after `step` steps as a row of evals.jsonl.
 
-        Its numbers also join the row of metrics.jsonl that is logged next. Before training there is none:
-        every row there is a training step, so those of step 0 are in evals.jsonl and in wandb alone.
+        Its numbers also join the next row of metrics.jsonl. Those of step 0 do not, since every row there is a
+        training step: they are in evals.jsonl and in wandb alone.
         """
         plain = numbers(metrics)
         self._evals.write(json_row(step, plain))
@@ -119,7 +119,7 @@ class Tracker:
             self._rollouts.write(episode_row(step, trajectory))
 
     def episode_finished(self, _: Trajectory) -> None:
-        """An episode of the step at hand is over: the terminal counts it."""
+        """Count one finished episode of the current step in the terminal."""
         self._console.episode()
 
     @contextmanager
@@ -138,7 +138,7 @@ class Tracker:
         after: Successes | None = None,
         change: tuple[float, float, float] | None = None,
     ) -> None:
-        """The end of a run that went well: the picture, and a table in the terminal.
+        """End a run that went well: draw the picture, and print a table in the terminal.
 
         `before` and `after` are the evaluations of the first and the last weights; `change` is their
         difference with its interval, from `opd.tracking.intervals.paired_difference`.
@@ -163,7 +163,7 @@ class Tracker:
 
 
 class NoTracker:
-    """Of a rank that another one speaks for: takes everything, and tells nobody."""
+    """The tracker of a rank that another one speaks for: takes everything, and writes nothing."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -184,15 +184,15 @@ class NoTracker:
 
 
 def last_row(folder: Path) -> int | None:
-    """The last step that a run's files have a row of; None where there is none, or of an evaluation before it alone."""
+    """Find the last step with a row in a run's files; None where no training step has one."""
     steps = [row["step"] for path in _files(folder) for row in read_rows(path)]
     return max((step for step in steps if step > 0), default=None)
 
 
 def put_rows_aside(folder: Path) -> list[Path]:
-    """Rename the files of a run that is to begin anew, so that no step of it is lost; the new names.
+    """Rename the files of a run that is to begin anew, so that no step of it is lost; return the new names.
 
-    A file that holds nothing but the evaluation before the first step, which comes again, is emptied.
+    A file with nothing but the evaluation before the first step is emptied: that evaluation comes again.
     """
     moved = []
     for path in _files(folder):
@@ -211,7 +211,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """What was measured before training, then the row of every step."""
+    """Read the rows that wandb should show: of the evaluation before training, then of every step."""
     first = [row for row in read_rows(folder / "evals.jsonl") if row["step"] == 0]
     return [*first, *read_rows(folder / "metrics.jsonl")]
 
@@ -263,7 +263,7 @@ def _success(score: Successes) -> Text:
 
 
 def _totals(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
-    """The sum over all rows of each metric under this prefix, without it."""
+    """Sum each metric under this prefix over all rows; the names come without the prefix."""
     sums: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():

@@ -1,4 +1,4 @@
-"""The run as Weights & Biases sees it. A failure here is told once and never ends the training.
+"""A run in Weights & Biases. A failure here is logged once and never ends the training.
 
 wandb's files live in `<run>/wandb/`. The run's id is kept there, so that a resumed run goes on under the
 same id: online the service appends to it. Offline wandb cannot append and opens a new folder, so the rows
@@ -32,7 +32,7 @@ class WandbRun:
         self._run = run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row, under our own step number. nan and inf go as they are: wandb has a form for them."""
+        """Log one row under our own step number. nan and inf go as they are: wandb has a form for them."""
         # commit: without it the row of a given step is held back until the next step comes.
         self._safely(lambda: self._run.log(dict(metrics), step=step, commit=True))
 
@@ -66,7 +66,7 @@ def open_run(
 ) -> WandbRun | None:
     """Open the wandb run of a run folder, or None where wandb is off.
 
-    `history` is what earlier processes of this run logged, [] for a new run; `say` prints a line.
+    `history` holds the rows of earlier processes of this run, [] for a new run; `say` prints a line.
     Raises ConfigError when wandb is asked for by name but not installed.
     """
     if config.wandb == "disabled":
@@ -81,16 +81,7 @@ def open_run(
             ) from error
         say("wandb is not installed: metrics go to the run folder alone")
         return None
-
-    arguments = {
-        "project": config.project,
-        "name": config.name or folder.resolve().name,
-        "dir": str(folder),
-        "id": _run_id(folder / "wandb" / "run-id.txt", keep=bool(history)),
-        "resume": "allow",
-        "reinit": "create_new",  # leave alone any run that the caller's own code has open
-        "config": dict(run_config),
-    }
+    arguments = _arguments(folder, config, run_config, going_on=bool(history))
     try:
         wandb.setup(wandb.Settings(silent=True, console="off"))
         mode = auto_mode() if config.wandb == "auto" else config.wandb
@@ -98,6 +89,21 @@ def open_run(
     except Exception as error:
         _log.warning("wandb cannot start (%s); metrics go to the run folder alone", _first_line(error))
         return None
+
+
+def _arguments(
+    folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, going_on: bool
+) -> dict[str, Any]:
+    """The arguments of `wandb.init`; `going_on` is true where earlier processes logged rows of this run."""
+    return {
+        "project": config.project,
+        "name": config.name or folder.resolve().name,
+        "dir": str(folder),
+        "id": _run_id(folder / "wandb" / "run-id.txt", keep=going_on),
+        "resume": "allow",
+        "reinit": "create_new",  # leave alone any run that the caller's own code has open
+        "config": dict(run_config),
+    }
 
 
 def _start(
@@ -124,7 +130,7 @@ def _start(
 
 
 def auto_mode() -> Literal["online", "offline", "disabled"]:
-    """The user's own WANDB_MODE if there is one, else online if wandb finds a key and offline if not."""
+    """Choose the mode: the user's WANDB_MODE if there is one, else online if wandb finds a key and offline if not."""
     import wandb
 
     wanted = wandb.setup().settings.mode
@@ -142,7 +148,7 @@ def auto_mode() -> Literal["online", "offline", "disabled"]:
 
 
 def _forget_service() -> None:
-    """wandb's own process has died: take its exit hook away, which would print a traceback at the very end."""
+    """Remove the exit hook of wandb's dead process, which would print a traceback at the very end."""
     import wandb
 
     with suppress(Exception):  # it fails as the call before it did, after the hook is gone
@@ -150,7 +156,7 @@ def _forget_service() -> None:
 
 
 def _run_id(path: Path, *, keep: bool) -> str:
-    """The id in this file when a run goes on; a new one, written there, when it starts."""
+    """Read the run's id from this file when the run goes on, else make one and write it there."""
     if keep and path.exists():
         return path.read_text(encoding="utf-8").strip()
     path.parent.mkdir(parents=True, exist_ok=True)

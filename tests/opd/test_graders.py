@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from opd.errors import ConfigError, EnvError
-from opd.sandbox import Grader, Ungraded, graders
+from opd.sandbox import Grader, Ungraded, grader_processes
 
 pytestmark = pytest.mark.slow
 
@@ -73,8 +73,8 @@ def probe(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "probe_grader.py").write_text(PROBE)
     monkeypatch.syspath_prepend(folder)
-    held = graders._Holders()
-    monkeypatch.setattr(graders, "_HOLDERS", held)
+    held = grader_processes.Holders()
+    monkeypatch.setattr(grader_processes, "_HOLDERS", held)
     import probe_grader
 
     yield probe_grader
@@ -87,9 +87,11 @@ def probe(tmp_path, monkeypatch):
 def grader(request, probe, monkeypatch):
     """A grader that runs what it is told, in one of the three ways."""
     if request.param != "bubblewrap":
-        monkeypatch.setattr(graders, "_works_wrapped", lambda: False)
+        monkeypatch.setattr(grader_processes, "_bubblewrap_works", lambda: False)
     else:
-        assert graders._works_wrapped(), "bubblewrap is not tested where it is missing: apt-get install bubblewrap"
+        assert grader_processes._bubblewrap_works(), (
+            "bubblewrap is not tested where it is missing: apt-get install bubblewrap"
+        )
     make = probe.hook_alone if request.param == "hook" else probe.Probe
     return Grader(make, name="probe", time_limit=5)
 
@@ -152,7 +154,7 @@ BENEATH = {  # past Python's audit events: the kernel is what refuses
 @pytest.mark.parametrize("code", BENEATH.values(), ids=BENEATH)
 def test_the_kernel_refuses_what_no_hook_sees(probe, monkeypatch, tmp_path, code, wrapped):
     if not wrapped:
-        monkeypatch.setattr(graders, "_works_wrapped", lambda: False)
+        monkeypatch.setattr(grader_processes, "_bubblewrap_works", lambda: False)
     marker = tmp_path / "marker"
     with suppress(Ungraded):
         Grader(probe.Probe, name="probe", time_limit=5).session().call("swallow", code=code.format(marker=marker))
@@ -236,15 +238,15 @@ def test_a_session_that_is_late_is_ended_at_once(probe):
     session = grader.session()
     with pytest.raises(Ungraded, match="no answer within 1 s"):
         session.call("run", code="__import__('time').sleep(1000)")
-    [holder] = graders._HOLDERS._held.values()
+    [holder] = grader_processes._HOLDERS._held.values()
     assert holder.sessions == 0
 
 
 def test_a_session_that_nobody_closes_ends_and_takes_no_lock(probe):
     grader = Grader(probe.Probe, name="probe")
     session = grader.session()
-    [holder] = graders._HOLDERS._held.values()
-    with holder._lock, graders._HOLDERS._lock:  # held by whoever allocates while garbage is collected
+    [holder] = grader_processes._HOLDERS._held.values()
+    with holder._lock, grader_processes._HOLDERS._lock:  # held by whoever allocates while garbage is collected
         del session
         gc.collect()
     assert holder.sessions == 0
@@ -256,11 +258,11 @@ def test_a_session_that_nobody_closes_ends_and_takes_no_lock(probe):
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_died_or_hangs_is_replaced(probe, monkeypatch, fault):
-    monkeypatch.setattr(graders, "_PATIENCE", 1.0)
-    monkeypatch.setattr(graders, "_works_wrapped", lambda: False)  # the process is then ours to stop
+    monkeypatch.setattr(grader_processes, "_PATIENCE", 1.0)
+    monkeypatch.setattr(grader_processes, "_bubblewrap_works", lambda: False)  # the process is then ours to stop
     grader = Grader(probe.Probe, name="probe")
     assert grader.score("run", text="", code="1") == 1.0
-    [holder] = graders._HOLDERS._held.values()
+    [holder] = grader_processes._HOLDERS._held.values()
     first = holder._process
     first.send_signal(fault)
     if fault == signal.SIGKILL:
@@ -287,13 +289,13 @@ def test_a_grader_that_cannot_be_made_is_an_error_with_its_reason_and_no_score(p
 
 
 def test_a_grader_that_takes_for_ever_to_make_is_an_error(probe, monkeypatch):
-    monkeypatch.setattr(graders, "_START", 2.0)
+    monkeypatch.setattr(grader_processes, "_START", 2.0)
     with pytest.raises(EnvError, match="does not start: no answer within 2 s"):
         Grader(probe.stubborn, name="probe").score("run", text="", code="1")
 
 
 def test_an_interpreter_that_cannot_be_started_is_an_error(probe, monkeypatch):
-    monkeypatch.setattr(graders, "_works_wrapped", lambda: False)
+    monkeypatch.setattr(grader_processes, "_bubblewrap_works", lambda: False)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(EnvError, match=r"does not start: .*/nowhere/python"):
         Grader(probe.Probe, name="probe").score("run", text="", code="1")
@@ -308,20 +310,20 @@ def test_what_cannot_be_sent_and_no_time_are_refused(probe):
 
 def test_where_bubblewrap_is_missing_it_is_said_once(probe, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    graders._works_wrapped.cache_clear()
-    graders._say_once.cache_clear()
+    grader_processes._bubblewrap_works.cache_clear()
+    grader_processes._warn_once.cache_clear()
     try:
         for start in (1, 2):
             assert Grader(partial(probe.Probe, start), name="probe").score("add", text="", number=1) == start + 1
     finally:
-        graders._works_wrapped.cache_clear()
+        grader_processes._bubblewrap_works.cache_clear()
     assert caplog.text.count("bubblewrap (bwrap) does not work here") == 1
     assert "see docs/sandbox.md" in caplog.text
 
 
 def test_graders_of_one_kind_share_a_process_and_few_are_kept(probe, monkeypatch):
-    monkeypatch.setattr(graders, "_MOST_HELD", 2)
-    held = graders._HOLDERS
+    monkeypatch.setattr(grader_processes, "_MOST_HELD", 2)
+    held = grader_processes._HOLDERS
     for start in (0, 1, 0, 2, 3):
         assert Grader(partial(probe.Probe, start), name="probe").score("add", text="", number=0) == start
     assert len(held._held) == 2
@@ -335,15 +337,15 @@ def test_graders_of_one_kind_share_a_process_and_few_are_kept(probe, monkeypatch
 def test_a_forked_process_has_graders_of_its_own(probe):
     grader = Grader(probe.Probe, name="probe")
     assert grader.score("run", text="", code="1") == 1.0
-    before = graders._HOLDERS
-    graders._forget()
+    before = grader_processes._HOLDERS
+    grader_processes._forget()
     try:
-        assert graders._HOLDERS is not before
+        assert grader_processes._HOLDERS is not before
         assert grader.score("run", text="", code="2") == 2.0
-        graders._HOLDERS.close()
+        grader_processes._HOLDERS.close()
     finally:
-        graders._INHERITED.remove(before)
-        graders._HOLDERS = before
+        grader_processes._INHERITED.remove(before)
+        grader_processes._HOLDERS = before
     assert grader.score("run", text="", code="3") == 3.0
 
 
@@ -352,10 +354,10 @@ def test_its_processes_end_with_the_trainer_however_that_ends(tmp_path, end):
     (tmp_path / "probe_grader.py").write_text(PROBE)
     script = (
         "import os, probe_grader\n"
-        "from opd.sandbox import Grader, graders\n"
+        "from opd.sandbox import Grader, grader_processes\n"
         "session = Grader(probe_grader.Probe, name='probe').session()\n"
         "session.call('add', number=1)\n"
-        "[holder] = graders._HOLDERS._held.values()\n"
+        "[holder] = grader_processes._HOLDERS._held.values()\n"
         "print(holder._process.pid, flush=True)\n" + end
     )
     done = subprocess.run(

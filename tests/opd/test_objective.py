@@ -250,14 +250,14 @@ def test_no_gradient_reaches_a_frozen_teacher_and_it_stays_as_it_was(make_model)
     draw = random.Random(5)
     model = make_model(dtype=torch.float64)
     teacher = Teacher(TeacherConfig(weights="frozen", rate=None), model)
-    kept = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    kept = {name: weight.clone() for name, weight in teacher.own.by_name.items()}
     batch = collate([sample(draw)], 0)
     before = teacher.teach(batch).hidden
     assert not before.requires_grad
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
     teacher.update()
-    assert all(torch.equal(weight, kept[name]) for name, weight in teacher.state_dict().items())
+    assert all(torch.equal(weight, kept[name]) for name, weight in teacher.own.by_name.items())
     assert torch.equal(teacher.teach(batch).hidden, before)
 
 
@@ -271,19 +271,19 @@ def test_an_averaged_teacher_is_the_closed_form_of_its_average(make_model):
             parameter.add_(0.1)
         teacher.update()
         expected += 0.25 * (parameter.detach() - expected)
-    torch.testing.assert_close(teacher.state_dict()[name], expected)
+    torch.testing.assert_close(teacher.own.by_name[name], expected)
 
 
 def test_an_averaged_teacher_moves_at_a_rate_that_bfloat16_would_lose(make_model):
     model = make_model(dtype=torch.bfloat16)
     teacher = Teacher(TeacherConfig(weights="ema", rate=0.01), model)
     name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    start = teacher.state_dict()[name].clone()
+    start = teacher.own.by_name[name].clone()
     with torch.no_grad():
         parameter.mul_(1.0625)
     for _ in range(3):
         teacher.update()
-    moved = (teacher.state_dict()[name] - start).abs()
+    moved = (teacher.own.by_name[name] - start).abs()
     assert (moved[start.abs() > 0.1] > 0).all()
 
 
@@ -296,7 +296,7 @@ def test_a_live_teacher_follows_the_student(make_model):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     assert not torch.allclose(teacher.teach(batch).hidden, before)
-    assert teacher.state_dict() == {}
+    assert teacher.own.by_name == {}
 
 
 def test_a_sequence_in_which_nothing_was_sampled_adds_nothing_and_keeps_the_graph(make_model):

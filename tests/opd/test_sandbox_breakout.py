@@ -84,7 +84,7 @@ def test_a_fork_bomb_that_never_gives_up_ends_with_its_time():
 
 
 def test_where_the_kernel_does_not_count_processes_the_watcher_does(monkeypatch):
-    monkeypatch.setattr(bubblewrap, "_countable", lambda processes: None)
+    monkeypatch.setattr(bubblewrap, "_kernel_limit", lambda processes: None)
     outcome = run("import os\nfor _ in range(6): os.fork()\nos.wait()", processes=12, seconds=8.0)
     assert outcome.killed_why == "processes"
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from opd.models import sharding
-from opd.models.sharding import blank_copy, collected, fill, held, largest_gather, swapped, whole, whole_in_turn
+from opd.models.sharding import (
+    blank_copy,
+    collected,
+    fill,
+    held_part,
+    largest_gather,
+    swap_weights,
+    whole,
+    whole_in_turn,
+)
 
 KINDS = [{}, {"tie_word_embeddings": True}, {"lora": True}]
 
@@ -38,14 +47,14 @@ def test_swapped_weights_are_in_place_only_within(make_model):
     others = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
 
     def interrupted():
-        with swapped(parameters, others):
+        with swap_weights(parameters, others):
             assert all(not p.any() and p.dtype == torch.float32 for p in model.parameters())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert held(next(model.parameters())).data_ptr() == next(model.parameters()).data_ptr()
+    assert held_part(next(model.parameters())).data_ptr() == next(model.parameters()).data_ptr()
 
 
 def test_every_weight_comes_once_and_not_too_many_at_a_time(make_model, monkeypatch):

@@ -118,8 +118,8 @@ def test_a_frozen_teacher_of_adapters_is_the_base_model_and_holds_no_more_than_t
         off = plain_logits(model, batch)
     torch.testing.assert_close(logits(teacher, batch), off)
     torch.testing.assert_close(off, plain_logits(base, batch))
-    assert all("lora_" in name for name in teacher.state_dict())
-    assert sum(w.numel() for w in teacher.state_dict().values()) < 0.2 * sum(p.numel() for p in base.parameters())
+    assert all("lora_" in name for name in teacher.own.by_name)
+    assert sum(w.numel() for w in teacher.own.by_name.values()) < 0.2 * sum(p.numel() for p in base.parameters())
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -132,7 +132,7 @@ def test_an_averaged_teacher_scores_with_the_average_of_the_weights(make_model, 
         disturb(model, step)
         teacher.update()
         average = {name: 0.75 * average[name] + 0.25 * p.detach().double() for name, p in trained.items()}
-    for name, weight in teacher.state_dict().items():
+    for name, weight in teacher.own.by_name.items():
         torch.testing.assert_close(weight.double(), average[name], rtol=1e-5, atol=1e-6)
     theirs = copy.deepcopy(model)
     with torch.no_grad():
@@ -232,12 +232,12 @@ def test_a_synced_teacher_without_a_rhythm_or_a_rhythm_without_it_is_refused():
 def test_an_average_of_16_bit_weights_is_kept_in_32_and_arrives_after_many_small_moves(make_model):
     model = make_model(dtype=torch.bfloat16)
     teacher = Teacher(ema(0.01), model)
-    assert {w.dtype for w in teacher.state_dict().values()} == {torch.float32}
+    assert {w.dtype for w in teacher.own.by_name.values()} == {torch.float32}
     disturb(model)
     for _ in range(1000):  # in bfloat16 each of these moves would round to nothing
         teacher.update()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(teacher.state_dict()[name], parameter.detach().float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(teacher.own.by_name[name], parameter.detach().float(), rtol=1e-3, atol=1e-4)
     taught = teacher.teach(batch_of(model))
     assert taught.hidden.dtype == taught.head.weight.dtype == torch.bfloat16
 
@@ -318,16 +318,16 @@ def test_a_saved_average_goes_on_where_it_stopped(make_model):
     teacher, batch = Teacher(ema(0.3), model), batch_of(model)
     disturb(model)
     teacher.update()
-    saved = {name: w.clone() for name, w in teacher.state_dict().items()}
+    saved = {name: w.clone() for name, w in teacher.own.by_name.items()}
     other = Teacher(ema(0.3), model)
     assert not torch.equal(logits(other, batch), logits(teacher, batch))
-    other.load_state_dict(saved)
+    other.own.load_state_dict(saved)
     assert torch.equal(logits(other, batch), logits(teacher, batch))
     other.update()
-    assert all(torch.equal(w, saved[name]) for name, w in teacher.state_dict().items())  # a copy, not the saved one
+    assert all(torch.equal(w, saved[name]) for name, w in teacher.own.by_name.items())  # a copy, not the saved one
 
 
 def test_the_state_of_another_kind_of_teacher_is_refused(make_model):
     frozen = Teacher(FROZEN, make_model())
     with pytest.raises(CheckpointError, match=r"holds 0 weights, this run's \(frozen\) \d+"):
-        frozen.load_state_dict(Teacher(LIVE, make_model()).state_dict())
+        frozen.own.load_state_dict(Teacher(LIVE, make_model()).own.by_name)

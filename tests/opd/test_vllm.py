@@ -384,15 +384,15 @@ def test_scores_that_do_not_fit_at_once_are_asked_for_one_after_the_other(engine
     sequences, rows = [ids(20, n) for n in range(5)], [[3], [18], [0, 7], [], [4]]
     expected = engine.score(sequences, rows, top_k=2)
     monkeypatch.setattr("opd.engines.scoring.SCORE_VALUES", 130)
-    unfinished, most = engine._engine.get_num_unfinished_requests, 0
-    add = engine._engine.add_request
+    unfinished, most = engine._core.llm.get_num_unfinished_requests, 0
+    add = engine._core.llm.add_request
 
     def counted(*arguments):
         nonlocal most
         add(*arguments)
         most = max(most, unfinished())
 
-    monkeypatch.setattr(engine._engine, "add_request", counted)
+    monkeypatch.setattr(engine._core.llm, "add_request", counted)
     assert engine.score(sequences, rows, top_k=2) == expected
     assert most == 2
 

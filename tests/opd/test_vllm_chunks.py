@@ -12,7 +12,8 @@ from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import VllmEngine, engine_args
 from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
-from opd.engines.vllm_server import Replica, VllmServerEngine
+from opd.engines.vllm_replicas import Replica
+from opd.engines.vllm_server import VllmServerEngine
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 
@@ -134,7 +135,7 @@ def test_a_cached_beginning_and_a_piece_of_the_rest_change_no_draw(tight, engine
 
 
 def test_who_is_put_back_in_the_queue_goes_on_with_the_next_draw(tight, engine, model, monkeypatch):
-    scheduler = tight._engine.engine_core.engine_core.scheduler
+    scheduler = tight._core.llm.engine_core.engine_core.scheduler
     again, preempt = [], scheduler._preempt_request
 
     def counted(request, *args, **options):

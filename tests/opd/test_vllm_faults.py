@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from opd.engines import vllm_server
+from opd.engines import vllm_replicas
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.config import VllmConfig
 from opd.engines.scoring import VllmScorer
 from opd.engines.vllm_http import OTHER_MODEL, Server
-from opd.engines.vllm_server import Replica, VllmServerEngine
+from opd.engines.vllm_replicas import Replica
+from opd.engines.vllm_server import VllmServerEngine
 from opd.errors import DataError, EngineError
 
 pytestmark = pytest.mark.slow
@@ -126,8 +127,8 @@ def fakes():
 
 @pytest.fixture
 def make_engine(monkeypatch):
-    monkeypatch.setattr(vllm_server, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(vllm_server, "PROBE_EVERY", 0.05)
+    monkeypatch.setattr(vllm_replicas, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(vllm_replicas, "PROBE_EVERY", 0.05)
     made = []
 
     def make(*fakes, key=None, timeout=20.0, own=None, **config):

@@ -10,15 +10,16 @@ import os
 import random
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from opd.engines import vllm as engines
-from opd.engines import vllm_life
+from opd.engines import vllm_core, vllm_life
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.vllm import VllmEngine
+from opd.engines.vllm_core import Core
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError, ModelError
@@ -197,7 +198,7 @@ def test_an_engine_is_on_the_local_rank_that_the_launcher_gave_it(model, monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
     engine = started(model)
-    assert engine._engine.model_executor.driver_worker.worker.local_rank == 3
+    assert engine._core.llm.model_executor.driver_worker.worker.local_rank == 3
     assert os.environ["LOCAL_RANK"] == "3"
     assert "RANK" not in os.environ
     engine.close()
@@ -210,7 +211,7 @@ def test_an_engine_starts_by_itself_under_a_launcher_whose_groups_nobody_made(mo
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     engine = started(model)
-    assert engine._engine.model_executor.driver_worker.worker.local_rank == 1
+    assert engine._core.llm.model_executor.driver_worker.worker.local_rank == 1
     assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
     assert {name: os.environ[name] for name in told} == told
     engine.close()
@@ -249,7 +250,7 @@ def test_the_current_gpu_is_put_back_also_after_an_error(monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     state = random.getstate()
-    with suppress(ValueError), engines._undisturbed():
+    with suppress(ValueError), vllm_core._process_restored():
         torch.cuda.set_device(0)
         random.seed(0)
         if error:
@@ -316,7 +317,7 @@ def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypat
     def broken(*_, **__):
         raise ModelError("no such thing")
 
-    monkeypatch.setattr(engines, "VllmEngine", Quick)
+    monkeypatch.setattr("opd.engines.vllm.VllmEngine", Quick)
     if missing:
         monkeypatch.setattr(building, missing, broken)
     rollout = {"engine": "vllm", "max_tokens": 8, "max_length": 64, "deterministic": False}
@@ -330,3 +331,13 @@ def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypat
         assert done == ["started"]
         run.close()
     assert done == ["started", "closed"]
+
+
+def test_an_engine_that_is_closed_in_its_sleep_is_woken_before_its_memory_is_freed(model, monkeypatch):
+    told = []
+    monkeypatch.setattr("opd.engines.vllm_core._start", lambda arguments: SimpleNamespace(sleep=lambda level: None))
+    monkeypatch.setattr(vllm_life, "end", lambda engine, asleep: told.append(sorted(asleep)))
+    core = Core(model, {}, sleeps=True)
+    core.sleep()
+    core.close()
+    assert told == [["kv_cache", "weights"]]

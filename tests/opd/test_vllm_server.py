@@ -22,7 +22,8 @@ from opd.engines.scoring import VllmScorer
 from opd.engines.vllm import engine_args
 from opd.engines.vllm_http import Server, sizes
 from opd.engines.vllm_process import OwnServer
-from opd.engines.vllm_server import Replica, VllmServerEngine
+from opd.engines.vllm_replicas import Replica
+from opd.engines.vllm_server import VllmServerEngine
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task

@@ -158,7 +158,7 @@ def test_while_it_trains_no_teacher_is_loaded_or_asked_and_none_is_in_memory(who
 
     def counted(loop, number):
         teacher = loop.models.teacher
-        held.append(teacher.weights or teacher.other)
+        held.append(teacher.own.by_name or teacher.other)
         teacher.teach = lambda batch: pytest.fail("the teacher was asked")
         return step(loop, number)
 

@@ -135,7 +135,7 @@ def test_the_loss_is_the_papers_equation(make_chat, make_model, make_group, beta
         make_chat, make_model, make_group, "RWW", "WWRR", "WW", entropy_beta=beta, form="full"
     )
     loss, gradients = trained(method, model, teacher, samples)
-    old = teacher.state_dict()
+    old = teacher.own.by_name
     initial = make_model(dtype=torch.float64)
     assert all(torch.equal(p, old[name]) for name, p in initial.named_parameters())
 

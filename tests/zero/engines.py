@@ -43,7 +43,7 @@ def work(case, ranks):
     found = []
     for _ in range(2):  # a second engine starts where the first has ended
         engine = VllmEngine(model, config.vllm, config.limits)
-        local_rank = engine._engine.model_executor.driver_worker.worker.local_rank
+        local_rank = engine._core.llm.model_executor.driver_worker.worker.local_rank
         ids = sampled(engine, model, ranks.rank)
         engine.close()
         sums = [summed(ranks.rank + 1, group) for group in (None, ranks.group)]

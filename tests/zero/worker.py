@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
 from opd.launch.train import ranks_of, train
-from opd.models.sharding import held, whole_in_turn
+from opd.models.sharding import held_part, whole_in_turn
 from opd.ranks.join import join
 from opd.ranks.watch import together
 from opd.trainers.loop import loop
@@ -106,11 +106,11 @@ def sizes_of_a_step(case):
     masters = [tensor for name in names for tensor in getattr(optimizer, name, [])]
     moments = [t for state in optimizer.optimizer.state.values() for t in state.values() if t.numel() > 1]
     sizes = {
-        "weights": size(map(held, run.loop.models.student.parameters())),
+        "weights": size(map(held_part, run.loop.models.student.parameters())),
         "gradients": gradients[0],
         "optimiser": size([*masters, *moments]),
-        "teacher": size(run.loop.models.teacher.weights.values()),
-        "copy for rollouts": size(map(held, run.loop.player.scheduler.engine.model.parameters())),
+        "teacher": size(run.loop.models.teacher.own.by_name.values()),
+        "copy for rollouts": size(map(held_part, run.loop.player.scheduler.engine.model.parameters())),
     }
     run.close()
     return sizes
