@@ -47,6 +47,40 @@ class Fault(StrEnum):
         return self in (Fault.TIMEOUT, Fault.CONNECTION, Fault.DIED)
 
 
+class End(StrEnum):
+    """Why an episode ended. An environment ends it, a limit of ours does, or something breaks."""
+
+    FINISHED = "finished"
+    """The environment ended it, and the last completion is whole."""
+    UNREADABLE = "unreadable"
+    """The environment ended it because it could not read the action, and said so: no call in the tool format, no move
+    of the game."""
+    COMPLETION_CUT = "completion_cut"
+    """The environment ended it on a completion that `rollout.max_tokens` had cut."""
+    CONTEXT_CUT = "context_cut"
+    """The environment ended it on a completion that `rollout.max_length` had cut."""
+    ENVIRONMENT_LIMIT = "environment_limit"
+    """A limit of the environment's own ended it: the `truncated` of its step."""
+    MAX_TURNS = "max_turns"
+    """`env.max_turns` turns were played, and the environment would have gone on."""
+    CONTEXT_FULL = "context_full"
+    """The next prompt leaves no room for a completion within `rollout.max_length`."""
+    TIME = "time"
+    """`rollout.episode_timeout` was over."""
+    BROKEN = "broken"
+    """The environment broke, or what it stands on; `Trajectory.failed` says how."""
+
+    @property
+    def terminated(self) -> bool:
+        """The environment ended the episode, as gymnasium means it: the task is over."""
+        return self in (End.FINISHED, End.UNREADABLE, End.COMPLETION_CUT, End.CONTEXT_CUT)
+
+    @property
+    def truncated(self) -> bool:
+        """A limit on turns, tokens or time ended the episode: neither a success nor a fault of the environment."""
+        return self in (End.ENVIRONMENT_LIMIT, End.MAX_TURNS, End.CONTEXT_FULL, End.TIME)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One task of an environment, addressed by number: the same task always has the same seed."""
@@ -107,29 +141,52 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A finished episode. `terminated`, `truncated` and `failed` are three different things."""
+    """A finished episode: its turns, and why it ended.
+
+    Raises DataError where `end` and the rest contradict each other.
+    """
 
     task: Task
     member: int
     """Which of its group this is, 0 to G-1."""
     turns: list[Turn]
+    end: End
+    """Why it ended; `terminated` and `truncated` follow from it."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools that the prompt offers."""
     privileged: dict[str, str] = field(default_factory=dict)
     """What only a teacher may see, by name (`solution`, `plan`, ...)."""
     success: bool = False
-    terminated: bool = False
-    """The environment ended the episode."""
-    truncated: bool = False
-    """A limit on turns, tokens or time ended it: neither a success nor a fault of the environment."""
     failed: str | None = None
-    """Why the environment or the engine broke; such a trajectory is counted and never trained."""
+    """What broke, in words, where `end` is BROKEN; such a trajectory is counted and never trained."""
     fault: Fault | None = None
     """Which kind of failure that was."""
     policy_version: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by part: `env`, `engine`."""
+
+    def __post_init__(self) -> None:
+        if (self.end is End.BROKEN) != (self.failed is not None):
+            raise DataError(f"a trajectory that ended by {self.end} has failed = {self.failed!r}")
+        if self.failed is None and self.fault is not None:
+            raise DataError(f"a trajectory that did not fail has fault = {self.fault}")
+        if self.end is End.BROKEN and self.success:
+            raise DataError("a trajectory that broke cannot have solved its task")
+        if not self.turns and self.end not in (End.CONTEXT_FULL, End.TIME, End.BROKEN):
+            raise DataError(f"a trajectory without turns cannot have ended by {self.end}")
+        if self.end.terminated:
+            cut, says_cut = self.turns[-1].stop_reason, self.end in (End.COMPLETION_CUT, End.CONTEXT_CUT)
+            if (cut is StopReason.LENGTH) != says_cut:
+                raise DataError(f"a trajectory ended by {self.end}, but its last completion by {cut}")
+
+    @property
+    def terminated(self) -> bool:
+        return self.end.terminated
+
+    @property
+    def truncated(self) -> bool:
+        return self.end.truncated
 
     @property
     def reward(self) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opd.errors import DataError
-from opd.types import STREAMS, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
+from opd.types import STREAMS, End, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 TASK = Task(index=3, seed=5)
 
@@ -25,6 +25,7 @@ def turn(prompt, completion, *, forked=False, reward=0.0):
 
 
 def trajectory(*turns, **fields):
+    fields = {"end": End.BROKEN if "failed" in fields else End.FINISHED, **fields}
     return Trajectory(task=TASK, member=1, turns=list(turns), **fields)
 
 
@@ -86,7 +87,7 @@ def test_every_sampled_token_is_in_exactly_one_segment():
 
 
 def test_an_episode_without_turns_has_no_segments():
-    assert trajectory().segments() == []
+    assert trajectory(end=End.CONTEXT_FULL).segments() == []
 
 
 def test_a_reward_is_the_exact_sum_of_the_steps():
@@ -94,9 +95,9 @@ def test_a_reward_is_the_exact_sum_of_the_steps():
 
 
 def test_a_group_trains_neither_what_failed_nor_what_never_spoke():
-    good, silent = trajectory(turn([1], [2])), trajectory(truncated=True)
+    good, silent = trajectory(turn([1], [2])), trajectory(end=End.CONTEXT_FULL)
     broken = trajectory(turn([1], [2]), failed="step 1: it broke")
-    cut = trajectory(turn([1], [2]), truncated=True)
+    cut = trajectory(turn([1], [2]), end=End.MAX_TURNS)
     assert TrajectoryGroup(task=TASK, trajectories=[good, silent, broken, cut]).usable == [good, cut]
 
 
