@@ -3,6 +3,10 @@
 Token ids are lists of int until `opd.objective.collate` pads them into tensors; nothing here imports torch. A
 trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
 train, with which weight). Only a method turns one into the other.
+
+The examples follow one episode of two turns through the file, each going on from those above it; hence so many
+lines in one file. The student reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box"
+(3), says "box" (8) and ends its turn (9).
 """
 
 from __future__ import annotations
@@ -83,7 +87,12 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task of an environment, addressed by number: the same task always has the same seed."""
+    """One task of an environment, addressed by number: the same task always has the same seed.
+
+    >>> task = Task(index=3, seed=5)
+    >>> task.id
+    'train/3'
+    """
 
     index: int
     seed: int
@@ -101,6 +110,25 @@ class Turn:
     `prompt_ids` are the ids *added* since the last completion (the whole prompt at turn 0); `messages`
     are the messages they render. If `forked`, the chat template rewrote the past: the turn starts a new
     sequence, `prompt_ids` is a whole prompt, and `messages` the whole conversation.
+
+    >>> first = Turn(
+    ...     prompt_ids=[1, 2], completion_ids=[7, 9], logprobs=[-0.5, -0.1], stop_reason=StopReason.STOP,
+    ...     messages=[{"role": "user", "content": "Where is it?"}], text="look",
+    ... )
+    >>> second = Turn(
+    ...     prompt_ids=[3], completion_ids=[8, 9], logprobs=[-1.0, -0.25], stop_reason=StopReason.STOP,
+    ...     messages=[{"role": "tool", "content": "a box"}], text="box", reward=1.0,
+    ... )
+
+    Had the template written "look" anew once the answer is there (as 6), the second turn would fork:
+
+    >>> forked = Turn(
+    ...     prompt_ids=[1, 2, 6, 9, 3], completion_ids=[8, 9], logprobs=[-1.0, -0.25], stop_reason=StopReason.STOP,
+    ...     messages=[*first.messages, {"role": "assistant", "content": "look"}, *second.messages], text="box",
+    ...     forked=True,
+    ... )
+    >>> forked.added
+    [{'role': 'tool', 'content': 'a box'}]
     """
 
     prompt_ids: list[int]
@@ -132,7 +160,12 @@ class Turn:
 
 
 class Segment(NamedTuple):
-    """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it."""
+    """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it.
+
+    >>> segment = Segment(start=0, turns=[first, second])
+    >>> [turn.prompt_ids + turn.completion_ids for turn in segment.turns]
+    [[1, 2, 7, 9], [3, 8, 9]]
+    """
 
     start: int
     """The number of the first of these turns in its trajectory."""
@@ -144,6 +177,15 @@ class Trajectory:
     """A finished episode: its turns, and why it ended.
 
     Raises DataError where `end` and the rest contradict each other.
+
+    >>> trajectory = Trajectory(task=task, member=0, turns=[first, second], end=End.FINISHED, success=True)
+    >>> trajectory.reward, trajectory.completion_tokens, trajectory.terminated, trajectory.truncated
+    (1.0, 4, True, False)
+    >>> trajectory.segments() == [segment]
+    True
+    >>> rewritten = Trajectory(task=task, member=1, turns=[first, forked], end=End.MAX_TURNS)
+    >>> rewritten.segments() == [Segment(start=0, turns=[first]), Segment(start=1, turns=[forked])]
+    True
     """
 
     task: Task
@@ -219,7 +261,15 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """The trajectories of one task, in the order of their `member` number."""
+    """The trajectories of one task, in the order of their `member` number.
+
+    >>> broken = Trajectory(
+    ...     task=task, member=2, turns=[first], end=End.BROKEN, failed="step 1: OSError: no box", fault=Fault.RAISED
+    ... )
+    >>> group = TrajectoryGroup(task=task, trajectories=[trajectory, rewritten, broken])
+    >>> [t.member for t in group.usable]
+    [0, 1]
+    """
 
     task: Task
     trajectories: list[Trajectory]
@@ -247,6 +297,12 @@ class TeacherView:
 
     `rows[j]` is the row of the teacher's logits that predicts the j-th completion token of the sample:
     one less than the position of that token in `token_ids`.
+
+    A teacher who also reads the solution (5), at the end of the first prompt:
+
+    >>> view = TeacherView(token_ids=[1, 2, 5, 7, 9, 3, 8, 9], rows=[2, 3, 5, 6], shows=("solution",))
+    >>> view.targets
+    [7, 9, 8, 9]
     """
 
     token_ids: list[int]
@@ -279,14 +335,24 @@ STREAMS = (
 class Sample:
     """One sequence, ready to train: ids, which of them were sampled, and what each of those costs.
 
-    For two turns, `[1, 2] -> [7]` and `[3] -> [8, 9]`:
-
-        token_ids        1 2 7 3 8 9
-        completion_mask  0 0 1 0 1 1
-        turn             0 0 0 1 1 1
-
     Streams are `[T]`, one value a token; outside the mask a weight must be 0 and a log-prob is nan, so
     that a placeholder read as a value poisons the loss where a test sees it.
+
+    >>> sample = to_sample(trajectory, segment, view=view, distill=0.5)
+    >>> sample.token_ids
+    [1, 2, 7, 9, 3, 8, 9]
+    >>> sample.completion_mask
+    [0, 0, 1, 1, 0, 1, 1]
+    >>> sample.turn
+    [0, 0, 0, 0, 1, 1, 1]
+    >>> sample.sampler_logprobs
+    [nan, nan, -0.5, -0.1, nan, -1.0, -0.25]
+    >>> sample.distill_weight
+    [0.0, 0.0, 0.5, 0.5, 0.0, 0.5, 0.5]
+    >>> sample.completion_ids == view.targets
+    True
+    >>> sample.rows  # the student's, beside the teacher's [2, 3, 5, 6]
+    [1, 2, 4, 5]
     """
 
     token_ids: list[int]

@@ -1,10 +1,12 @@
 """The plain data: what a trajectory, a view and a sample accept, and what they derive."""
 
+import doctest
 import math
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import pytest
 
+from opd import types
 from opd.errors import DataError
 from opd.types import STREAMS, End, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
@@ -156,3 +158,14 @@ def test_new_weights_leave_the_old_sample_alone():
     assert old.distill_weight == [0.0, 0.0, 1.0]
     with pytest.raises(DataError, match="was not sampled"):
         replace(old, ce_weight=[1.0, 0.0, 0.0])
+
+
+def test_one_episode_runs_through_the_examples_of_all_types_and_they_are_true():
+    examples = [test for test in doctest.DocTestFinder().find(types, globs={}) if test.examples]
+    shared, runner, report = dict(vars(types)), doctest.DocTestRunner(), []
+    for test in sorted(examples, key=lambda test: test.lineno):
+        test.globs = shared
+        runner.run(test, out=report.append, clear_globs=False)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+    data = {name for name, kind in vars(types).items() if is_dataclass(kind)} | {"Segment"}
+    assert {test.name.removeprefix("opd.types.") for test in examples} == data
