@@ -126,7 +126,7 @@ def test_an_episodes_part_is_the_sum_of_what_was_told_of_it(turns):
         )
         for parts in turns
     ]
-    trajectory = Trajectory(task=task, member=0, turns=made, end=End.FINISHED)
+    trajectory = Trajectory(task=task, member=0, turns=made, end=End.FINISHED if made else End.TIME)
     for name in "abc":
         values = [parts[name] for parts in turns if name in parts]
         numbers = [value for value in values if value is not None]
