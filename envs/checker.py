@@ -158,6 +158,8 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
         seen += _texts(obs, info)
         told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
+        if isinstance(info, dict) and info.get("unreadable") and not terminated:
+            problems.append('step: info["unreadable"] is for a step that ends the episode; terminated is False')
         if terminated or truncated:
             break
     if not _is_text_dict(privileged):  # which is among the problems
@@ -194,6 +196,8 @@ def _info_problems(info: Any, where: str) -> Iterator[str]:
     for key, type_ in (("success", bool | np.bool_), ("feedback", str)):
         if key in info and not isinstance(info[key], type_):
             yield f'{where}: info["{key}"] = {info[key]!r} must be a {"str" if type_ is str else "bool"}'
+    if "unreadable" in info and not isinstance(info["unreadable"], bool | np.bool_):
+        yield f'{where}: info["unreadable"] = {info["unreadable"]!r} must be a bool'
     if "privileged" in info and not _is_text_dict(info["privileged"]):
         yield f'{where}: info["privileged"] = {info["privileged"]!r} must be a dict of str to str'
     if "rewards" in info and not _is_parts(info["rewards"]):

@@ -95,7 +95,7 @@ class SkyRLGymEnv(TextEnv):
         except Ungraded as error:
             logger.warning("skyrl_gym:%s: the action %.200r ends the episode: %s", self._name, action[:200], error)
             self.close()
-            return Reply(terminated=True, feedback="The environment could not take that action.")
+            return Reply(terminated=True, unreadable=True, feedback="The environment could not take that action.")
         self._total += reward
         success = done and self._total >= self.success_threshold - 1e-9  # rewards such as 0.2 / 5 do not add up exactly
         return Reply(messages=messages, reward=reward, terminated=done, success=success)

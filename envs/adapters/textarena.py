@@ -136,7 +136,8 @@ class TextArenaEnv(TextEnv):
         logger.warning("textarena:%s: the move %.200r ends the game: %s", self._name, action[:200], reason)
         self.close()
         told = "The game could not read that move."
-        return Reply(messages=[{"role": "user", "content": told}], terminated=True, feedback=told)
+        messages = [{"role": "user", "content": told}]
+        return Reply(messages=messages, terminated=True, unreadable=True, feedback=told)
 
     def _ending(self, reward: float, reason: str) -> Reply:
         self.close()

@@ -105,7 +105,7 @@ class VerifiersEnv(TextEnv):
         except Ungraded as error:
             logger.warning("verifiers:%s: the text %.200r ends the episode: %s", self._name, action[:200], error)
             self.close()
-            return Reply(terminated=True, feedback="The environment could not take that text.")
+            return Reply(terminated=True, unreadable=True, feedback="The environment could not take that text.")
         if seen["asked"] is not None:
             return Reply(messages=seen["asked"])
         reward = float(seen["reward"])

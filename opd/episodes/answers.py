@@ -44,6 +44,8 @@ class Answer:
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
+    unreadable: bool = False
+    """The environment ended the episode because it could not read the action."""
 
 
 def reset(env: Any, goal: Task) -> Answer:
@@ -72,6 +74,7 @@ def step(env: Any, action: str) -> Answer:
                 seconds=seconds,
                 reward=_reward(reward),
                 terminated=over,
+                unreadable=_unreadable(info, over),
                 truncated=_flag("truncated", truncated)
                 and not over,  # gymnasium's TimeLimit says both at its last step
             )
@@ -105,6 +108,14 @@ def _flag(name: str, value: Any) -> bool:
     if value not in (True, False):  # numpy's are equal to Python's; the text "False" is true
         raise BadAnswer(f"{name} is {_show(value)}; it must be a bool")
     return bool(value)
+
+
+def _unreadable(info: dict[str, Any], over: bool) -> bool:
+    """True if the episode ended because the action could not be read; raises BadAnswer if it goes on all the same."""
+    unreadable = _flag('info["unreadable"]', info.get("unreadable", False))
+    if unreadable and not over:
+        raise BadAnswer('info["unreadable"] is for a step that ends the episode; terminated is False')
+    return unreadable
 
 
 def _address(env: Any, goal: Task) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
+from opd.types import End
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
@@ -103,7 +104,8 @@ def recorded(tmp_path_factory, zero_settings):
         run.close()
 
         def broken(group):
-            return replace(group, trajectories=[replace(t, failed="broken") for t in group.trajectories])
+            how = {"end": End.BROKEN, "failed": "broken", "success": False}
+            return replace(group, trajectories=[replace(t, **how) for t in group.trajectories])
 
         lost = [n for n in range(12, 18) if n % 2] + list(range(18, 24))
         # Rewards of this model are all 0: with others there is something to reinforce.
