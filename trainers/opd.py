@@ -1,7 +1,7 @@
 """OPD: the student acts, and another, stronger model that sees the same prompt scores the student's own tokens.
 
 Source: on-policy distillation as in the recipe of tinker-cookbook (`form: sampled`: the advantage of a token is the
-teacher's log-prob less the student's), GKD (arXiv 2306.13649: `full`, `top_k`), and vOPD (arXiv 2605.07865: `baseline`;
+teacher's log-prob less the student's), GKD (arXiv 2306.13649: `form: exact`), and vOPD (arXiv 2605.07865: `baseline`;
 its own name, `method: vopd`, is this one with the baseline on). Here an episode may have many turns: every token that
 was sampled is scored, in the conversation that it was sampled in.
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from opd.config import setting
 from opd.episodes.config import RolloutConfig
-from opd.losses import Losses
+from opd.losses import Divergence, Losses
 from opd.teachers.config import TeacherConfig
 from opd.trainers.base import Method, register
-from opd.trainers.forms import FormConfig
+from opd.trainers.forms import DivergenceSetting, FormConfig
 from opd.trainers.grpo import PolicyConfig
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
@@ -31,13 +32,13 @@ class OpdConfig(FormConfig):
     """Settings of `method: opd`."""
 
     teacher: TeacherConfig = Field(description="Who teaches: `weights: external` and its `model`.")
-    form: Literal["full", "top_k", "sampled"] = Field(
+    form: Literal["exact", "sampled"] = Field(
         "sampled",
-        description="The sampled token alone (a policy gradient), or whole distributions, or the `top_k` likeliest "
-        "entries (of `support`) and the rest as one.",
+        description="sampled: the sampled token alone, a policy gradient, which on average trains the reverse KL. "
+        "exact: compare distributions, by `divergence`.",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "reverse_kl", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+    divergence: DivergenceSetting = Field(
+        Divergence("reverse_kl", top_k=100, support="student"), description="Of which distributions, and how far."
     )
     teacher_chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."
@@ -48,8 +49,8 @@ class OpdConfig(FormConfig):
         lt=1,
         description="Share of the reward's policy gradient, beside one less this of the teacher; 0 leaves rewards out.",
     )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
+    policy: PolicyConfig = setting(
+        PolicyConfig(), when={"policy_share": True}, description="The policy gradient's settings."
     )
 
     @field_validator("teacher")
@@ -61,12 +62,6 @@ class OpdConfig(FormConfig):
                 "external and model, or choose a method whose teacher sees more (opsd, sdpo)"
             )
         return teacher
-
-    @model_validator(mode="after")
-    def _policy_settings_need_a_share(self) -> OpdConfig:
-        if not self.policy_share and self.policy != PolicyConfig():
-            raise ValueError("policy has no effect while policy_share = 0; set a share, or remove it")
-        return self
 
 
 @register("opd", OpdConfig)

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from opd.backends.config import StageConfig, TrainConfig
 from opd.config import Strict
 from opd.episodes.config import RolloutConfig
-from opd.losses import CrossEntropy, Distill, Losses, check_known
+from opd.losses import CrossEntropy, Distill, Divergence, Losses, check_known
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.trainers.base import Method, register
@@ -130,9 +130,10 @@ class Distilling(_Phase):
     def losses(self) -> Losses:
         temperature = self.config.temperature
         if self.config.variant == "paper":
-            return Losses(distill=Distill(kind="reverse_kl", temperature=temperature))
+            return Losses(distill=Distill(divergence=Divergence("reverse_kl", temperature=temperature)))
         check_known("sd_zero.variant", self.config.variant, ("paper", "code"))
-        return Losses(distill=Distill(kind="mixed_kl", beta=0.5, top_k=64, tail=False, temperature=temperature))
+        mixed = Divergence("mixed_kl", beta=0.5, top_k=64, tail=False, temperature=temperature)
+        return Losses(distill=Distill(divergence=mixed))
 
     @property
     def teacher(self) -> TeacherConfig:

@@ -9,8 +9,9 @@ Left out: the PPO-like clip of equation 13 (the code's detached ratio stands in 
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from opd.config import setting
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.base import register
@@ -34,15 +35,9 @@ class SdpoConfig(HindsightConfig):
         description="Share of the reward's policy gradient, beside one less this of the teacher (equation 3; 0.9 "
         "helps weak models).",
     )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
+    policy: PolicyConfig = setting(
+        PolicyConfig(), when={"policy_share": True}, description="The policy gradient's settings."
     )
-
-    @model_validator(mode="after")
-    def _policy_settings_need_a_share(self) -> SdpoConfig:
-        if not self.policy_share and self.policy != PolicyConfig():
-            raise ValueError("sdpo.policy has no effect while sdpo.policy_share = 0; set a share, or remove it")
-        return self
 
 
 @register("sdpo", SdpoConfig)

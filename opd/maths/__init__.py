@@ -1,1 +1,1 @@
-"""Pure functions on tensors: divergences, log-probs, estimators, advantages."""
+"""The mathematics of the losses: functions of tensors that know no method and no run."""

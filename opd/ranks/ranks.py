@@ -184,7 +184,7 @@ def _meet() -> Ranks:
     import torch
     import torch.distributed as dist
 
-    from opd.ranks.ranks import extensions
+    from opd.ranks import extensions
     from opd.ranks.watch import watch
 
     # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.

@@ -142,8 +142,7 @@ IDLE = "with one update a step all ratios are 1, and no clip acts"
             ["max_teacher_tokens = 500 is less than rollout.max_length = 501"],
         ),
         (
-            "method: sdpo\nsdpo: {max_ratio: null, form: sampled, divergence: reverse_kl}\n"
-            "rollout: {group_size: 4, temperature: 0.7}",
+            "method: sdpo\nsdpo: {max_ratio: null, form: sampled}\nrollout: {group_size: 4, temperature: 0.7}",
             [],
         ),
     ],

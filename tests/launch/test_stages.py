@@ -15,7 +15,7 @@ from opd.launch import config as launch_config
 from opd.launch.build import build
 from opd.launch.plan import plan
 from opd.launch.train import train
-from opd.losses import CrossEntropy, Distill, Losses
+from opd.losses import CrossEntropy, Distill, Divergence, Losses
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
 from opd.trainers import base
@@ -50,7 +50,7 @@ class Follow(Method):
     """Distils the model as it was when this stage began, on tasks of its own."""
 
     first_task = 5
-    losses = Losses(distill=Distill(kind="reverse_kl", temperature=1.0))
+    losses = Losses(distill=Distill(divergence=Divergence("reverse_kl")))
     teacher = TeacherConfig(weights="frozen", rate=None)
 
     def annotate(self, group):

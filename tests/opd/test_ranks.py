@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError
-from opd.ranks.ranks import Ranks, extensions, local_device, ranks, started_ranks, without_launcher
+from opd.ranks import extensions, ranks
+from opd.ranks.ranks import Ranks, local_device, started_ranks, without_launcher
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

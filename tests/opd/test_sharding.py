@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd.models.loading import sharding
+from opd.models import sharding
 from opd.models.sharding import blank_copy, collected, fill, held, largest_gather, swapped, whole, whole_in_turn
 
 KINDS = [{}, {"tie_word_embeddings": True}, {"lora": True}]

@@ -10,7 +10,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM
 
 from opd.errors import CheckpointError, ModelError
-from opd.losses import Distill, Losses
+from opd.losses import Distill, Divergence, Losses
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
 from opd.objective.objective import objective
@@ -19,7 +19,7 @@ from opd.teachers.teacher import Teacher
 
 LIVE = TeacherConfig(weights="live", rate=None)
 FROZEN = TeacherConfig(weights="frozen", rate=None)
-LOSSES = Losses(distill=Distill(kind="forward_kl", temperature=1.0))
+LOSSES = Losses(distill=Distill(divergence=Divergence("forward_kl")))
 
 
 def ema(rate):
