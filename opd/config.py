@@ -108,7 +108,8 @@ class Strict(BaseModel):
                 continue
             value, other = getattr(self, name), condition.unmet(self)
             if other is None and condition.needed and not _meets(value, True):
-                text = f"is missing: {condition} needs it ({condition.needed})"
+                has = " and ".join(f"{other} = {spelled(getattr(self, other))}" for other in condition.when)
+                text = f"is missing: {has} needs it ({condition.needed})"
             elif other is None or value == field.get_default(call_default_factory=True, validated_data={}):
                 continue
             elif (values := condition.when[other]) is True:

@@ -132,8 +132,7 @@ class Distilling(_Phase):
         if self.config.variant == "paper":
             return Losses(distill=Distill(divergence=Divergence("reverse_kl", temperature=temperature)))
         check_known("sd_zero.variant", self.config.variant, ("paper", "code"))
-        mixed = Divergence("mixed_kl", beta=0.5, top_k=64, tail=False, temperature=temperature)
-        return Losses(distill=Distill(divergence=mixed))
+        return Losses(distill=Distill(divergence=Divergence("mixed_kl", top_k=64, tail=False, temperature=temperature)))
 
     @property
     def teacher(self) -> TeacherConfig:

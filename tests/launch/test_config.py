@@ -117,11 +117,32 @@ WRONG = {
     ),
     "an average without a rate": (
         GOOD + "opsd: {teacher: {weights: ema}}",
-        "opsd.teacher.rate is missing: weights = ema or trust_region needs it (published values: 0.01 to 0.05)",
+        "opsd.teacher.rate is missing: weights = ema needs it (published values: 0.01 to 0.05)",
     ),
     "a rate without an average": (
         GOOD + "opsd: {teacher: {rate: 0.1}}",
         "opsd.teacher.rate is used by weights = ema or trust_region alone, but weights = frozen; remove it",
+    ),
+    "an unknown divergence": (
+        GOOD + "opsd: {divergence: jds}",
+        "opsd.divergence.kind = 'jds' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl, or package.module:name"
+        '. Did you mean "jsd"?',
+    ),
+    "a beta for a divergence without one": (
+        GOOD + "opsd: {divergence: {beta: 0.1}}",
+        "opsd.divergence.beta is used by kind = jsd or mixed_kl alone, but kind = forward_kl; remove it",
+    ),
+    "a word in the place of a divergence's number": (
+        GOOD + "opsd: {divergence: {clip: small}}",
+        'opsd.divergence.clip = "small" is not allowed. Allowed: a number or null.',
+    ),
+    "a setting of the divergence outside of its section": (
+        GOOD + "opsd: {clip: 0.1}",
+        'opsd.clip is unknown. Did you mean "opsd.divergence.clip"?',
+    ),
+    "a misspelled setting of the divergence": (
+        GOOD + "opsd: {divergence: {clp: 0.1}}",
+        'opsd.divergence.clp is unknown. Did you mean "opsd.divergence.clip"? Allowed: kind, beta,',
     ),
     "a template without the solution": (
         GOOD + 'opsd: {template: "{prompt}"}',

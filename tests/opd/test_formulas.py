@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ def own_skew(student, teacher, p, q, beta):
 def undecorated(student, teacher, p, q):
     return -q, -q
 '''
+PAGE = (Path(__file__).parents[2] / "docs" / "divergences.md").read_text(encoding="utf-8")
 RUN = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
 
 
@@ -67,6 +70,19 @@ def test_the_settings_of_a_run_take_a_divergence_that_stands_elsewhere(module):
     config = Config.from_dict(RUN | {"opsd": own}, check_machine=False)
     assert config.section.divergence == Divergence(f"{module}:own_skew", beta=0.3, clip=0.05)
     assert Config.from_dict(config.dump(), check_machine=False) == config
+
+
+def test_every_divergence_has_a_line_of_documentation():
+    assert [kind for kind in kinds() if f"\n| `{kind}` | " not in PAGE] == []
+
+
+def test_what_the_page_shows_runs_and_adds_the_divergence_that_it_says():
+    names = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, names)
+    student, teacher = torch.randn(2, 5, 9, dtype=torch.float64)
+    values = [token_divergence(student, teacher, Divergence(k)) for k in ("my_divergence", "forward_kl", "reverse_kl")]
+    torch.testing.assert_close(values[0], values[1] + values[2])
 
 
 def test_the_table_says_who_has_a_beta_and_what_stands_at_its_ends():

@@ -230,7 +230,7 @@ def test_a_file_of_conversations_trains(settings, tmp_path):
     ("own", "message"),
     [
         ({"source": "teacher"}, "sft.teacher is missing: source = teacher needs it"),
-        ({"source": "own"}, "sft.tasks is missing: source = teacher or own needs it"),
+        ({"source": "own"}, "sft.tasks is missing: source = own needs it"),
         (
             {"source": "file", "file": "x", "tasks": 3},
             "sft.tasks is used by source = teacher or own alone, but source = file; remove it",
