@@ -22,6 +22,7 @@ from opd.launch import checks
 from opd.launch.config import Config, all_settings, explain
 from opd.launch.reader import parse_yaml
 from opd.launch.tiny_names import TINY_ENVS
+from opd.maths.formulas import kinds, with_beta
 from opd.trainers.base import METHODS, methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -125,12 +126,11 @@ WRONG = {
     ),
     "an unknown divergence": (
         GOOD + "opsd: {divergence: jds}",
-        "opsd.divergence.kind = 'jds' is unknown. Allowed: forward_kl, reverse_kl, jsd, mixed_kl, or package.module:name"
-        '. Did you mean "jsd"?',
+        f"opsd.divergence.kind = 'jds' is unknown. Allowed: {', '.join(kinds())}, or package.module:name. Did you mean",
     ),
     "a beta for a divergence without one": (
         GOOD + "opsd: {divergence: {beta: 0.1}}",
-        "opsd.divergence.beta is used by kind = jsd or mixed_kl alone, but kind = forward_kl; remove it",
+        f"opsd.divergence.beta is used by kind = {' or '.join(with_beta())} alone, but kind = forward_kl; remove it",
     ),
     "a word in the place of a divergence's number": (
         GOOD + "opsd: {divergence: {clip: small}}",
