@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from opd.losses import Divergence
 from opd.maths import divergence, head
 from opd.maths.divergence import chunked_divergence
 
@@ -69,11 +70,11 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def weighted(inputs: Inputs, kind: Any) -> Tensor:
-    return chunked_divergence(*inputs[:4], kind, weights=inputs.weights)
+    return chunked_divergence(*inputs[:4], Divergence(kind), weights=inputs.weights)
 
 
 def per_token(inputs: Inputs, kind: Any) -> Tensor:
-    return chunked_divergence(*inputs[:4], kind) @ inputs.weights
+    return chunked_divergence(*inputs[:4], Divergence(kind)) @ inputs.weights
 
 
 def trl(inputs: Inputs, kind: str) -> Tensor:

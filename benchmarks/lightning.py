@@ -33,6 +33,7 @@ from opd.tracking import read_rows
 
 PARTS = ("rollout", "teacher", "train")
 TOP_K = 20
+WHOLE = {"kind": "reverse_kl", "top_k": None}
 SMALL = 1.0
 """A bound on the advantage, far below the paper's 10; offline with the ratio of now to then, at most 2."""
 QUIET = {"wandb": "disabled", "console": False, "plot": False}
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, float]:
     """KL(student || teacher) in nats a token on the student's own held-out episodes, and the share that it solves."""
-    own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "full", "divergence": "reverse_kl"}
+    own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "exact", "divergence": WHOLE}
     built = build(config_from(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
     try:
         built.loop.player.sync()
@@ -124,8 +125,9 @@ def arms(arguments: argparse.Namespace, seed: int, sft_steps: int, other: str | 
             f"lightning {name}", start, "lightning_opd", max_advantage=bound, data=str(folder / "data"), **allowed
         )
         yield f"Lightning, {name}", again | {"plays": whole["plays"], "scores": whole["scores"]}
-    yield f"online, top {TOP_K}", runs("online top k", start, "opd", form="top_k", top_k=TOP_K)
-    yield f"Lightning, top {TOP_K}", runs("lightning top k", start, "lightning_opd", sft_tasks=0, top_k=TOP_K, **own)
+    top: dict[str, Any] = {"form": "exact", "divergence": {"top_k": TOP_K}}
+    yield f"online, top {TOP_K}", runs("online top k", start, "opd", **top)
+    yield f"Lightning, top {TOP_K}", runs("lightning top k", start, "lightning_opd", sft_tasks=0, **top, **own)
 
 
 def report(title: str, found: Sequence[dict[str, Any]]) -> None:

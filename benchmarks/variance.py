@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.losses import Divergence
 from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import chunked_divergence
 from opd.maths.logprobs import chunked_logprobs
@@ -125,7 +126,9 @@ def main() -> None:
                 theirs = rows(model, teachers, completion)
             ours = rows(model, whole, completion)
             weights = torch.ones(len(completion))
-            chunked_divergence(ours, model.head(), theirs, model.head(), "reverse_kl", weights=weights).backward()
+            chunked_divergence(
+                ours, model.head(), theirs, model.head(), Divergence("reverse_kl"), weights=weights
+            ).backward()
         model.zero_grad()
 
     whole = seconds(step, repeats=1)
@@ -147,7 +150,7 @@ def main() -> None:
         return run
 
     def exact() -> None:
-        chunked_divergence(leaf, weight, teacher, head, "reverse_kl", weights=weights).backward()
+        chunked_divergence(leaf, weight, teacher, head, Divergence("reverse_kl"), weights=weights).backward()
 
     plain = seconds(sampled())
     print(f"\nA step (teacher, student, exact reverse KL, backward) takes {whole:.1f} CPU s. Of it, the loss:\n")

@@ -31,9 +31,9 @@ from opd.tracking.plots import Curve, curves
 
 LOSSES: dict[str, dict[str, Any]] = {
     "no baseline": {},
-    "top 20 baseline": {"baseline": "top_k", "top_k": 20},
+    "top 20 baseline": {"baseline": "top_k", "baseline_top_k": 20},
     "full baseline (vOPD)": {"baseline": "full"},
-    "full vocabulary": {"form": "full"},
+    "full vocabulary": {"form": "exact", "divergence": {"top_k": None}},
 }
 
 

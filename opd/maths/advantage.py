@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
-from opd.losses import BASELINES, Baseline, check_known, unknown
+from opd.losses import BASELINES, Baseline, Divergence, check_known, unknown
 from opd.maths.divergence import token_divergence
 from opd.maths.head import Head, compute_dtype, logit_blocks, projections
 from opd.maths.logprobs import entropy_of
@@ -135,13 +135,16 @@ def state_baseline(
     """
     _check_options(baseline, top_k, renormalise, student_logits.shape[-1])
     student, teacher = _logprobs(student_logits, teacher_logits)
-    if baseline == "full" or renormalise:
-        return -token_divergence(student, teacher, "reverse_kl", top_k=top_k, support="student", tail=False)
+    if baseline == "full":
+        return -token_divergence(student, teacher, Divergence("reverse_kl"))
+    if renormalise:
+        kept = Divergence("reverse_kl", top_k=top_k, support="student", tail=False)
+        return -token_divergence(student, teacher, kept)
     p = student.exp()
     rewards = torch.where(p > 0, teacher - student, 0)
     if baseline == "top_k":
-        kept = p.topk(top_k or 0, dim=-1)
-        value = (kept.values * rewards.gather(-1, kept.indices)).sum(-1)
+        top = p.topk(top_k or 0, dim=-1)
+        value = (top.values * rewards.gather(-1, top.indices)).sum(-1)
     elif baseline == "optimal":
         weights = p * squared_scores(p)
         value = (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)

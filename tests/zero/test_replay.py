@@ -50,20 +50,26 @@ CASES = {
     "weighted-live-3": (3, {"opsd": LIVE, "weighting": {"entropy": 1.0}}),
     "trust-3": (3, {"opsd": TRUST}),
     "lora-trust-3": (3, {"model": LORA, "opsd": TRUST}),
-    "external-2": (2, {"opsd": {"privileged": None, "clip": None}}),
-    "external-3": (3, {"opsd": {"privileged": None, "clip": None}}),
-    "external-weighted-3": (3, {"opsd": {"privileged": None, "clip": None}, "weighting": {"entropy": 1.0}}),
+    "external-2": (2, {"opsd": {"privileged": None, "divergence": {"clip": None}}}),
+    "external-3": (3, {"opsd": {"privileged": None, "divergence": {"clip": None}}}),
+    "external-weighted-3": (
+        3,
+        {"opsd": {"privileged": None, "divergence": {"clip": None}}, "weighting": {"entropy": 1.0}},
+    ),
     "external-offloaded-3": (
         3,
         {
-            "opsd": {"privileged": None, "clip": None},
+            "opsd": {"privileged": None, "divergence": {"clip": None}},
             "zero": {"offload_optimizer": CPU, "offload_param": CPU},
             "persistent": True,
         },
     ),
     "grpo-3": (3, {"method": "grpo", **GROUPS, "train": {"updates_per_step": 2}}),
     "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": TRUST | {"feedback_at": "start"}}),
-    "srpo-2": (2, {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"form": "full"}}),
+    "srpo-2": (
+        2,
+        {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"divergence": {"top_k": None}}},
+    ),
     "sdpo-3": (3, {"method": "sdpo", **GROUPS, "sdpo": {"policy_share": 0.5}}),
 }
 
