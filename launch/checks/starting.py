@@ -18,3 +18,16 @@ def check_started(config: Config) -> None:
     check_servers(config.rollout)
     for teacher in {id(s.teacher): s.teacher for s in config.stages if s.losses.distill}.values():
         check_teaching_servers(teacher, config.rollout.max_length, f"{config.method}.teacher")
+
+
+def startable(config: Config, source: str) -> Config:
+    """Return the settings if a run by them could start here and now; `source` is what messages call their file.
+
+    Raises ConfigError where processes or servers are of no use, or DeepSpeed would not take its settings.
+    """
+    check_started(config)
+    if config.deepspeed is not None:
+        from opd.launch.checks.deepspeed import check_deepspeed
+
+        check_deepspeed(config, source=source)
+    return config

@@ -19,11 +19,12 @@ from rich.table import Table
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
 from opd.launch.checks.loading import config_from
-from opd.launch.run.build import Run, Score, build
+from opd.launch.run.build import Run, build
 from opd.launch.run.lock import RunLock
+from opd.launch.run.score import Score
+from opd.launch.run.training import train
 from opd.launch.settings.reader import holds_run
 from opd.launch.tiny.build import build_tiny
-from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.tracking.plots import Curve, curves, running_mean
 from opd.tracking.shading import ShadedToken, episode_picture, shade_episode

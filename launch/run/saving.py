@@ -18,7 +18,8 @@ import torch
 from opd import checkpoint
 from opd.backends.config import TrainConfig
 from opd.errors import CheckpointError
-from opd.launch.run.build import Run, Score
+from opd.launch.run.build import Run
+from opd.launch.run.score import Score
 from opd.ranks.ranks import Ranks
 from opd.tracking import last_row, put_rows_aside
 
