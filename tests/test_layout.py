@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "trainers": {"opd", "rewards", "envs", "trainers"},
     "launch": {"opd", "rewards", "envs", "trainers", "launch"},
 }
+LAUNCH = ("tiny", "settings", "checks", "plan", "run", "cli")
+"""The rooms of `launch/`: each may import itself and those before it. `launch/train.py` stands above them all."""
 PLAIN = {"opd.types", "opd.errors", "opd.teachers.privileged", "opd.sandbox", "opd.background", "opd.grading"}
 """What environments and rewards may use of the core: data, errors, the words of privileged prompts, the sandbox, limits
 of time and clocks."""
@@ -136,12 +138,35 @@ def test_a_method_can_be_read_in_one_sitting():
     assert {name: lines for name, lines in long.items() if lines >= 150} == {}
 
 
-def test_methods_environments_and_commands_are_known_without_torch():
-    program = (
-        "import sys, opd, opd.envs, opd.launch.cli, opd.launch.plan.plan\n"
-        "from opd.trainers.loop.method import methods\n"
-        "methods()\n"
-        "sys.exit('torch' in sys.modules)"
-    )
+def test_a_room_of_launch_imports_none_that_stands_above_it():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for number, room in enumerate(LAUNCH)
+        for path in sources(f"launch/{room}")
+        for module in imports(path)
+        if module.startswith("opd.launch.") and module.split(".")[2] not in LAUNCH[: number + 1]
+    ]
+    assert wrong == []
+    assert {path.name for path in (ROOT / "launch").iterdir() if path.is_dir()} - {"__pycache__"} == set(LAUNCH)
+
+
+def test_settings_checks_plans_methods_environments_and_commands_are_known_without_torch():
+    quick = {module_of(path) for folder in PACKAGES for path in sources(folder) if path.name == "config.py"}
+    quick |= {module_of(path) for room in ("settings", "checks", "plan") for path in sources(f"launch/{room}")}
+    quick |= {
+        "opd",
+        "opd.envs",
+        "opd.launch.tiny.names",
+        "opd.launch.cli",
+        "opd.launch.cli.looks",
+        "opd.launch.cli.runs",
+    }
+    quick -= {"opd.launch.checks.deepspeed"}  # it asks DeepSpeed, which is torch
+    program = f"""if True:
+        import sys, {", ".join(sorted(quick))}
+        from opd.trainers.loop.method import methods
+        methods()
+        sys.exit('torch' in sys.modules)
+    """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr or "torch was imported"

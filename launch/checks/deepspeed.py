@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -26,10 +26,8 @@ from pydantic import ValidationError
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
+from opd.launch.settings.config import Config
 from opd.launch.settings.problems import Problem, did_you_mean, nearest, report, show
-
-if TYPE_CHECKING:
-    from opd.launch.settings.config import Config
 
 Finding = tuple[str, str]
 """A key of the JSON, dotted, or nothing for all of it; and what is wrong, as the rest of a sentence."""
