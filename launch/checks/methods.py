@@ -10,7 +10,7 @@ from opd.launch.settings.problems import Problem
 
 
 def check_teachers(config: Config) -> list[Problem]:
-    """Whether there are such models as other than the student are asked to teach."""
+    """Return a problem for each model beside the student that does not exist."""
     named = (name for stage in config.stages for name in (stage.teacher.model, stage.borrowed) if name)
     other = getattr(config.section, "sft_teacher", None)
     problems = []
@@ -22,7 +22,7 @@ def check_teachers(config: Config) -> list[Problem]:
 
 
 def check_files(config: Config) -> list[Problem]:
-    """Whether what a method is to read ahead of training is there."""
+    """Return a problem for each file and folder that the method reads before training and that does not exist."""
     problems = []
     for name, kind in (("file", "file"), ("data", "folder")):
         value = getattr(config.section, name, None)

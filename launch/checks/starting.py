@@ -9,7 +9,7 @@ from opd.ranks.ranks import started_ranks
 
 
 def check_started(config: Config) -> None:
-    """Raises ConfigError where a launcher started more processes than the backend can use, or a server is no use."""
+    """Raise ConfigError if a launcher started more processes than the backend can use, or a server cannot be used."""
     if config.backend == "local" and started_ranks() > 1:
         raise ConfigError(
             f"backend = local is one process, but a launcher started {started_ranks()}: all would train the same. "

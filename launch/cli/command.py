@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: what it takes, what it does, and whether it accepts `--key.sub value`."""
+    """A subcommand of `opd`."""
 
     name: str
     summary: str
@@ -18,9 +18,11 @@ class Command:
     run: Callable[[argparse.Namespace, dict[str, Any]], int]
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_settings: bool = False
+    """True: it accepts `--key.sub value` for any setting. False: it accepts its own options alone."""
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--resume`, `--resume auto` and `--overwrite`."""
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in the folder; `--resume auto`: or begin one there"
     )
@@ -29,7 +31,7 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
 
 
 def put_option(overrides: dict[str, Any], key: str, value: str | None) -> None:
-    """An option that stands for a setting."""
+    """Put the value of an option that stands for a setting among the overrides; nothing if it was not given."""
     if value is not None:
         from opd.launch.settings.overrides import put
         from opd.launch.settings.reader import parse_yaml
@@ -38,6 +40,7 @@ def put_option(overrides: dict[str, Any], key: str, value: str | None) -> None:
 
 
 def positive(text: str) -> int:
+    """Read a whole number of at least 1. Raises ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

@@ -32,12 +32,12 @@ from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
 TASKS = 300
 STEPS = 60
 TEACHERS = {"opsd": "plan", "control": None}
-"""What the teacher of each run sees."""
+"""The privileged text that the teacher of each run sees."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one seed showed."""
+    """The scores of one seed."""
 
     seed: int
     before: Score
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def settings(seed: int, run: str, *, model: Path | str, out: Path) -> dict[str, Any]:
-    """The run's YAML, as plain data."""
+    """Return the settings of a run, as its YAML would hold them."""
     return {
         "method": "opsd",
         "seed": seed,
@@ -120,7 +120,7 @@ def _one_seed(console: Console, seed: int, model: Path, folder: Path) -> Outcome
 
 
 def _show_episode(run: Run, folder: Path) -> Any:
-    """One episode of the untrained student, each token shaded by how much the teacher disagrees."""
+    """Draw one episode of the untrained student, each token shaded by how much the teacher disagrees."""
     tasks = [task(i, split="eval") for i in range(12)]
     seed = derive_seed("demo", run.config.seed)
     groups = run.loop.rollouts.run(tasks, group_size=1, sampling=run.loop.sampling, seed=seed)
@@ -158,7 +158,7 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 
 def _draw(path: Path, folder: Path) -> None:
-    """Success in training rollouts over the steps, with and without something to learn from."""
+    """Plot success in training rollouts over the steps, with and without something to learn from."""
     lines: list[Curve] = []
     for name, label in (("opsd", "OPSD"), ("control", "control")):
         rows = [row for row in read_rows(folder / name / "metrics.jsonl") if "reward/success" in row]

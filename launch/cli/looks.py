@@ -55,7 +55,7 @@ def list_or_check_envs(arguments: argparse.Namespace, overrides: dict[str, Any])
 
 
 def _mapping(text: str, *, flag: str) -> dict[str, Any]:
-    """The settings in a piece of YAML. Raises ConfigError when it holds something else."""
+    """Return the settings in a piece of YAML. Raises ConfigError if it holds something else."""
     import yaml
 
     try:

@@ -22,8 +22,8 @@ USAGE_ERROR, BROKEN_PIPE = 2, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 1 for a run that cannot learn, 2 for a mistake in what was asked, 130 after
-    Ctrl-C."""
+    """Run one command and return the exit code: 0, 1 for a run that cannot learn, 2 for a mistake in what was asked,
+    130 after Ctrl-C."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `my_module:MyEnv` lies beside the settings; last, so that it shadows nothing
     try:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_error(error: OpdError) -> None:
-    """Of several processes, whoever has an error prints it with its number; what all have, the first prints."""
+    """Print an error with the number of its process; an error that all processes have, the first alone prints."""
     rank = int(os.environ.get("RANK") or 0)
     if rank and isinstance(error, SharedError):
         return
@@ -51,8 +51,8 @@ def _print_error(error: OpdError) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    parser, parsers = _parsers()
-    argv = _with_auto(argv)
+    parser, parsers = _make_parsers()
+    argv = _join_auto(argv)
     command = next((c for c in _COMMANDS if argv and argv[0] == c.name), None)
     overrides: dict[str, Any] = {}
     if command is not None and command.takes_settings:
@@ -68,7 +68,7 @@ def _run(argv: list[str]) -> int:
     return command.run(arguments, overrides)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _make_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="opd",
@@ -94,8 +94,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, parsers
 
 
-def _with_auto(argv: list[str]) -> list[str]:
-    """`--resume auto` as one argument: `--resume FILE` is a flag and a file."""
+def _join_auto(argv: list[str]) -> list[str]:
+    """Join `--resume auto` into one argument: `--resume FILE` is a flag and a file."""
     joined: list[str] = []
     for argument in argv:
         if argument == "auto" and joined[-1:] == ["--resume"]:

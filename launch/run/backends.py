@@ -27,7 +27,7 @@ from opd.ranks.ranks import Ranks
 def make_backend(
     config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks, opened: ExitStack, *, trains: bool
 ) -> tuple[Backend, RolloutEngine]:
-    """What trains the model, and what samples: the model itself, a copy where it is cut into slices, or vLLM."""
+    """Make what trains the model, and what samples: the model itself, a copy if it is cut into slices, or vLLM."""
     total_steps = train.steps * train.updates_per_step
     if config.deepspeed is None and not trains:
         return IdleBackend(model), _make_engine(config, model, ranks, opened)
@@ -47,7 +47,7 @@ def make_backend(
 
 
 def _make_engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack) -> RolloutEngine:
-    """What generates, for a model that is whole or an engine that keeps its own copy. vLLM is imported late."""
+    """Make what generates, for a model that is whole or an engine that keeps its own copy. vLLM is imported late."""
     engine: RolloutEngine
     if config.rollout.engine == "transformers":
         return TransformersEngine(model)
@@ -64,7 +64,7 @@ def _make_engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitS
 
 
 def filled_json(config: Config, train: TrainConfig, model: CausalModel, ranks: Ranks) -> dict[str, Any]:
-    """The DeepSpeed settings without "auto". Raises ConfigError."""
+    """Return the DeepSpeed settings with every "auto" filled in. Raises ConfigError if that cannot be done."""
     assert config.deepspeed is not None
     facts = deepspeed_json.Facts(
         total_steps=train.steps * train.updates_per_step,
@@ -85,7 +85,7 @@ def _device() -> torch.device:
 
 
 def _has_nvcc() -> bool:
-    """Where torch would look for it: images without the toolkit may have the folder all the same."""
+    """True: CUDA's compiler is where torch would look for it. False: it is missing, though the folder may be there."""
     if _device().type != "cuda":
         return False
     from torch.utils.cpp_extension import CUDA_HOME

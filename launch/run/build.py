@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that a run is made of."""
+    """The parts of one stage of a run, ready to train."""
 
     config: Config
     loaded: Loaded

@@ -12,7 +12,7 @@ from opd.ranks.ranks import Ranks
 
 
 def named_model(config: Config, ranks: Ranks, name: str) -> ModelConfig:
-    """The model's settings for another name, which `tiny:` may build, and for the type that DeepSpeed was told."""
+    """Return the model's settings under another name (`tiny:` is built), in the type that DeepSpeed was told."""
     if name.startswith("tiny:"):
         ranks.from_first(lambda: _built_folder(name))  # on one rank first: the others of its machine find it there
         name = _built_folder(name)
@@ -27,22 +27,22 @@ def _built_folder(name: str) -> str:
 
 
 def load_held(config: Config, ranks: Ranks, model: ModelConfig) -> Loaded:
-    """The model, where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
+    """Load a model where it is to be held: with ZeRO-3 in the CPU's memory, until DeepSpeed has cut it into slices."""
     return ranks.agree(lambda: load(model, device="cpu" if is_in_slices(config) else None))
 
 
 def is_in_slices(config: Config) -> bool:
-    """Whether no rank holds a whole model (ZeRO-3)."""
+    """True: no rank holds a whole model (ZeRO-3). False: every rank does."""
     return config.deepspeed is not None and deepspeed_json.stage(config.deepspeed) == 3
 
 
 def check_tokenizers(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Before any weights are read. Raises ModelError."""
+    """Raise ModelError if the tokenizers differ; no weights are read."""
     check_same_tokenizer(load_tokenizer(student), load_tokenizer(teacher), names=(student.name, teacher.name))
 
 
 def check_top_k(config: Config, vocabulary: int) -> None:
-    """Of every stage: what only the last would find out costs all those before it. Raises ConfigError."""
+    """Check top_k of every stage now: a bad last stage would waste the earlier ones. Raises ConfigError."""
     for stage in config.stages:
         top_k = getattr(stage.losses.distill, "top_k", None)
         if top_k is not None and top_k > vocabulary:

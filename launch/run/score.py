@@ -15,8 +15,8 @@ class Score:
     """Success on held-out tasks, with its 95% interval."""
 
     outcomes: tuple[bool | None, ...]
-    """Whether each task was solved, in the order of the tasks, so that two scores can be paired; None: not measured,
-    since its environment broke."""
+    """Each task, in the order of the tasks, so that scores can be paired. True: solved. False: not. None: its
+    environment broke."""
 
     @classmethod
     def of(cls, groups: Iterable[TrajectoryGroup]) -> Score:
@@ -28,7 +28,7 @@ class Score:
 
     @property
     def played(self) -> int:
-        """How many were measured."""
+        """The number of tasks that were measured."""
         return len(self.outcomes) - self.broken
 
     @property
@@ -37,12 +37,12 @@ class Score:
 
     @property
     def rate(self) -> float:
-        """nan where nothing was measured."""
+        """The share of measured tasks that were solved; nan if nothing was measured."""
         return self.solved / self.played if self.played else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """From 0 to 1 where nothing was measured."""
+        """The 95% interval of the rate; from 0 to 1 if nothing was measured."""
         return wilson(self.solved, self.played) if self.played else (0.0, 1.0)
 
     def row(self) -> dict[str, float]:
@@ -51,14 +51,14 @@ class Score:
         return {"eval/success": self.rate, "eval/low": low, "eval/high": high, **counts}
 
     def __str__(self) -> str:
-        """As a table shows it: 97.7% (95 to 99)."""
+        """Write it as a table shows it: 97.7% (95 to 99)."""
         if not self.played:
             return "not measured"
         low, high = self.interval
         return f"{self.rate:.1%} ({100 * low:.0f} to {100 * high:.0f})"
 
     def change(self, after: Score) -> tuple[float, float, float] | None:
-        """How much higher `after` is on the tasks that both measured, with its interval; None where there are none."""
+        """Return how much higher `after` is on tasks that both measured, with its interval; None if there are none."""
         pairs = [(a, b) for a, b in zip(self.outcomes, after.outcomes, strict=False) if None not in (a, b)]
         if not pairs or len(self.outcomes) != len(after.outcomes):
             return None

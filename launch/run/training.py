@@ -18,7 +18,7 @@ from opd.launch.run.lock import RunLock
 from opd.launch.run.out import Resume, choose_out, remove_run, resumes, write_config
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.runner import RunResult, StageRunner
-from opd.launch.run.saving import begin_anew, clear_the_way, newest, restore
+from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
 from opd.launch.run.signals import stop_signals
 from opd.launch.run.stages import RunStage, made_before, stages_left
 from opd.launch.settings.config import Config
@@ -48,7 +48,7 @@ def train(
         with _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
-            saved = newest(out, ranks, anew=resume == "auto") if again else None
+            saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
             runner = StageRunner(config=config, ranks=ranks, out=out, lock=lock)
             return _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
 

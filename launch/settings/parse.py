@@ -20,7 +20,7 @@ from opd.launch.settings.schema import Setting
 def parse(
     data: Mapping[str, Any], types: Mapping[str, Any], settings: Mapping[str, Setting]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Each top-level setting by itself, so that one wrong section hides no problem of another.
+    """Parse each top-level setting by itself, so that one wrong section hides no problem of another.
 
     Args:
         types: what each top-level setting is; what `data` does not mention keeps its default.
@@ -44,14 +44,14 @@ def parse(
 
 
 def bad_value(setting: Setting, value: Any) -> Problem:
-    """`opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
+    """Say it like `opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
     what = "is unknown" if setting.choices and isinstance(value, str) else "is not allowed"
     likely = did_you_mean(nearest(value, setting.choices)) if isinstance(value, str) else ""
     return Problem((setting.key,), f"{setting.key} = {show(value)} {what}. Allowed: {setting.allowed}.{likely}")
 
 
 def _as_json(value: Any) -> str:
-    """JSON, because there pydantic's strict mode means what YAML does: a list is a list, and "3" is not 3.
+    """Write a value as JSON: there pydantic's strict mode means what YAML does, a list is a list and "3" is not 3.
 
     Raises TypeError for what neither could hold.
     """
@@ -68,14 +68,14 @@ def _problem(name: str, error: ErrorDetails, data: Mapping[str, Any], settings: 
     if error["type"] == "missing" and key.endswith(f".{error['loc'][-1]}"):  # else a place in a list is
         return _missing(key, settings)
     if error["type"] == "value_error":
-        return Problem((key,), _located(key, str(error["ctx"]["error"])))
+        return Problem((key,), _with_key(key, str(error["ctx"]["error"])))
     return (
         bad_value(settings[key], _value_at(key, data)) if key in settings else Problem((key,), f"{key}: {error['msg']}")
     )
 
 
 def _key_of(name: str, error: ErrorDetails, settings: Mapping[str, Setting]) -> str:
-    """The dotted key that pydantic means; places in lists and alternatives of a type are left out."""
+    """Return the dotted key that pydantic means, without places in lists and alternatives of a type."""
     key = name
     for part in error["loc"]:
         deeper = f"{key}.{part}"
@@ -84,8 +84,8 @@ def _key_of(name: str, error: ErrorDetails, settings: Mapping[str, Setting]) -> 
     return key
 
 
-def _located(key: str, message: str) -> str:
-    """A validator's message with its setting in front, unless the message begins with (the end of) its key."""
+def _with_key(key: str, message: str) -> str:
+    """Put the setting in front of a validator's message, unless the message begins with (the end of) its key."""
     parts = key.split(".")
     for start in range(len(parts)):
         if message.startswith(f"{'.'.join(parts[start:])}."):

@@ -39,12 +39,12 @@ class Setting:
     default: Any
     section: type[BaseModel] | None
     free: bool
-    """Holds keys of the user's choice, such as `env.kwargs`."""
+    """True: it holds keys of the user's choice, as `env.kwargs` does. False: its keys are known."""
     choices: tuple[str, ...]
     """The words that it allows, where it allows no others."""
 
     def explanation(self) -> str:
-        """Key, default, what is allowed and what it is for, as `opd config --explain` prints it."""
+        """Return key, default, what is allowed and what it is for, as `opd config --explain` prints it."""
         if self.section is not None:
             head = f"{self.key}: {'required' if self.required else 'may be left out'}"
         elif self.required:
@@ -58,7 +58,7 @@ class Setting:
 
 
 def walk(model: type[BaseModel], prefix: str = "", made: BaseModel | None = None) -> Iterator[Setting]:
-    """Every setting of a model, sections before what they hold, in the order of the file.
+    """Yield every setting of a model, sections before what they hold, in the order of the file.
 
     `made` is the section as it is where the file leaves it out: its values are the defaults, not those of its class.
     """
@@ -73,7 +73,7 @@ def walk(model: type[BaseModel], prefix: str = "", made: BaseModel | None = None
 
 
 def describe(key: str, field: FieldInfo) -> Setting:
-    """What one pydantic field says about the setting that it holds."""
+    """Make the setting that a pydantic field holds."""
     section = _section(field.annotation)
     required = field.is_required()
     return Setting(
@@ -89,7 +89,7 @@ def describe(key: str, field: FieldInfo) -> Setting:
 
 
 def allowed(annotation: Any, metadata: list[Any] | None = None) -> str:
-    """The values that a type admits, in words."""
+    """Say in words which values a type admits."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed(arguments[0], list(arguments[1:]))
@@ -128,7 +128,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The model among the alternatives of a type, if there is one."""
+    """Return the model among the alternatives of a type; None if there is none."""
     for part in (annotation, *get_args(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
