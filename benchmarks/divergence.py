@@ -1,4 +1,4 @@
-"""Time and memory of a divergence from hidden states, forward and backward: ours beside what else there is.
+"""Measures time and memory of a divergence from hidden states, forward and backward: ours beside what else there is.
 
     python benchmarks/divergence.py                      # the table of docs/divergences.md
     python benchmarks/divergence.py --tokens 512 --kind jsd --frozen-head
@@ -9,8 +9,8 @@ Memory is the peak above inputs and heads, the gradient of the student's head in
 every cell runs in a process of its own, and CPU seconds say more than wall seconds on a busy machine. On a GPU the
 first calls, which compile, are not counted.
 
-Loss and gradients stand beside the times, so that nobody is fast by being wrong. On a GPU they are told as
-distances from the exact ones: the dense form in float64, of the same inputs, a few tokens at a time.
+Loss and gradients stand beside the times, so that nobody is fast by being wrong. On a GPU the table gives their
+distances from the exact ones, which the dense form computes in float64 of the same inputs, a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from opd.losses import Divergence
 from opd.maths import divergence, head
 from opd.maths.divergence import chunked_divergence
 
@@ -38,7 +39,7 @@ BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 class Inputs(NamedTuple):
-    """Of one divergence: [N, H], [V, H], twice, and the weights [N]."""
+    """Holds the inputs of one divergence: [N, H] and [V, H] of each side, and the weights [N]."""
 
     hidden: Tensor
     head: Tensor
@@ -48,7 +49,7 @@ class Inputs(NamedTuple):
 
 
 def dense(inputs: Inputs, kind: str) -> Tensor:
-    """Full logits, as one would write it; softmaxes in float32 at least."""
+    """Compute the divergence from full logits, as one would write it; softmaxes in float32 at least."""
     student = wide(inputs.hidden @ inputs.head.T).log_softmax(-1)
     with torch.no_grad():
         teacher = wide(inputs.teacher_hidden @ inputs.teacher_head.T).log_softmax(-1)
@@ -69,11 +70,11 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def weighted(inputs: Inputs, kind: Any) -> Tensor:
-    return chunked_divergence(*inputs[:4], kind, weights=inputs.weights)
+    return chunked_divergence(*inputs[:4], Divergence(kind), weights=inputs.weights)
 
 
 def per_token(inputs: Inputs, kind: Any) -> Tensor:
-    return chunked_divergence(*inputs[:4], kind) @ inputs.weights
+    return chunked_divergence(*inputs[:4], Divergence(kind)) @ inputs.weights
 
 
 def trl(inputs: Inputs, kind: str) -> Tensor:
@@ -116,7 +117,7 @@ def draw(tokens: int, options: argparse.Namespace) -> Inputs:
 
 
 def cpu_cell(name: str, tokens: int, options: argparse.Namespace) -> dict[str, float]:
-    """Runs in its own process: what one implementation needs for one size."""
+    """Measure, in a process of its own, what one implementation needs for one size."""
     inputs = draw(tokens, options)
     before, wall, cpu = resident(), [], []
     for _ in range(options.repeats):
@@ -137,13 +138,13 @@ def cpu_cell(name: str, tokens: int, options: argparse.Namespace) -> dict[str, f
 
 
 def resident() -> float:
-    """MiB of this process in memory now."""
+    """Return the MiB that this process holds in memory now."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def in_a_process(name: str, tokens: int) -> dict[str, float] | str:
-    """A cell's figures, or why there are none."""
+    """Return a cell's figures, or the reason why there are none."""
     command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, str(tokens)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -154,7 +155,7 @@ def in_a_process(name: str, tokens: int) -> dict[str, float] | str:
 
 
 class Exact(NamedTuple):
-    """What all are held against, in the memory of the CPU: it must not count as anybody's."""
+    """Holds what all are compared with, in the memory of the CPU: it must not count as anybody's."""
 
     loss: float
     hidden: Tensor
@@ -162,7 +163,7 @@ class Exact(NamedTuple):
 
 
 def exact(inputs: Inputs, kind: str) -> Exact:
-    """The dense form in float64, `SLICE` tokens at a time: gradients of slices add up."""
+    """Compute the dense form in float64, `SLICE` tokens at a time: gradients of slices add up."""
     weight = inputs.head.detach().double().requires_grad_(inputs.head.requires_grad)
     teacher = inputs.teacher_head.double()
     total, slices = 0.0, []
@@ -181,7 +182,7 @@ SLICE = 512
 
 
 def cuda_cell(name: str, inputs: Inputs, truth: Exact, options: argparse.Namespace) -> dict[str, float] | str:
-    """What one implementation needs for one size, and how far it is from what is exact."""
+    """Measure what one implementation needs for one size, and how far it is from the exact result."""
     times = []
     torch.cuda.empty_cache()  # of what another one left
     try:
@@ -220,7 +221,7 @@ def distance(ours: Tensor | None, theirs: Tensor | None) -> float:
 
 
 def report_cpu(options: argparse.Namespace) -> None:
-    """The table, row by row as it is measured."""
+    """Print the table, row by row as it is measured."""
     print("| tokens | implementation | wall s | CPU s | CPU / dense | MiB | MiB / dense | loss | gradient norm |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for tokens in options.tokens:
@@ -240,7 +241,7 @@ def report_cpu(options: argparse.Namespace) -> None:
 
 
 def report_cuda(options: argparse.Namespace) -> None:
-    """The table, row by row as it is measured, all in this process."""
+    """Print the table, row by row as it is measured, all in this process."""
     print("| tokens | implementation | ms | / dense | MiB | / dense | first call s | loss | hidden | head |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for tokens in options.tokens:
@@ -263,7 +264,7 @@ def report_cuda(options: argparse.Namespace) -> None:
 
 
 def variants(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Implementations and how they are called, ours once for each size of tile; sets that size."""
+    """Yield the implementations and their labels, ours once for each size of tile; set that size."""
     sizes = options.tile_mib
     for name in options.only:
         ours = name.startswith("opd")

@@ -1,11 +1,11 @@
-"""Sampled tokens a second and seconds an update of each rollout engine, on whole episodes.
+"""Measures each rollout engine on whole episodes: sampled tokens a second, and seconds an update.
 
     OMP_NUM_THREADS=1 python benchmarks/engines.py                         # both models, all engines
     OMP_NUM_THREADS=1 python benchmarks/engines.py --models tiny:lookup --engines vllm --concurrency 8 64
 
-Every engine plays the same tasks under the same seeds, as many episodes at once as the column says: twice so many
-episodes with the tiny model, once with SmolLM2, whose answers are cut at 8 tokens so that a CPU gets through. A round
-of warm-up comes first; what is timed is the whole rollout, environments included, and the update alone.
+Every engine plays the same tasks under the same seeds, as many episodes at once as the column says. The tiny model
+plays twice as many episodes as that; SmolLM2 plays as many, its answers cut at 8 tokens so that a CPU gets through. A
+round of warm-up comes first. The whole rollout is timed, environments included, and the update by itself.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "smollm2": {"env": "opd/Arithmetic-v0", "rollout": {"max_tokens": 8, "max_length": 256}},
 }
 EPISODES = {"tiny:lookup": 2, "smollm2": 1}
-"""For each that may run at once."""
+"""Episodes to play for each one that may run at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one round of rollouts took."""
+    """Holds what one round of rollouts took."""
 
     tokens: int
     seconds: float
@@ -53,7 +53,7 @@ def play(run: Run, *, concurrency: int, episodes: int) -> Round:
 
 
 def update_seconds(run: Run, repeats: int = 3) -> float:
-    """The fastest of some updates of the engine's weights."""
+    """Return the seconds of the fastest of some updates of the engine's weights."""
     best = float("inf")
     for _ in range(repeats):
         run.loop.player.version += 1
@@ -64,7 +64,7 @@ def update_seconds(run: Run, repeats: int = 3) -> float:
 
 
 def measure(model: str, engine: str, concurrencies: list[int]) -> list[str]:
-    """One line of the table."""
+    """Measure one line of the table."""
     with tempfile.TemporaryDirectory() as out:
         settings = RUNS[model]
         rollout = {**settings["rollout"], "engine": engine, "deterministic": False, "concurrency": max(concurrencies)}

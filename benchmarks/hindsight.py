@@ -1,4 +1,4 @@
-"""What a teacher that looks back can do: the model acts with a sibling's success in its prompt (SDPO, SRPO).
+"""Measures what a teacher that looks back can do: the model acts with a sibling's success in its prompt (SDPO, SRPO).
 
     python benchmarks/hindsight.py FILE.yaml     # the model of a comparison, as benchmarks/methods.py reads it
     python benchmarks/hindsight.py benchmarks/methods.yaml --tasks 150     # the table of docs/comparison.md
@@ -31,13 +31,13 @@ from opd.types import Message, Task, TrajectoryGroup
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """What is shown to one that acts."""
+    """Says what an actor is shown."""
 
     demonstration: bool
     feedback: bool
 
     def reads(self, messages: list[Message], shown: tuple[str, str]) -> list[Message]:
-        """The first messages with (demonstration, feedback) in them, as far as this one sees them."""
+        """Return the first messages with (demonstration, feedback) in them, as far as this actor sees them."""
         demonstration, feedback = shown
         if self.demonstration:
             messages = in_first_user_message(messages, lambda prompt: with_demonstration(prompt, demonstration))
@@ -55,7 +55,7 @@ ACTORS = {
 
 
 def to_show(method: HindsightMethod, group: TrajectoryGroup) -> tuple[str, str] | None:
-    """The demonstration and the feedback that wrong members of a group would be corrected with."""
+    """Return the demonstration and the feedback that wrong members of a group would be corrected with."""
     wrong = [t for t in group.usable if not method.right(t)]
     known = [method.hindsight(t, group.usable) for t in wrong]
     told = next(("\n".join(k.feedback.values()) for k in known if k.feedback), "")
@@ -63,7 +63,7 @@ def to_show(method: HindsightMethod, group: TrajectoryGroup) -> tuple[str, str] 
 
 
 def solved(run: Run, actor: Actor, shown: dict[Task, tuple[str, str]]) -> tuple[int, int]:
-    """Tasks that an actor solves, and those that it plays."""
+    """Count the tasks that an actor solves, and those that it plays."""
     chat = run.method.chat
 
     def opening(goal: Task, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
@@ -75,7 +75,7 @@ def solved(run: Run, actor: Actor, shown: dict[Task, tuple[str, str]]) -> tuple[
 
 
 def measure(run: Run, tasks: int) -> list[str]:
-    """The rows of the table."""
+    """Measure the rows of the table."""
     assert isinstance(run.method, HindsightMethod)
     goals = [task(i, split="eval") for i in range(tasks)]
     groups = run.loop.player.play(goals, seed=derive_seed("hindsight", run.config.seed))

@@ -1,4 +1,4 @@
-"""Lightning OPD beside online OPD: wall time by what takes it, distance from the teacher, success; and two teachers.
+"""Compares Lightning OPD with online OPD: wall time by what takes it, distance from the teacher, success, two teachers.
 
     python benchmarks/lightning.py                                   # tiny:lookup from tiny:lookup-expert, three seeds
     python benchmarks/lightning.py --seeds 0 --sft-steps 100         # one start, one seed
@@ -6,10 +6,10 @@
     python benchmarks/lightning.py --memory MODEL                    # only the memory, with MODEL as both sides
 
 All runs of a seed and a length of the SFT start from the same student and make as many updates of as many sequences:
-online on fresh episodes with the teacher in memory, offline on episodes that were played and scored once. Each with two
+online on fresh episodes with the teacher in memory, offline on episodes that were played and scored once. Each uses two
 losses: the policy gradient of the sampled token, as in the paper, and the divergence over the teacher's top k. The
-distance is the exact KL(student || teacher) a token, on the student's own held-out episodes at temperature 1. What has
-finished is kept in the folder of results and not run again.
+distance is the exact KL(student || teacher) a token, on the student's own held-out episodes at temperature 1. A run
+that has finished is kept in the folder of results and not run again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from opd.tracking import read_rows
 
 PARTS = ("rollout", "teacher", "train")
 TOP_K = 20
+WHOLE = {"kind": "reverse_kl", "top_k": None}
 SMALL = 1.0
 """A bound on the advantage, far below the paper's 10; offline with the ratio of now to then, at most 2."""
 QUIET = {"wandb": "disabled", "console": False, "plot": False}
 
 
 def settings(arguments: argparse.Namespace, name: str, model: str, seed: int, **sections: Any) -> dict[str, Any]:
-    """Of one run; `opd train` would read the same."""
+    """Return the settings of one run, as `opd train` would read them."""
     train_settings = {"steps": arguments.steps, "tasks_per_step": 32, "lr": arguments.lr, "threads": 1}
     return {
         "out": str(arguments.out / name),
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, float]:
     """KL(student || teacher) in nats a token on the student's own held-out episodes, and the share that it solves."""
-    own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "full", "divergence": "reverse_kl"}
+    own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "exact", "divergence": WHOLE}
     built = build(config_from(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
     try:
         built.loop.player.sync()
@@ -99,7 +100,7 @@ def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, 
 
 
 def arms(arguments: argparse.Namespace, seed: int, sft_steps: int, other: str | None) -> Iterator[tuple[str, Any]]:
-    """Each run from one start, measured."""
+    """Train and measure each run from one start."""
     mark = f"{sft_steps}{'-other' if other else ''}-{seed}"
 
     def runs(name: str, model: str, method: str, **own: Any) -> dict[str, Any]:
@@ -124,12 +125,13 @@ def arms(arguments: argparse.Namespace, seed: int, sft_steps: int, other: str | 
             f"lightning {name}", start, "lightning_opd", max_advantage=bound, data=str(folder / "data"), **allowed
         )
         yield f"Lightning, {name}", again | {"plays": whole["plays"], "scores": whole["scores"]}
-    yield f"online, top {TOP_K}", runs("online top k", start, "opd", form="top_k", top_k=TOP_K)
-    yield f"Lightning, top {TOP_K}", runs("lightning top k", start, "lightning_opd", sft_tasks=0, top_k=TOP_K, **own)
+    top: dict[str, Any] = {"form": "exact", "divergence": {"top_k": TOP_K}}
+    yield f"online, top {TOP_K}", runs("online top k", start, "opd", **top)
+    yield f"Lightning, top {TOP_K}", runs("lightning top k", start, "lightning_opd", sft_tasks=0, **top, **own)
 
 
 def report(title: str, found: Sequence[dict[str, Any]]) -> None:
-    """A table of all seeds' means; `found` holds the arms of one seed each."""
+    """Print a table of all seeds' means; `found` holds the arms of one seed each."""
     print(f"\n{title}\n")
     print(
         "| run | rollout s | teacher s | train s | all s | once: plays s | scores s | KL | by seed | success | moved |"
@@ -160,7 +162,7 @@ print("\\npeak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """The most that a process holds: online, and in a second run on the store; with one model as both sides."""
+    """Print the most that a process holds: online, and in a second run on the store; with one model as both sides."""
     model = arguments.memory
     little = {"steps": 2, "tasks_per_step": 2, "lr": 1e-6, "threads": 1, "tokens_per_microbatch": 1024}
     common = {"train": little, "rollout": {"max_tokens": 8, "max_length": 512}}

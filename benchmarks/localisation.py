@@ -1,4 +1,4 @@
-"""Where a reviser objects: its divergence from the student where an attempt went wrong (SD-Zero, claim a).
+"""Measures where a reviser objects: its divergence from the student where an attempt went wrong (SD-Zero, claim a).
 
     python benchmarks/localisation.py                       # the tiny models: the table of docs/methods.md
     python benchmarks/localisation.py --lookup RUN/export   # another model for one of the worlds
@@ -31,27 +31,30 @@ WORLDS: dict[str, tuple[str, Callable[[], Any]]] = {
     "arithmetic": ("opd/Arithmetic-v0", WarmArithmetic),
     "lookup": ("opd/Lookup-v0", LookupEnv),
 }
-"""By name: the environment that is played, and one that knows the perfect episode of its tasks."""
+"""Name -> the environment that is played, and one that knows the perfect episode of its tasks."""
 
 
 class Scored(NamedTuple):
-    """One wrong attempt."""
+    """Holds one wrong attempt."""
 
     sample: Sample
     nats: list[float]
     """Divergence at each sampled token."""
     wrong: list[bool]
-    """Whether each sampled token is in the wrong span."""
+    """True for each sampled token in the wrong span."""
 
     @property
     def mass(self) -> float:
-        """The wrong span's share of the divergence."""
+        """Return the wrong span's share of the divergence."""
         return sum(n for n, wrong in zip(self.nats, self.wrong, strict=True) if wrong) / sum(self.nats)
 
 
 def wrong_span(completions: Sequence[Sequence[int]], perfect: Sequence[Sequence[int]]) -> list[bool]:
-    """For each sampled token, whether it is where the attempt went wrong: in the first turn that departs from the
-    perfect episode, what is not in its action. All of a turn that the perfect episode does not have."""
+    """Tell for each sampled token whether it is where the attempt went wrong.
+
+    That is, in the first turn that departs from the perfect episode, what is not in the perfect episode's action; all
+    of a turn that the perfect episode does not have.
+    """
     flags: list[bool] = []
     found = False
     for number, ids in enumerate(completions):
@@ -65,13 +68,13 @@ def wrong_span(completions: Sequence[Sequence[int]], perfect: Sequence[Sequence[
 
 
 def perfect_episode(world: Any, goal: Task, encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """The ids of the actions of the task's perfect episode."""
+    """Return the ids of the actions of the task's perfect episode."""
     world.reset(seed=goal.seed, options={"split": goal.split, "index": goal.index})
     return [encode(action) for action in world.oracle()]
 
 
 def scored(run: Run, world: Any, attempts: int) -> list[Scored]:
-    """The wrong attempts among `attempts` at held-out tasks, each token with its divergence."""
+    """Return the wrong attempts among `attempts` at held-out tasks, each token with its divergence."""
     tasks = [task(i, split="eval") for i in range(attempts)]
     groups = run.loop.player.play(tasks, group_size=1, seed=derive_seed("localisation", run.config.seed))
     chat = run.method.chat
@@ -89,7 +92,7 @@ def scored(run: Run, world: Any, attempts: int) -> list[Scored]:
 
 
 def measure(name: str, model: str, attempts: int, folder: Path) -> str:
-    """One row of the table; a typical attempt goes into a picture."""
+    """Measure one row of the table, and put a typical attempt into a picture."""
     env, world = WORLDS[name]
     config = config_from(
         {
@@ -123,7 +126,7 @@ def measure(name: str, model: str, attempts: int, folder: Path) -> str:
 
 
 def shaded(run: Run, one: Scored) -> list[ShadedToken]:
-    """The attempt, each sampled token with its divergence."""
+    """Return the attempt, each sampled token with its divergence."""
     values = iter(one.nats)
     decode = run.loaded.tokenizer.decode
     return [

@@ -1,14 +1,14 @@
-"""Methods side by side at equal sampled tokens: one picture, one table.
+"""Compares methods at equal sampled tokens: one picture, one table.
 
     python benchmarks/methods.py                            # benchmarks/methods.yaml
     python benchmarks/methods.py FILE.yaml --seeds 0 1      # another comparison, some of its seeds
     python benchmarks/methods.py FILE.yaml --table          # only what has finished, without running anything
 
 A file holds `base` (settings of every run, as `opd train` reads them), `methods` (a label, and the settings that differ
-by dotted key), `seeds`, `tokens` (sampled by each run) and `points` (evaluations on the way). What a stage collects
-before its first step counts; a stage on stored samples takes `train.steps`. A run that has finished is kept in the
-folder of results and not run again. Each run is one process's work, on as many threads as
-`train.threads` says; parts of a comparison can run beside each other with `--methods` and `--seeds`.
+by dotted key), `seeds`, `tokens` (sampled by each run) and `points` (evaluations on the way). The tokens that a
+stage collects before its first step count; a stage on stored samples takes `train.steps`. A run that has finished is
+kept in the folder of results and not run again. Each run is one process's work, on as many threads as `train.threads`
+says; parts of a comparison can run beside each other with `--methods` and `--seeds`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Comparison(Strict):
-    """What is compared."""
+    """Says what is compared."""
 
     title: str = ""
     base: dict[str, Any]
@@ -49,17 +49,17 @@ class Comparison(Strict):
     points: int = Field(10, ge=1)
 
     def config(self, label: str, seed: int) -> Config:
-        """The settings of one run. Raises ConfigError."""
+        """Return the settings of one run. Raises ConfigError."""
         return config_from(merge(self.base, {**self.methods[label], "seed": seed}), source=label)
 
 
 class Point(Strict):
-    """An evaluation: the held-out tasks that were solved, after so many sampled tokens."""
+    """Records an evaluation: the held-out tasks that were solved, after so many sampled tokens."""
 
     tokens: int
-    """As planned: the evaluation is the first one after a step that reaches them."""
+    """The planned tokens: the evaluation is the first one after a step that reaches them."""
     sampled: int
-    """As it was."""
+    """The tokens that were really sampled."""
     steps: int
     outcomes: list[bool]
 
@@ -69,7 +69,7 @@ class Point(Strict):
 
 
 class Result(Strict):
-    """One run, finished."""
+    """Records one finished run."""
 
     settings: dict[str, Any]
     tokens: int
@@ -78,7 +78,7 @@ class Result(Strict):
 
 
 class Moment(NamedTuple):
-    """A run on its way."""
+    """Holds a run on its way."""
 
     run: Run
     sampled: int
@@ -99,19 +99,22 @@ def play(config: Config, comparison: Comparison, tell: Callable[[Point], None] =
 
 
 def _points(config: Config, comparison: Comparison, folder: Path) -> Iterator[Point]:
-    """The evaluations. Those that were due while a stage collected are of the weights before its first step."""
+    """Yield the evaluations. Those that were due while a stage collected are of the weights before its first step."""
     tokens, count = comparison.tokens, comparison.points
     waiting = [tokens * number // count for number in range(count + 1)]
     known: dict[int, list[bool]] = {}
     for run, sampled, steps, over in _moments(config, tokens, folder):
         while waiting and (over or waiting[0] < min(max(sampled, 1), tokens)):
             if steps not in known:
-                known = {steps: _measured(run.evaluate()[0])}
+                known = {steps: _outcomes(run.evaluate()[0])}
             yield Point(tokens=waiting.pop(0), sampled=sampled, steps=steps, outcomes=known[steps])
 
 
-def _measured(score: Score) -> list[bool]:
-    """Whether each task was solved. Raises RuntimeError where an environment broke: such a figure would mislead."""
+def _outcomes(score: Score) -> list[bool]:
+    """Return for each task whether it was solved.
+
+    Raises RuntimeError where an environment broke: such a figure would mislead.
+    """
     outcomes = [outcome for outcome in score.outcomes if outcome is not None]
     if len(outcomes) < len(score.outcomes):
         raise RuntimeError(f"{score.broken} of {len(score.outcomes)} held-out tasks were not measured")
@@ -119,7 +122,7 @@ def _measured(score: Score) -> list[bool]:
 
 
 def _moments(config: Config, tokens: int, folder: Path) -> Iterator[Moment]:
-    """The run before anything, after what each stage collects, after each step, and once it is over."""
+    """Yield the run before anything, after what each stage collects, after each step, and once it is over."""
     sampled = steps = 0
     model: Path | None = None
     for stage in range(len(config.stages)):
@@ -143,7 +146,7 @@ def _moments(config: Config, tokens: int, folder: Path) -> Iterator[Moment]:
 
 
 def finished(path: Path, config: Config, comparison: Comparison) -> Result | None:
-    """The result in a file, if there is one. Raises ConfigError for one of other settings."""
+    """Read the result in a file, if there is one. Raises ConfigError for one of other settings."""
     if not path.exists():
         return None
     result = Result.model_validate_json(path.read_text(encoding="utf-8"))
@@ -157,13 +160,13 @@ def finished(path: Path, config: Config, comparison: Comparison) -> Result | Non
 
 
 def pooled(results: Sequence[Result]) -> list[tuple[int, int, int]]:
-    """(tokens, solved, played) at each point, over the seeds."""
+    """Add up the seeds: (tokens, solved, played) at each point."""
     columns = zip(*(result.points for result in results), strict=True)
     return [(c[0].tokens, sum(p.solved for p in c), sum(len(p.outcomes) for p in c)) for c in columns]
 
 
 def table(results: Mapping[str, Sequence[Result]]) -> str:
-    """Markdown; intervals are of 95%, over all seeds' tasks."""
+    """Write the table in Markdown. Intervals are of 95%, over all seeds' tasks."""
     first = next(iter(results))
     lines = [
         f"| method | seeds | before | after | by seed | best point | mean of the curve | after, less {first} | steps | "
@@ -194,7 +197,7 @@ def table(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _last_outcomes(runs: Sequence[Result]) -> dict[tuple[int, int], bool]:
-    """Whether each task was solved at the end, by seed and task."""
+    """Return for each task, by seed and task, whether it was solved at the end."""
     return {
         (int(run.settings["seed"]), task): solved for run in runs for task, solved in enumerate(run.points[-1].outcomes)
     }
@@ -218,13 +221,13 @@ def picture(path: Path, results: Mapping[str, Sequence[Result]], comparison: Com
 
 
 def tell(name: str, point: Point) -> None:
-    """A line for whoever watches: a run that has collapsed can be stopped."""
+    """Print a line for whoever watches: a run that has collapsed can be stopped."""
     outcome = f"{point.solved} of {len(point.outcomes)} solved"
     print(f"{name}: {outcome} after {point.steps} steps, {point.sampled:,} tokens", flush=True)
 
 
 def read(path: Path) -> Comparison:
-    """Raises ConfigError where the file holds no comparison."""
+    """Read a comparison. Raises ConfigError where the file holds none."""
     try:
         return Comparison.model_validate(read_settings(path))
     except ValidationError as error:

@@ -28,7 +28,7 @@ WORLDS = (
 
 
 def measure(model: str, env: str, tasks: int) -> str:
-    """One row of the table."""
+    """Measure one row of the table."""
     run = build(
         config_from(
             {
@@ -42,19 +42,19 @@ def measure(model: str, env: str, tasks: int) -> str:
         )
     )
     try:
-        attempts = _played(run, [run.loop.player.task(i) for i in range(tasks)], "attempts")
+        attempts = _play(run, [run.loop.player.task(i) for i in range(tasks)], "attempts")
         wrong = {task: attempt for task, attempt in attempts.items() if not attempt.success}
-        again = _played(run, list(wrong), "again")
-        revised = _played(run, list(wrong), "revisions", wrong)
+        again = _play(run, list(wrong), "again")
+        revised = _play(run, list(wrong), "revisions", wrong)
     finally:
         run.close()
     return f"| {env} | {len(wrong)} of {len(attempts)} | {_share(again)} | {_share(revised)} |"
 
 
-def _played(
+def _play(
     run: Run, tasks: Sequence[Task], seed: str, before: dict[Task, Trajectory] | None = None
 ) -> dict[Task, Trajectory]:
-    """An episode of each task; with an attempt `before` it, a revision of that."""
+    """Play an episode of each task; with an attempt `before` it, a revision of that."""
     assert isinstance(run.method, Distilling)
     reviser = run.method.reviser
     opening = None

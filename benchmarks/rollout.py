@@ -1,11 +1,11 @@
-"""How long a round of rollouts takes when environments are slow, and now and then very slow.
+"""Measures how long a round of rollouts takes when environments are slow, and now and then very slow.
 
     OMP_NUM_THREADS=1 python benchmarks/rollout.py            # the table of docs/rollouts.md, about 4 minutes
     OMP_NUM_THREADS=1 python benchmarks/rollout.py --quick    # the same in small
 
-Episodes of one small random model with a tool whose latency is lognormal (seeded: every loop waits for the same
+One small random model plays episodes with a tool whose latency is lognormal (seeded: every loop waits for the same
 times). Each turn samples the same number of tokens and is taken for a call of the tool; the last one ends the
-episode. Compared are the scheduler, the same scheduler with a barrier at each turn, and the tool loop of TRL's
+episode. The table compares the scheduler, the same scheduler with a barrier at each turn, and the tool loop of TRL's
 GRPOTrainer (its rollouts alone: no reward, no loss). No loop can beat the slower of pure generation and of the
 longest episode, played alone.
 """
@@ -47,7 +47,7 @@ ANSWER = "Look the number up."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is played. `latencies` is [episodes, turns - 1], in seconds: the last turn ends the episode at once."""
+    """Says what is played. `latencies` is [episodes, turns - 1], in seconds: the last turn ends the episode at once."""
 
     latencies: np.ndarray
     turns: int
@@ -61,7 +61,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Clock:
-    """Wall seconds of a round, and how many of them some model was generating."""
+    """Counts the wall seconds of a round, and how many of them some model was generating."""
 
     wall: float = 0.0
     generation: float = 0.0
@@ -73,7 +73,7 @@ class Clock:
         self.wall = time.perf_counter() - since
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call; its time counts as generation."""
+        """Wrap the call so that its time counts as generation."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             since = time.perf_counter()
@@ -98,7 +98,7 @@ SCHEMA = Tool(look_up).schema()
 
 
 class SlowEnv(gymnasium.Env[str, str]):
-    """Our side of the environment: every step but the last waits for its latency."""
+    """Is our side of the environment. Every step but the last waits for its latency."""
 
     def __init__(self, setting: Setting) -> None:
         self.observation_space = self.action_space = TextSpace()
@@ -119,7 +119,7 @@ class SlowEnv(gymnasium.Env[str, str]):
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The words of what is said, one id each, and the chat template of Qwen2.5, which TRL knows."""
+    """Build a tokenizer of the words of what is said, one id each, with Qwen2.5's chat template, which TRL knows."""
     template = (resources.files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
     text = f"{template} {SCHEMA} {PROMPT} {ANSWER}"
     tokenizer = build_tokenizer(re.findall(r"\d|[^\W\d_]+|[\W_]+", text), ["<tool_call>", "</tool_call>"])
@@ -128,7 +128,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A random model that never ends a turn by itself."""
+    """Build a random model that never ends a turn by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -154,7 +154,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def ours(
     setting: Setting, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, barrier: bool, only: int = -1
 ) -> Clock:
-    """The scheduler and the embedded engine. `only` plays a single episode."""
+    """Time the scheduler and the embedded engine. `only` plays a single episode."""
     clock = Clock()
     engine = TransformersEngine(CausalModel(model))
     engine.step = clock.timed(engine.step)  # type: ignore[method-assign]
@@ -182,11 +182,11 @@ def ours(
 
 
 class _Played(Exception):
-    """TRL's rollouts are over; what it would do with them is not measured."""
+    """Ends TRL's step once its rollouts are over; what it would do with them is not measured."""
 
 
 def trl(setting: Setting, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Clock:
-    """The tool loop of TRL's GRPOTrainer, as its own step calls it."""
+    """Time the tool loop of TRL's GRPOTrainer, as its own step calls it."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import grpo_trainer
@@ -194,7 +194,7 @@ def trl(setting: Setting, model: LlamaForCausalLM, tokenizer: PreTrainedTokenize
     clock = Clock()
 
     class Environment:
-        """TRL's side of the environment."""
+        """Is TRL's side of the environment."""
 
         def reset(self, index: int, **_: Any) -> None:
             self._waits = iter(setting.latencies[index])
@@ -250,7 +250,7 @@ def trl(setting: Setting, model: LlamaForCausalLM, tokenizer: PreTrainedTokenize
 
 
 def measure(setting: Setting) -> dict[str, Clock]:
-    """Every loop once, and what bounds them."""
+    """Time every loop once, and what bounds them."""
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     small = Setting(latencies=setting.latencies[:4, :1] * 0, turns=2, tokens=2)

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: what a rank holds and sends when models of four sizes train on 8 to 512 GPUs.
+"""Prints the tables of docs/scaling.md: what a rank holds and sends when models of four sizes train on 8 to 512 GPUs.
 
 Nothing is measured here: the numbers are counted by `opd.launch.plan.scaling`, which `opd train --dry-run` also uses,
 and which tests hold against real allocations at small sizes.
@@ -22,7 +22,7 @@ GPUS = (8, 64, 512)
 def decoder(
     *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int, tied: bool, norms: bool
 ) -> ModelSize:
-    """A Llama-like model with heads of 128; `norms` are Qwen3's on queries and keys."""
+    """Describe a Llama-like model with heads of 128; `norms` are Qwen3's on queries and keys."""
     layer = {
         "self_attn.q_proj.weight": (heads * 128, hidden),
         "self_attn.k_proj.weight": (kv_heads * 128, hidden),
@@ -69,7 +69,7 @@ MODELS = {
 
 
 def work(*, embedded: bool) -> Work:
-    """A step of OPSD with a frozen teacher, in bfloat16, with recomputed activations."""
+    """Describe a step of OPSD with a frozen teacher, in bfloat16, with recomputed activations."""
     return Work(
         model=ModelConfig(name="x", dtype="bfloat16", gradient_checkpointing=True),
         rollout=RolloutConfig(concurrency=64, max_length=LENGTH),
@@ -82,7 +82,7 @@ def work(*, embedded: bool) -> Work:
 
 
 def rows(*, embedded: bool) -> list[list[str]]:
-    """One for each model and number of GPUs, ZeRO-3: parts of the memory in GiB, their sum, traffic in GiB."""
+    """Count a row for each model and number of GPUs, ZeRO-3: parts of the memory in GiB, their sum, traffic in GiB."""
     found = []
     for name, size in MODELS.items():
         for ranks in GPUS:
@@ -101,7 +101,7 @@ def _total(parts: list) -> float:
 
 
 def table(*, embedded: bool) -> str:
-    """The rows, in Markdown."""
+    """Write the rows in Markdown."""
     names = [part.name for part in device_memory(MODELS["8B"], work(embedded=embedded), Sharding(stage=3, ranks=8))]
     head = ["model", "GPUs", *names, "**sum**", "micro-batches", "sent in a step"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows(embedded=embedded)]

@@ -1,13 +1,13 @@
-"""Does a trial tell which skills help? Each is tried, and then the teacher plays with it.
+"""Tests whether a trial tells which skills help: each skill is tried, and then the teacher plays with it.
 
     python benchmarks/skill_trials.py                                # the tiny models: the table of docs/skills.md
     python benchmarks/skill_trials.py --worlds MODEL=ENVIRONMENT     # another model, in another world
 
-Half of a task's episodes makes its skill by rules, the other half tries it, and the skill of another task beside it.
-What a skill is worth is how much oftener the teacher solves the task with it than without, each in episodes of its own.
-Over all skills: how that goes with the trial's verdict (Spearman), and what the skills are worth on average that a
-verdict keeps and drops. `likelier`: the gain of right episodes alone; `lift`: less that of wrong ones, over all
-episodes, and over as few as a run reads.
+Half of a task's episodes makes its skill by rules. The other half tries it, and the skill of another task beside it.
+The worth of a skill is how much oftener the teacher solves the task with it than without, each in episodes of its own.
+The table says, over all skills, how worth correlates with the trial's verdict (Spearman), and what the skills that a
+verdict keeps and those that it drops are worth on average. `likelier` is the gain of right episodes alone. `lift` is
+that less the gain of wrong ones, over all episodes, and over as few as a run reads.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ VERDICTS = ("likelier", "lift", f"lift, {EPISODES_EACH} of either")
 
 
 class Trial(NamedTuple):
-    """A skill that was tried on a task."""
+    """Records a skill that was tried on a task."""
 
     own: bool
-    """Whether it is the task's own."""
+    """True if the skill is the task's own."""
     verdicts: tuple[float, ...]
     """Nats a token, by each of `VERDICTS`."""
     worth: float
@@ -50,7 +50,7 @@ class Trial(NamedTuple):
 
 
 def study(model: str, env: str, *, tasks: int, members: int) -> list[Trial]:
-    """Two skills, its own and another's, of each task whose trying half is mixed and whose prompt no other has."""
+    """Make two skills, its own and another's, for each task whose trying half is mixed and whose prompt is its own."""
     world = json.loads(env) if env.startswith("{") else {"id": env}
     run = build(
         config_from(
@@ -72,13 +72,13 @@ def study(model: str, env: str, *, tasks: int, members: int) -> list[Trial]:
         prompts = {group.task: prompt_text(group.trajectories[0].turns[0].messages) for group in groups}
         alone = {task for task, prompt in prompts.items() if [*prompts.values()].count(prompt) == 1}
         mixed = [g for g in triers if g.task in alone & set(texts) and len({e.success for e in g.usable}) == 2]
-        others = _of_others([group.task for group in mixed], texts, prompts)
+        others = _skills_of_others([group.task for group in mixed], texts, prompts)
         plain = {group.task: _success(group.usable) for group in groups}
         trials = [
             Trial(own, verdicts, worth - plain[task])
             for own, told in ((True, texts), (False, others))
             for (task, verdicts), worth in zip(
-                _verdicts(run, mixed, told), _told(run, mixed, told, prompts), strict=True
+                _verdicts(run, mixed, told), _teacher_success(run, mixed, told, prompts), strict=True
             )
         ]
     finally:
@@ -91,8 +91,8 @@ def _half(group: TrajectoryGroup, number: int, size: int) -> TrajectoryGroup:
     return TrajectoryGroup(task=group.task, trajectories=episodes)
 
 
-def _of_others(tasks: Sequence[Task], texts: Mapping[Task, str], prompts: Mapping[Task, str]) -> dict[Task, str]:
-    """For each task the skill of the one before it, as a teacher reads that of a like task."""
+def _skills_of_others(tasks: Sequence[Task], texts: Mapping[Task, str], prompts: Mapping[Task, str]) -> dict[Task, str]:
+    """Give each task the skill of the one before it, as a teacher reads that of a like task."""
     known = list(texts)
     before = {task: known[known.index(task) - 1] for task in tasks}
     return {task: of_like_task(texts[other], " ".join(prompts[other].split())[:160]) for task, other in before.items()}
@@ -101,7 +101,7 @@ def _of_others(tasks: Sequence[Task], texts: Mapping[Task, str], prompts: Mappin
 def _verdicts(
     run: Run, groups: Sequence[TrajectoryGroup], texts: Mapping[Task, str]
 ) -> Iterator[tuple[Task, tuple[float, ...]]]:
-    """What each of `VERDICTS` says of each task's text, by the group's episodes."""
+    """Yield what each of `VERDICTS` says of each task's text, by the group's episodes."""
     assert isinstance(run.method, SkillSd)
     readings = [(episode, texts[group.task]) for group in groups for episode in group.usable]
     found = iter(gains(readings, run.method._view, run.loop.player.divergences))
@@ -116,10 +116,10 @@ def _verdicts(
         yield group.task, (fmean(right), fmean(right) - fmean(wrong), few)
 
 
-def _told(
+def _teacher_success(
     run: Run, groups: Sequence[TrajectoryGroup], texts: Mapping[Task, str], prompts: Mapping[Task, str]
 ) -> list[float]:
-    """The success of the teacher that plays each task with its text."""
+    """Return the success of the teacher that plays each task with its text."""
     by_prompt = {prompts[group.task]: texts[group.task] for group in groups}
 
     def rewrite(messages: list[Message], _: object) -> list[Message]:
@@ -141,13 +141,13 @@ def _success(episodes: Sequence[Trajectory]) -> float:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The correlation of ranks, ties at their mean; nan where one does not vary."""
+    """Compute the correlation of ranks, ties at their mean; nan where one does not vary."""
     ranks = [np.array([np.mean(np.flatnonzero(np.sort(values) == v)) for v in values]) for values in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(r) for r in ranks) else float("nan")
 
 
 def rows(world: str, trials: Sequence[Trial]) -> list[str]:
-    """A row of the table for each verdict."""
+    """Make a row of the table for each verdict."""
     worths = [trial.worth for trial in trials]
     own, other = (f"{fmean(t.worth for t in trials if t.own is kind):+.1%}" for kind in (True, False))
     table = []

@@ -1,4 +1,4 @@
-"""What a baseline does to the variance of the sampled-token gradient, on rollouts of a real model (SmolLM2-135M).
+"""Measures what a baseline does to the variance of the sampled-token gradient, on rollouts of SmolLM2-135M.
 
     python benchmarks/variance.py                        # the table of docs/divergences.md
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.losses import Divergence
 from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import chunked_divergence
 from opd.maths.logprobs import chunked_logprobs
@@ -36,7 +37,7 @@ EDGES = [0.0, 0.1, 0.5, 1.0, 2.0, float("inf")]
 
 
 def prompts(tokenizer: Any, count: int) -> list[tuple[list[int], list[int]]]:
-    """Prompt ids of the student and of the teacher, for `count` sums."""
+    """Return the prompt ids of the student and of the teacher, for `count` sums."""
     generator = torch.Generator().manual_seed(0)
 
     def render(text: str) -> list[int]:
@@ -52,7 +53,7 @@ def prompts(tokenizer: Any, count: int) -> list[tuple[list[int], list[int]]]:
 
 @torch.no_grad()
 def rollouts(model: CausalModel, tokenizer: Any, count: int, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Sampled completions: ids [T], and the whole sequences of student and teacher that end with them."""
+    """Sample completions: ids [T], and the whole sequences of student and teacher that end with them."""
     transformer: Any = model.model
     result = []
     for student, teacher in prompts(tokenizer, count):
@@ -65,12 +66,12 @@ def rollouts(model: CausalModel, tokenizer: Any, count: int, tokens: int) -> lis
 
 
 def rows(model: CausalModel, sequence: Tensor, completion: Tensor) -> Tensor:
-    """The hidden states that predict the completion: [T, H]."""
+    """Return the hidden states that predict the completion: [T, H]."""
     return model.hidden(sequence[None])[0, -len(completion) - 1 : -1]
 
 
 def seconds(run: Callable[[], object], repeats: int = 3) -> float:
-    """The least of a few runs: what the work takes when nothing disturbs it."""
+    """Return the least seconds of a few runs: what the work takes when nothing disturbs it."""
     best = float("inf")
     for _ in range(repeats):
         start = time.process_time()
@@ -119,13 +120,15 @@ def main() -> None:
         return
 
     def step() -> None:
-        """Everything of a training step but the rollouts: teacher, student, exact loss, backward."""
+        """Do everything of a training step but the rollouts: teacher, student, exact loss, backward."""
         for completion, whole, teachers in sampled:
             with torch.no_grad():
                 theirs = rows(model, teachers, completion)
             ours = rows(model, whole, completion)
             weights = torch.ones(len(completion))
-            chunked_divergence(ours, model.head(), theirs, model.head(), "reverse_kl", weights=weights).backward()
+            chunked_divergence(
+                ours, model.head(), theirs, model.head(), Divergence("reverse_kl"), weights=weights
+            ).backward()
         model.zero_grad()
 
     whole = seconds(step, repeats=1)
@@ -133,7 +136,7 @@ def main() -> None:
     weights = torch.full((len(ids),), 1 / len(ids))
 
     def sampled(**baseline: Any) -> Callable[[], None]:
-        """The sampled-token loss and its gradients: advantage, log-prob, backward."""
+        """Compute the sampled-token loss and its gradients: advantage, log-prob, backward."""
 
         def run() -> None:
             if baseline:
@@ -147,7 +150,7 @@ def main() -> None:
         return run
 
     def exact() -> None:
-        chunked_divergence(leaf, weight, teacher, head, "reverse_kl", weights=weights).backward()
+        chunked_divergence(leaf, weight, teacher, head, Divergence("reverse_kl"), weights=weights).backward()
 
     plain = seconds(sampled())
     print(f"\nA step (teacher, student, exact reverse KL, backward) takes {whole:.1f} CPU s. Of it, the loss:\n")

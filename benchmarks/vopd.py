@@ -1,12 +1,12 @@
-"""vOPD beside no baseline and the full vocabulary: the gradient's variance over training, success, distance, time.
+"""Compares vOPD with no baseline and the full vocabulary: variance over training, success, distance, time.
 
     python benchmarks/vopd.py                        # tiny:lookup from tiny:lookup-expert, three seeds
     python benchmarks/vopd.py --seeds 0 --steps 30   # less
 
 All runs start from one student and make the same number of updates; they differ in the loss alone. The variance is that
 of the sampled-token gradient by the logits, exact at every state that the student visits (`opd.maths.variance`): with
-no baseline, or with the run's own. A loss over the full vocabulary has none of this kind. Time is of steps that measure
-nothing. What has finished is kept in the folder of results and not run again.
+no baseline, or with the run's own. A loss over the full vocabulary has none of this kind. Times are of steps that
+measure nothing. A run that has finished is kept in the folder of results and not run again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from opd.tracking.plots import Curve, curves
 
 LOSSES: dict[str, dict[str, Any]] = {
     "no baseline": {},
-    "top 20 baseline": {"baseline": "top_k", "top_k": 20},
+    "top 20 baseline": {"baseline": "top_k", "baseline_top_k": 20},
     "full baseline (vOPD)": {"baseline": "full"},
-    "full vocabulary": {"form": "full"},
+    "full vocabulary": {"form": "exact", "divergence": {"top_k": None}},
 }
 
 
 def run(arguments: argparse.Namespace, label: str, seed: int) -> dict[str, Any]:
-    """One run: the variance at each measurement, seconds a step, the distance from the teacher, success."""
+    """Train one run. Returns the variance at each measurement, seconds a step, distance from the teacher, success."""
     method = "opd" if LOSSES[label].get("baseline") is None else "vopd"
     own = {"teacher": {"weights": "external", "model": arguments.teacher}, **LOSSES[label]}
     name = f"{label.replace(' ', '-').strip('()')}-{seed}"

@@ -1,4 +1,4 @@
-"""Text and tool environments for `opd`; importing this registers ours with gymnasium as `opd/<Name>-v0`.
+"""Holds text and tool environments for `opd`. Importing it registers ours with gymnasium as `opd/<Name>-v0`.
 
 The entry points are strings, so neither torch nor datasets is imported until an environment needs it.
 """

@@ -1,4 +1,4 @@
-"""What an environment gets wrong, told before a run: gymnasium's own checker, and the contract of `text_env`."""
+"""Finds what an environment gets wrong before a run starts: gymnasium's own checker, and the contract of `text_env`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Tasks = dict[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to mend (`error`), to look at (`warning`), or to know (`note`)."""
+    """Names something to mend (`error`), to look at (`warning`), or to know (`note`)."""
 
     severity: Literal["error", "warning", "note"]
     message: str
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Episode:
-    """What one episode of random actions showed."""
+    """Records what one episode of random actions showed."""
 
     task: str
     """All that is told of the task at reset: equal for equal tasks."""
@@ -121,7 +121,7 @@ def _contract_findings(first: gymnasium.Env[str, str], second: gymnasium.Env[str
 
 
 def _tasks_problem(tasks: Any) -> str | None:
-    """What is wrong with `metadata["tasks"]`, if anything."""
+    """Say what is wrong with `metadata["tasks"]`; None if nothing is."""
     if tasks is None:
         return None
     if not isinstance(tasks, dict) or "train" not in tasks or set(tasks) - set(SPLITS):
@@ -133,7 +133,7 @@ def _tasks_problem(tasks: Any) -> str | None:
 
 
 def _addresses(tasks: Tasks | None) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Seed and options of the episodes to play, as the trainer would pass them."""
+    """Yield the seed and the options of each episode to play, as the trainer would pass them."""
     if tasks is None:
         yield from ((seed, None) for seed in range(_TASKS))
         return
@@ -143,7 +143,7 @@ def _addresses(tasks: Tasks | None) -> Iterator[tuple[int, dict[str, Any] | None
 
 
 def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | None) -> _Episode:
-    """One episode: an empty action, then random text."""
+    """Play one episode: an empty action, then random text."""
     env.action_space.seed(seed)
     started = time.perf_counter()
     obs, info = env.reset(seed=seed, options=options)
@@ -158,6 +158,8 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
         seen += _texts(obs, info)
         told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
+        if isinstance(info, dict) and info.get("unreadable") and not terminated:
+            problems.append('step: info["unreadable"] is for a step that ends the episode; terminated is False')
         if terminated or truncated:
             break
     if not _is_text_dict(privileged):  # which is among the problems
@@ -194,6 +196,8 @@ def _info_problems(info: Any, where: str) -> Iterator[str]:
     for key, type_ in (("success", bool | np.bool_), ("feedback", str)):
         if key in info and not isinstance(info[key], type_):
             yield f'{where}: info["{key}"] = {info[key]!r} must be a {"str" if type_ is str else "bool"}'
+    if "unreadable" in info and not isinstance(info["unreadable"], bool | np.bool_):
+        yield f'{where}: info["unreadable"] = {info["unreadable"]!r} must be a bool'
     if "privileged" in info and not _is_text_dict(info["privileged"]):
         yield f'{where}: info["privileged"] = {info["privileged"]!r} must be a dict of str to str'
     if "rewards" in info and not _is_parts(info["rewards"]):
@@ -205,7 +209,7 @@ def _info_problems(info: Any, where: str) -> Iterator[str]:
 
 
 def _split_findings(addresses: list[tuple[int, dict[str, Any] | None]], episodes: list[_Episode]) -> Iterator[Finding]:
-    """Tasks that are in two splits, and splits that hold one task only."""
+    """Report tasks that are in two splits, and splits that hold only one task."""
     by_split: dict[str, set[str]] = {}
     played: Counter[str] = Counter()
     for (_, options), episode in zip(addresses, episodes, strict=True):
@@ -221,7 +225,7 @@ def _split_findings(addresses: list[tuple[int, dict[str, Any] | None]], episodes
 
 
 def _leaks(episodes: list[_Episode]) -> Iterator[Finding]:
-    """Privileged text in what the student reads; a short one (a number, say) may be there by coincidence."""
+    """Report privileged text that the student reads. A short one (a number, say) may be there by coincidence."""
     long: set[str] = set()
     counts: Counter[str] = Counter()
     for episode in episodes:
@@ -235,7 +239,7 @@ def _leaks(episodes: list[_Episode]) -> Iterator[Finding]:
 
 
 def _stands_in(value: str, texts: list[str]) -> bool:
-    """Whether it stands there as words of its own: the 3 of `31` is not the answer 3."""
+    """True if the value stands in one of the texts as words of its own: the 3 of `31` is not the answer 3."""
     return any(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""Single-turn tasks from a table: a prompt column, reward functions, and columns that only a teacher sees."""
+"""Takes single-turn tasks from a table: a prompt column, reward functions, and columns that only a teacher sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opd.types import Message
 
 
 class DatasetEnv(TextEnv):
-    """One row, one answer. `metadata["tasks"]` counts the rows of each split; `index` picks one.
+    """Shows one row and takes one answer. `metadata["tasks"]` counts the rows of each split; `index` picks one.
 
     Args:
         path: a .jsonl, .json, .csv or .parquet file; or one for each split, `{train: FILE, eval: FILE}`; or a

@@ -1,4 +1,4 @@
-"""Making environments from the ids and import paths that users write."""
+"""Makes environments from the ids and import paths that users write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[\w./-]+)")
 
 
 def list_envs() -> list[str]:
-    """The ids that this package registers."""
+    """List the ids that this package registers."""
     return sorted(env_id for env_id in gymnasium.registry if env_id.startswith("opd/"))
 
 
@@ -51,7 +51,7 @@ def validate_id(env_id: str) -> None:
 
 
 def module_of(env_id: str) -> str:
-    """The module that making this environment imports; `opd.envs` where that cannot be told from its id."""
+    """Return the module that is imported to make this environment; `opd.envs` where its id does not tell."""
     module, _, name = env_id.rpartition(":")
     if not module and env_id in gymnasium.registry:
         module, _, name = str(gymnasium.registry[env_id].entry_point).rpartition(":")
@@ -59,7 +59,7 @@ def module_of(env_id: str) -> str:
 
 
 def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[str, str]:
-    """An environment whose observations and actions are text.
+    """Make an environment whose observations and actions are text.
 
     A registered id goes through `gymnasium.make`, so that its author's wrappers (a time limit, the check that
     reset comes first) apply; they pass `info` on as it is. gymnasium's passive checker is left out: it looks at

@@ -1,4 +1,4 @@
-"""A gymnasium space of text. gymnasium's own `Text` refuses spaces, accents and empty strings by default."""
+"""Defines a gymnasium space of text. gymnasium's own `Text` refuses spaces, accents and empty strings by default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAMPLE_LENGTH = 64
 
 
 class TextSpace(Space[str]):
-    """Every unicode string of at most `max_length` characters that UTF-8 can encode; the empty one too.
+    """Holds every unicode string of at most `max_length` characters that UTF-8 can encode; the empty one too.
 
     A lone surrogate (half of an emoji, such as JSON's escape `\\ud83d` yields) is no text: no tokenizer and no
     file takes it. Samples are short, however large `max_length` is.
@@ -27,7 +27,7 @@ class TextSpace(Space[str]):
         super().__init__(shape=None, dtype=str, seed=seed)
 
     def sample(self, mask: Any | None = None, probability: Any | None = None) -> str:
-        """A random string of at most 64 characters. Raises ValueError for a mask: text has no finite one."""
+        """Draw a random string of at most 64 characters. Raises ValueError for a mask: text has no finite one."""
         if mask is not None or probability is not None:
             raise ValueError("TextSpace.sample takes neither a mask nor a probability")
         length = self.np_random.integers(0, min(self.max_length, _SAMPLE_LENGTH), endpoint=True)
@@ -51,5 +51,5 @@ class TextSpace(Space[str]):
 
 
 def clean(text: str) -> str:
-    """The text with every lone surrogate replaced by `?`, so that UTF-8 can encode it."""
+    """Replace every lone surrogate by `?`, so that UTF-8 can encode the text."""
     return text.encode("utf-8", "replace").decode("utf-8")

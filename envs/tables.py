@@ -25,7 +25,7 @@ _PRECEDENCE = ("eval", "warm", "train")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # equal by identity, so that it can key a cache
 class Table:
-    """Rows and the names of their columns; every row has every column."""
+    """Holds rows and the names of their columns. Every row has every column."""
 
     path: str
     rows: Sequence[Row]
@@ -42,13 +42,13 @@ class Table:
 
 
 def looks_like_file(path: str) -> bool:
-    """Whether the path ends as a file does that `load_file` reads; else it names a data set."""
+    """True if the path ends like a file that `load_file` reads; otherwise it names a data set."""
     return Path(path).suffix in _FORMATS
 
 
 @lru_cache(maxsize=16)
 def load_file(path: str) -> Table:
-    """A .jsonl, .json, .csv or .parquet file.
+    """Load a .jsonl, .json, .csv or .parquet file.
 
     Raises ConfigError when there is none such, DataError when a line of a .jsonl file is no JSON object.
     """
@@ -67,7 +67,7 @@ def load_file(path: str) -> Table:
 
 @lru_cache(maxsize=16)
 def load_dataset(path: str, name: str | None) -> dict[str, Table]:
-    """All the splits of a data set: a folder that `save_to_disk` wrote, or what `datasets.load_dataset` takes.
+    """Load all splits of a data set: a folder that `save_to_disk` wrote, or what `datasets.load_dataset` takes.
 
     `name` is the configuration of a hub data set. Raises ConfigError when it cannot be loaded.
     """
@@ -111,7 +111,7 @@ def _parse_row(line: str, *, where: str) -> dict[str, Any]:
 
 
 def by_split(path: str | Mapping[str, str], name: str | None, splits: Mapping[str, str] | None) -> dict[str, Table]:
-    """Each split's table, as the three settings say together. Raises ConfigError when they do not fit."""
+    """Load the table of each split that the three settings describe. Raises ConfigError when they do not fit."""
     if isinstance(path, str) and not looks_like_file(path):
         return _dataset_tables(path, name, splits or {"train": "train"})
     if name is not None or splits is not None:
@@ -139,7 +139,7 @@ def _check_splits(chosen: Mapping[str, str], *, setting: str) -> None:
 
 @lru_cache(maxsize=16)
 def disjoint(tables: tuple[tuple[str, Table], ...], prompt_column: str, held_out: float) -> dict[str, list[Row]]:
-    """The rows of each split, so that no prompt is in two of them; shared by all callers, so not to be changed.
+    """Cut the tables into splits so that no prompt is in two of them. All callers share the rows; do not change them.
 
     With no eval table, a share `held_out` of the train prompts becomes it, chosen by a stable hash. A prompt
     that stands in several splits stays in one (eval before warm before train), and a log line counts the rows

@@ -1,4 +1,4 @@
-"""The text environment: what the trainer reads from any `gymnasium.Env`, and a base class that writes it.
+"""Defines the text environment: what the trainer reads from any `gymnasium.Env`, and a base class that writes it.
 
 The contract (docs/environments.md shows it by example):
 
@@ -14,6 +14,8 @@ markup kept. A trajectory's reward is the sum of the rewards of its steps. `info
     privileged  at reset: dict of str to str, what only a teacher may see; never part of obs or messages
     feedback    at a step: str, what the environment says about a failure
     success     at a step: bool, whether the task is solved
+    unreadable  at a step that ends the episode: bool, whether it ends because the action could not be read (no tool
+                call, no move of the game); logged only
     rewards     at a step: dict of str to float, the parts that the reward is made of, by name; logged only, the
                 reward counts. None stands for a part that could not tell
 
@@ -42,12 +44,12 @@ from opd.errors import EnvError
 from opd.types import Message
 
 SPLITS = ("train", "eval", "warm")
-"""What is trained on, what is held out, and what a warm start may see. No task is in two of them."""
+"""The splits to train on, to hold out, and to show a warm start. No task is in two of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """How an episode begins."""
+    """Describes how an episode begins."""
 
     prompt: str | list[Message]
     """The user message, or whole messages with roles."""
@@ -65,23 +67,29 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What the environment does with one action."""
+    """Describes what the environment does with one action."""
 
     messages: list[Message] = field(default_factory=list)
     """What the model reads next; empty when the episode ends without a word."""
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
-    """Whether a limit of the environment's own ended the episode, which is no verdict on it."""
+    """True if a limit of the environment's own ended the episode, which is no verdict on it."""
     success: bool = False
+    unreadable: bool = False
+    """The episode ends because the action could not be read: no call in the tool format, no move of the game."""
     feedback: str | None = None
     """What to say about a failure; a teacher may be shown it, the student reads `messages` only."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """The parts that the reward is made of, by name, for the logs; None where a part abstained."""
 
+    def __post_init__(self) -> None:
+        if self.unreadable and not self.terminated:
+            raise EnvError("Reply(unreadable=True) is for an action that ends the episode; add terminated=True")
+
 
 class TextEnv(gymnasium.Env[str, str], ABC):
-    """A gymnasium environment of text. Subclasses define `start` and `respond`, and call `super().__init__()`.
+    """Is a gymnasium environment of text. Subclasses define `start` and `respond`, and call `super().__init__()`.
 
     Args:
         max_steps: truncate an episode after this many steps, for use without a trainer, which has its own limit.
@@ -109,7 +117,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         """React to the model's text."""
 
     def tool_schemas(self) -> list[dict[str, Any]]:
-        """JSON schemas of the tools that the model may call."""
+        """Return the JSON schemas of the tools that the model may call."""
         return []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -124,7 +132,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         info: dict[str, Any] = {"privileged": {name: clean(text) for name, text in start.privileged.items()}}
         if tools := self.tool_schemas():
             info["tools"] = tools
-        return _observe(start.messages, info), info
+        return _to_observation(start.messages, info), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Pass the model's text on. Raises EnvError when no episode is running."""
@@ -135,11 +143,13 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         truncated = not reply.terminated and (reply.truncated or self._steps == self.max_steps)
         self._running = not (reply.terminated or truncated)
         info: dict[str, Any] = {"success": reply.success}
+        if reply.unreadable:
+            info["unreadable"] = True
         if reply.feedback is not None:
             info["feedback"] = clean(reply.feedback)
         if reply.rewards:
             info["rewards"] = dict(reply.rewards)
-        return _observe(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
+        return _to_observation(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
 
     def _address(self, options: dict[str, Any]) -> tuple[str, int | None]:
         unknown = sorted(set(options) - {"split", "index"})
@@ -152,8 +162,8 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         return split, options.get("index")
 
 
-def _observe(messages: Sequence[Message], info: dict[str, Any]) -> str:
-    """The messages as an observation; they go into `info` too unless they are just one user message."""
+def _to_observation(messages: Sequence[Message], info: dict[str, Any]) -> str:
+    """Return the messages as an observation. They go into `info` too, unless they are just one user message."""
     cleaned = [{**message, "content": clean(message["content"])} for message in messages]
     if len(cleaned) != 1 or cleaned[0]["role"] != "user":
         info["messages"] = cleaned
@@ -161,7 +171,7 @@ def _observe(messages: Sequence[Message], info: dict[str, Any]) -> str:
 
 
 def task_split(*key: object, held_out: float = 0.2, warm: float = 0.2) -> str:
-    """The split that a task belongs to, from what makes it this task (its operands, its names).
+    """Return the split that a task belongs to, from what makes it this task (its operands, its names).
 
     A stable hash decides, so a task is in one split whatever seed draws it, on any machine. `held_out` and
     `warm` are the shares of the eval and the warm split. Raises TypeError for a key that JSON does not know: the

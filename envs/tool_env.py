@@ -87,7 +87,11 @@ class ToolEnv(TextEnv):
         """Begin a task of `split`, drawn with `rng` alone (see `TextEnv.start`)."""
 
     def no_call(self, action: str) -> Reply:
-        """Reply to an action that calls no tool; by default the turn is used up and the model reminded."""
+        """Reply to an action that calls no tool; by default the turn is used up and the model reminded.
+
+        A subclass that ends the episode for it returns `Reply(terminated=True, unreadable=True)`, so that the logs tell
+        such an end from a finished task; one that takes the text for the answer does not.
+        """
         form = "" if self.tool_format == "auto" else f", in the form {FORMS[self.tool_format]}"
         text = f"Call a tool{form}. The tools are: {', '.join(self._tools)}."
         return Reply(messages=[{"role": "user", "content": text}], feedback=text)

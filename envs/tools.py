@@ -1,4 +1,4 @@
-"""Typed, documented Python functions as tools: their JSON schemas, and calls with checked arguments.
+"""Turns typed, documented Python functions into tools: their JSON schemas, and calls with checked arguments.
 
 transformers' `get_json_schema` makes such schemas too, and where it can, with the same result (a test compares
 them). It knows no enums, typed dicts, dataclasses or pydantic models (they become `{"type": "object"}` without a
@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ToolError(EnvError):
-    """Raised by a tool to tell the model, in plain words, why the call cannot be answered."""
+    """A tool raises this to tell the model, in plain words, why the call cannot be answered."""
 
 
 def tool(function: F) -> F:
@@ -40,7 +40,7 @@ def tool(function: F) -> F:
 
 
 def marked_tools(obj: object) -> list[Callable[..., Any]]:
-    """The bound methods marked with `@tool`, in the order in which they are defined, base classes first."""
+    """Return the bound methods marked with `@tool`, in the order of their definition, base classes first."""
     names: dict[str, None] = {}
     for cls in reversed(type(obj).__mro__):
         marked = (name for name, value in vars(cls).items() if hasattr(_plain_function(value), _MARK))
@@ -50,12 +50,12 @@ def marked_tools(obj: object) -> list[Callable[..., Any]]:
 
 
 def _plain_function(function: Any) -> Any:
-    """What a bound, static or class method wraps."""
+    """Return the function that a bound, static or class method wraps."""
     return getattr(function, "__func__", function)
 
 
 class Tool:
-    """One callable tool, sync or async.
+    """Holds one callable tool, sync or async.
 
     The docstring's first paragraph describes the tool, lines `name: text` under `Args:` its arguments. Arguments
     may be of any type that pydantic can check: numbers, `str`, `bool`, `Optional`, `Literal`, enums, `list[...]`,
@@ -71,23 +71,23 @@ class Tool:
         self.name: str = function.__name__
         self.is_async = inspect.iscoroutinefunction(function)
         # By the plain function: binding a method to each new environment must not build its model again.
-        self._signature = _signature(_plain_function(function), bound=inspect.ismethod(function))
+        self._signature = _read_signature(_plain_function(function), bound=inspect.ismethod(function))
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema in OpenAI's form; a fresh copy at each call."""
+        """Build the JSON schema in OpenAI's form; a fresh copy at each call."""
         description, _, parameters = self._signature
         schema = {"name": self.name, "description": description, "parameters": json.loads(parameters)}
         return {"type": "function", "function": schema}
 
     def __call__(self, arguments: dict[str, Any]) -> str:
-        """Check and coerce the arguments, call the function, and give its result as text; for a sync tool.
+        """Check and coerce the arguments, call the function, and return its result as text; for a sync tool.
 
         Raises ToolError when the arguments do not fit, and whatever the function raises.
         """
         return to_text(self.function(**self.checked(arguments)))
 
     def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
-        """The arguments as the function takes them. Raises ToolError when they do not fit.
+        """Return the arguments as the function takes them. Raises ToolError when they do not fit.
 
         With `as_text` each is text as the model wrote it, and its type in the schema says how to read that.
         """
@@ -104,19 +104,19 @@ class Tool:
 
 
 def to_text(result: object) -> str:
-    """A tool's result as the model reads it: text as it is, `None` as "(no output)", data as JSON.
+    """Write a tool's result as the model reads it: text as it is, `None` as "(no output)", data as JSON.
 
     Bytes are read as UTF-8, arrays become lists, dataclasses and models objects; what JSON has no form for, its `str`.
     """
     if result is None:
         return "(no output)"
     if not isinstance(result, str | int | float | list | tuple | dict):
-        result = _plain(result)
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
+        result = _to_json_value(result)
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_to_json_value)
 
 
-def _plain(value: Any) -> Any:
-    """One step towards what JSON knows."""
+def _to_json_value(value: Any) -> Any:
+    """Take a value one step closer to what JSON can hold."""
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value).decode("utf-8", "replace")
     if isinstance(value, BaseModel):
@@ -134,9 +134,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_text(text: Any, schema: dict[str, Any]) -> Any:
-    """An argument of a format without types: text stays text where the schema takes it, else it is read as JSON.
+    """Read an argument of a format without types.
 
-    `True`, `False` and `None` are read too: that is how the templates of such models write them.
+    Text stays text where the schema takes it; otherwise it is read as JSON. `True`, `False` and `None` are read too:
+    that is how the templates of such models write them.
     """
     if not isinstance(text, str) or _takes_text(schema):
         return text
@@ -165,15 +166,15 @@ def _problem(location: tuple[int | str, ...], message: str) -> str:
 
 
 class _Untitled(GenerateJsonSchema):
-    """JSON schemas without the titles that pydantic derives from names: a prompt need not say it twice."""
+    """Makes JSON schemas without the titles that pydantic derives from names: a prompt need not say a name twice."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 @lru_cache(maxsize=1024)
-def _signature(function: Callable[..., Any], *, bound: bool) -> tuple[str, type[BaseModel], str]:
-    """Description, model of the arguments, and its JSON schema as text, from a plain function."""
+def _read_signature(function: Callable[..., Any], *, bound: bool) -> tuple[str, type[BaseModel], str]:
+    """Read the description, the model of the arguments, and its JSON schema as text, from a plain function."""
     name = getattr(function, "__qualname__", repr(function))
     description, documented = _read_docstring(inspect.getdoc(function) or "")
     if not description:
@@ -191,7 +192,7 @@ def _signature(function: Callable[..., Any], *, bound: bool) -> tuple[str, type[
         )
     if documented:
         raise ConfigError(f"tool {name}: the docstring describes {sorted(documented)}, which are no arguments")
-    model, parameters = _model(name, fields)
+    model, parameters = _make_model(name, fields)
     return description, model, json.dumps(parameters)
 
 
@@ -202,8 +203,8 @@ def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         raise ConfigError(f"tool {name}: its annotations cannot be read: {error}") from error
 
 
-def _model(name: str, fields: dict[str, Any]) -> tuple[type[BaseModel], dict[str, Any]]:
-    """What checks the arguments, and their JSON schema with nothing but itself to refer to."""
+def _make_model(name: str, fields: dict[str, Any]) -> tuple[type[BaseModel], dict[str, Any]]:
+    """Build the model that checks the arguments, and its JSON schema, which refers to nothing outside itself."""
     config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     try:
         with warnings.catch_warnings():
@@ -220,7 +221,7 @@ def _model(name: str, fields: dict[str, Any]) -> tuple[type[BaseModel], dict[str
 
 
 def _inline(tool_name: str, part: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> Any:
-    """A schema with its references replaced by what they stand for: models read it as it is.
+    """Replace the references in a schema by what they stand for, so that a model can read it as it is.
 
     Left out is what says nothing to them: titles, which repeat names, and that no other properties are allowed.
     """
@@ -250,7 +251,10 @@ _ARG = re.compile(r"^\s*(\w+)(?:\s*\([^)]*\))?:\s*(.*)$")
 
 
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph, and the arguments' descriptions (Google style; deeper lines continue one)."""
+    """Return the first paragraph and the arguments' descriptions, in Google style.
+
+    Deeper lines continue a description.
+    """
     description = " ".join(doc.split("\n\n")[0].split())
     found = _ARGS.search(doc)
     if found is None:

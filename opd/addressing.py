@@ -28,18 +28,18 @@ def is_address(text: str) -> bool:
     return _ADDRESS.fullmatch(text) is not None
 
 
-def find(address: str) -> Any:
-    """Import what an address names.
+def load(address: str, *, setting: str) -> Any:
+    """Import what an address names; `setting` is the key that it stands under.
 
     Raises ConfigError where the module is not found or fails while it is imported, or has no such name.
     """
     named = _ADDRESS.fullmatch(address)
     if named is None:
-        raise ConfigError(f"{address!r} is no address; write my_package.my_module:name")
+        raise ConfigError(f"{setting} = {address!r} is no address; write my_package.my_module:name")
     if find_module(named["module"]) is None:
         raise ConfigError(
-            f"{address!r} names the module {named['module']!r}, which cannot be found. Is its folder on PYTHONPATH, or "
-            "the package installed?"
+            f"{setting}: {address!r} names the module {named['module']!r}, which cannot be found. Is its folder on "
+            "PYTHONPATH, or the package installed?"
         )
     try:
         return pkgutil.resolve_name(address)
@@ -47,10 +47,11 @@ def find(address: str) -> Any:
         own = vars(sys.modules[named["module"]]) if named["module"] in sys.modules else {}
         public = sorted(name for name, value in own.items() if getattr(value, "__module__", None) == named["module"])
         raise ConfigError(
-            f"{address!r}: {named['module']} defines no {named['name']!r}; it defines {', '.join(public) or 'nothing'}"
+            f"{setting}: {address!r}: {named['module']} defines no {named['name']!r}; it defines "
+            f"{', '.join(public) or 'nothing'}"
         ) from None
     except Exception as error:  # a stranger's module may raise anything while it is imported
-        raise ConfigError(f"{address!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def find_module(name: str) -> ModuleSpec | None:

@@ -1,6 +1,6 @@
-"""Calls with a time limit, for code that may hang: coroutines on an event loop beside us, and plain functions.
+"""Calls code that may hang, within a time limit: coroutines on an event loop beside us, and plain functions.
 
-What overruns its limit is given up, never waited for; a coroutine is cancelled first. Used by tools and rewards.
+What overruns its limit is given up, never waited for; a coroutine is cancelled first. Tools and rewards use this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GRACE = 1.0  # seconds that a cancelled coroutine has to clean up
 
 
 class Background:
-    """An event loop on a thread of its own, for one owner: started when it is first needed, ended by `close`.
+    """Owns an event loop on a thread of its own, for one owner. It starts when it is first needed and ends by `close`.
 
     The loop lives on between calls, so that what a coroutine opened (a session, a lock) can be used by the next.
     An owner that is collected without `close` takes its loop along.
@@ -32,7 +32,7 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def run(self, calls: Sequence[Callable[[], Awaitable[T]]], *, time_limit: float) -> list[T | BaseException]:
-        """Run coroutine functions at the same time; in the order of the calls, what each returned or raised.
+        """Run coroutine functions at the same time. Returns what each returned or raised, in the order of the calls.
 
         One that takes longer than `time_limit` seconds is cancelled and gives a TimeoutError. Where one blocks the
         loop itself (it sleeps or computes without awaiting) all that are not done give one, and the loop is given up.
@@ -44,7 +44,7 @@ class Background:
         except TimeoutError:
             logger.warning("an async call blocked its event loop for more than %g s; the loop is given up", time_limit)
             self._stop()
-            return [_late(time_limit) for _ in calls]
+            return [_overrun(time_limit) for _ in calls]
 
     def close(self) -> None:
         """Cancel what still runs, and end the loop. `run` may be called again."""
@@ -69,7 +69,7 @@ class Background:
 
 
 def call_within(seconds: float, function: Callable[[], T]) -> T:
-    """What a plain function returns or raises, run on a daemon thread; TimeoutError when it takes longer.
+    """Run a plain function on a daemon thread; return or raise what it does. Raises TimeoutError when it takes longer.
 
     A thread cannot be stopped: one that hangs stays behind until the process ends.
     """
@@ -87,10 +87,10 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
     except TimeoutError:
         if answer.done():
             raise  # the function's own
-        raise _late(seconds) from None
+        raise _overrun(seconds) from None
 
 
-def _late(seconds: float) -> TimeoutError:
+def _overrun(seconds: float) -> TimeoutError:
     return TimeoutError(f"no answer within {seconds:g} s")
 
 
@@ -113,17 +113,17 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _gather(calls: Sequence[Callable[[], Awaitable[T]]], time_limit: float) -> list[T | BaseException]:
-    tasks = [asyncio.create_task(_outcome(call)) for call in calls]
+    tasks = [asyncio.create_task(_catch(call)) for call in calls]
     done, late = await asyncio.wait(tasks, timeout=time_limit)
     for task in late:
         task.cancel()
     if late:
         await asyncio.wait(late, timeout=_GRACE)
-    return [_result(task) if task in done else _late(time_limit) for task in tasks]
+    return [_result(task) if task in done else _overrun(time_limit) for task in tasks]
 
 
-async def _outcome(call: Callable[[], Awaitable[T]]) -> T | BaseException:
-    """A raised exception as a value: SystemExit would end the loop. A cancelled task stays cancelled."""
+async def _catch(call: Callable[[], Awaitable[T]]) -> T | BaseException:
+    """Return a raised exception as a value: SystemExit would end the loop. A cancelled task stays cancelled."""
     try:
         return await call()
     except asyncio.CancelledError:

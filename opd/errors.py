@@ -1,4 +1,4 @@
-"""Every error that `opd` raises on purpose.
+"""Defines every error that `opd` raises on purpose.
 
 One class per boundary, each also a subclass of the standard class that a caller would expect, so that
 `except ValueError` keeps working. A message names the setting, its value, what is allowed, and the mend.
@@ -6,10 +6,10 @@ One class per boundary, each also a subclass of the standard class that a caller
 
 
 class OpdError(Exception):
-    """Base of every deliberate error of this package."""
+    """Is the base of every deliberate error of this package."""
 
     exit_code = 2
-    """What a command ends with: 2 for a mistake in what was asked, 1 for a run that went wrong by itself."""
+    """The exit code of a command: 2 for a mistake in what was asked, 1 for a run that went wrong by itself."""
 
 
 class ConfigError(OpdError, ValueError):

@@ -1,4 +1,4 @@
-"""The clock of grading: what scores an episode may take longer than a step, and has a limit of its own.
+"""Holds the clock of grading: what scores an episode may take longer than a step, and has a limit of its own.
 
 Whoever runs an environment's calls under a time limit listens; whoever grades says when that begins and ends.
 Where nobody listens (an environment used by itself) `grading` does nothing.
@@ -33,7 +33,7 @@ def grading() -> Iterator[None]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hear of the grading that happens on this thread."""
+    """Tell `listener` of the grading that happens on this thread."""
     _here.listener = listener
     try:
         yield

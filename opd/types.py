@@ -3,6 +3,10 @@
 Token ids are lists of int until `opd.objective.collate` pads them into tensors; nothing here imports torch. A
 trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
 train, with which weight). Only a method turns one into the other.
+
+The examples follow one episode of two turns through the file, each going on from those above it; hence so many
+lines in one file. The student reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box"
+(3), says "box" (8) and ends its turn (9).
 """
 
 from __future__ import annotations
@@ -47,9 +51,48 @@ class Fault(StrEnum):
         return self in (Fault.TIMEOUT, Fault.CONNECTION, Fault.DIED)
 
 
+class End(StrEnum):
+    """Why an episode ended. An environment ends it, a limit of ours does, or something breaks."""
+
+    FINISHED = "finished"
+    """The environment ended it, and the last completion is whole."""
+    UNREADABLE = "unreadable"
+    """The environment ended it because it could not read the action, and said so: no call in the tool format, no move
+    of the game."""
+    COMPLETION_CUT = "completion_cut"
+    """The environment ended it on a completion that `rollout.max_tokens` had cut."""
+    CONTEXT_CUT = "context_cut"
+    """The environment ended it on a completion that `rollout.max_length` had cut."""
+    ENVIRONMENT_LIMIT = "environment_limit"
+    """A limit of the environment's own ended it: the `truncated` of its step."""
+    MAX_TURNS = "max_turns"
+    """`env.max_turns` turns were played, and the environment would have gone on."""
+    CONTEXT_FULL = "context_full"
+    """The next prompt leaves no room for a completion within `rollout.max_length`."""
+    TIME = "time"
+    """`rollout.episode_timeout` was over."""
+    BROKEN = "broken"
+    """The environment broke, or what it stands on; `Trajectory.failed` says how."""
+
+    @property
+    def terminated(self) -> bool:
+        """The environment ended the episode, as gymnasium means it: the task is over."""
+        return self in (End.FINISHED, End.UNREADABLE, End.COMPLETION_CUT, End.CONTEXT_CUT)
+
+    @property
+    def truncated(self) -> bool:
+        """A limit on turns, tokens or time ended the episode: neither a success nor a fault of the environment."""
+        return self in (End.ENVIRONMENT_LIMIT, End.MAX_TURNS, End.CONTEXT_FULL, End.TIME)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task of an environment, addressed by number: the same task always has the same seed."""
+    """One task of an environment, addressed by number: the same task always has the same seed.
+
+    >>> task = Task(index=3, seed=5)
+    >>> task.id
+    'train/3'
+    """
 
     index: int
     seed: int
@@ -67,6 +110,25 @@ class Turn:
     `prompt_ids` are the ids *added* since the last completion (the whole prompt at turn 0); `messages`
     are the messages they render. If `forked`, the chat template rewrote the past: the turn starts a new
     sequence, `prompt_ids` is a whole prompt, and `messages` the whole conversation.
+
+    >>> first = Turn(
+    ...     prompt_ids=[1, 2], completion_ids=[7, 9], logprobs=[-0.5, -0.1], stop_reason=StopReason.STOP,
+    ...     messages=[{"role": "user", "content": "Where is it?"}], text="look",
+    ... )
+    >>> second = Turn(
+    ...     prompt_ids=[3], completion_ids=[8, 9], logprobs=[-1.0, -0.25], stop_reason=StopReason.STOP,
+    ...     messages=[{"role": "tool", "content": "a box"}], text="box", reward=1.0,
+    ... )
+
+    Had the template written "look" anew once the answer is there (as 6), the second turn would fork:
+
+    >>> forked = Turn(
+    ...     prompt_ids=[1, 2, 6, 9, 3], completion_ids=[8, 9], logprobs=[-1.0, -0.25], stop_reason=StopReason.STOP,
+    ...     messages=[*first.messages, {"role": "assistant", "content": "look"}, *second.messages], text="box",
+    ...     forked=True,
+    ... )
+    >>> forked.added
+    [{'role': 'tool', 'content': 'a box'}]
     """
 
     prompt_ids: list[int]
@@ -98,7 +160,12 @@ class Turn:
 
 
 class Segment(NamedTuple):
-    """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it."""
+    """Consecutive turns that make one sequence: the first turn's prompt is whole, the others add to it.
+
+    >>> segment = Segment(start=0, turns=[first, second])
+    >>> [turn.prompt_ids + turn.completion_ids for turn in segment.turns]
+    [[1, 2, 7, 9], [3, 8, 9]]
+    """
 
     start: int
     """The number of the first of these turns in its trajectory."""
@@ -107,29 +174,61 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A finished episode. `terminated`, `truncated` and `failed` are three different things."""
+    """A finished episode: its turns, and why it ended.
+
+    Raises DataError where `end` and the rest contradict each other.
+
+    >>> trajectory = Trajectory(task=task, member=0, turns=[first, second], end=End.FINISHED, success=True)
+    >>> trajectory.reward, trajectory.completion_tokens, trajectory.terminated, trajectory.truncated
+    (1.0, 4, True, False)
+    >>> trajectory.segments() == [segment]
+    True
+    >>> rewritten = Trajectory(task=task, member=1, turns=[first, forked], end=End.MAX_TURNS)
+    >>> rewritten.segments() == [Segment(start=0, turns=[first]), Segment(start=1, turns=[forked])]
+    True
+    """
 
     task: Task
     member: int
     """Which of its group this is, 0 to G-1."""
     turns: list[Turn]
+    end: End
+    """Why it ended; `terminated` and `truncated` follow from it."""
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the tools that the prompt offers."""
     privileged: dict[str, str] = field(default_factory=dict)
     """What only a teacher may see, by name (`solution`, `plan`, ...)."""
     success: bool = False
-    terminated: bool = False
-    """The environment ended the episode."""
-    truncated: bool = False
-    """A limit on turns, tokens or time ended it: neither a success nor a fault of the environment."""
     failed: str | None = None
-    """Why the environment or the engine broke; such a trajectory is counted and never trained."""
+    """What broke, in words, where `end` is BROKEN; such a trajectory is counted and never trained."""
     fault: Fault | None = None
     """Which kind of failure that was."""
     policy_version: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by part: `env`, `engine`."""
+
+    def __post_init__(self) -> None:
+        if (self.end is End.BROKEN) != (self.failed is not None):
+            raise DataError(f"a trajectory that ended by {self.end} has failed = {self.failed!r}")
+        if self.failed is None and self.fault is not None:
+            raise DataError(f"a trajectory that did not fail has fault = {self.fault}")
+        if self.end is End.BROKEN and self.success:
+            raise DataError("a trajectory that broke cannot have solved its task")
+        if not self.turns and self.end not in (End.CONTEXT_FULL, End.TIME, End.BROKEN):
+            raise DataError(f"a trajectory without turns cannot have ended by {self.end}")
+        if self.end.terminated:
+            cut, says_cut = self.turns[-1].stop_reason, self.end in (End.COMPLETION_CUT, End.CONTEXT_CUT)
+            if (cut is StopReason.LENGTH) != says_cut:
+                raise DataError(f"a trajectory ended by {self.end}, but its last completion by {cut}")
+
+    @property
+    def terminated(self) -> bool:
+        return self.end.terminated
+
+    @property
+    def truncated(self) -> bool:
+        return self.end.truncated
 
     @property
     def reward(self) -> float:
@@ -162,7 +261,15 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """The trajectories of one task, in the order of their `member` number."""
+    """The trajectories of one task, in the order of their `member` number.
+
+    >>> broken = Trajectory(
+    ...     task=task, member=2, turns=[first], end=End.BROKEN, failed="step 1: OSError: no box", fault=Fault.RAISED
+    ... )
+    >>> group = TrajectoryGroup(task=task, trajectories=[trajectory, rewritten, broken])
+    >>> [t.member for t in group.usable]
+    [0, 1]
+    """
 
     task: Task
     trajectories: list[Trajectory]
@@ -190,6 +297,12 @@ class TeacherView:
 
     `rows[j]` is the row of the teacher's logits that predicts the j-th completion token of the sample:
     one less than the position of that token in `token_ids`.
+
+    A teacher who also reads the solution (5), at the end of the first prompt:
+
+    >>> view = TeacherView(token_ids=[1, 2, 5, 7, 9, 3, 8, 9], rows=[2, 3, 5, 6], shows=("solution",))
+    >>> view.targets
+    [7, 9, 8, 9]
     """
 
     token_ids: list[int]
@@ -222,14 +335,24 @@ STREAMS = (
 class Sample:
     """One sequence, ready to train: ids, which of them were sampled, and what each of those costs.
 
-    For two turns, `[1, 2] -> [7]` and `[3] -> [8, 9]`:
-
-        token_ids        1 2 7 3 8 9
-        completion_mask  0 0 1 0 1 1
-        turn             0 0 0 1 1 1
-
     Streams are `[T]`, one value a token; outside the mask a weight must be 0 and a log-prob is nan, so
     that a placeholder read as a value poisons the loss where a test sees it.
+
+    >>> sample = to_sample(trajectory, segment, view=view, distill=0.5)
+    >>> sample.token_ids
+    [1, 2, 7, 9, 3, 8, 9]
+    >>> sample.completion_mask
+    [0, 0, 1, 1, 0, 1, 1]
+    >>> sample.turn
+    [0, 0, 0, 0, 1, 1, 1]
+    >>> sample.sampler_logprobs
+    [nan, nan, -0.5, -0.1, nan, -1.0, -0.25]
+    >>> sample.distill_weight
+    [0.0, 0.0, 0.5, 0.5, 0.0, 0.5, 0.5]
+    >>> sample.completion_ids == view.targets
+    True
+    >>> sample.rows  # the student's, beside the teacher's [2, 3, 5, 6]
+    [1, 2, 4, 5]
     """
 
     token_ids: list[int]

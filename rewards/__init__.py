@@ -1,4 +1,4 @@
-"""Reward functions in TRL's signature, and how several of them make one number.
+"""Holds reward functions in TRL's signature, and the rubric that makes one number of several of them.
 
 A reward function is called as `f(prompts=..., completions=..., **columns)`, where each argument is a list with
 one entry a completion, and returns a list of floats, or None where it cannot tell. A completion is a string, or

@@ -1,4 +1,4 @@
-"""Unit-tested code as a reward: what the model wrote runs in the sandbox, against the tests of the task.
+"""Rewards code by unit tests: what the model wrote runs in the sandbox, against the tests of the task.
 
 Tests that call the code run in its process, so code that goes for the harness itself can fool them; it has to
 mean to, for leaving early or printing does not do. Tests by input and output cannot be fooled: the right output
@@ -43,7 +43,7 @@ for number, test in enumerate(tests):
 
 
 class CodeTests:
-    """A reward function: 1.0 for code that passes all of its tests, else 0.0; None where there are no tests.
+    """Scores 1.0 for code that passes all of its tests, else 0.0; None where there are no tests.
 
     The code is the last fenced block of a completion, or the whole of it where there is none. Each entry of the
     column `tests` is one program of asserts, a list of such programs (MBPP's `test_list`), or a list of
@@ -79,7 +79,7 @@ class CodeTests:
 
     def __call__(self, completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
         """Score a batch, several at a time."""
-        pairs = [(_code(completion), _checked(test)) for completion, test in zip(completions, tests, strict=True)]
+        pairs = [(_code(completion), _list_tests(test)) for completion, test in zip(completions, tests, strict=True)]
         with ThreadPoolExecutor(max_workers=self.workers) as pool:
             return list(pool.map(lambda pair: self._score(*pair), pairs))
 
@@ -107,13 +107,13 @@ class CodeTests:
 
 
 def code_tests(completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """`CodeTests` with its defaults. Raises ConfigError where there is no bubblewrap."""
+    """Score a batch by `CodeTests` with its defaults. Raises ConfigError where there is no bubblewrap."""
     return default_code_tests()(completions, tests)
 
 
 @cache
 def default_code_tests() -> CodeTests:
-    """What `code_tests` stands for. Raises ConfigError where there is no bubblewrap."""
+    """Make the `CodeTests` that `code_tests` calls. Raises ConfigError where there is no bubblewrap."""
     return CodeTests()
 
 
@@ -123,8 +123,8 @@ def _code(completion: Completion) -> str:
     return str(blocks[-1]) if blocks else text
 
 
-def _checked(tests: Any) -> list[Any]:
-    """The tests as a list. Raises DataError when they have none of the forms."""
+def _list_tests(tests: Any) -> list[Any]:
+    """Return the tests as a list. Raises DataError when they have none of the forms."""
     listed = [tests] * bool(tests.strip()) if isinstance(tests, str) else tests or []
     if isinstance(listed, list | tuple):
         if all(isinstance(test, str) for test in listed):

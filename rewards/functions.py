@@ -1,4 +1,4 @@
-"""The built-in rewards that compare an answer with the `answer` column: 1.0 right, 0.0 wrong.
+"""Holds the built-in rewards that compare an answer with the `answer` column: 1.0 right, 0.0 wrong.
 
 A thought is not part of an answer: what stands up to the last `</think>` of a completion is left out.
 """
@@ -23,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """Whether the completion is the answer, white space at the ends aside."""
+    """Score 1.0 where the completion is the answer, white space at the ends aside, else 0.0."""
     return [
         float(answer_of(completion) == str(right).strip())
         for completion, right in zip(completions, answer, strict=True)
@@ -31,27 +31,32 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwar
 
 
 def normalized_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """Whether the completion is the answer once both are normalised (`normalize`).
+    """Score 1.0 where the completion is the answer once both are normalised (`normalize`), else 0.0.
 
     Where the answer is a list, any of its texts will do. None: no answer has a word.
     """
     return [
-        _best(answer_of(completion), right, lambda given, gold: float(given == gold))
+        _best_score(answer_of(completion), right, lambda given, gold: float(given == gold))
         for completion, right in zip(completions, answer, strict=True)
     ]
 
 
 def f1(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """The F1 of the words of the completion and of the answer, both normalised; from 0 to 1.
+    """Compute the F1 of the words of the completion and of the answer, both normalised; from 0 to 1.
 
     Where the answer is a list, the best of its texts counts. None: no answer has a word. Source: SQuAD
     (arXiv 1606.05250), section 6.1.
     """
-    return [_best(answer_of(completion), right, _f1) for completion, right in zip(completions, answer, strict=True)]
+    return [
+        _best_score(answer_of(completion), right, _f1) for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
 def contains_answer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """Whether the answer stands in the completion as whole words, in any case. None: the answer is empty."""
+    """Score 1.0 where the answer stands in the completion as whole words, in any case, else 0.0.
+
+    None: the answer is empty.
+    """
     return [
         _contains(answer_of(completion), str(right).strip())
         for completion, right in zip(completions, answer, strict=True)
@@ -59,7 +64,7 @@ def contains_answer(completions: Sequence[Completion], answer: Sequence[Any], **
 
 
 def number_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """Whether the last number of the completion equals the last one of the answer (`1,250.0` is `1250`).
+    """Score 1.0 where the last numbers of the completion and of the answer are equal (`1,250.0` is `1250`), else 0.0.
 
     So GSM8K's `answer` column works as it is. None: the answer holds no number.
     """
@@ -70,30 +75,30 @@ def number_match(completions: Sequence[Completion], answer: Sequence[Any], **kwa
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last decimal number of the text, thousands separated by commas or not; None if there is none."""
+    """Return the last decimal number of the text, thousands separated by commas or not; None if there is none."""
     numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
 def normalize(text: str) -> str:
-    """Lower case, no punctuation, no English articles, single spaces."""
+    """Return the text in lower case, without punctuation and English articles, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_NO_PUNCTUATION)).split())
 
 
 def text_of(completion: Completion) -> str:
-    """What the assistant wrote: the string itself, or the contents of the messages."""
+    """Return what the assistant wrote: the string itself, or the contents of the messages."""
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message["content"]) for message in completion)
 
 
 def answer_of(completion: Completion) -> str:
-    """What the assistant wrote after its last thought, white space at the ends aside."""
+    """Return what the assistant wrote after its last thought, white space at the ends aside."""
     return text_of(completion).rpartition("</think>")[2].strip()
 
 
 def last_tagged(text: str, tag: str) -> str | None:
-    """What stands in the last pair of `<tag>` and `</tag>`, white space at the ends aside; None without a pair.
+    """Return the text in the last pair of `<tag>` and `</tag>`, white space at the ends aside; None without a pair.
 
     As the pattern `<tag>(.*?)</tag>` finds it, in time that grows with the length alone: that pattern looks through
     the whole text again for every tag that is never closed.
@@ -111,8 +116,8 @@ def _contains(text: str, answer: str) -> float | None:
     return float(re.search(rf"(?<!\w){re.escape(answer.casefold())}(?!\w)", text.casefold()) is not None)
 
 
-def _best(completion: str, answer: Any, score: Callable[[str, str], float]) -> float | None:
-    """The score against the best of the answers that have a word; None where none has."""
+def _best_score(completion: str, answer: Any, score: Callable[[str, str], float]) -> float | None:
+    """Return the best score that the completion has against an answer with a word; None where no answer has one."""
     golds = [normalize(str(one)) for one in (answer if isinstance(answer, list | tuple) else [answer])]
     given = normalize(completion)
     return max((score(given, gold) for gold in golds if gold), default=None)

@@ -1,4 +1,7 @@
-"""Reward functions in processes of their own: those that read a completion in ways that hang, or run what it says."""
+"""Runs reward functions in processes of their own.
+
+Such are those that read a completion in ways that hang, or run what it says.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ time in any thread but the main one."""
 
 
 def is_third_party(function: Callable[..., Any]) -> bool:
-    """Whether a function, or what made it, comes from one of `THIRD_PARTY`."""
+    """True if a function, or what made it, comes from one of `THIRD_PARTY`."""
     module = getattr(function, "__module__", None) or type(function).__module__
     return module.partition(".")[0] in THIRD_PARTY
 
 
 class Isolated:
-    """A plain reward function, called in a locked process once for each completion.
+    """Calls a plain reward function in a locked process, once for each completion.
 
     A completion whose scoring hangs, dies, raises, is refused, or is no finite number scores 0, and the log says so.
     Columns go along as they are; the trainer's callables (`log_extra`, ...) lead nowhere there.
@@ -63,17 +66,20 @@ class Isolated:
 
 
 class _Function:
-    """The function, in its own process."""
+    """Calls the function, in its own process."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def score(self, arguments: dict[str, Any], others: dict[str, bool]) -> float | None:
-        """The function's number for the one completion. `others` are arguments without data: are they called?"""
+        """Return the function's number for the one completion.
+
+        `others` names the arguments without data, and says whether each is called.
+        """
         nowhere = {name: _nowhere if is_called else None for name, is_called in others.items()}
         [value] = self._function(**arguments, **nowhere)
         return None if value is None else float(value)
 
 
 def _nowhere(*_: Any, **__: Any) -> None:
-    """Stands for what the trainer would pass to log with."""
+    """Take the place of what the trainer would pass to log with."""

@@ -1,8 +1,8 @@
-"""Whether an answer is mathematically equal to the right one, by the library math-verify, in processes of its own.
+"""Tells whether an answer is mathematically equal to the right one, by math-verify in processes of its own.
 
 The library parses LaTeX and asks sympy, both of which hostile or unlucky text can keep busy for hours or fill the
-memory with. Its own time limit is a signal, which works in the main thread alone (environments are stepped in
-others) and not while Python computes with a huge integer. So it runs where it can be killed (`opd.sandbox.Grader`).
+memory with. Its own time limit is a signal, which works in the main thread alone (environments are stepped in others)
+and not while Python computes with a huge integer. So it runs where it can be killed (`opd.sandbox.Grader`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _FAMILIAR = ("1", r"$\frac{1}{2}$", r"\boxed{x^2+1}", r"$\{1, 2\}$")
 
 
 class MathVerify:
-    r"""1 where the completion's answer equals the `answer` column as mathematics, else 0; None: `answer` is none.
+    r"""Scores 1 where the completion's answer equals the `answer` column as mathematics, else 0.
 
-    `1/2`, `0.5`, `$\frac{1}{2}$` and `\boxed{\frac12}` are equal. Formulas in a completion need dollar signs or
-    `\boxed`, as the library has it; in the `answer` column they may stand bare (`x^2+1`). A completion that cannot
-    be compared in time is wrong, and the log says so.
+    None: `answer` holds none. `1/2`, `0.5`, `$\frac{1}{2}$` and `\boxed{\frac12}` are equal. Formulas in a completion
+    need dollar signs or `\boxed`, as the library has it; in the `answer` column they may stand bare (`x^2+1`). A
+    completion that cannot be compared in time is wrong, and the log says so.
 
     Args:
         time_limit: seconds for one answer; `rollout.grading_timeout` must be larger.
@@ -41,17 +41,17 @@ class MathVerify:
 
     def __call__(self, completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return [
-            self._compared(str(right), answer_of(completion))
+            self._compare(str(right), answer_of(completion))
             for completion, right in zip(completions, answer, strict=True)
         ]
 
-    def _compared(self, right: str, given: str) -> float | None:
+    def _compare(self, right: str, given: str) -> float | None:
         limit = max(1, int(self.time_limit / 2))
         return self._grader.score("compare", text=given, right=right, given=given, seconds=limit)
 
 
 class Equality:
-    """math-verify itself, in its own process."""
+    """Runs math-verify itself, in its own process."""
 
     def __init__(self) -> None:
         import math_verify
@@ -61,7 +61,10 @@ class Equality:
             self.compare(formula, formula, seconds=60)
 
     def compare(self, right: str, given: str, seconds: int) -> float | None:
-        """1.0 or 0.0; None where nothing can be read of what is right. `seconds` for each step of the library's."""
+        """Return 1.0 or 0.0; None where nothing can be read of what is right.
+
+        Each step of the library's may take `seconds`.
+        """
         gold = self._parse(right, parsing_timeout=seconds) or self._parse(
             rf"\boxed{{{right}}}", parsing_timeout=seconds
         )

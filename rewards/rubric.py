@@ -1,4 +1,4 @@
-"""Named, weighted reward functions, called batch by batch. The sum follows TRL's: None abstains."""
+"""Calls named, weighted reward functions, batch by batch. The sum follows TRL's: None abstains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ Reward = str | RewardFunction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One part of a rubric, where a weight alone does not say enough. In YAML, a mapping with these keys."""
+    """Describes one part of a rubric, where a weight alone does not say enough.
+
+    In YAML it is a mapping with these keys.
+    """
 
     reward: Reward | None = None
     """A function, built-in name or import path; by default the name of the part is that too."""
@@ -36,7 +39,7 @@ class Part:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of what makes the function: a class, or a function that returns one (`trl.rewards:get_...`)."""
     isolated: bool | None = None
-    """Whether the function is called in a locked process of its own (`opd.rewards.isolated`); None: where it is
+    """True if the function is called in a locked process of its own (`opd.rewards.isolated`); None: where it is
     TRL's or another library's."""
     time_limit: float | None = None
     """Seconds that an isolated function may take for one completion; by default 10."""
@@ -58,7 +61,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
 
 
 def resolve(spec: Reward, settings: Mapping[str, Any] | None = None) -> RewardFunction:
-    """The function that a built-in name or an import path `package.module:function` stands for.
+    """Return the function that a built-in name or an import path `package.module:function` stands for.
 
     With `settings`, and for a class, what the name stands for is called with them and returns the function. Raises
     ConfigError when there is none such, naming the nearest built-in, or when the settings do not fit.
@@ -104,7 +107,7 @@ def _make(spec: Reward, maker: Callable[..., Any], settings: dict[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a rubric makes of one completion."""
+    """Holds what a rubric makes of one completion."""
 
     total: float
     parts: dict[str, float | None]
@@ -113,7 +116,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A part that can be called."""
+    """Holds a part that can be called."""
 
     name: str
     function: RewardFunction
@@ -122,7 +125,7 @@ class _Ready:
 
 
 class Rubric:
-    """Reward functions and their weights.
+    """Weighs reward functions and adds them up.
 
     Args:
         rewards: a function, built-in name or import path; a list of them, which weighs each 1; or a mapping from
@@ -141,7 +144,7 @@ class Rubric:
         parts = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
         if not parts:
             raise ConfigError("rewards is empty; name at least one reward function")
-        self.parts = [_ready(key, value) for key, value in parts.items()]
+        self.parts = [_make_part(key, value) for key, value in parts.items()]
         self.names = [part.name for part in self.parts]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"two reward functions have the same name: {', '.join(self.names)}; rename one")
@@ -184,12 +187,14 @@ class Rubric:
         """
         offered = {"prompts": list(prompts), "completions": list(completions)}
         offered |= {name: list(values) for name, values in columns.items()}
-        calls = {part.name: partial(part.function, **_accepted(part.function, offered)) for part in self.parts}
+        calls = {
+            part.name: partial(part.function, **_accepted_arguments(part.function, offered)) for part in self.parts
+        }
         outcomes: dict[str, Any] = {part.name: self._call(calls[part.name]) for part in self.parts if not part.is_async}
         if together := [part.name for part in self.parts if part.is_async]:
             results = self._background.run([calls[name] for name in together], time_limit=self.time_limit)
             outcomes |= dict(zip(together, results, strict=True))
-        numbers = {name: _numbers(name, outcomes[name], completions) for name in self.names}
+        numbers = {name: _read_numbers(name, outcomes[name], completions) for name in self.names}
         return [self._sum({name: column[row] for name, column in numbers.items()}) for row in range(len(completions))]
 
     def close(self) -> None:
@@ -197,7 +202,7 @@ class Rubric:
         self._background.close()
 
     def _call(self, call: Callable[[], Any]) -> Any:
-        """What a plain function returned, or raised."""
+        """Call a plain function within the time limit; return its result or the exception that it raised."""
         try:
             return call_within(self.time_limit, call)
         except KeyboardInterrupt:
@@ -219,11 +224,11 @@ _OF_THE_TRAINER: dict[str, Any] = {
     "log_extra": lambda column, values: None,
     "log_metric": lambda name, value: None,
 }
-"""What TRL's trainer passes besides: given to functions that cannot do without, and led nowhere."""
+"""The arguments that TRL's trainer passes besides. Functions that require them get them; they do nothing."""
 
 
-def _ready(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Ready:
-    """The part that an entry of the mapping describes. Raises ConfigError."""
+def _make_part(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Ready:
+    """Make the part that an entry of the mapping describes. Raises ConfigError."""
     name = key if isinstance(key, str) else _name(key)
     if isinstance(value, Mapping):
         known = [one.name for one in fields(Part)]
@@ -257,8 +262,8 @@ def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
-def _accepted(function: RewardFunction, offered: dict[str, list[Any]]) -> dict[str, Any]:
-    """The arguments that a function takes: all of them if it says `**kwargs`, else those that it names."""
+def _accepted_arguments(function: RewardFunction, offered: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the arguments that a function takes: all of them if it says `**kwargs`, else those that it names."""
     parameters = _parameters(function)
     wanted = {p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME}
     trainer = {name: value for name, value in _OF_THE_TRAINER.items() if name in wanted - set(offered)}
@@ -267,8 +272,8 @@ def _accepted(function: RewardFunction, offered: dict[str, list[Any]]) -> dict[s
     return {p.name: offered[p.name] for p in parameters if p.name in offered} | trainer
 
 
-def _numbers(name: str, outcome: Any, completions: Sequence[Completion]) -> list[float | None]:
-    """What a function returned, as one finite number or None for each completion. Raises EnvError."""
+def _read_numbers(name: str, outcome: Any, completions: Sequence[Completion]) -> list[float | None]:
+    """Read what a function returned as one finite number or None for each completion. Raises EnvError."""
     form = type(completions[0]).__name__ if completions else "str"
     if isinstance(outcome, BaseException):
         raise EnvError(

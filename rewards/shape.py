@@ -1,4 +1,7 @@
-"""Rewards for the shape of a completion: its format and its length. Each is made with its settings, then called."""
+"""Holds rewards for the shape of a completion: its format and its length.
+
+Each is made with its settings, then called.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _SECONDS = 2.0  # for one pattern and one text; it takes microseconds unless the
 
 
 class Matches:
-    """1 where a pattern matches the whole completion, else 0.
+    """Scores 1 where a pattern matches the whole completion, else 0.
 
     Args:
         pattern: a regular expression; `.` matches line breaks too.
@@ -54,7 +57,7 @@ class Matches:
 
 
 class Tags:
-    """1 where each tag opens and closes exactly once, one pair after another in the order given, else 0.
+    """Scores 1 where each tag opens and closes exactly once, one pair after another in the order given, else 0.
 
     Args:
         tags: names such as `think` and `answer`, for `<think>...</think> <answer>...</answer>`.
@@ -77,7 +80,7 @@ class Tags:
 
 
 class Length:
-    """1 where the completion is at least `minimum` and at most `maximum` long, else 0.
+    """Scores 1 where the completion is at least `minimum` and at most `maximum` long, else 0.
 
     Args:
         minimum, maximum: both included; None is no bound.
@@ -97,7 +100,7 @@ class Length:
 
 
 class SoftOverlong:
-    """0 up to `maximum - cache`, from there falling evenly to -1 at `maximum`, and -1 beyond.
+    """Scores 0 up to `maximum - cache`, from there falling evenly to -1 at `maximum`, and -1 beyond.
 
     Source: DAPO (arXiv 2503.14476), equation 13, which counts tokens.
 

@@ -1,4 +1,4 @@
-"""What many tests build: a small tokenizer, chat templates with habits, tiny random models, scripted environments.
+"""Builds what many tests need: a tokenizer, chat templates with habits, tiny random models, scripted environments.
 
 Everything is a session fixture that holds a function or a class, so that property tests can use it too.
 """
@@ -35,7 +35,7 @@ settings.load_profile("test")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Whoever asks for a tiny model trains it, and mostly trains with it: that is slow, if it is not long."""
+    """Mark tests that ask for a tiny model as slow, unless they are long: they train it, and mostly train with it."""
     for item in items:
         if "tiny_model" in item.fixturenames and item.get_closest_marker("long") is None:
             item.add_marker(pytest.mark.slow)
@@ -43,7 +43,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_gpu(request):
-    """What is not marked `gpu` tests the same on every machine, also in the processes that it starts."""
+    """Hide the GPU from tests that are not marked `gpu`, also in processes that they start.
+
+    These tests then test the same on every machine.
+    """
     marks = getattr(request.module, "pytestmark", [])
     if any(mark.name == "gpu" for mark in (marks if isinstance(marks, list) else [marks])):
         yield
@@ -118,7 +121,7 @@ _SIZE = len(pre_tokenizers.ByteLevel.alphabet()) + len(_MERGES) + len(_SPECIAL) 
 
 @cache
 def _tokenizer(template: str | None, pad: str) -> PreTrainedTokenizerFast:
-    """Bytes and a few merges, so that sampled ids need not be what encoding their text would give."""
+    """Build a tokenizer of bytes and a few merges, so that sampled ids may differ from the encoding of their text."""
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in _MERGES)]
     merges = [tuple(merge.split(" ")) for merge in _MERGES]
     tokenizer = Tokenizer(models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges))
@@ -245,7 +248,7 @@ class ScriptedEnv(gymnasium.Env):
 
 
 def counts_turns(turns: int, reward: float = 1.0):
-    """A play that ends after `turns` turns, and answers with what depends on seed and turn."""
+    """Make a play that ends after `turns` turns and answers with what depends on seed and turn."""
 
     def play(env, action):
         done = env.turn == turns
@@ -318,7 +321,10 @@ def scripted_engine():
 
 @pytest.fixture(scope="session")
 def make_scheduler(make_chat, make_model):
-    """`make_scheduler(make_env, ...)`: the real engine on a random model, quick limits; close it after use."""
+    """`make_scheduler(make_env, ...)` makes a scheduler of the real engine on a random model, with quick limits.
+
+    Close it after use.
+    """
     made: list[RolloutScheduler] = []
 
     def make(
@@ -340,7 +346,7 @@ def make_scheduler(make_chat, make_model):
 
 @pytest.fixture(scope="session")
 def play(make_scheduler):
-    """`play(make_env, tasks=..., ...)`: the groups of one round of rollouts."""
+    """`play(make_env, tasks=..., ...)` returns the groups of one round of rollouts."""
 
     def run(make_env, *, tasks=2, group_size=1, temperature=1.0, seed=0, rewrite=None, **options: Any):
         with closing(make_scheduler(make_env, group_size=group_size, **options)) as scheduler:

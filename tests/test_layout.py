@@ -4,6 +4,7 @@ Not covered: imports by name at run time, such as the entry points of environmen
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -170,6 +171,13 @@ def test_the_wheel_is_told_of_every_package():
     assert set(declared["packages"]) == on_disk
     assert declared["package-dir"] == {name: folder for folder, name in PACKAGES.items()}
     assert all((path.parent / "__init__.py").is_file() for path in FILES.values())
+
+
+def test_an_editor_is_shown_every_folder_that_lies_outside_the_package():
+    settings = json.loads((ROOT / ".vscode" / "settings.json").read_text())
+    links = Path(settings["python.analysis.stubPath"].replace("${workspaceFolder}", str(ROOT))) / "opd"
+    outside = {folder: (ROOT / folder).resolve() for folder in PACKAGES if folder != "opd"}
+    assert {link.name: link.resolve() for link in links.iterdir()} == outside
 
 
 def test_no_other_folder_at_the_root_holds_a_package():

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from opd.config import setting
 from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.loop.method import Method
@@ -29,16 +30,13 @@ class GrpoConfig(PolicyConfig):
         description="Mean over all sampled tokens of the step (DAPO), first within each sequence (the paper), or the "
         "sum over a sequence divided by `length` (Dr. GRPO).",
     )
-    length: float | None = Field(None, gt=0, description="sequence_sum: the constant that divides a sequence's sum.")
-
-    @model_validator(mode="after")
-    def _length_belongs_to_the_sum(self) -> GrpoConfig:
-        if (self.reduction == "sequence_sum") != (self.length is not None):
-            raise ValueError(
-                f"grpo.reduction = {self.reduction} with grpo.length = {self.length}: sequence_sum needs a length "
-                "(Dr. GRPO: the most tokens of a completion), and nothing else uses one"
-            )
-        return self
+    length: float | None = setting(
+        None,
+        when={"reduction": ["sequence_sum"]},
+        needed="Dr. GRPO: the most tokens of a completion",
+        gt=0,
+        description="The constant that divides a sequence's sum.",
+    )
 
 
 @register("grpo", GrpoConfig)

@@ -1,7 +1,7 @@
 """OPD: the student acts, and another, stronger model that sees the same prompt scores the student's own tokens.
 
 Source: on-policy distillation as in the recipe of tinker-cookbook (`form: sampled`: the advantage of a token is the
-teacher's log-prob less the student's), GKD (arXiv 2306.13649: `full`, `top_k`), and vOPD (arXiv 2605.07865: `baseline`;
+teacher's log-prob less the student's), GKD (arXiv 2306.13649: `form: exact`), and vOPD (arXiv 2605.07865: `baseline`;
 its own name, `method: vopd`, is this one with the baseline on). Here an episode may have many turns: every token that
 was sampled is scored, in the conversation that it was sampled in.
 
@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from opd.episodes.config import RolloutConfig
-from opd.losses import Losses
+from opd.losses import Divergence, Losses
 from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
-from opd.trainers.parts.forms import FormConfig
+from opd.trainers.parts.forms import DivergenceSetting, FormConfig
 from opd.trainers.parts.policy import PolicyShareConfig
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
@@ -32,13 +32,13 @@ class OpdConfig(PolicyShareConfig, FormConfig):
     """Settings of `method: opd`."""
 
     teacher: TeacherConfig = Field(description="Who teaches: `weights: external` and its `model`.")
-    form: Literal["full", "top_k", "sampled"] = Field(
+    form: Literal["exact", "sampled"] = Field(
         "sampled",
-        description="The sampled token alone (a policy gradient), or whole distributions, or the `top_k` likeliest "
-        "entries (of `support`) and the rest as one.",
+        description="sampled: the sampled token alone, a policy gradient, which on average trains the reverse KL. "
+        "exact: compare distributions, by `divergence`.",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "reverse_kl", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+    divergence: DivergenceSetting = Field(
+        Divergence("reverse_kl", top_k=100, support="student"), description="Of which distributions, and how far."
     )
     teacher_chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."

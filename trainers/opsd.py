@@ -12,36 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from opd.config import Strict
 from opd.errors import DataError
-from opd.losses import Distill, Losses
+from opd.losses import Distill, Divergence, Losses
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
+from opd.trainers.parts.forms import DivergenceConfig, DivergenceSetting
 from opd.types import Message, Sample, TrajectoryGroup, to_sample
 
 
-class OpsdConfig(Strict):
+class OpsdConfig(DivergenceConfig):
     """Settings of `method: opsd`."""
 
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "forward_kl", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
-    )
-    beta: float = Field(
-        0.5, ge=0, le=1, description="jsd: the teacher's share of the mixture; 0 and 1 are the forward and reverse KL."
-    )
-    clip: float | None = Field(
-        0.05,
-        gt=0,
-        description="Most nats that one vocabulary entry may add to a token's divergence (point-wise clip); "
-        "null is off. With a clip the loss can be negative.",
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="Divides both sides' logits in the loss; the authors use the sampling temperature."
+    divergence: DivergenceSetting = Field(
+        Divergence("forward_kl", clip=0.05),
+        description="Of teacher and student; the authors use the sampling temperature in the loss as well.",
     )
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="Mean over all sampled tokens of the step, or first within each sequence."
@@ -62,12 +51,6 @@ class OpsdConfig(Strict):
         with_solution("", "", template=template)
         return template
 
-    @model_validator(mode="after")
-    def _beta_belongs_to_jsd(self) -> OpsdConfig:
-        if self.divergence != "jsd" and self.beta != 0.5:
-            raise ValueError(f"opsd.beta is used by jsd alone, but opsd.divergence = {self.divergence}; remove it")
-        return self
-
 
 @register("opsd", OpsdConfig)
 class Opsd(Method):
@@ -77,15 +60,7 @@ class Opsd(Method):
 
     @staticmethod
     def losses(config: OpsdConfig) -> Losses:
-        return Losses(
-            distill=Distill(
-                kind=config.divergence,
-                beta=config.beta,
-                clip=config.clip,
-                temperature=config.temperature,
-            ),
-            reduction=config.reduction,
-        )
+        return Losses(distill=Distill(divergence=config.divergence), reduction=config.reduction)
 
     @staticmethod
     def teacher(config: OpsdConfig) -> TeacherConfig:

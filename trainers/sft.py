@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from opd.config import setting
 from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
@@ -26,22 +27,25 @@ class SftConfig(ImitationConfig):
         description="Whose episodes: another model's (teacher), the model's own (rejection fine-tuning), or those in a "
         "file."
     )
-    teacher: TeacherConfig | None = Field(None, description="source: teacher: `weights: external` and its `model`.")
-    tasks: int | None = Field(
-        None, ge=1, description="source: teacher, own: tasks that are played, rollout.group_size times each."
+    teacher: TeacherConfig | None = setting(
+        None, when={"source": ["teacher"]}, needed="`weights: external` and its `model`", description="Who plays."
     )
-    file: str | None = Field(
-        None, description='source: file: JSON lines, {"messages": [...]} with `tools` and `success` where there are.'
+    tasks: int | None = setting(
+        None,
+        when={"source": ["teacher", "own"]},
+        needed="how many are played",
+        ge=1,
+        description="Tasks that are played, rollout.group_size times each.",
+    )
+    file: str | None = setting(
+        None,
+        when={"source": ["file"]},
+        needed="its path",
+        description='JSON lines, {"messages": [...]} with `tools` and `success` where there are.',
     )
 
     @model_validator(mode="after")
-    def _settings_belong_to_the_source(self) -> SftConfig:
-        needs = {"teacher": ("teacher", "tasks"), "own": ("tasks",), "file": ("file",)}[self.source]
-        for name in ("teacher", "tasks", "file"):
-            given = getattr(self, name) is not None
-            if given != (name in needs):
-                verb = f"has no effect with source = {self.source}; remove it" if given else "is missing"
-                raise ValueError(f"{name} {verb} (source = {self.source} takes {' and '.join(needs)})")
+    def _another_model_teaches(self) -> SftConfig:
         if self.teacher is not None and self.teacher.weights != "external":
             raise ValueError(
                 f"teacher.weights = {self.teacher.weights} is the model itself; set weights: external and model, or "

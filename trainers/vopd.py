@@ -23,8 +23,8 @@ class VopdConfig(OpdConfig):
 
     baseline: Literal["full", "top_k", "optimal"] | None = Field(
         "full",
-        description="What is taken off a token's log-ratio: its mean over the vocabulary, over the student's `top_k` "
-        "renormalised, or the one of least variance; null is opd.",
+        description="What is taken off a token's log-ratio: its mean over the vocabulary, over the student's "
+        "`baseline_top_k` renormalised, or the one of least variance; null is opd.",
     )
 
 

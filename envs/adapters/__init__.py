@@ -1,4 +1,4 @@
-"""Other people's environments, unchanged. Each is named `LIBRARY:NAME`, where NAME is what that library calls it.
+"""Adapts other people's environments, unchanged. Each is named `LIBRARY:NAME`; NAME is the library's own name for it.
 
     env: gymnasium:FrozenLake-v1
     env: {id: "textarena:GuessTheNumber-v0", kwargs: {config: {max_number: 9}}}
@@ -17,12 +17,12 @@ from opd.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """How the environments of one library are made."""
+    """Says how the environments of one library are made."""
 
     entry_point: str
     """A `gymnasium.Env` class whose first argument is the NAME."""
     package: str
-    """What must be importable."""
+    """The package that must be importable."""
     extra: str | None
     """Our extra that installs it; None for what is always there."""
     named: str
@@ -57,13 +57,13 @@ ADAPTERS = {
 
 
 def forms() -> list[str]:
-    """How the environments of each library are named, one line a library."""
+    """Say how the environments of each library are named, one line for each library."""
     width = max(map(len, ADAPTERS)) + len(":NAME")
     return [f"{f'{library}:NAME':{width}}  {adapter.named}" for library, adapter in ADAPTERS.items()]
 
 
 def find(env_id: str) -> tuple[Adapter, str] | None:
-    """The adapter that an id asks for, and the NAME in it; None for an id that is no adapter's.
+    """Return the adapter that an id asks for and the NAME in it; None for an id that belongs to no adapter.
 
     Raises ConfigError when there is no NAME.
     """

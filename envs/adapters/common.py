@@ -1,4 +1,4 @@
-"""What several adapters need: tasks drawn into splits, functions from import paths, one global `random` for many."""
+"""Holds what several adapters need: tasks drawn into splits, imports by path, a private stream of `random`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL_SPLITS: Mapping[str, None] = {"train": None, "eval": None, "warm": None}
 
 
 def draw(begin: Callable[[int], T], key: Callable[[T], object], rng: np.random.Generator, split: str | None) -> T:
-    """Begin tasks with seeds from `rng` until one belongs to `split`; what makes it this task is its `key`.
+    """Begin tasks with seeds from `rng` until one belongs to `split`. `key` returns what identifies a task.
 
     With `split` None the first one is taken. Raises EnvError after many draws: the source has too few tasks.
     """
@@ -35,7 +35,7 @@ def draw(begin: Callable[[int], T], key: Callable[[T], object], rng: np.random.G
 
 
 def resolve(given: Callable[..., Any] | str, *, setting: str) -> Callable[..., Any]:
-    """A function, or what its import path `package.module:name` leads to. Raises ConfigError, naming the setting."""
+    """Return the function as given, or import it from `package.module:name`. Raises ConfigError, naming the setting."""
     if callable(given):
         return given
     try:
@@ -48,7 +48,7 @@ def resolve(given: Callable[..., Any] | str, *, setting: str) -> Callable[..., A
 
 
 class Unprotected:
-    """An object in this process, called as a `GraderSession` calls one in a process of its own.
+    """Calls an object in this process, as a `GraderSession` calls one in a process of its own.
 
     For code that must have what is refused there. `close` is the object's own.
     """
@@ -57,7 +57,7 @@ class Unprotected:
         self._made = made
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """What the method returns. Raises Ungraded where it raises."""
+        """Call the method and return its result. Raises Ungraded where the method raises."""
         try:
             return getattr(self._made, method)(**arguments)
         except Exception as error:  # code that met a text it was not made for
@@ -71,7 +71,7 @@ Session = GraderSession | Unprotected
 
 
 class OwnRandom:
-    """A stream of Python's global `random` for each holder, whatever other threads do.
+    """Gives each holder its own stream of Python's global `random`, whatever other threads do.
 
     Games that draw from the global generator would otherwise mix their draws, and a seed would decide nothing.
     """
@@ -83,7 +83,7 @@ class OwnRandom:
 
     @contextmanager
     def __call__(self, seed: int | None = None) -> Iterator[None]:
-        """Code inside draws from this stream, begun anew with `seed` where one is given."""
+        """Let the code inside draw from this stream; a given `seed` starts the stream anew."""
         with self._lock:
             outer = random.getstate()
             try:

@@ -1,4 +1,4 @@
-"""Any gymnasium environment of discrete actions, told in words: `gymnasium:FrozenLake-v1`."""
+"""Puts any gymnasium environment of discrete actions into words: `gymnasium:FrozenLake-v1`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opd.errors import ConfigError
 
 
 class DiscreteEnv(TextEnv):
-    """A gymnasium environment whose actions have names. The last name in the model's text is the action.
+    """Wraps a gymnasium environment whose actions have names. The last name in the model's text is the action.
 
     A text that names no action does not reach the environment: the turn is used up and the model reminded.
     Where the environment publishes its transition probabilities, the best plan is the privileged `solution`.
@@ -54,7 +54,7 @@ class DiscreteEnv(TextEnv):
         self._first = int(self._env.action_space.start)  # type: ignore[attr-defined]  # a Discrete space, as checked
         given: dict[str, Any] = {"actions": actions, "rules": rules, "success": success, "varied": varied}
         given["describe"] = None if describe is None else resolve(describe, setting="describe")
-        self._words = _words(name, self._env, {key: value for key, value in given.items() if value is not None})
+        self._words = _choose_words(name, self._env, {key: value for key, value in given.items() if value is not None})
         # `dropoff` is no `drop`, and names may hold anything: whole words, longest first.
         names = "|".join(re.escape(action) for action in sorted(self._words.actions, key=len, reverse=True))
         self._named = re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
@@ -101,13 +101,16 @@ class DiscreteEnv(TextEnv):
 
     @cached_property
     def _policy(self) -> tuple[Process, NDArray[np.int64]] | None:
-        """The environment's process and its best policy, where it publishes one: the same for every episode."""
+        """Return the environment's process and best policy, the same for every episode. None: it publishes none."""
         process = process_of(self._env)
         return None if process is None else (process, optimal_policy(process))
 
 
 def _make(name: str, config: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
-    """The environment itself. Raises ConfigError when there is none such or its actions are not discrete."""
+    """Make the environment itself.
+
+    Raises ConfigError when there is none of this name or its actions are not discrete.
+    """
     try:
         env = gymnasium.make(name, disable_env_checker=True, **config)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
@@ -117,8 +120,8 @@ def _make(name: str, config: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
     return env
 
 
-def _words(name: str, env: gymnasium.Env[Any, Any], given: dict[str, Any]) -> Words:
-    """What is built in for this environment, with what was given in its place."""
+def _choose_words(name: str, env: gymnasium.Env[Any, Any], given: dict[str, Any]) -> Words:
+    """Take the words built in for this environment and replace those that the user gave."""
     built_in = WORDS.get(type(env.unwrapped).__name__)
     count = int(env.action_space.n)  # type: ignore[attr-defined]  # a Discrete space
     if built_in is None:

@@ -1,4 +1,4 @@
-"""The tools of an MCP server as an environment: `mcp:python my_server.py`, or `mcp:http://localhost:8000/mcp`."""
+"""Makes an environment of the tools of an MCP server: `mcp:python my_server.py`, or `mcp:http://localhost:8000/mcp`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class McpEnv(ToolEnv):
             call_timeout=call_timeout,
             max_result_chars=max_result_chars,
         )
-        self._connect = _connector(name, config or {})
+        self._connect = _make_connector(name, config or {})
         self._offered = None if tools is None else list(tools)
         self.fresh, self.system = fresh, system
         self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
@@ -139,7 +139,7 @@ class McpEnv(ToolEnv):
 
 
 class RemoteTool(Tool):
-    """A tool of a server: the schema is the server's, and so is the checking of arguments."""
+    """Calls a tool of a server. The schema is the server's, and so is the checking of arguments."""
 
     def __init__(self, listed: Any, session: Session) -> None:
         self.name = listed.name
@@ -159,16 +159,19 @@ class RemoteTool(Tool):
         return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
 
     def __call__(self, arguments: dict[str, Any]) -> str:
-        """The result as text. Raises ToolError for whatever goes wrong on the other side."""
+        """Call the tool and return its result as text.
+
+        Raises ToolError for whatever goes wrong on the server's side.
+        """
         result = self._session.call(self.name, arguments)
-        text = "\n".join(_text(block) for block in result.content)
+        text = "\n".join(_block_text(block) for block in result.content)
         if result.is_error:
             raise ToolError(text or f"{self.name} failed")
         return text or "(no output)"
 
 
 class Session:
-    """A connection to a server, kept by a thread of its own, for callers who are not asynchronous.
+    """Holds a connection to a server in a thread of its own, for callers who are not asynchronous.
 
     Raises EnvError when the server cannot be started, or does not list its tools in time.
     """
@@ -188,11 +191,14 @@ class Session:
             self.tools = self._ready.result(timeout)
         except Exception as error:
             self.close()
-            reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else _innermost(error)
+            reason = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else _describe_cause(error)
             raise EnvError(f"the MCP server did not start: {reason}. Run its command by hand to see why") from error
 
     def call(self, name: str, arguments: dict[str, Any]) -> Any:
-        """The server's `CallToolResult`. Raises ToolError when there is none, and stops a server that is late."""
+        """Call a tool and return the server's `CallToolResult`.
+
+        Raises ToolError when none comes; stops a server that is late.
+        """
         if self.lost is not None:
             raise ToolError(self.lost)
         answer = asyncio.run_coroutine_threadsafe(self._client.call_tool(name, arguments), self._loop)
@@ -203,7 +209,7 @@ class Session:
             self.close()
             raise ToolError(self.lost) from None
         except Exception as error:  # whatever the SDK makes of a server that died or broke the protocol
-            raise ToolError(f"the server of the tools answered: {_innermost(error)}"[:500]) from error
+            raise ToolError(f"the server of the tools answered: {_describe_cause(error)}"[:500]) from error
 
     def close(self) -> None:
         """Stop the server: its input is closed, and then it is killed with all that it started."""
@@ -228,7 +234,7 @@ class Session:
         except Exception as error:
             if not self._ready.done():
                 self._ready.set_exception(error)
-            self.lost = f"the server of the tools is gone: {_innermost(error)}"
+            self.lost = f"the server of the tools is gone: {_describe_cause(error)}"
 
 
 async def _list_tools(client: Any) -> list[Any]:
@@ -244,8 +250,11 @@ async def _list_tools(client: Any) -> list[Any]:
     raise EnvError(f"its list of tools has no end after {_MOST_PAGES} pages")
 
 
-def _connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
-    """What makes a client of the server; nothing is started yet. Raises ConfigError for a command that is none."""
+def _make_connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
+    """Return a function that makes a client of the server; nothing is started yet.
+
+    Raises ConfigError for a command that cannot be read or found.
+    """
     from mcp.client.client import Client
     from mcp.client.stdio import StdioServerParameters, stdio_client
 
@@ -273,13 +282,13 @@ def _connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     return client
 
 
-def _text(block: Any) -> str:
-    """A block of a result in words: text as it is, else what kind of thing it was."""
+def _block_text(block: Any) -> str:
+    """Write a block of a result in words: text as it is, anything else by its kind."""
     return str(block.text) if block.type == "text" else f"[{block.type}]"
 
 
-def _innermost(error: BaseException) -> str:
-    """The cause in a nest of exception groups, in one line."""
+def _describe_cause(error: BaseException) -> str:
+    """Describe, in one line, the cause inside a nest of exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""Environments that an OpenEnv server offers: `openenv:http://localhost:8000`.
+"""Adapts the environments that an OpenEnv server offers: `openenv:http://localhost:8000`.
 
 This speaks OpenEnv's own WebSocket protocol, JSON messages of a `type` and `data`, so that a server in a container
 and the trainer need not agree on the versions of a hundred packages. Source: `openenv.core.env_server.types`.
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
 _MOST_BYTES = 4_000_000
-"""Of one message; what a student may be told in one answer is shorter still."""
+"""The largest message that is read; what a student may be told in one answer is shorter still."""
 _RESERVED = ("done", "reward", "metadata")
 
 
 class OpenEnv(TextEnv):
-    """A session on a server. Its rewards and its `done` are taken as they come; a missing reward is 0.
+    """Plays in a session on a server. Its rewards and its `done` are taken as they come; a missing reward is 0.
 
     The model's text becomes the action's one field, or, with `action: json`, the action is the JSON object in it.
     An action that the server refuses is answered with its error text, and the episode goes on. A server that does
@@ -72,7 +72,7 @@ class OpenEnv(TextEnv):
         return Start(prompt="\n\n".join(filter(None, [self.prompt, self._text(told)])))
 
     def respond(self, action: str) -> Reply:
-        wanted = {self.action: action} if self.action != "json" else _object_in(action)
+        wanted = {self.action: action} if self.action != "json" else _find_object(action)
         told = {"error": "write the action as a JSON object"} if wanted is None else self._ask("step", wanted)
         if "error" in told:
             text = f"Error: {told['error']}"
@@ -102,7 +102,7 @@ class OpenEnv(TextEnv):
             raise EnvError(f"no OpenEnv server at {self._url}: {error}") from error
 
     def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
-        """The server's answer: `{observation, reward, done}`, or `{error}` in its words.
+        """Send a request and return the server's answer: `{observation, reward, done}`, or `{error}` in its words.
 
         Raises EnvError when it does not answer in time, or not in its own protocol.
         """
@@ -133,7 +133,7 @@ class OpenEnv(TextEnv):
 
 
 def _address(name: str) -> str:
-    """The WebSocket address of a server. Raises ConfigError for anything but a URL."""
+    """Return the WebSocket address of a server. Raises ConfigError for anything but a URL."""
     parts = urlsplit(name)
     schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if parts.scheme not in schemes or not parts.hostname:
@@ -141,8 +141,8 @@ def _address(name: str) -> str:
     return f"{schemes[parts.scheme]}://{parts.netloc}{parts.path.rstrip('/')}/ws"
 
 
-def _object_in(text: str) -> dict[str, Any] | None:
-    """The JSON object between the first and the last brace of a text, if it is one."""
+def _find_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object between the first and the last brace of a text; None if it is none."""
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The best plan in a small Markov decision process, in words, for a teacher.
+"""Finds the best plan in a small Markov decision process, and puts it into words for a teacher.
 
 gymnasium's toy-text environments publish theirs as `env.unwrapped.P[state][action]`, a list of
 `(probability, next state, reward, terminated)`.
@@ -21,7 +21,10 @@ _LONGEST = 64
 
 
 def optimal_policy(process: Process) -> NDArray[np.int64]:
-    """The best action of each state, by value iteration with a discount of 0.99: [states]. Ties: the first."""
+    """Find the best action of each state, by value iteration with a discount of 0.99: [states].
+
+    Ties go to the first.
+    """
     expected, transition = _arrays(process)
     values = np.zeros(len(process))
     while True:
@@ -36,7 +39,7 @@ def optimal_policy(process: Process) -> NDArray[np.int64]:
 def plan(
     process: Process, policy: NDArray[np.int64], start: int, actions: Sequence[str], place: Callable[[int], str]
 ) -> str | None:
-    """The way that a policy takes from a state, in words.
+    """Describe in words the way that a policy takes from a state.
 
     Where nothing is left to chance it is a list of actions, else the best action at each place that may be
     reached. None when it would be longer than 64 lines or never ends.
@@ -50,7 +53,7 @@ def plan(
 
 
 def _arrays(process: Process) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Expected rewards [states, actions], and where the episode goes on [states, actions, states]."""
+    """Return the expected rewards [states, actions] and the transition probabilities [states, actions, states]."""
     expected = np.zeros((len(process), len(process[0])))
     transition = np.zeros((*expected.shape, len(process)))
     for state, outcomes_of in process.items():
@@ -62,7 +65,7 @@ def _arrays(process: Process) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _certain_path(process: Process, start: int, policy: NDArray[np.int64]) -> list[int] | None:
-    """The policy's actions up to the end; None when chance has a say; empty when it is too long or has no end."""
+    """Return the policy's actions up to the end. None: chance has a say. Empty: the path is too long or has no end."""
     path: list[int] = []
     state, terminated = start, False
     while not terminated:
@@ -77,7 +80,7 @@ def _certain_path(process: Process, start: int, policy: NDArray[np.int64]) -> li
 
 
 def _reachable(process: Process, start: int, policy: NDArray[np.int64]) -> list[int]:
-    """The states in which the policy may have to act, in their own order."""
+    """List the states in which the policy may have to act, in their own order."""
     seen, new = {start}, [start]
     while new:
         state = new.pop()
@@ -88,6 +91,6 @@ def _reachable(process: Process, start: int, policy: NDArray[np.int64]) -> list[
 
 
 def process_of(env: Any) -> Process | None:
-    """The process that an environment publishes beside its state `s`, if it does."""
+    """Return the process that an environment publishes beside its state `s`; None if it publishes none."""
     process = getattr(env.unwrapped, "P", None)
     return process if isinstance(process, Mapping) and hasattr(env.unwrapped, "s") else None

@@ -1,4 +1,4 @@
-"""reasoning-gym's generated data sets, scored by their own scorers: `reasoning_gym:chain_sum`."""
+"""Adapts reasoning-gym's generated data sets, scored by their own scorers: `reasoning_gym:chain_sum`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ SYSTEM = "Think first, then write your final answer between <answer> and </answe
 
 
 class ReasoningGymEnv(TextEnv):
-    """One question, one answer. The reward is the score, from 0 to 1, of the data set's own `score_answer`.
+    """Asks one question and takes one answer.
 
-    The answer is what stands in the last pair of answer tags, or the whole text where there is none. Which split
-    a question belongs to is decided by its text, so no question is in two of them. The privileged `solution` is
-    the data set's answer; data sets without one (several answers are right, say) have none.
+    The reward is the score, from 0 to 1, of the data set's own `score_answer`. The answer is what stands in the last
+    pair of answer tags, or the whole text where there is none. Which split a question belongs to is decided by its
+    text, so no question is in two of them. The privileged `solution` is the data set's answer; data sets without one
+    (several answers are right, say) have none.
 
     Args:
         name: a data set of `reasoning_gym.factory.DATASETS`.
@@ -91,7 +92,7 @@ class ReasoningGymEnv(TextEnv):
 
 
 class Scorer:
-    """A data set's `score_answer`, in a process of its own.
+    """Runs a data set's `score_answer` in a process of its own.
 
     Of the data set only the settings count there, so it is made with a single question: some draw all at once.
     """
@@ -103,7 +104,7 @@ class Scorer:
             self._data.score_answer(entry["answer"], entry)
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
-        """The score of an answer to a question of the data set."""
+        """Score an answer to a question of the data set."""
         if _NAN.search(answer) and not _NAN.search(str(entry["answer"])):
             return 0.0  # min(1, nan) is 1 to some of them
         return float(self._data.score_answer(answer, entry))

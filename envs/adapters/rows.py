@@ -1,4 +1,4 @@
-"""Tasks from a table, for libraries whose environments begin with a row of a data set."""
+"""Reads tasks from a table, for libraries whose environments begin with a row of a data set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd.types import Message
 
 
 class Rows:
-    """The rows of each split, no prompt in two of them, as for `opd/Dataset-v0`.
+    """Holds the rows of each split. No prompt is in two of them, as for `opd/Dataset-v0`.
 
     Args:
         data: a file of rows, or `{train: FILE, eval: FILE}`, or a data set that `datasets` loads.
@@ -42,7 +42,7 @@ class Rows:
         """What `metadata["tasks"]` says."""
 
     def pick(self, rng: np.random.Generator, split: str, index: int | None) -> Row:
-        """A row of a split, by its number or at random. Raises EnvError when there is no such row."""
+        """Return a row of a split, by its number or at random. Raises EnvError when there is no such row."""
         rows = self._rows[split]
         number = int(rng.integers(len(rows))) if index is None else index
         if not 0 <= number < len(rows):
@@ -50,12 +50,12 @@ class Rows:
         return rows[number]
 
     def prompt(self, row: Row) -> list[Message]:
-        """The messages that a row begins with. Raises DataError when its prompt is neither text nor messages."""
+        """Return the messages that a row begins with. Raises DataError when its prompt is neither text nor messages."""
         prompt = checked_prompt(row[self.prompt_column], where=self.prompt_column)
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
 
     def privileged(self, row: Row) -> dict[str, str]:
-        """What the teacher may see of a row. Raises DataError when there is nothing in one of the columns."""
+        """Return what the teacher may see of a row. Raises DataError when one of the columns is empty."""
         if empty := [column for column in self.privileged_columns.values() if row[column] is None]:
             raise DataError(f"{empty[0]}: a row has nothing for the teacher to see; remove the row")
         return {name: str(row[column]) for name, column in self.privileged_columns.items()}

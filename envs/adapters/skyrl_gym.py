@@ -1,4 +1,4 @@
-"""skyrl-gym's environments: `skyrl_gym:gsm8k_multi_turn`."""
+"""Adapts skyrl-gym's environments: `skyrl_gym:gsm8k_multi_turn`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDS = {
     "search": "asks a server",
     "searchcode": "asks a server, and runs the model's programs on this machine",
 }
-"""What does not work without network or programs; whether others need these shows when they are stepped."""
+"""Environments that do not work without network or programs. Others may need these too; that shows at a step."""
 
 
 class SkyRLGymEnv(TextEnv):
@@ -95,7 +95,7 @@ class SkyRLGymEnv(TextEnv):
         except Ungraded as error:
             logger.warning("skyrl_gym:%s: the action %.200r ends the episode: %s", self._name, action[:200], error)
             self.close()
-            return Reply(terminated=True, feedback="The environment could not take that action.")
+            return Reply(terminated=True, unreadable=True, feedback="The environment could not take that action.")
         self._total += reward
         success = done and self._total >= self.success_threshold - 1e-9  # rewards such as 0.2 / 5 do not add up exactly
         return Reply(messages=messages, reward=reward, terminated=done, success=success)
@@ -107,7 +107,7 @@ class SkyRLGymEnv(TextEnv):
 
 
 class Episode:
-    """An environment of skyrl-gym, in a process of its own."""
+    """Runs an environment of skyrl-gym in a process of its own."""
 
     def __init__(self, spec: Any, config: Mapping[str, Any]) -> None:
         import skyrl_gym
@@ -120,7 +120,7 @@ class Episode:
         self._env: Any = None
 
     def begin(self, extras: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
-        """The first messages of a row."""
+        """Begin a row and return its first messages."""
         from omegaconf import OmegaConf
 
         self._env = self._make(env_config=OmegaConf.create(dict(self._config)), extras=dict(extras))
@@ -128,7 +128,7 @@ class Episode:
         return list(messages)
 
     def step(self, action: str) -> tuple[list[Message], float, bool]:
-        """What is said next, the reward, and whether it is over."""
+        """Take an action; return the next messages, the reward, and whether the episode is over."""
         output = self._env.step(action)
         return list(output["observations"]), float(output["reward"]), bool(output["done"])
 

@@ -1,4 +1,4 @@
-"""textarena's games: `textarena:GuessTheNumber-v0`."""
+"""Adapts textarena's games: `textarena:GuessTheNumber-v0`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class TextArenaEnv(TextEnv):
-    """A game, played from seat 0. The reward comes at the end, as the game gives it; 1 or more is a success.
+    """Plays a game from seat 0. The reward comes at the end, as the game gives it; 1 or more is a success.
 
     The game's own observation wrappers are kept. Where they tell the whole story again at each turn, only what is
     new of it becomes the next message, without the echo of the model's own words: the conversation has these.
@@ -80,11 +80,11 @@ class TextArenaEnv(TextEnv):
         try:
             seen = self._call("step", action=action)
         except Ungraded as error:
-            return self._unreadable(action, str(error))
-        seen = self._others_play(seen)
+            return self._end_unreadable(action, str(error))
+        seen = self._play_others(seen)
         if "ending" in seen:
             return self._ending(**seen["ending"])
-        return Reply(messages=[{"role": "user", "content": self._new(seen["told"]).removeprefix(echo).lstrip("\n")}])
+        return Reply(messages=[{"role": "user", "content": self._untold(seen["told"]).removeprefix(echo).lstrip("\n")}])
 
     def close(self) -> None:
         if self._session is not None:
@@ -96,7 +96,7 @@ class TextArenaEnv(TextEnv):
         self._session, self._told = self._grader.session(), ""
         try:
             begun = self._call("begin", seed=seed, wanted=list(self.privileged.values()))
-            seen = self._others_play(begun["seen"])
+            seen = self._play_others(begun["seen"])
         except Ungraded as error:
             raise EnvError(f"textarena:{self._name} cannot begin: {error}") from error
         if "ending" in seen:
@@ -107,7 +107,7 @@ class TextArenaEnv(TextEnv):
                 f"privileged: the state of {self._name} has no {missing[0]!r}; it has: {', '.join(begun['keys'])}"
             )
         self._seat = begun["seat"]
-        prompt = self._new(seen["told"]).lstrip("\n")
+        prompt = self._untold(seen["told"]).lstrip("\n")
         return Start(prompt=prompt, privileged={name: state[key] for name, key in self.privileged.items()})
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
@@ -116,8 +116,8 @@ class TextArenaEnv(TextEnv):
         seen: dict[str, Any] = self._session.call(method, **arguments)
         return seen
 
-    def _others_play(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """Let the other seats act until it is our turn, or the game is over; what is seen then."""
+    def _play_others(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """Let the other seats act until it is our turn or the game is over; return what is seen then."""
         while self._opponent is not None and seen.get("player", 0) != 0:
             try:
                 seen = self._call("step", action=str(self._opponent(seen["told"])))
@@ -125,18 +125,19 @@ class TextArenaEnv(TextEnv):
                 raise EnvError(f"textarena:{self._name} broke at the opponent's move: {error}") from error
         return seen
 
-    def _new(self, text: str) -> str:
-        """What seat 0 has not been told yet."""
+    def _untold(self, text: str) -> str:
+        """Return the part of the text that seat 0 has not been told yet."""
         new = text.removeprefix(self._told) or text  # some games tell the present state alone, changed or not
         self._told = text
         return new
 
-    def _unreadable(self, action: str, reason: str) -> Reply:
-        """The end of a game that could not take the model's move: no verdict of the game's, so no reward."""
+    def _end_unreadable(self, action: str, reason: str) -> Reply:
+        """End a game that could not take the model's move. The game gave no verdict, so there is no reward."""
         logger.warning("textarena:%s: the move %.200r ends the game: %s", self._name, action[:200], reason)
         self.close()
         told = "The game could not read that move."
-        return Reply(messages=[{"role": "user", "content": told}], terminated=True, feedback=told)
+        messages = [{"role": "user", "content": told}]
+        return Reply(messages=messages, terminated=True, unreadable=True, feedback=told)
 
     def _ending(self, reward: float, reason: str) -> Reply:
         self.close()
@@ -150,14 +151,17 @@ class TextArenaEnv(TextEnv):
 
 
 class Game:
-    """One game of textarena, in a process of its own: what it tells is data."""
+    """Runs one game of textarena in a process of its own; all that it returns is plain data."""
 
     def __init__(self, name: str, config: Mapping[str, Any], players: int) -> None:
         self._game: Any = _make(name, config)
         self._players = players
 
     def begin(self, seed: int, wanted: Sequence[str]) -> dict[str, Any]:
-        """What is seen first, the name of seat 0, and the wanted values of the game's state with all its keys."""
+        """Begin a game.
+
+        Returns what is seen first, the name of seat 0, all keys of the game's state, and the wanted values.
+        """
         random.seed(seed)  # games draw from the global generator, which is this game's alone
         self._game.reset(num_players=self._players, seed=seed)
         seen = self._seen()
@@ -170,7 +174,7 @@ class Game:
         }
 
     def step(self, action: str) -> dict[str, Any]:
-        """What is seen after an action: `player` and what it is `told`, or the `ending` of the game."""
+        """Take an action; return what is seen next (`player`, and what it is `told`) or the `ending` of the game."""
         done, _ = self._game.step(action=action)
         return {"ending": self._ending()} if done else self._seen()
 

@@ -1,4 +1,4 @@
-"""TextWorld's games, and other Z-machine stories: `textworld:games/1.z8`, or `textworld:games` for a folder of them."""
+"""Adapts TextWorld's games and other Z-machine stories: `textworld:games/1.z8`, or `textworld:games` for a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATUS_LINE = re.compile(r"\n>[^\n]*\Z")
 
 
 class TextWorldEnv(TextEnv):
-    """One game an episode. The last line of the model's text is the command; a gain of score is the reward.
+    """Plays one game an episode. The last line of the model's text is the command; a gain of score is the reward.
 
     A game that was made by TextWorld tells whether it was won, and its walkthrough is the privileged `solution`.
     Tasks are files: a folder's `train` and `eval` folders are the splits; where it has none, a share of the files
@@ -36,8 +36,8 @@ class TextWorldEnv(TextEnv):
 
     def __init__(self, name: str, *, config: Mapping[str, bool] | None = None) -> None:
         super().__init__()
-        self._games = _games(Path(name).expanduser())
-        self._shown = _shown(config or {})
+        self._games = _files_by_split(Path(name).expanduser())
+        self._shown = _wanted_fields(config or {})
         if len(self._games) > 1 or len(self._games["train"]) > 1:
             self.metadata = {**self.metadata, "tasks": {split: len(files) for split, files in self._games.items()}}
         self._env: Any = None
@@ -55,17 +55,17 @@ class TextWorldEnv(TextEnv):
         self._score = 0.0
         walkthrough = state.get("extra.walkthrough") or state.get("policy_commands")
         solution = {"solution": "\n".join(walkthrough)} if walkthrough else {}
-        return Start(prompt=self._told(state), privileged=solution)
+        return Start(prompt=self._shown_text(state), privileged=solution)
 
     def respond(self, action: str) -> Reply:
-        command = _command(action)
+        command = _last_command(action)
         if _is_refused(command):
             text = f"{command!r} is not available here."
             return Reply(messages=[{"role": "user", "content": text}], feedback=text)
         state, score, done = self._env.step(command)
         gain, self._score = float(score) - self._score, float(score)
         return Reply(
-            messages=[{"role": "user", "content": self._told(state)}],
+            messages=[{"role": "user", "content": self._shown_text(state)}],
             reward=gain,
             terminated=bool(done),
             success=bool(done and state.get("won")),
@@ -87,8 +87,8 @@ class TextWorldEnv(TextEnv):
         self._env = textworld.start(str(file), textworld.EnvInfos(**wanted, **dict.fromkeys(self._shown, True)))
         self._file = file
 
-    def _told(self, state: Any) -> str:
-        """What the game printed, without its banner and status line, and what was asked for besides."""
+    def _shown_text(self, state: Any) -> str:
+        """Return what the game printed, without banner and status line, and the fields that `config` asked for."""
         text = _STATUS_LINE.sub("", str(state.feedback))
         objective = state.get("objective")
         if objective and objective in text:
@@ -97,8 +97,8 @@ class TextWorldEnv(TextEnv):
         return "\n\n".join([text, *(f"{name.replace('_', ' ')}: {_listed(state.get(name))}" for name in self._shown)])
 
 
-def _command(action: str) -> str:
-    """The last line that is not empty, in the characters that games know.
+def _last_command(action: str) -> str:
+    """Take the last line that is not empty, in the characters that games know.
 
     Others are blanks: a backslash, say, begins a command to the interpreter itself.
     """
@@ -108,7 +108,7 @@ def _command(action: str) -> str:
 
 
 def _is_refused(command: str) -> bool:
-    """Whether one of the commands in a line, which games take apart at stops and `then`, is none for the game."""
+    """True if one of the commands in a line is not meant for the game. Games split a line at full stops and `then`."""
     return any(part.strip() in _REFUSED for part in _CHAINED.split(command.lower()))
 
 
@@ -116,8 +116,8 @@ def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _games(path: Path) -> dict[str, list[Path]]:
-    """The files of each split. Raises ConfigError when there are none."""
+def _files_by_split(path: Path) -> dict[str, list[Path]]:
+    """Return the files of each split. Raises ConfigError when there are none."""
     if path.is_file() and path.suffix in _ENDINGS:
         return {"train": [path]}
     if not path.is_dir():
@@ -136,7 +136,7 @@ def _stories(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS)
 
 
-def _shown(config: Mapping[str, bool]) -> list[str]:
+def _wanted_fields(config: Mapping[str, bool]) -> list[str]:
     import textworld
 
     known = [name for name in textworld.EnvInfos.__slots__ if name != "extras"]

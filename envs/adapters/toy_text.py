@@ -1,4 +1,4 @@
-"""gymnasium's toy-text environments in words: FrozenLake, CliffWalking, Taxi, Blackjack."""
+"""Puts gymnasium's toy-text environments into words: FrozenLake, CliffWalking, Taxi, Blackjack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Env = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """How an environment of discrete actions is told in text."""
+    """Says how an environment of discrete actions is told in text."""
 
     rules: str
     """What the first prompt says, before the first observation."""
@@ -29,7 +29,7 @@ class Words:
     success: Literal["reward", "end"] = "reward"
     """Which end is a success: one with a positive total reward, or any that the environment itself calls an end."""
     varied: bool = False
-    """Whether the first observation differs from task to task, so that splits can be told apart by it."""
+    """True if the first observation differs from task to task, so that it tells splits apart."""
 
 
 def _cell(env: Env, state: int) -> str:
@@ -141,4 +141,4 @@ WORDS: Mapping[str, Words] = {
     "TaxiEnv": TAXI,
     "BlackjackEnv": BLACKJACK,
 }
-"""By the class of the environment, so that every registered variant is known."""
+"""Class of the environment -> its words, so that every registered variant is known."""

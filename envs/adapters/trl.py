@@ -1,4 +1,4 @@
-"""Environments written for TRL's `environment_factory`: `trl:my_package.my_module:MyEnvironment`."""
+"""Adapts environments written for TRL's `environment_factory`: `trl:my_package.my_module:MyEnvironment`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_TOOLS = ("reset", "get_reward")
 
 
 class TrlEnv(ToolEnv):
-    """A class whose public methods are tools, whose `reset` takes a row, and which may have a `get_reward`.
+    """Takes a class whose public methods are tools, whose `reset` takes a row, and which may have a `get_reward`.
 
     As in TRL, what `reset` returns is appended to the row's last message, a rollout ends at the first turn without
     a call, and it is scored once, at its end. `get_reward` and the reward functions add up. Methods may be async.
@@ -62,7 +62,7 @@ class TrlEnv(ToolEnv):
     ) -> None:
         self._theirs = _instance(name, config or {})
         super().__init__(
-            tools=_tools(self._theirs),
+            tools=_public_methods(self._theirs),
             tool_format=tool_format,
             starts_thinking=starts_thinking,
             call_timeout=call_timeout,
@@ -103,19 +103,19 @@ class TrlEnv(ToolEnv):
         self._said += reply.messages
         if reply.terminated or self._steps + 1 != self.max_steps:
             return reply
-        scored = self._scored()
+        scored = self._score()
         return replace(scored, messages=reply.messages, truncated=True, success=False, feedback=reply.feedback)
 
     def no_call(self, action: str) -> Reply:
-        return replace(self._scored(), terminated=True)
+        return replace(self._score(), terminated=True)
 
     def close(self) -> None:
         if self._rubric is not None:
             self._rubric.close()
         super().close()
 
-    def _scored(self) -> Reply:
-        """The rollout's reward, with its parts."""
+    def _score(self) -> Reply:
+        """End the rollout with its reward and the parts of that."""
         parts: dict[str, float | None] = {}
         total = 0.0
         if hasattr(self._theirs, "get_reward"):
@@ -128,7 +128,7 @@ class TrlEnv(ToolEnv):
         return Reply(reward=total, success=total >= self.success_threshold - 1e-9, rewards=parts)
 
     def _await(self, value: Any) -> Any:
-        """The value, or what it comes to where it is a coroutine; in the loop that runs async tools."""
+        """Return the value; run a coroutine to its result first, in the loop that runs async tools."""
         if not isinstance(value, Coroutine):
             return value
         [outcome] = self._background.run([lambda: value], time_limit=self.call_timeout)
@@ -144,7 +144,7 @@ def _instance(name: str, config: Mapping[str, Any]) -> Any:
     return made
 
 
-def _tools(made: Any) -> list[Callable[..., Any]]:
-    """The public methods of an environment, as TRL picks them: of its class, so that no property is evaluated."""
+def _public_methods(made: Any) -> list[Callable[..., Any]]:
+    """Return an environment's public methods. Like TRL this looks at the class, so that no property is evaluated."""
     names = [name for name, _ in inspect.getmembers(type(made), predicate=inspect.isfunction)]
     return [getattr(made, name) for name in names if not name.startswith("_") and name not in _NOT_TOOLS]

@@ -1,4 +1,4 @@
-"""Environments of `verifiers.v1`: `verifiers:my-taskset`.
+"""Adapts environments of `verifiers.v1`: `verifiers:my-taskset`.
 
 Their `Env.run` plays one task with agents, and waits for each of an agent's turns. Here the agent is our student: a
 turn becomes an observation, and the environment's own coroutine rests until the action is there. So the exchange,
@@ -34,7 +34,7 @@ _UNPROTECTED = (
 
 
 class VerifiersEnv(TextEnv):
-    """A taskset, and the environment that its package exports, or verifiers' own for one agent.
+    """Plays a taskset in the environment that its package exports, or in verifiers' own for one agent.
 
     What needs verifiers' own rollouts is refused: tool servers, containers, more than one agent, and hooks that get
     a runtime or stop an exchange. Which split a task belongs to is decided by its `key`.
@@ -68,7 +68,7 @@ class VerifiersEnv(TextEnv):
         self._name = name
         self.privileged = dict(privileged or {})
         self.success_threshold = success_threshold
-        self._tasks = _by_split(_load(name, config or {}), tasks)
+        self._tasks = _split_tasks(_load(name, config or {}), tasks)
         self.metadata = {**self.metadata, "tasks": {split: len(some) for split, some in self._tasks.items()}}
         make = partial(Exchange, name, dict(config or {}), tasks)
         grader = Grader(make, name=f"verifiers:{name}", time_limit=time_limit)
@@ -105,7 +105,7 @@ class VerifiersEnv(TextEnv):
         except Ungraded as error:
             logger.warning("verifiers:%s: the text %.200r ends the episode: %s", self._name, action[:200], error)
             self.close()
-            return Reply(terminated=True, feedback="The environment could not take that text.")
+            return Reply(terminated=True, unreadable=True, feedback="The environment could not take that text.")
         if seen["asked"] is not None:
             return Reply(messages=seen["asked"])
         reward = float(seen["reward"])
@@ -121,11 +121,11 @@ class VerifiersEnv(TextEnv):
 
 
 class Exchange:
-    """The environment and its tasks, in a process of their own."""
+    """Runs the environment and its tasks in a process of their own."""
 
     def __init__(self, name: str, config: Mapping[str, Any], tasks: int) -> None:
         self._env = _load(name, config)
-        self._tasks = _by_split(self._env, tasks)
+        self._tasks = _split_tasks(self._env, tasks)
         Interaction(Seat(), self._tasks["train"][0])  # verifiers asks git for its own version, once
         self._random = OwnRandom()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -144,12 +144,12 @@ class Exchange:
             raise EnvError(f"the taskset has another task at {split} {number} each time that it is loaded")
         self._loop = self._loop or asyncio.new_event_loop()
         self._seat = Seat()
-        self._run = self._loop.create_task(_episode(self._env, task[0], self._seat))
+        self._run = self._loop.create_task(_play_episode(self._env, task[0], self._seat))
         self._stop = weakref.finalize(self, _stop, self._loop, self._run)  # if nobody calls close
         return self._next(seed)
 
     def reply(self, text: str) -> dict[str, Any]:
-        """Answer for the agent: what it is `asked` next, or None and the `reward` of the episode."""
+        """Answer for the agent; return what it is `asked` next, or None and the `reward` of the episode."""
         assert self._seat is not None
         self._seat.reply(text)
         return self._next()
@@ -165,14 +165,17 @@ class Exchange:
         assert self._seat is not None
         assert self._run is not None
         with self._random(seed):  # games draw from Python's global generator
-            self._loop.run_until_complete(_either(self._run, self._seat.asked))
+            self._loop.run_until_complete(_wait_for_either(self._run, self._seat.asked))
         if self._seat.asked.is_set():
             return {"asked": self._seat.question()}
         return {"asked": None, "reward": self._run.result()}
 
 
 class Seat:
-    """The agent's place in an episode. To the environment it is verifiers' `Agent`, to us a question and an answer."""
+    """Takes the agent's place in an episode.
+
+    To the environment it is verifiers' `Agent`, to us a question and an answer.
+    """
 
     def __init__(self) -> None:
         self.trainable = True
@@ -195,14 +198,14 @@ class Seat:
         return await self._answer
 
     async def run(self, task: Any) -> Any:
-        """One exchange of one turn, scored, as `Agent.run`."""
+        """Hold one exchange of one turn and score it, as `Agent.run` does."""
         async with self.interaction(task) as interaction:
             await interaction.turn()
         return interaction.trace
 
     @asynccontextmanager
     async def interaction(self, task: Any) -> AsyncIterator[Interaction]:
-        """An exchange that the environment leads, as `Agent.interaction`; the task scores it when it is left."""
+        """Open an exchange that the environment leads, like `Agent.interaction`. The task scores it when it is left."""
         interaction = Interaction(self, task)
         yield interaction
         interaction.trace.stop("user_closed")
@@ -212,7 +215,7 @@ class Seat:
 
 
 class Interaction:
-    """An open exchange, as verifiers' own: `turn` says something and returns the agent's segment."""
+    """Represents an open exchange, as verifiers' own does: `turn` says something and returns the agent's segment."""
 
     def __init__(self, seat: Seat, task: Any) -> None:
         from verifiers.v1.configs.agent import AgentConfig
@@ -220,18 +223,18 @@ class Interaction:
         from verifiers.v1.trace import AgentInfo, Trace
 
         self._seat, self._task = seat, task
-        self.trace = Trace(task=_traced(task), agent=AgentInfo(config=AgentConfig()), state=state_cls(type(task))())
+        self.trace = Trace(task=_trace_task(task), agent=AgentInfo(config=AgentConfig()), state=state_cls(type(task))())
 
     async def turn(self, message: Any = None) -> Any:
-        """What the agent says to the message, or to the task's own prompt when there is none."""
+        """Return the agent's answer to the message, or to the task's own prompt when there is no message."""
         from verifiers.v1.agent import Segment
         from verifiers.v1.types import AssistantMessage
 
         said = self._opening() if not self.trace.nodes else []
-        said += _typed(message)
+        said += _to_their_messages(message)
         for one in said:
             self._add(one, sampled=False)
-        answer = AssistantMessage(content=await self._seat.ask([_plain(one) for one in said]))
+        answer = AssistantMessage(content=await self._seat.ask([_to_message(one) for one in said]))
         self._add(answer, sampled=True)
         return Segment(messages=[answer])
 
@@ -240,7 +243,7 @@ class Interaction:
 
         data = self._task.data
         system = [] if data.system_prompt is None else [SystemMessage(content=data.system_prompt)]
-        return [*system, *_typed(data.prompt)]
+        return [*system, *_to_their_messages(data.prompt)]
 
     def _add(self, message: Any, *, sampled: bool) -> None:
         from verifiers.v1.graph import MessageNode
@@ -257,8 +260,8 @@ def _stop(loop: asyncio.AbstractEventLoop, run: asyncio.Task[float]) -> None:
     loop.close()
 
 
-async def _either(run: asyncio.Task[float], asked: asyncio.Event) -> None:
-    """Until the run is over or has asked. Raises what the run raised."""
+async def _wait_for_either(run: asyncio.Task[float], asked: asyncio.Event) -> None:
+    """Wait until the run is over or has asked. Raises what the run raised."""
     waiting = asyncio.ensure_future(asked.wait())
     await asyncio.wait({run, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
@@ -266,27 +269,27 @@ async def _either(run: asyncio.Task[float], asked: asyncio.Event) -> None:
         run.result()
 
 
-async def _episode(env: Any, task: Any, seat: Seat) -> float:
-    """One episode as verifiers' `run_episode` plays it; the sum of its rewards."""
+async def _play_episode(env: Any, task: Any, seat: Seat) -> float:
+    """Play one episode as verifiers' `run_episode` does; return the sum of its rewards."""
     from verifiers.v1.agent import Agents
     from verifiers.v1.episode import EnvInfo, Episode
 
     agents = Agents(env.config, lambda name, spec: seat)
     await env.setup(agents)
     await env.run(task, agents)
-    episode = Episode(env=EnvInfo(id=env.config.env_id), task=_traced(task), traces=seat.traces)
+    episode = Episode(env=EnvInfo(id=env.config.env_id), task=_trace_task(task), traces=seat.traces)
     await env.finalize(task, episode)
     return float(sum(trace.reward for trace in seat.traces))
 
 
-def _traced(task: Any) -> Any:
+def _trace_task(task: Any) -> Any:
     from verifiers.v1.trace import TraceTask
 
     return TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
 
 
-def _typed(message: Any) -> list[Any]:
-    """A text, messages as dicts or verifiers' own, or nothing, as verifiers' own."""
+def _to_their_messages(message: Any) -> list[Any]:
+    """Convert a text, messages (dicts or verifiers' own) or None to a list of verifiers' own messages."""
     from verifiers.v1.dialects import parse_message
     from verifiers.v1.types import UserMessage
 
@@ -297,14 +300,14 @@ def _typed(message: Any) -> list[Any]:
     return [parse_message(one) if isinstance(one, dict) else one for one in message]
 
 
-def _plain(message: Any) -> Message:
+def _to_message(message: Any) -> Message:
     from verifiers.v1.types import content_text
 
     return {"role": message.role, "content": content_text(message.content)}
 
 
-def _by_split(env: Any, most: int) -> dict[str, list[Any]]:
-    """The tasks of each split; all in train where there are too few to hold any out."""
+def _split_tasks(env: Any, most: int) -> dict[str, list[Any]]:
+    """Cut the tasks into splits; all go to train where there are too few to hold any out."""
     tasks = list(islice(env.taskset, most))
     splits: dict[str, list[Any]] = {}
     for task in tasks:
@@ -315,7 +318,10 @@ def _by_split(env: Any, most: int) -> dict[str, list[Any]]:
 
 
 def _load(name: str, config: Mapping[str, Any]) -> Any:
-    """The environment of a taskset. Raises ConfigError where there is none, or it needs verifiers' own rollouts."""
+    """Load the environment of a taskset.
+
+    Raises ConfigError where there is none, or it needs verifiers' own rollouts.
+    """
     from pydantic import ValidationError
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.utils.loaders import load_environment, resolve_env_config

@@ -1,1 +1,1 @@
-"""The environments that come with the package."""
+"""Holds the environments that come with the package."""

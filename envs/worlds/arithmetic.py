@@ -1,4 +1,4 @@
-"""Sums in one turn: the smallest environment in which a small pretrained model is often wrong."""
+"""Asks for sums in one turn: the smallest environment in which a small pretrained model is often wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DRAWS = 10_000
 
 
 class ArithmeticEnv(TextEnv):
-    """One sum, one answer: reward 1 if it is right, else 0.
+    """Asks for one sum and takes one answer: reward 1 if it is right, else 0.
 
     Which split a sum belongs to depends on its operands alone, and `38 + 47` goes with `47 + 38`.
 
@@ -98,7 +98,7 @@ def _split(a: int, op: str, b: int) -> str:
 
 
 def solution(a: int, op: str, b: int) -> str:
-    """A short worked solution: the second operand taken apart, digit by digit.
+    """Write a short worked solution, in which the second operand is taken apart digit by digit.
 
     >>> solution(47, "+", 38)
     '47 + 38 = 47 + 30 + 8 = 77 + 8 = 85. The answer is 85.'

@@ -1,4 +1,4 @@
-"""Countdown: reach a target by adding, subtracting, multiplying and dividing given numbers.
+"""Defines Countdown: reach a target by adding, subtracting, multiplying and dividing given numbers.
 
 Two forms of one game: `CountdownEnv` combines two numbers a turn with a tool, and `CountdownExpressionEnv` takes
 one expression. Every number is used exactly once, as in the tasks that language models are compared on.
@@ -60,7 +60,7 @@ class _Puzzles:
         self.count, self.highest, self.target, self.operators = numbers, highest, tuple(target), operators
 
     def draw(self, rng: np.random.Generator, split: str) -> tuple[Numbers, int, tuple[Combination, ...]]:
-        """Numbers, target and the solver's solution, of a task in this split."""
+        """Draw a task of this split. Returns its numbers, its target and the solver's solution."""
         low, high = self.target
         for _ in range(_DRAWS):
             numbers = tuple(sorted(rng.integers(1, self.highest + 1, size=self.count).tolist()))
@@ -157,7 +157,7 @@ class CountdownEnv(ToolEnv):
         return f"{self.left[0]} is not {self.target}: after {self._lost} it was out of reach."
 
     def oracle(self) -> list[str]:
-        """The actions of a perfect episode from here on. Raises EnvError when the target is out of reach."""
+        """Return the actions of a perfect episode from here on. Raises EnvError when the target is out of reach."""
         solution = self._solution()
         if solution is None:
             raise EnvError(f"{self.target} cannot be reached with {', '.join(map(str, self.left))}")
@@ -165,7 +165,7 @@ class CountdownEnv(ToolEnv):
 
 
 class CountdownExpressionEnv(TextEnv):
-    """Countdown in one turn: the answer is an expression. Reward 1 when it is right, else 0.
+    """Plays Countdown in one turn: the answer is an expression. Reward 1 when it is right, else 0.
 
     Read is what stands in the last `<answer>...</answer>`, or else the last line; a `= 24` at its end is dropped.
     Privileged are `solution` (the steps, then the expression) and `answer` (the expression alone). Arguments and
@@ -203,7 +203,7 @@ class CountdownExpressionEnv(TextEnv):
         return Reply(terminated=True, feedback=f"Wrong: {feedback}.")
 
     def _problem(self, answer: str) -> str | None:
-        """Why an expression is no solution."""
+        """Say why an expression is no solution; None if it is one."""
         try:
             value, used = evaluate(answer)
         except DataError as error:
@@ -214,12 +214,12 @@ class CountdownExpressionEnv(TextEnv):
 
 
 def question(numbers: Numbers, target: int) -> str:
-    """How a task is put."""
+    """Put a task into words."""
     return f"Numbers: {', '.join(map(str, numbers))}. Target: {target}."
 
 
 def call(step: Combination) -> str:
-    """The action that makes a step."""
+    """Write the action that makes a step."""
     return format_call("combine", {"a": str(step.a), "op": step.op, "b": str(step.b)})
 
 

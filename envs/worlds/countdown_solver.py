@@ -1,4 +1,4 @@
-"""Countdown without words: combining numbers, reading expressions safely, and a solver.
+"""Knows Countdown without words: combining numbers, reading expressions safely, and a solver.
 
 Numbers are positive whole numbers throughout: a difference must stay above zero and a division come out even, as
 in the game. So every value on the way fits the state of the next turn, and nothing is ever rounded.
@@ -27,7 +27,7 @@ Numbers = tuple[int, ...]
 
 
 class Combination(NamedTuple):
-    """One step: two numbers and what becomes of them."""
+    """Holds one step: two numbers and how they are combined."""
 
     a: int
     op: str
@@ -35,7 +35,7 @@ class Combination(NamedTuple):
 
     @property
     def value(self) -> int:
-        """Raises DataError when the step is not allowed, or its result is too large."""
+        """Compute the result. Raises DataError when the step is not allowed or its result is too large."""
         return combine(self.a, self.op, self.b)
 
     def __str__(self) -> str:
@@ -43,7 +43,10 @@ class Combination(NamedTuple):
 
 
 def combine(a: int, op: str, b: int) -> int:
-    """Raises DataError, with the reason, for a result that is no positive whole number or too large."""
+    """Compute one operation.
+
+    Raises DataError, with the reason, for a result that is no positive whole number or too large.
+    """
     if op == "/":
         if b == 0 or a % b:
             raise DataError(f"{a} / {b} is not a whole number")
@@ -57,7 +60,7 @@ def combine(a: int, op: str, b: int) -> int:
 
 
 def steps(numbers: Numbers, operators: str = OPERATORS) -> Iterator[Combination]:
-    """What can be done with two of these numbers, larger number first; nothing twice."""
+    """Yield the steps that two of these numbers allow, larger number first; nothing twice."""
     seen: set[tuple[int, int]] = set()
     for low, high in combinations(numbers, 2):
         if (low, high) in seen:
@@ -70,7 +73,7 @@ def steps(numbers: Numbers, operators: str = OPERATORS) -> Iterator[Combination]
 
 
 def apply(numbers: Numbers, step: Combination) -> Numbers:
-    """The numbers after a step. Raises DataError when they do not hold its two, or the step is not allowed."""
+    """Return the numbers after a step. Raises DataError when they do not hold its two, or the step is not allowed."""
     left = Counter(numbers)
     left.subtract([step.a, step.b])
     if missing := [number for number, count in left.items() if count < 0]:
@@ -80,7 +83,7 @@ def apply(numbers: Numbers, step: Combination) -> Numbers:
 
 @lru_cache(maxsize=100_000)
 def solve(numbers: Numbers, target: int, operators: str = OPERATORS) -> tuple[Combination, ...] | None:
-    """Steps that use every number once and end with the target, or None when there are none.
+    """Find steps that use every number once and end with the target; None when there are none.
 
     `numbers` in ascending order, at most `MOST_NUMBERS`. Depth first, each set of numbers once.
     """
@@ -103,7 +106,7 @@ def _search(numbers: Numbers, target: int, operators: str, dead: set[Numbers]) -
 
 
 def expression(taken: Sequence[Combination]) -> str:
-    """The steps as one expression, brackets around all but the last."""
+    """Write the steps as one expression, with brackets around all but the last."""
     made: list[tuple[int, str]] = []
 
     def take(number: int) -> str:
@@ -121,7 +124,7 @@ def expression(taken: Sequence[Combination]) -> str:
 
 
 def evaluate(text: str) -> tuple[int, list[int]]:
-    """The value of an expression and the numbers in it, in the order in which they stand.
+    """Compute an expression. Returns its value and the numbers in it, in the order in which they stand.
 
     Whole numbers, `+ - * /` (or `× ÷`) and brackets are all it may hold, and every value on the way keeps the rules
     of the game. The text is parsed, never run. Raises DataError, with the reason in words, for anything else.

@@ -1,4 +1,4 @@
-"""Tasks on a small tree of text files: a seeded tree, what to do with it in words, how, and what must come out.
+"""Makes tasks on a small tree of text files: a seeded tree, what to do with it in words, how, and what must come out.
 
 Each task is made by a function of its own, which draws from the tree that it is given. The commands are one way of
 many; only the files and the answer at the end count.
@@ -35,7 +35,7 @@ TARGETS = ("done", "found", "keep", "out", "picked", "sorted")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileTask:
-    """What to do, how, and how it must end."""
+    """Says what to do, how, and how it must end."""
 
     prompt: str
     plan: str
@@ -52,7 +52,7 @@ Make = Callable[[np.random.Generator, Tree], FileTask]
 
 
 def draw_tree(rng: np.random.Generator) -> Tree:
-    """Ten to fourteen files in three folders and their subfolders; no two of the same name, none empty.
+    """Draw ten to fourteen files in three folders and their subfolders; no two of the same name, none empty.
 
     There are at least two files of each ending, and at least one of each in the first level of some folder.
     """
@@ -113,7 +113,7 @@ def count_lines(rng: np.random.Generator, tree: Tree) -> FileTask:
 
 
 def find_word(rng: np.random.Generator, tree: Tree) -> FileTask:
-    tree, path, word = _planted(rng, tree)
+    tree, path, word = _plant_word(rng, tree)
     asked = (
         f'Which file contains the word "{word}"? Answer with its path.',
         f'One file has the word "{word}" in it. What is its path?',
@@ -141,7 +141,7 @@ def move_file(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan=f"move the file to {folder}/",
         commands=(f"mv {path} {folder}/",),
         given=tree,
-        result=_renamed(tree, {path: f"{folder}/{_name(path)}"}),
+        result=_rename_paths(tree, {path: f"{folder}/{_name(path)}"}),
     )
 
 
@@ -174,7 +174,7 @@ def replace_word(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan="substitute the word in that file, every time",
         commands=(_substitute(old, new, path),),
         given=tree,
-        result=tree | {path: _replaced(tree[path], old, new)},
+        result=tree | {path: _replace_word(tree[path], old, new)},
     )
 
 
@@ -212,7 +212,7 @@ def move_matching(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan=f"make {target}, search all files for the word, move what is found",
         commands=(f"mkdir {target}", f"grep -rlw {word} . | xargs mv -t {target}"),
         given=tree,
-        result=_renamed(tree, {path: f"{target}/{_name(path)}" for path in found}),
+        result=_rename_paths(tree, {path: f"{target}/{_name(path)}" for path in found}),
     )
 
 
@@ -246,7 +246,7 @@ def rename_files(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan=f"go through the files of that ending in {folder}, rename each",
         commands=(f'for file in {folder}/*.{old}; do mv "$file" "${{file%.{old}}}.{new}"; done',),
         given=tree,
-        result=_renamed(tree, {path: path.removesuffix(old) + new for path in changed}),
+        result=_rename_paths(tree, {path: path.removesuffix(old) + new for path in changed}),
     )
 
 
@@ -263,7 +263,7 @@ def replace_in_all(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan="find by ending in all folders, substitute the word in each",
         commands=(_substitute(old, new, f"$(find . -type f -name '*.{extension}')"),),
         given=tree,
-        result=tree | {path: _replaced(tree[path], old, new) for path in paths},
+        result=tree | {path: _replace_word(tree[path], old, new) for path in paths},
     )
 
 
@@ -271,7 +271,7 @@ def replace_in_all(rng: np.random.Generator, tree: Tree) -> FileTask:
 
 
 def edit_and_move(rng: np.random.Generator, tree: Tree) -> FileTask:
-    tree, path, word = _planted(rng, tree)
+    tree, path, word = _plant_word(rng, tree)
     old = pick(rng, _words(tree[path].replace(word, "")))
     new = pick(rng, [rare for rare in RARE if rare != word])
     target = pick(rng, TARGETS)
@@ -285,7 +285,7 @@ def edit_and_move(rng: np.random.Generator, tree: Tree) -> FileTask:
         plan=f"search all files for the word, substitute in what is found, make {target}, move it there",
         commands=(f"file=$(grep -rlw {word} .); {_substitute(old, new, '$file')}; mkdir {target}; mv $file {target}/",),
         given=tree,
-        result=_renamed(tree | {path: _replaced(tree[path], old, new)}, {path: f"{target}/{_name(path)}"}),
+        result=_rename_paths(tree | {path: _replace_word(tree[path], old, new)}, {path: f"{target}/{_name(path)}"}),
     )
 
 
@@ -343,8 +343,8 @@ LEVELS: Mapping[int, tuple[Make, ...]] = {
 """Level of difficulty -> its tasks: one command, many files at a time, several steps."""
 
 
-def _planted(rng: np.random.Generator, tree: Tree) -> tuple[Tree, str, str]:
-    """The tree with a rare word in the middle of one line of one file."""
+def _plant_word(rng: np.random.Generator, tree: Tree) -> tuple[Tree, str, str]:
+    """Put a rare word into the middle of one line of one file. Returns the tree, the path and the word."""
     path, word = pick(rng, sorted(tree)), pick(rng, RARE)
     lines = tree[path].splitlines(keepends=True)
     number = int(rng.integers(len(lines)))
@@ -365,7 +365,7 @@ def _lines_with(word: str, text: str) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if word in line.split()]
 
 
-def _replaced(text: str, old: str, new: str) -> str:
+def _replace_word(text: str, old: str, new: str) -> str:
     return re.sub(rf"\b{old}\b", new, text)
 
 
@@ -373,7 +373,7 @@ def _substitute(old: str, new: str, files: str) -> str:
     return rf"sed -i 's/\b{old}\b/{new}/g' {files}"
 
 
-def _renamed(tree: Tree, names: Mapping[str, str]) -> Tree:
+def _rename_paths(tree: Tree, names: Mapping[str, str]) -> Tree:
     return {names.get(path, path): text for path, text in tree.items()}
 
 

@@ -1,4 +1,4 @@
-"""An agent at a shell, in a sandboxed folder of small text files: `opd/Files-v0`."""
+"""Puts an agent at a shell, in a sandboxed folder of small text files: `opd/Files-v0`."""
 
 from __future__ import annotations
 
@@ -76,23 +76,23 @@ class FilesEnv(ShellTool):
         Args:
             answer: the answer, if the task asks for one
         """
-        wrong = self._what_is_wrong(answer)
+        wrong = self._describe_problem(answer)
         self.finish(float(wrong is None), success=wrong is None, feedback=wrong)
         return "right" if wrong is None else "wrong"
 
     def oracle(self) -> list[str]:
-        """The actions of a perfect episode."""
+        """Return the actions of a perfect episode."""
         return [
             *(_call("shell", command=command) for command in self.task.commands),
             _call("submit", answer=self.task.answer or ""),
         ]
 
-    def _what_is_wrong(self, answer: str) -> str | None:
-        """What keeps the task from being solved, without telling the answer."""
+    def _describe_problem(self, answer: str) -> str | None:
+        """Say what keeps the task from being solved, without telling the answer; None if it is solved."""
         answer = answer.strip().strip("\"'`").removeprefix("./")
         if self.task.answer is not None and answer != self.task.answer:
             return f"The answer {answer[:80]!r} is wrong."
-        return None if self.task.result is None else _difference(self.session.files, self.task.result)
+        return None if self.task.result is None else _describe_difference(self.session.files, self.task.result)
 
 
 def _draw(rng: np.random.Generator, level: int, split: str) -> FileTask:
@@ -103,20 +103,22 @@ def _draw(rng: np.random.Generator, level: int, split: str) -> FileTask:
     raise EnvError(f"no task of level {level} is in split {split!r}")
 
 
-def _difference(files: Mapping[str, bytes], wanted: Tree) -> str | None:
-    """Where the files are not as they should be; a missing end of line at the end of a file is forgiven."""
+def _describe_difference(files: Mapping[str, bytes], wanted: Tree) -> str | None:
+    """Say where the files are not as they should be; None if they are. A missing last end of line is forgiven."""
     problems = {
         "missing": sorted(set(wanted) - set(files)),
         "too many": sorted(set(files) - set(wanted)),
         "with the wrong content": [
-            path for path in sorted(set(wanted) & set(files)) if _ended(files[path]) != _ended(wanted[path].encode())
+            path
+            for path in sorted(set(wanted) & set(files))
+            if _end_line(files[path]) != _end_line(wanted[path].encode())
         ],
     }
     told = [f"{len(paths)} {kind}, such as {paths[0][:80]!r}" for kind, paths in problems.items() if paths]
     return f"The files are not as they should be: {'; '.join(told)}." if told else None
 
 
-def _ended(data: bytes) -> bytes:
+def _end_line(data: bytes) -> bytes:
     return data if data.endswith(b"\n") or not data else data + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""Questions about people that take a few look-ups and an answer: a small world for tool agents.
+"""Asks questions about people that take a few look-ups and an answer: a small world for tool agents.
 
 A task is a table of people, redrawn from its seed, and a question such as "What is the hue of the trainer of
 the boss of ann?". Each field of the table goes by three words in questions but by one name in the tools, so an
@@ -67,7 +67,7 @@ _DRAWS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A chain of words from a person to a value, in the order in which they are looked up."""
+    """Holds a chain of words from a person to a value, in the order in which they are looked up."""
 
     person: str
     words: tuple[str, ...]
@@ -116,7 +116,7 @@ class LookupEnv(ToolEnv):
         )
 
     def meanings(self, rng: np.random.Generator) -> Mapping[str, str]:
-        """The field that each word stands for in this task; a subclass may draw it with `rng`."""
+        """Return the field that each word stands for in this task; a subclass may draw it with `rng`."""
         return MEANING
 
     @tool
@@ -146,14 +146,14 @@ class LookupEnv(ToolEnv):
         return "right" if right else "wrong"
 
     def oracle(self, plan: Sequence[str] | None = None) -> list[str]:
-        """The actions of a perfect episode; given another `plan`, those of an agent that reads these fields."""
+        """Return the actions of a perfect episode, or those of an agent that reads the fields of another `plan`."""
         fields = self.plan if plan is None else plan
         *people, value = self._follow(fields)
         gets = [_call("get", person=person, field=field) for person, field in zip(people, fields, strict=True)]
         return [*gets, _call("answer", value=value)]
 
     def _follow(self, plan: Sequence[str]) -> list[str]:
-        """The person asked about, then what each look-up of the plan returns."""
+        """Return the person asked about, then what each look-up of the plan returns."""
         path = [self.question.person]
         for field in plan:
             path.append(self._table[path[-1]][field])
@@ -165,7 +165,7 @@ class LookupEnv(ToolEnv):
         return "\n".join([*(f"{field} of {person}: {found}" for field, person, found in steps), f"answer: {path[-1]}"])
 
     def _explain(self) -> str:
-        """What was wrong, without the answer: the words that were taken for another field."""
+        """Say what was wrong, without the answer: the words that were taken for another field."""
         wrong = [
             f"{means(word, field)}, {f'not {read}' if read else 'which was not looked up'}"
             for word, field, read in zip_longest(self.question.words, self.plan, self._read[: len(self.plan)])
@@ -175,7 +175,7 @@ class LookupEnv(ToolEnv):
 
 
 def means(word: str, field: str) -> str:
-    """How feedback and skills say that a word in a question stands for a field."""
+    """Say, as feedback and skills do, that a word in a question stands for a field."""
     return f"{word} means {field}"
 
 
@@ -190,7 +190,7 @@ def _draw_question(rng: np.random.Generator, hops: int, split: str) -> Question:
 
 
 def _draw_table(rng: np.random.Generator) -> dict[str, dict[str, str]]:
-    """Every field of everyone; nobody is their own boss."""
+    """Draw every field of everyone. Nobody is their own boss."""
     size = len(PEOPLE)
     others = (np.arange(size)[:, None] + rng.integers(1, size, (size, len(RELATIONS)))) % size
     picks = rng.integers([len(VALUES[field]) for field in ATTRIBUTES], size=(size, len(ATTRIBUTES)))

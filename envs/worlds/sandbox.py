@@ -1,4 +1,4 @@
-"""Tools that run untrusted code: what the model writes goes into a sandbox, in a folder of the episode's own.
+"""Offers tools that run untrusted code: what the model writes goes into a sandbox, in a folder of the episode's own.
 
 The sandbox itself is `opd.sandbox`, which rewards use too; `docs/sandbox.md` says what it stops.
 """
@@ -16,7 +16,7 @@ __all__ = ["PythonTool", "SandboxEnv", "ShellTool", "report"]
 
 
 class SandboxEnv(ToolEnv):
-    """A `ToolEnv` with a sandboxed folder, `self.session`, which is empty again at each reset.
+    """Is a `ToolEnv` with a sandboxed folder, `self.session`, which is empty again at each reset.
 
     Inherit from `PythonTool` or `ShellTool` or both, which bring the tools. `start` may put files there:
     `self.session = self.sandbox.session({"a.txt": "hello"})`.
@@ -47,7 +47,7 @@ class SandboxEnv(ToolEnv):
         return super().reset(seed=seed, options=options)
 
     def report(self, outcome: Outcome) -> str:
-        """What a program did, as the model reads it: short enough that the notices at its end are never cut."""
+        """Tell the model what a program did. The text is so short that the notices at its end are never cut."""
         return report(outcome, self.sandbox.limits, most=self.max_result_chars)
 
 
@@ -78,7 +78,7 @@ class ShellTool(SandboxEnv):
 
 
 def report(outcome: Outcome, limits: SandboxLimits, *, most: int) -> str:
-    """Output, errors, and why the program ended if not by itself; about `most` characters, cut in the middle."""
+    """Write output, errors, and why the program ended if not by itself: about `most` characters, cut in the middle."""
     ended = {
         None: f"[exit code {outcome.exit_code}]" if outcome.exit_code else "",
         "seconds": f"[stopped after {limits.seconds:g} s]",
@@ -93,7 +93,7 @@ def report(outcome: Outcome, limits: SandboxLimits, *, most: int) -> str:
 
 
 def _fit(text: str, most: int) -> str:
-    """The text, or its beginning and end with a notice between them: an error stands at the end."""
+    """Return the text, or its beginning and end with a notice between them: an error stands at the end."""
     if len(text) <= most:
         return text
     half = max(0, most - 60) // 2

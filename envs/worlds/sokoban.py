@@ -1,4 +1,4 @@
-"""Sokoban in text: push every box onto a goal. A world in which a wrong push can lose the game for good.
+"""Puts Sokoban into text: push every box onto a goal. A wrong push can lose the game for good.
 
 The agent sees the board, acts, and sees the board again. In `SokobanEnv` it walks, one or several moves in a call;
 in `SokobanPushEnv` it names a push, and the way behind the box is found for it. The solver behind both
@@ -45,7 +45,7 @@ _MOST_MOVES = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """How hard the puzzles are."""
+    """Says how hard the puzzles are."""
 
     size: int
     """Rows and columns, with the walls around."""
@@ -81,14 +81,14 @@ LEVELS = {
 
 
 class Push(NamedTuple):
-    """One box moved by one cell."""
+    """Moves one box by one cell."""
 
     box: int
     direction: str
 
 
 class _Puzzle(ToolEnv):
-    """What both worlds share: the puzzles, the rewards, and the end of an episode."""
+    """Holds what both worlds share: the puzzles, the rewards, and the end of an episode."""
 
     metadata: dict[str, Any] = {  # noqa: RUF012  (gymnasium's own declaration)
         "render_modes": [],
@@ -121,11 +121,11 @@ class _Puzzle(ToolEnv):
 
     @abstractmethod
     def solution(self) -> list[str]:
-        """What to do from here on, in words, a line for each push."""
+        """Say what to do from here on, a line for each push."""
 
     @abstractmethod
     def oracle(self) -> list[str]:
-        """The actions of a perfect episode from here on, one for each push."""
+        """Return the actions of a perfect episode from here on, one for each push."""
 
     @property
     def board(self) -> str:
@@ -142,7 +142,7 @@ class _Puzzle(ToolEnv):
         return self.partial * len(self.state.boxes & self.room.goals) / len(self.room.goals)
 
     def _go(self, following: State, direction: str) -> bool:
-        """Go on to a state one move further; whether that ended the episode."""
+        """Go on to a state one move further. True if that ended the episode."""
         self.state = following
         if following.boxes == self.room.goals:
             self.finish(0.0, success=True)  # `respond` knows the reward
@@ -154,7 +154,7 @@ class _Puzzle(ToolEnv):
         return True
 
     def by_push(self, state: State) -> list[list[str]]:
-        """The best moves from a state, cut after each push. Raises EnvError when it cannot be solved."""
+        """Return the best moves from a state, cut after each push. Raises EnvError when it cannot be solved."""
         moves = best_moves(self.room, state, self.costs)
         if moves is None:
             raise EnvError("this state cannot be solved")
@@ -169,7 +169,7 @@ class _Puzzle(ToolEnv):
         return cut
 
     def pushes(self, state: State) -> list[Push]:
-        """The pushes of the best solution from a state."""
+        """Return the pushes of the best solution from a state."""
         found = []
         for moves in self.by_push(state):
             for direction in moves:
@@ -178,7 +178,7 @@ class _Puzzle(ToolEnv):
         return found
 
     def _plan(self) -> str:
-        """The pushes in words, a line for each box that is pushed without a break."""
+        """Put the pushes into words, a line for each box that is pushed without a break."""
         lines: list[str] = []
         at: int | None = None
         for box, direction in self.pushes(self.state):
@@ -231,7 +231,7 @@ class SokobanEnv(_Puzzle):
 
 
 class SokobanPushEnv(_Puzzle):
-    """Name a box and a direction to push it; the way behind it is found. Otherwise as `SokobanEnv`.
+    """Name a box and a direction to push it; the way behind it is found. All else is as in `SokobanEnv`.
 
     Planning without walking: episodes are short, and each turn decides something. `solution` has a line for each
     push.
@@ -271,19 +271,22 @@ class SokobanPushEnv(_Puzzle):
         return [self.call(push) for push in self.pushes(self.state)]
 
     def call(self, push: Push) -> str:
-        """The action that makes a push."""
+        """Write the action that makes a push."""
         row, column = divmod(push.box, self.room.width)
         return format_call("push", {"row": str(row + 1), "column": str(column + 1), "direction": push.direction})
 
 
 def offset(room: Room, state: State) -> tuple[int, int]:
-    """How far below and to the right of its one box the goal of a room lies. Raises ValueError where there are more."""
+    """Return how far below and to the right of its one box the goal of a room lies.
+
+    Raises ValueError where there are more.
+    """
     [box], [goal] = state.boxes, room.goals
     return goal // room.width - box // room.width, goal % room.width - box % room.width
 
 
 def note(down: int, right: int, pushes: Sequence[str]) -> str:
-    """What to remember of a puzzle with one box: where the goal lay as seen from the box, and what solved it.
+    """Write what to remember of a puzzle with one box: where the goal lay as seen from the box, and what solved it.
 
     >>> note(-1, 2, ["right", "right", "up"])
     'Goal 1 up, 2 right of the box: push right, right, up.'
@@ -313,7 +316,7 @@ def _pair(value: Any) -> list[Any]:
 
 
 def _read_directions(text: str) -> list[str]:
-    """The moves that a text names. Raises ToolError for anything else in it, none, or too many."""
+    """Read the moves that a text names. Raises ToolError for anything else in it, for none, and for too many."""
     words = re.findall(r"[^\s,]+", text.lower())
     unknown = [word for word in words if word not in DIRECTIONS]
     if unknown or not words:
@@ -325,7 +328,7 @@ def _read_directions(text: str) -> list[str]:
 
 
 def _draw(rng: np.random.Generator, level: Level, pushes: int, split: str) -> tuple[Room, State, dict[State, Cost]]:
-    """A room, and a state in it that takes this many pushes, can be lost, and whose board is of this split."""
+    """Draw a room, and a state in it that takes this many pushes, can be lost, and whose board is of this split."""
     for _ in range(_DRAWS):
         room = _draw_room(rng, level)
         if room is None:
@@ -340,7 +343,7 @@ def _draw(rng: np.random.Generator, level: Level, pushes: int, split: str) -> tu
 
 
 def _draw_room(rng: np.random.Generator, level: Level) -> Room | None:
-    """Random walls and goals; None when the walls cut the floor in two."""
+    """Draw random walls and goals; None when the walls cut the floor in two."""
     inside = range(1, level.size - 1)
     cells = [row * level.size + column for row in inside for column in inside]
     order = rng.permutation(cells).tolist()

@@ -1,4 +1,4 @@
-"""Sokoban without words: rooms, moves, and a solver that knows the shortest solution from every solvable state.
+"""Knows Sokoban without words: rooms, moves, and a solver that finds the shortest solution from every solvable state.
 
 Cells are numbered row by row. One search, backwards from the solved states, finds every state of a room that can
 be solved at all and how far each is from it; what it does not reach is a deadlock. The number of states bounds
@@ -20,20 +20,20 @@ DIRECTIONS = ("up", "down", "left", "right")
 _DOWN = {"up": -1, "down": 1, "left": 0, "right": 0}
 _RIGHT = {"up": 0, "down": 0, "left": -1, "right": 1}
 MOST_STATES = 250_000
-"""What a search may visit; a few seconds."""
+"""The most states that a search may visit; that takes a few seconds."""
 
 Shortest = Literal["pushes", "moves"]
 
 
 class State(NamedTuple):
-    """What moves: cells of the player and of the boxes."""
+    """Holds what moves: the cells of the player and of the boxes."""
 
     player: int
     boxes: frozenset[int]
 
 
 class Cost(NamedTuple):
-    """How far a state is from being solved."""
+    """Says how far a state is from being solved."""
 
     pushes: int
     moves: int
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What stays: the floor and the goals on it. Walls are everywhere else, the whole border among it."""
+    """Holds what stays: the floor and the goals on it. Walls are everywhere else, also along the whole border."""
 
     width: int
     height: int
@@ -51,14 +51,14 @@ class Room:
 
     @property
     def states(self) -> int:
-        """How many states there are at most."""
+        """Return the most states that the room can have."""
         return count_states(len(self.floor), len(self.goals))
 
     def ahead(self, cell: int, direction: str) -> int:
         return cell + _DOWN[direction] * self.width + _RIGHT[direction]
 
     def move(self, state: State, direction: str) -> State | None:
-        """The state after one step of the player, or None where a wall or a box that cannot move is in the way."""
+        """Return the state after one step of the player; None where a wall or a box that cannot move is in the way."""
         to = self.ahead(state.player, direction)
         if to not in self.floor:
             return None
@@ -70,13 +70,13 @@ class Room:
         return State(to, state.boxes - {to} | {beyond})
 
     def after(self, state: State, direction: str) -> State:
-        """The state after a step that is known to be possible."""
+        """Return the state after a step that is known to be possible."""
         following = self.move(state, direction)
         assert following is not None, f"{direction} is blocked"
         return following
 
     def walk(self, state: State, to: int) -> State | None:
-        """The state with the player in another cell, or None where no way leads there without a push."""
+        """Return the state with the player in another cell; None where no way leads there without a push."""
         seen, edge = set[int](), {state.player}
         while edge:
             seen |= edge
@@ -85,11 +85,11 @@ class Room:
         return State(to, state.boxes) if to in seen else None
 
     def place(self, cell: int) -> str:
-        """A cell in words; rows and columns count from 1 at the top left."""
+        """Name a cell in words. Rows and columns count from 1 at the top left."""
         return f"row {cell // self.width + 1}, column {cell % self.width + 1}"
 
     def draw(self, state: State) -> str:
-        """The board as text, a line a row."""
+        """Draw the board as text, one line for each row."""
         return "\n".join(
             "".join(self._symbol(row * self.width + column, state) for column in range(self.width))
             for row in range(self.height)
@@ -107,12 +107,12 @@ class Room:
 
 
 def count_states(cells: int, boxes: int) -> int:
-    """The ways to place boxes and a player on so many cells."""
+    """Count the ways to place boxes and a player on so many cells."""
     return comb(cells, boxes) * max(0, cells - boxes)
 
 
 def read(text: str) -> tuple[Room, State]:
-    """A board from text; the reverse of `Room.draw`. A space is floor as well.
+    """Read a board from text; the reverse of `Room.draw`. A space is floor as well.
 
     Raises DataError when rows differ in length, the border is open, there is not one player, or there are not as
     many boxes as goals.
@@ -133,7 +133,7 @@ def read(text: str) -> tuple[Room, State]:
 
 
 def distances(room: Room, *, shortest: Shortest = "pushes") -> dict[State, Cost]:
-    """The cost of the best solution from every state that has one, in order of cost.
+    """Find the cost of the best solution from every state that has one, in order of cost.
 
     `shortest` says what is best: the fewest pushes and of these the fewest moves, or the reverse. Raises
     DataError when the room may have more than `MOST_STATES` states.
@@ -150,7 +150,7 @@ def distances(room: Room, *, shortest: Shortest = "pushes") -> dict[State, Cost]
         if state in found:
             continue
         found[state] = cost
-        for previous, pushes in _before(room, state):
+        for previous, pushes in _states_before(room, state):
             if previous not in found:
                 longer = Cost(cost.pushes + pushes, cost.moves + 1)
                 key = (longer.pushes, longer.moves) if shortest == "pushes" else (longer.moves, longer.pushes)
@@ -159,8 +159,8 @@ def distances(room: Room, *, shortest: Shortest = "pushes") -> dict[State, Cost]
     return found
 
 
-def _before(room: Room, state: State) -> Iterator[tuple[State, int]]:
-    """The states from which one step leads here, and whether that step pushes (1) or not (0)."""
+def _states_before(room: Room, state: State) -> Iterator[tuple[State, int]]:
+    """Yield the states from which one step leads here, and whether that step pushes (1) or not (0)."""
     for direction in DIRECTIONS:
         ahead = room.ahead(state.player, direction)
         behind = 2 * state.player - ahead
@@ -172,7 +172,7 @@ def _before(room: Room, state: State) -> Iterator[tuple[State, int]]:
 
 
 def best_moves(room: Room, state: State, costs: dict[State, Cost]) -> list[str] | None:
-    """The moves that solve a state at the cost that `distances` found, or None when nothing does.
+    """Return the moves that solve a state at the cost that `distances` found; None when nothing does.
 
     Of equally good moves the first of up, down, left, right is taken: like states have like solutions.
     """
@@ -195,7 +195,7 @@ def _is_on_the_way(room: Room, state: State, direction: str, costs: dict[State, 
 
 
 def can_be_lost(room: Room, state: State, costs: dict[State, Cost]) -> bool:
-    """Whether some moves from here lead to a state that cannot be solved, and not through a solved one."""
+    """True if some moves from here lead to a state that cannot be solved, and not through a solved one."""
     seen, queue = {state}, [state]
     for here in queue:
         for direction in DIRECTIONS:
@@ -209,13 +209,16 @@ def can_be_lost(room: Room, state: State, costs: dict[State, Cost]) -> bool:
 
 
 def solve(board: str, *, shortest: Shortest = "pushes") -> list[str] | None:
-    """The best moves for a board in text, or None when it cannot be solved. Raises DataError as above."""
+    """Return the best moves for a board in text; None when it cannot be solved.
+
+    Raises DataError like `read` and `distances`.
+    """
     room, state = read(board)
     return best_moves(room, state, distances(room, shortest=shortest))
 
 
 def same_under_symmetry(board: str) -> str:
-    """One of the eight images of a board under rotation and reflection: the same one for all of them."""
+    """Return one of a board's eight images under rotation and reflection, the same one for all of them."""
     rows = board.split("\n")
     images = []
     for _ in range(4):

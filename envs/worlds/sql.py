@@ -1,4 +1,4 @@
-"""A database look-up agent: questions in words, answered with SQL over a real SQLite database.
+"""Asks an agent to look things up in a database: questions in words, answered with SQL over a real SQLite database.
 
 The database can only be read, within limits on work and on results (`sql_database`); its tables, the names of
 its columns and its rows are drawn for each task (`sql_worlds`).
@@ -28,12 +28,12 @@ _DRAWS = 5_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """What a question asks for."""
+    """Says what a question asks for."""
 
     joins: int
     filters: int
     hows: tuple[str, ...]
-    """Which aggregates, one drawn for each question (see `sql_worlds.Question.how`)."""
+    """The aggregates, of which one is drawn for each question (see `sql_worlds.Question.how`)."""
 
 
 _SIMPLE = ("count", "sum", "avg", "min", "max")
@@ -96,7 +96,7 @@ class SqlEnv(ToolEnv):
             if question is None or task_split(asked) != split:
                 continue
             self._open(rng, world)
-            expected = self._answer_to(question)
+            expected = self._unique_answer(question)
             if expected is not None:
                 self.question, self.expected = question, expected
                 self.database.read.clear()
@@ -126,7 +126,7 @@ class SqlEnv(ToolEnv):
         Args:
             value: a number or a name, nothing else
         """
-        right = _same(value, self.expected)
+        right = _is_same_answer(value, self.expected)
         self.finish(float(right), success=right, feedback=None if right else self._explain())
         return "right" if right else "wrong"
 
@@ -135,30 +135,30 @@ class SqlEnv(ToolEnv):
         super().close()
 
     def oracle(self) -> list[str]:
-        """The actions of a perfect episode."""
+        """Return the actions of a perfect episode."""
         return [
             format_call("query", {"sql": self.question.query(self.schema)}),
             format_call("answer", {"value": str(self.expected)}),
         ]
 
     def _open(self, rng: np.random.Generator, world: str) -> None:
-        """A new database in place of the last one."""
+        """Make a new database in place of the last one."""
         self.database.close()
         self.database = Database(time_limit=self.time_limit)
         self.schema = draw_schema(rng, world)
         fill(self.database, self.schema, rng)
 
-    def _answer_to(self, question: Question) -> str | int | float | None:
-        """The one right answer, or None where it is empty, shared by two, or the same without the conditions."""
-        found: str | int | float | None = self._first(question.query(self.schema))
-        if found in (None, 0) or found == self._first(replace(question, filters=()).query(self.schema)):
+    def _unique_answer(self, question: Question) -> str | int | float | None:
+        """Return the one right answer. None: it is empty, shared by two, or the same without the conditions."""
+        found: str | int | float | None = self._first_value(question.query(self.schema))
+        if found in (None, 0) or found == self._first_value(replace(question, filters=()).query(self.schema)):
             return None
         if question.how == "most":
             sizes = [size for (size,) in self.database.query(question.group_sizes(self.schema), max_rows=2).rows]
             return None if len(set(sizes)) < len(sizes) else found
         return found
 
-    def _first(self, query: str) -> Any:
+    def _first_value(self, query: str) -> Any:
         return next((row[0] for row in self.database.query(query).rows), None)
 
     def _explain(self) -> str:
@@ -167,8 +167,8 @@ class SqlEnv(ToolEnv):
         return f"Wrong answer: {why}."
 
 
-def _same(given: str, expected: str | int | float) -> bool:
-    """Numbers to two decimals, names whatever their case."""
+def _is_same_answer(given: str, expected: str | int | float) -> bool:
+    """True if both are the same: numbers to two decimals, names in any case."""
     if isinstance(expected, str):
         return given.strip().casefold() == expected.casefold()
     try:

@@ -1,4 +1,4 @@
-"""An SQLite database in memory that strangers may query: filled once, then only read, within limits.
+"""Holds an SQLite database in memory that strangers may query: filled once, then only read, within limits.
 
 SQLite's own means do it: an authorizer that knows what may be read and called, a progress handler that counts the
 work, and limits on the length of texts. The work is limited in steps of SQLite's virtual machine first, since
@@ -32,16 +32,16 @@ _FUNCTIONS = frozenset(_HARMLESS.split())
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a query found."""
+    """Holds what a query found."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
     more: bool
-    """Whether there are further rows."""
+    """True if there are further rows."""
 
 
 class Database:
-    """Tables of one connection. `create` and `fill` come first; the first `query` closes it to all writing.
+    """Holds the tables of one connection. `create` and `fill` come first; the first `query` closes it to all writing.
 
     `read` holds the columns, as (table, column), that queries have used so far. Not for two threads at once, but
     the thread may change from call to call.
@@ -69,7 +69,10 @@ class Database:
         self._connection.executemany(f'INSERT INTO "{table}" VALUES ({marks})', rows)
 
     def query(self, sql: str, *, max_rows: int = 50) -> Result:
-        """The first rows of one SELECT. Raises DataError, with the reason, for anything that is refused or fails."""
+        """Return the first rows of one SELECT.
+
+        Raises DataError, with the reason, for anything that is refused or fails.
+        """
         if len(sql) > _MOST_LENGTH:
             raise DataError(f"the query has {len(sql):,} characters; at most {_MOST_LENGTH:,} are run")
         self._seal()
@@ -123,7 +126,7 @@ _READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
 
 
 def show(result: Result) -> str:
-    """A result as text: the names, then a line a row."""
+    """Write a result as text: the names, then one line for each row."""
     lines = [" | ".join(result.columns), *(" | ".join(map(_cell, row)) for row in result.rows)]
     if result.more:
         lines.append(f"[only the first {len(result.rows)} rows are shown]")
@@ -139,5 +142,5 @@ def _cell(value: Any) -> str:
 
 
 def quote(value: str | int | float) -> str:
-    """A value as SQL writes it."""
+    """Write a value as SQL does."""
     return str(value) if not isinstance(value, str) else "'" + value.replace("'", "''") + "'"

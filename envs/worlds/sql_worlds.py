@@ -1,4 +1,4 @@
-"""What the database look-up agent is asked about: small worlds, their tables, and questions with their queries.
+"""Describes what the look-up agent is asked about: small worlds, their tables, and questions with their queries.
 
 Each world has a table of events, which point to two tables of things, which point to a table of what they belong
 to. What the question calls a thing never changes, but what the database calls it is drawn for each task, so an
@@ -18,13 +18,13 @@ from opd.envs.worlds.sql_database import Database, quote
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A property: its name in questions, its names in databases, and its values: words, or a range of numbers."""
+    """Describes a property: its name in questions, its names in databases, its values (words or a range of numbers)."""
 
     word: str
     names: tuple[str, ...]
     values: tuple[str, ...] | tuple[int, int]
     hows: tuple[str, ...] = ()
-    """Which aggregates make sense: nobody asks for the total of ages."""
+    """The aggregates that make sense: nobody asks for the total of ages."""
 
     @property
     def is_number(self) -> bool:
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A column that points to the rows of another table; its word is what the other row is to this one."""
+    """Describes a column that points to the rows of another table. Its word says what the other row is to this one."""
 
     word: str
     table: str
@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table: its word in questions (one, many), its names in databases, how many rows it has."""
+    """Describes a table: its word in questions (one, many), its names in databases, how many rows it has."""
 
     one: str
     many: str
@@ -156,11 +156,11 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A world as one database names and fills it."""
+    """Describes how one database names and fills a world."""
 
     tables: dict[str, Table]
     names: dict[tuple[str, str], str]
-    """By table and word (of a column, or of a link): the name in the database; with an empty word, the table's."""
+    """Table and word (of a column, or of a link) -> the name in the database. An empty word gives the table's name."""
 
     def table(self, key: str) -> str:
         return self.names[key, ""]
@@ -169,13 +169,13 @@ class Schema:
         return f"{self.table(key)}.{self.names[key, word]}"
 
     def at(self, base: str, path: Path) -> str:
-        """The key of the table at the end of a path."""
+        """Return the key of the table at the end of a path."""
         for word in path:
             base = next(link.table for link in self.tables[base].links if link.word == word)
         return base
 
     def statements(self) -> list[str]:
-        """The tables in SQL."""
+        """Write the tables in SQL."""
         return [self._statement(key, table) for key, table in self.tables.items()]
 
     def _statement(self, key: str, table: Table) -> str:
@@ -190,7 +190,7 @@ class Schema:
 
 
 def draw_schema(rng: np.random.Generator, world: str) -> Schema:
-    """What a database of this world calls its tables and columns."""
+    """Draw the names that a database of this world gives its tables and columns."""
     names: dict[tuple[str, str], str] = {}
     suffix = _pick(rng, ("_id", "_no", ""))
     for key, table in WORLDS[world].items():
@@ -230,7 +230,7 @@ def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A condition on a column of a table that a path leads to."""
+    """Describes a condition on a column of a table that a path leads to."""
 
     path: Path
     column: Column
@@ -246,7 +246,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about the rows of one table."""
+    """Describes what is asked about the rows of one table."""
 
     base: str
     how: str
@@ -256,12 +256,12 @@ class Question:
     filters: tuple[Filter, ...] = field(default=())
 
     def joins(self) -> list[Path]:
-        """The paths to every table that has to be joined, shorter ones first."""
+        """List the paths to every table that has to be joined, shorter ones first."""
         ends = {self.group, *(f.path for f in self.filters)}
         return sorted({path[:n] for path in ends for n in range(1, len(path) + 1)}, key=lambda path: (len(path), path))
 
     def words(self, tables: dict[str, Table]) -> str:
-        """The question as a person asks it."""
+        """Ask the question as a person does."""
         table = tables[self.base]
         those = f" whose {' and whose '.join(f.words() for f in self.filters)}" if self.filters else ""
         if self.how == "count":
@@ -274,11 +274,11 @@ class Question:
         return f"What is the {what} {self.column.word} of all {table.many}{those}?{rounded}"
 
     def query(self, schema: Schema) -> str:
-        """The question in SQL."""
+        """Write the question in SQL."""
         return self._select(schema, self._selected(schema)) + (" LIMIT 1" if self.how == "most" else "")
 
     def group_sizes(self, schema: Schema) -> str:
-        """For `most`: a query for the number of rows in each group, largest first."""
+        """Write, for `most`, a query for the number of rows in each group, largest first."""
         return self._select(schema, "COUNT(*)")
 
     def _select(self, schema: Schema, what: str) -> str:
@@ -290,7 +290,7 @@ class Question:
         return " ".join(parts)
 
     def plan(self, schema: Schema) -> str:
-        """The query in words."""
+        """Put the query into words."""
         lines = [f"start from {schema.table(self.base)}"]
         lines += [f"join {part.removeprefix('JOIN ')}" for part in self._join_parts(schema)]
         lines += [f"keep {self._condition(schema, f)}" for f in self.filters]
@@ -302,7 +302,7 @@ class Question:
         return "\n".join(lines)
 
     def needed(self, schema: Schema) -> set[tuple[str, str]]:
-        """The columns, as (table, column), that no right query can do without."""
+        """Return the columns, as (table, column), that no right query can do without."""
         words = [((*f.path,), f.column.word) for f in self.filters]
         if self.column is not None:
             words.append(((), self.column.word))
@@ -334,7 +334,7 @@ class Question:
 def draw_question(
     rng: np.random.Generator, world: str, *, joins: int, filters: int, hows: Sequence[str]
 ) -> Question | None:
-    """A question of this shape, or None where the draw does not fit."""
+    """Draw a question of this shape; None where the draw does not fit."""
     tables = WORLDS[world]
     base = _pick(rng, tuple(tables))
     schema = Schema(tables, {})
@@ -368,7 +368,7 @@ def _paths(schema: Schema, base: str) -> Iterator[Path]:
 
 
 def _draw_bound(rng: np.random.Generator, column: Column) -> str | int:
-    """A word, or a number in the middle half of the range, rounded where it is large."""
+    """Draw a word, or a number in the middle half of the range, rounded where it is large."""
     if not column.is_number:
         return _draw_value(rng, column)
     low, high = (int(value) for value in column.values)

@@ -12,7 +12,7 @@ from opd.teachers.config import TeacherConfig
 
 def check_combinations(config: Config) -> list[Problem]:
     """Settings that are fine by themselves and impossible together."""
-    rollout, train, evaluation = config.rollout, config.train, config.eval
+    rollout, train = config.rollout, config.train
     problems = []
     if rollout.max_tokens >= rollout.max_length:
         problems.append(
@@ -32,14 +32,6 @@ def check_combinations(config: Config) -> list[Problem]:
         )
     problems += _undistilled(config) + _unserved(config)
     problems += check_vllm(config)
-    for name in ("every", "env_kwargs"):
-        if getattr(evaluation, name) and not evaluation.tasks:
-            problems.append(
-                Problem(
-                    (f"eval.{name}", "eval.tasks"),
-                    f"eval.{name} has no effect while eval.tasks = 0. Set eval.tasks, or remove eval.{name}.",
-                )
-            )
     return problems + check_backend(config)
 
 
@@ -77,10 +69,11 @@ def _unserved(config: Config) -> list[Problem]:
     if isinstance(distill, SampledDistill):
         wanted["a baseline, which needs whole distributions"] = distill.needs_distributions
     elif isinstance(distill, Distill):
-        wanted["the whole vocabulary (choose form: top_k, or sampled)"] = distill.top_k is None
-        wanted["support = student (set support: teacher)"] = distill.top_k is not None and distill.support == "student"
-        wanted["a temperature other than 1"] = distill.temperature not in (None, 1)
-        wanted["clip"] = distill.clip is not None
+        rule, at = distill.divergence, f"{config.method}.divergence"
+        wanted[f"the whole vocabulary (set {at}.top_k, or form: sampled)"] = rule.top_k is None
+        wanted[f"support = student (set {at}.support: teacher)"] = rule.support == "student"
+        wanted["a temperature other than 1"] = rule.temperature not in (None, 1)
+        wanted["clip"] = rule.clip is not None
         wanted["max_ratio, over several updates a step"] = bool(distill.max_ratio) and config.train.updates_per_step > 1
     wanted["scores that weigh the samples"] = stage.needs_scores
     text = f"{key}: a served teacher says the sampled token's log-prob, or its top k, at temperature 1. It cannot do"

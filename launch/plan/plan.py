@@ -17,6 +17,7 @@ from opd.launch.checks.tracking import wandb_mode
 from opd.launch.plan import scaling
 from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
 from opd.launch.settings.config import Config
+from opd.losses import Distill
 from opd.teachers.config import TeacherConfig
 
 _GIB = 2**30
@@ -264,10 +265,11 @@ def _notes(config: Config) -> list[str]:
         )
     policy = next((stage.losses.policy for stage in config.stages if stage.losses.policy), None)
     distill = next((stage.losses.distill for stage in config.stages if stage.losses.distill), None)
-    temperature = getattr(distill, "temperature", None)
+    temperature = distill.divergence.temperature if isinstance(distill, Distill) else None
     if temperature is not None and temperature != rollout.temperature:
+        key = "divergence.temperature" if hasattr(config.section, "divergence") else "temperature"
         notes.append(
-            f"the loss is taken at {config.method}.temperature = {temperature:g}, "
+            f"the loss is taken at {config.method}.{key} = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
     notes += dict.fromkeys(note for stage in config.stages for note in stage.notes(rollout))

@@ -264,10 +264,14 @@ def _only_played(config: Config) -> Stage:
 def _check_top_k(config: Config, vocabulary: int) -> None:
     """Check top_k of every stage now: a bad last stage would waste the earlier ones. Raises ConfigError."""
     for stage in config.stages:
-        top_k = getattr(stage.losses.distill, "top_k", None)
+        distill = stage.losses.distill
+        if isinstance(distill, Distill):
+            name, top_k = "divergence.top_k", distill.divergence.top_k
+        else:
+            name, top_k = "baseline_top_k", distill.top_k if distill else None
         if top_k is not None and top_k > vocabulary:
             raise ConfigError(
-                f"{config.method}: top_k = {top_k} is more than the {vocabulary} entries of the model's vocabulary"
+                f"{config.method}.{name} = {top_k} is more than the {vocabulary} entries of the model's vocabulary"
             )
 
 
@@ -328,7 +332,7 @@ def _served(stage: Stage, student: CausalModel) -> ServedTeacher:
     key = os.environ.get(teaching.api_key_env)
     servers = [Server(url, key=key, timeout=teaching.timeout, connections=16) for url in teaching.servers]
     scorer = VllmScorer(servers, vocabulary=student.vocabulary, retries=4, restart_timeout=300.0)
-    return ServedTeacher(scorer, distill.top_k or 0 if isinstance(distill, Distill) else 0)
+    return ServedTeacher(scorer, distill.divergence.top_k or 0 if isinstance(distill, Distill) else 0)
 
 
 def _engine(config: Config, model: CausalModel, ranks: Ranks, opened: ExitStack) -> RolloutEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +43,7 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     if measured:
         table.add_row("mean reward", f"{sum(t.reward for t in measured) / len(measured):.3f}")
     table.add_row("broken", f"{score.broken}, not measured" if score.broken else "0")
-    table.add_row("cut by a limit", str(sum(t.truncated for t in measured)))
+    ends = Counter(t.end for t in episodes).most_common()
+    table.add_row("ended by", ", ".join(f"{end} {count}" for end, count in ends))
     Console().print(table)
     return score

@@ -19,7 +19,7 @@ from opd.launch.settings.schema import Setting
 FILES = {"deepspeed": deepspeed_json.read}
 """Sections that may be written as the name of a file, and what reads it."""
 
-SHORTHAND = {"model": "name", "env": "id"}
+SHORTHAND = {"model": "name", "env": "id", "METHOD.divergence": "kind"}
 """Sections that may be written as one word, and the setting which that word is."""
 
 
@@ -69,17 +69,24 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """
     merged = copy.deepcopy(dict(data))
     for key, value in overrides.items():
-        if key in SHORTHAND and not isinstance(value, dict):
-            key = f"{key}.{SHORTHAND[key]}"
+        if (word := _shorthand(key)) and not isinstance(value, dict):
+            key = f"{key}.{word}"
         *sections, name = key.split(".")
         place = merged
-        for section in sections:
-            place = _enter(place, section)
+        for n, section in enumerate(sections):
+            place = _enter(place, section, ".".join(sections[: n + 1]))
         place[name] = copy.deepcopy(value)
     return merged
 
 
-def _enter(place: dict[str, Any], section: str) -> dict[str, Any]:
+def _shorthand(key: str) -> str | None:
+    """The setting that a section's one word is, if it may be written as one."""
+    _, *rest = key.split(".")
+    return SHORTHAND.get("METHOD.divergence" if rest == ["divergence"] else key)
+
+
+def _enter(place: dict[str, Any], section: str, key: str) -> dict[str, Any]:
+    """The settings of a section within `place`, made where there are none; `key` is the section's whole key."""
     held = place.get(section)
     if isinstance(held, str) and section in FILES:
         try:
@@ -88,7 +95,8 @@ def _enter(place: dict[str, Any], section: str) -> dict[str, Any]:
             raise ConfigError(f"{section}: {error}") from error
     if isinstance(held, dict):
         return held
-    place[section] = {SHORTHAND[section]: held} if section in SHORTHAND and isinstance(held, str) else {}
+    word = _shorthand(key)
+    place[section] = {word: held} if word and isinstance(held, str) else {}
     entered: dict[str, Any] = place[section]
     return entered
 

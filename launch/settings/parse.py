@@ -7,6 +7,7 @@ pydantic decides what is valid; here its errors become the house's form. Which s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from pydantic_core import ErrorDetails
 
 from opd.launch.settings.problems import Problem, did_you_mean, nearest, nearest_key, show
 from opd.launch.settings.schema import Setting
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""What pydantic calls a key that a section does not have: of a model, and of a dataclass."""
 
 
 def parse(
@@ -63,12 +67,17 @@ def _as_json(value: Any) -> str:
 
 def _problem(name: str, error: ErrorDetails, data: Mapping[str, Any], settings: Mapping[str, Setting]) -> Problem:
     key = _key_of(name, error, settings)
-    if error["type"] == "extra_forbidden":
+    if error["type"] in _UNKNOWN:
         return _unknown(key, settings)
+    if error["type"] == "condition":  # of `opd.config.Strict`
+        section = key.rpartition(".")[0]
+        return Problem((key, f"{section}.{error['ctx']['other']}"), f"{key} {error['msg']}")
     if error["type"] == "missing" and key.endswith(f".{error['loc'][-1]}"):  # else a place in a list is
         return _missing(key, settings)
     if error["type"] == "value_error":
-        return Problem((key,), _located(key, str(error["ctx"]["error"])))
+        text = _located(key, str(error["ctx"]["error"]))
+        named = re.split("[ :]", text, maxsplit=1)[0]  # often a setting below the section that was checked
+        return Problem((named if named in settings else key,), text)
     return (
         bad_value(settings[key], _value_at(key, data)) if key in settings else Problem((key,), f"{key}: {error['msg']}")
     )
@@ -79,7 +88,7 @@ def _key_of(name: str, error: ErrorDetails, settings: Mapping[str, Setting]) -> 
     key = name
     for part in error["loc"]:
         deeper = f"{key}.{part}"
-        if deeper in settings or error["type"] == "extra_forbidden":
+        if deeper in settings or error["type"] in _UNKNOWN:
             key = deeper
     return key
 

@@ -51,8 +51,11 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def nearest_key(key: str, keys: Collection[str]) -> str | None:
-    """The setting that `key` most likely meant: in its own section, anywhere, or by its last name alone."""
+    """The setting that `key` most likely meant: of that name deeper in its section, or like it there or anywhere."""
     section, _, name = key.rpartition(".")
+    deeper = (k for k in keys if section and is_within(k, section) and k.rpartition(".")[2] == name)
+    if found := next(deeper, None):
+        return found
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     if found := nearest(name, siblings):
         return siblings[found]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    model_validator,
+)
 
-from opd.config import Strict
+from opd.config import Strict, setting
 
 
 class TrainConfig(Strict):
@@ -91,6 +94,8 @@ class EvalConfig(Strict):
     """Success on held-out tasks, before the first step, every so often, and at the end."""
 
     tasks: int = Field(0, ge=0, description="Held-out tasks; 0 turns evaluation off.")
-    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after.")
+    every: int = setting(
+        0, when={"tasks": True}, ge=0, description="Steps between evaluations; 0: only before and after."
+    )
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    env_kwargs: dict[str, Any] = Field(default_factory=dict, description="Laid over env.kwargs.")
+    env_kwargs: dict[str, Any] = setting({}, when={"tasks": True}, description="Laid over env.kwargs.")

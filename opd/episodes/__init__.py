@@ -1,1 +1,1 @@
-"""How episodes are played: the scheduler, environments' hosts and processes, faults."""
+"""Plays episodes: the scheduler, environments' hosts and processes, faults."""

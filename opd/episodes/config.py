@@ -1,19 +1,24 @@
-"""The settings of environments and of how episodes are sampled. No torch here."""
+"""Holds the settings of environments and of how episodes are sampled. No torch here."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from opd.config import Strict
+from opd.config import Strict, setting
 from opd.engines.config import Limits, VllmConfig
 from opd.objective.config import CorrectionConfig
 
 
 class EnvConfig(Strict):
-    """Where the student acts."""
+    """Sets where the student acts."""
 
     id: str = Field(description="A registered id (`opd envs list`), or `my_package.my_module:MyEnv`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment's constructor.")
@@ -40,7 +45,7 @@ EnvSetting = Annotated[EnvConfig, BeforeValidator(_env_from_id)]
 
 
 class RolloutConfig(Strict):
-    """How episodes are sampled."""
+    """Sets how episodes are sampled."""
 
     engine: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers",
@@ -79,9 +84,11 @@ class RolloutConfig(Strict):
         description="When an environment fails. retry: play the episode again in a fresh one, with the same draws, "
         "then as keep. keep: train on the group's other members. drop: train on none of the group.",
     )
-    retries: int = Field(1, ge=1, description="on_failure: retry: how often one episode is played again.")
-    min_group_size: int = Field(
-        1, ge=1, description="on_failure: retry and keep: a group with fewer members left is dropped."
+    retries: int = setting(
+        1, when={"on_failure": ["retry"]}, ge=1, description="How often one episode is played again."
+    )
+    min_group_size: int = setting(
+        1, when={"on_failure": ["retry", "keep"]}, ge=1, description="A group with fewer members left is dropped."
     )
     stall_warning: float = Field(
         120.0,
@@ -102,11 +109,7 @@ class RolloutConfig(Strict):
     vllm: VllmConfig = Field(default_factory=VllmConfig)
 
     @model_validator(mode="after")
-    def _policy_is_whole(self) -> RolloutConfig:
-        if self.on_failure != "retry" and self.retries != 1:
-            raise ValueError(f"rollout.retries is used by retry alone, but on_failure = {self.on_failure}; remove it")
-        if self.on_failure == "drop" and self.min_group_size != 1:
-            raise ValueError("rollout.min_group_size has no effect with on_failure = drop; remove it, or use keep")
+    def _groups_can_be_large_enough(self) -> RolloutConfig:
         if self.min_group_size > self.group_size:
             raise ValueError(
                 f"rollout.min_group_size = {self.min_group_size} is more than group_size = {self.group_size}: every "
@@ -128,17 +131,20 @@ class RolloutConfig(Strict):
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens are drawn from a part of the distribution."""
+        """True if tokens are drawn from a part of the distribution."""
         return self.top_p < 1 or self.top_k > 0
 
     @property
     def limits(self) -> Limits:
-        """What the engine must have room for."""
+        """Return what the engine must have room for."""
         return Limits(self.max_length, self.concurrency)
 
     @property
     def correction_mode(self) -> Literal["none", "truncate", "mask"]:
-        """What `correction.mode` comes to: by itself none for the engine that samples from the network that trains."""
+        """Return the mode that `correction.mode` stands for.
+
+        `auto` is none for the engine that samples from the network that trains.
+        """
         if self.correction.mode == "auto":
             return "none" if self.engine == "transformers" else "truncate"
         return self.correction.mode

@@ -1,4 +1,4 @@
-"""The other side of `opd.episodes.processes`: a server that forks a process for each environment, and what runs in one.
+"""Serves `opd.episodes.processes`: forks a process for each environment, and runs the environment there.
 
 The server is started afresh (never forked from the trainer, whose threads and devices do not survive a fork),
 imports what environments need once, and then forks quickly (`opd.sandbox.forks`).
@@ -69,6 +69,9 @@ def main(plan: str) -> NoReturn:
 
 
 def command_line(plan: dict[str, Any]) -> list[str]:
-    """What starts a server. `plan["path"]` is the trainer's `sys.path`: both find the same modules."""
+    """Return the command that starts a server.
+
+    `plan["path"]` is the trainer's `sys.path`: both find the same modules.
+    """
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; import opd.episodes.env_server as s; "
     return [sys.executable, "-c", f"{code}s.main(sys.argv[1])", json.dumps(plan)]

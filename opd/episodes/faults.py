@@ -1,4 +1,4 @@
-"""Which kind of failure an exception is: a broken infrastructure, or a broken environment."""
+"""Tells which kind of failure an exception is: a broken infrastructure, or a broken environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from opd.errors import EnvError
 from opd.types import Fault
 
 MOST_CHARACTERS = 500
-"""What is kept of a reason: it is written beside every episode."""
+"""The characters that are kept of a reason: it is written beside every episode."""
 
 # Clients of HTTP and sockets have roots of their own (httpx, aiohttp, urllib3, websockets, openai, grpc), and none
 # of them is installed with this package: they are known by name.
@@ -17,7 +17,7 @@ _CONNECTION = ("Connect", "Network", "Transport", "RemoteProtocol", "Disconnecte
 
 
 class Failure(EnvError):
-    """A failure whose kind is known already, because it comes from another process."""
+    """Reports a failure whose kind is known already, because it comes from another process."""
 
     def __init__(self, fault: Fault, reason: str) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class Failure(EnvError):
 
 
 def explain(error: BaseException) -> tuple[Fault, str]:
-    """An exception's kind and a short reason. Never raises, whatever class the exception is of."""
+    """Return an exception's kind and a short reason. Never raises, whatever class the exception is of."""
     try:
         reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
     except Exception:  # somebody else's __str__
@@ -48,7 +48,7 @@ def _fault(error: BaseException) -> Fault:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception, and those it was raised from; at most ten, since they may form a ring."""
+    """Yield the exception and those it was raised from; at most ten, since they may form a ring."""
     for _ in range(10):
         if error is None:
             return

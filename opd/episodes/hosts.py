@@ -1,4 +1,4 @@
-"""Where an environment lives: in this process, stepped by a worker's thread, or in one of its own."""
+"""Holds the places where an environment lives: in this process, stepped by a worker's thread, or in one of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from opd.types import Task
 
 
 class Host(Protocol):
-    """One environment. `opd.episodes.processes.Remote` is the other kind."""
+    """Hosts one environment. `Local` does so in this process, `opd.episodes.processes.Remote` in another."""
 
     def reset(self, goal: Task) -> Answer:
-        """Begin an episode; at the first, the environment is made. Raises what `opd.episodes.faults` explains."""
+        """Begin an episode. The first reset makes the environment. Raises what `opd.episodes.faults` explains."""
 
     def step(self, action: str) -> Answer:
         """Hand a completion's text over."""
@@ -23,11 +23,11 @@ class Host(Protocol):
         """Close the environment."""
 
     def kill(self) -> None:
-        """Have done with an environment that broke or does not answer, as far as that can be done."""
+        """End an environment that broke or does not answer, as far as that can be done."""
 
 
 class Local:
-    """An environment in this process. Nothing can stop one that hangs; its thread is given up."""
+    """Hosts an environment in this process. Nothing can stop one that hangs; its thread is given up."""
 
     def __init__(self, make_env: Callable[[], Any]) -> None:
         self._make_env = make_env
@@ -46,4 +46,4 @@ class Local:
             self._env.close()
 
     def kill(self) -> None:
-        """Nothing to do: `opd.episodes.answers` has closed an environment that broke."""
+        """Do nothing: `opd.episodes.answers` has closed an environment that broke."""

@@ -1,4 +1,4 @@
-"""Environments in processes of their own: one that hangs is killed, one that crashes takes nobody along.
+"""Runs environments in processes of their own: one that hangs is killed, one that crashes takes nobody along.
 
 `Processes` starts the server (`opd.episodes.env_server`) that forks them; `Remote` is one environment, called from a
 worker's thread. A process holds one environment, is used again for episode after episode, and is ended at the
@@ -32,10 +32,10 @@ _PATIENCE = 10.0  # seconds that the server is given to end by itself
 
 
 class Processes:
-    """The server's owner. Its methods may be called from any thread."""
+    """Owns the server that forks the environments' processes. Its methods may be called from any thread."""
 
     def __init__(self, make_env: Callable[[], Any], *, preload: Sequence[str] = ()) -> None:
-        """`make_env` is called in each process; `preload` names modules that the server imports once for all.
+        """Keep `make_env`, which each process calls, and `preload`, the modules that the server imports once for all.
 
         Raises ConfigError when `make_env` cannot be sent to another process.
         """
@@ -55,7 +55,7 @@ class Processes:
             self._start()  # its imports go on while others load a model
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new process for an environment: its id, and the connection to it. Raises Failure."""
+        """Fork a process for an environment; return its id and the connection to it. Raises Failure."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             if not self._closed and (self._server is None or self._server.poll() is not None):
@@ -70,7 +70,7 @@ class Processes:
         return pid, ours
 
     def end(self, pid: int) -> int:
-        """Kill a process and whatever it started; its status as `os.waitpid` gives it."""
+        """Kill a process and whatever it started; return its status as `os.waitpid` gives it."""
         with self._lock:
             return self._ask(b"E", pid) or 0
 
@@ -108,7 +108,7 @@ class Processes:
         self._server = self._control = None
 
     def _ask(self, command: bytes, pid: int, *descriptors: int) -> int | None:
-        """The server's answer; None where it has none to give any more."""
+        """Send the server a command and return its answer; None where it has none to give any more."""
         if self._control is None:
             return None
         message = COMMAND.pack(command, pid)
@@ -124,7 +124,7 @@ class Processes:
 
 
 class Remote:
-    """One environment in a process, which is forked at its first reset. Called by one thread at a time."""
+    """Hosts one environment in a process, which is forked at the first reset. One thread at a time may call it."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -135,7 +135,7 @@ class Remote:
         self._given_up = False
 
     def reset(self, goal: Task) -> Answer:
-        """As `opd.episodes.answers.reset`, in the process. Raises Failure."""
+        """Begin an episode in the process, like `opd.episodes.answers.reset`. Raises Failure."""
         if self._connection is None:
             pid, connection = self._processes.fork()
             with self._lock:
@@ -145,7 +145,7 @@ class Remote:
         return self._answer({"call": "reset", "goal": asdict(goal)})
 
     def step(self, action: str) -> Answer:
-        """As `opd.episodes.answers.step`, in the process. Raises Failure."""
+        """Take a step in the process, like `opd.episodes.answers.step`. Raises Failure."""
         return self._answer({"call": "step", "action": action})
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Remote:
             self._end()
 
     def kill(self) -> None:
-        """End the process now, whatever it does. From any thread."""
+        """End the process now, whatever it does. Any thread may call this."""
         self._given_up = True
         self._end()
 
@@ -171,7 +171,7 @@ class Remote:
             with self._in_use:
                 reply = _exchange(connection, request)
         except (OSError, ValueError, TypeError):  # not ours to trust: it may have written anything
-            raise Failure(Fault.DIED, f"the environment's process {_told_end(self._end())}") from None
+            raise Failure(Fault.DIED, f"the environment's process {_describe_end(self._end())}") from None
         finally:
             if self._pid is None:  # ended meanwhile, by whom could not close what was in use
                 connection.close()
@@ -193,7 +193,7 @@ class Remote:
 
 
 def _exchange(connection: socket.socket, request: dict[str, Any]) -> dict[str, Any]:
-    """Ask, and wait for the answer; what it says of grading goes to whoever listens on this thread."""
+    """Ask, and wait for the answer. What the process says of grading goes to whoever listens on this thread."""
     write_frame(connection, json.dumps(request).encode())
     while True:
         frame = read_frame(connection)
@@ -206,12 +206,12 @@ def _exchange(connection: socket.socket, request: dict[str, Any]) -> dict[str, A
 
 
 def hang_up(connection: socket.socket) -> None:
-    """Let both sides read that there is no more to come."""
+    """Shut the connection down, so that both sides read that there is no more to come."""
     with suppress(OSError):  # the other side was quicker
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _told_end(status: int) -> str:
+def _describe_end(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"ended with exit code {code}"

@@ -28,7 +28,7 @@ from opd.episodes.watchdog import Watchdog
 from opd.episodes.workers import Limits, Workers
 from opd.errors import ModelError
 from opd.models.chat import ChatFormat, Prompt
-from opd.types import Fault, Message, Task, Trajectory, TrajectoryGroup, Turn
+from opd.types import End, Fault, Message, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,10 @@ class _Episode:
     tools: list[dict[str, Any]] | None = None
     privileged: dict[str, str] = field(default_factory=dict)
     success: bool | None = None
-    terminated: bool = False
-    truncated: bool = False
+    cut: End | None = None
+    """How the episode ends should the environment end it now: the last completion was cut, and by what."""
+    end: End | None = None
+    """None while it goes on."""
     failed: str | None = None
     fault: Fault | None = None
     broken: bool = False
@@ -93,7 +95,7 @@ class _Episode:
 
     @property
     def over(self) -> bool:
-        return self.terminated or self.truncated or self.failed is not None
+        return self.end is not None
 
     @property
     def out_of_time(self) -> bool:
@@ -107,25 +109,25 @@ class _Episode:
         self.waits_for, self.since = what, time.perf_counter()
 
     def fail(self, fault: Fault, stage: str, reason: str) -> None:
-        self.failed, self.fault = f"{stage}: {reason}"[:MOST_CHARACTERS], fault
+        self.end, self.failed, self.fault = End.BROKEN, f"{stage}: {reason}"[:MOST_CHARACTERS], fault
 
     def again(self) -> _Episode:
         """The same episode from the start: the same task, the same draws."""
         return _Episode(number=self.number, task=self.task, member=self.member, attempt=self.attempt + 1)
 
     def trajectory(self) -> Trajectory:
+        assert self.end is not None
         solved = self.success
         if solved is None:  # an environment that does not say: an episode that ended with a reward
-            solved = self.terminated and math.fsum(turn.reward for turn in self.turns) > 0
+            solved = self.end.terminated and math.fsum(turn.reward for turn in self.turns) > 0
         return Trajectory(
             task=self.task,
             member=self.member,
             turns=self.turns,
+            end=self.end,
             tools=self.tools,
             privileged=self.privileged,
             success=solved and self.failed is None,
-            terminated=self.terminated,
-            truncated=self.truncated,
             failed=self.failed,
             fault=self.fault,
             policy_version=self.policy_version,
@@ -299,8 +301,8 @@ class RolloutScheduler:
         sequence = [] if episode.prompt.forked else episode.token_ids
         episode.token_ids = sequence + episode.prompt.token_ids
         room = self.config.max_length - len(episode.token_ids)
-        if len(episode.turns) >= self.max_turns or room < 1 or episode.out_of_time:
-            episode.truncated = True
+        episode.end = self._limit_reached(episode, room)
+        if episode.over:
             return False
         episode.wait_for("engine")
         self.engine.submit(
@@ -312,6 +314,14 @@ class RolloutScheduler:
             )
         )
         return True
+
+    def _limit_reached(self, episode: _Episode, room: int) -> End | None:
+        """The limit that keeps an episode from its next turn; the turns' first, since more room would not help."""
+        if len(episode.turns) >= self.max_turns:
+            return End.MAX_TURNS
+        if room < 1:
+            return End.CONTEXT_FULL
+        return End.TIME if episode.out_of_time else None
 
     def _start(self, _: Task, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         return self.chat.start(messages, tools)
@@ -339,6 +349,9 @@ class RolloutScheduler:
             )
         )
         episode.token_ids = episode.token_ids + completion.token_ids
+        full = len(episode.token_ids) >= self.config.max_length
+        cut = End.CONTEXT_CUT if full else End.COMPLETION_CUT
+        episode.cut = cut if completion.stop_reason is StopReason.LENGTH else None
         episode.history = [*conversation, {"role": "assistant", "content": text}]
         episode.policy_version = completion.policy_version
         assert episode.host is not None
@@ -403,14 +416,17 @@ def _apply(episode: _Episode, answer: Answer | BaseException) -> None:
     if isinstance(answer, BaseException):
         episode.broken = True
         if isinstance(answer, TimeoutError) and episode.out_of_time:
-            episode.truncated = True  # a limit of ours, and no fault of the environment
+            episode.end = End.TIME  # a limit of ours, and no fault of the environment
             return
         fault, reason = explain(answer)
         episode.fail(fault, episode.stage, reason)
         return
     episode.fresh = answer.messages
     episode.seconds["env"] += answer.seconds
-    episode.terminated, episode.truncated = answer.terminated, answer.truncated
+    if answer.terminated:
+        episode.end = episode.cut or (End.UNREADABLE if answer.unreadable else End.FINISHED)
+    elif answer.truncated:
+        episode.end = End.ENVIRONMENT_LIMIT
     episode.privileged = {**episode.privileged, **answer.privileged}
     if answer.success is not None:
         episode.success = answer.success

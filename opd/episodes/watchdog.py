@@ -1,4 +1,4 @@
-"""A thread that says what a round waits for, when nothing has happened for long."""
+"""Runs a thread that says what a round waits for, when nothing has happened for long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Used as a context around what may stall: logs `describe()` once for each `interval` without `progress()`."""
+    """Logs `describe()` once for each `interval` without `progress()`. Use it as a context around what may stall."""
 
     def __init__(self, interval: float, describe: Callable[[], str]) -> None:
         self._interval = interval
@@ -22,7 +22,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="opd-watchdog", daemon=True)
 
     def progress(self) -> None:
-        """Something has ended that others may have waited for."""
+        """Note that something has ended that others may have waited for."""
         self._last = time.monotonic()
 
     def __enter__(self) -> Watchdog:

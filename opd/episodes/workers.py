@@ -1,4 +1,4 @@
-"""A pool of threads for calls that may hang: one that overruns its limit is given up, never waited for.
+"""Keeps a pool of threads for calls that may hang: one that overruns its limit is given up, never waited for.
 
 The standard executor joins its threads when the interpreter exits, so that one hung environment would keep
 a finished run alive; these are daemon threads, and a lost one is replaced.
@@ -20,17 +20,17 @@ _POLL = 0.2  # seconds between looks for calls that overran
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Seconds that a call may take; what it spends on grading (`opd.grading`) counts apart."""
+    """Holds the seconds that a call may take; what it spends on grading (`opd.grading`) counts apart."""
 
     call: float
     grading: float
     name: str = "the limit"
-    """Which setting `call` is, for the message."""
+    """The setting that `call` comes from, for the message."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Job:
-    """A call and its clock, which shows what it does now: the call itself, or grading."""
+    """Holds a call and its clock, which shows what it does now: the call itself, or grading."""
 
     key: int
     call: Callable[[], Any]
@@ -51,14 +51,14 @@ class _Job:
         self.since, self.grades = (now if begins else now - self.spent), begins
 
     def overrun(self, now: float) -> str | None:
-        """What took too long, if anything did."""
+        """Say what took too long; None if nothing did."""
         limits = self.limits
         limit, name = (limits.grading, "rollout.grading_timeout") if self.grades else (limits.call, limits.name)
         return f"no answer within {limit:g} s ({name})" if now - self.since > limit else None
 
 
 class Workers:
-    """Runs calls concurrently; each key has at most one call at a time. Used from one thread."""
+    """Runs calls concurrently; each key has at most one call at a time. One thread alone may use it."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -92,7 +92,7 @@ class Workers:
     def start(
         self, key: int, call: Callable[[], Any], *, limits: Limits, give_up: Callable[[], None] = lambda: None
     ) -> None:
-        """Queue a call; its result, or the exception it raised, comes out of `finished` under `key`.
+        """Queue a call. Its result, or the exception it raised, comes out of `finished` under `key`.
 
         Should it overrun, `give_up` is called (to kill a process, say) and a TimeoutError comes out.
         """
@@ -101,7 +101,7 @@ class Workers:
         self._jobs.put((self._tickets, _Job(key=key, call=call, limits=limits, give_up=give_up)))
 
     def finished(self, *, wait: str) -> list[tuple[int, Any]]:
-        """(key, result or exception) of calls that ended; a TimeoutError for each that overran.
+        """Return (key, result or exception) of calls that ended, and a TimeoutError for each that overran.
 
         `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call.
         """
@@ -119,12 +119,12 @@ class Workers:
                 done.append((self._key_of.pop(ticket), result))
 
     def running(self) -> dict[int, str]:
-        """What the calls that run at the moment do, by key: "call" or "grading". From any thread."""
+        """Say what each call that runs at the moment does, by key: "call" or "grading". Any thread may call this."""
         jobs = self._running.copy().items()
         return {job.key: "grading" if job.grades else "call" for ticket, job in jobs if ticket in self._key_of}
 
     def forget(self) -> None:
-        """Nobody waits any more for the calls that are still open: their results never come out."""
+        """Forget the calls that are still open: nobody waits for them any more, and their results never come out."""
         self._key_of.clear()
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: divergences, log-probs, estimators, advantages."""
+"""Holds pure functions on tensors: divergences, log-probs, estimators, advantages."""

@@ -1,4 +1,4 @@
-"""Advantages: how much better a sampled token or trajectory was than expected. Detached, always.
+"""Measures how much better a sampled token or trajectory was than expected: advantages. They are always detached.
 
 Rewards and logits in, advantages out. What they multiply (clipped ratios, weight streams, denominators) is
 in `opd.objective.objective`.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError, DataError
-from opd.losses import BASELINES, Baseline, check_known, unknown
+from opd.losses import BASELINES, Baseline, Divergence, check_known, unknown
 from opd.maths.divergence import token_divergence
 from opd.maths.head import Head, compute_dtype, logit_blocks, projections
 from opd.maths.logprobs import entropy_of
@@ -27,7 +27,7 @@ STD_EPSILON = 1e-6
 
 
 def group_advantage(rewards: Tensor | Sequence[float], *, scale: Scale = "std", leave_one_out: bool = False) -> Tensor:
-    """Rewards of one group, less what the group expects: [..., G] -> [..., G], float32 or wider.
+    """Subtract from the rewards of one group what the group expects: [..., G] -> [..., G], float32 or wider.
 
     Equal rewards give exact zeros: such a group has no signal, and a caller may count it. So does G = 1.
 
@@ -73,7 +73,7 @@ def distillation_advantage(
     renormalise: bool = False,
     clip: float | None = None,
 ) -> Tensor:
-    """What the teacher thinks of a sampled token: [..., V], [..., V], [...] -> [...] nats.
+    """Return what the teacher thinks of a sampled token: [..., V], [..., V], [...] -> [...] nats.
 
     `log teacher - log student`, minus the `state_baseline`. Times the gradient of the token's log-prob, its mean
     under the student is minus the gradient of KL(student || teacher), whatever the baseline: that depends on
@@ -116,7 +116,7 @@ def state_baseline(
     top_k: int | None = None,
     renormalise: bool = False,
 ) -> Tensor:
-    """What a sampled token's `log teacher - log student` may be compared with: [..., V], [..., V] -> [...] nats.
+    """Return what to compare a sampled token's `log teacher - log student` with: [..., V], [..., V] -> [...] nats.
 
     `full`: its mean under the student in closed form, minus KL(student || teacher). The advantage then has mean
     0, and a second moment that is lower by KL squared (vOPD, arXiv 2605.07865).
@@ -135,13 +135,16 @@ def state_baseline(
     """
     _check_options(baseline, top_k, renormalise, student_logits.shape[-1])
     student, teacher = _logprobs(student_logits, teacher_logits)
-    if baseline == "full" or renormalise:
-        return -token_divergence(student, teacher, "reverse_kl", top_k=top_k, support="student", tail=False)
+    if baseline == "full":
+        return -token_divergence(student, teacher, Divergence("reverse_kl"))
+    if renormalise:
+        kept = Divergence("reverse_kl", top_k=top_k, support="student", tail=False)
+        return -token_divergence(student, teacher, kept)
     p = student.exp()
     rewards = torch.where(p > 0, teacher - student, 0)
     if baseline == "top_k":
-        kept = p.topk(top_k or 0, dim=-1)
-        value = (kept.values * rewards.gather(-1, kept.indices)).sum(-1)
+        top = p.topk(top_k or 0, dim=-1)
+        value = (top.values * rewards.gather(-1, top.indices)).sum(-1)
     elif baseline == "optimal":
         weights = p * squared_scores(p)
         value = (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
@@ -153,12 +156,12 @@ def state_baseline(
 
 
 def squared_scores(p: Tensor) -> Tensor:
-    """Squared length of the gradient, by the logits, of each token's log-prob: probabilities [..., V] -> [..., V]."""
+    """Square the length of the gradient of each token's log-prob by the logits: probabilities [..., V] -> [..., V]."""
     return 1 - 2 * p + p.square().sum(-1, keepdim=True)
 
 
 class Advantages(NamedTuple):
-    """What the teacher thinks of sampled tokens, and of the states they were sampled in: [N] nats each, detached."""
+    """Holds what the teacher thinks of sampled tokens and of the states before them, detached: [N] nats each."""
 
     values: Tensor
     """The advantages: less the baseline, clipped."""
@@ -182,7 +185,7 @@ def chunked_advantages(
     renormalise: bool = False,
     clip: float | None = None,
 ) -> Advantages:
-    """`distillation_advantage` of hidden states [N, H] and [N, H'], without their logits, and values to log.
+    """Compute `distillation_advantage` of hidden states [N, H] and [N, H'], without their logits, and values to log.
 
     `temperature` is the sampling temperature; `chunk_size` as in `opd.maths.divergence.chunked_divergence`.
     """

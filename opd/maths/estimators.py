@@ -1,4 +1,4 @@
-"""Divergences estimated from the sampled token alone, where no more than its log-prob is known.
+"""Estimates divergences from the sampled token alone, where no more than its log-prob is known.
 
 With `gap = student log-prob - teacher log-prob` of a token that the student sampled, the usual names are
 k1 = gap, k2 = gap squared / 2 and k3 = exp(-gap) - 1 + gap. As *values* all estimate KL(student ||
@@ -33,7 +33,7 @@ ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
 
 @torch.no_grad()
 def estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: Estimator) -> Tensor:
-    """KL(student || teacher) at each sampled token, to log: [...], [...] -> [...] nats, without gradient.
+    """Estimate KL(student || teacher) at each sampled token, to log: [...], [...] -> [...] nats, without gradient.
 
     Raises:
         ConfigError: an unknown kind.
@@ -51,7 +51,7 @@ def estimator_loss(
     sampler_logprobs: Tensor | None = None,
     max_ratio: float | None = None,
 ) -> Tensor:
-    """A loss for each sampled token, whose expected gradient is known: [...], [...] -> [...] nats.
+    """Compute a loss for each sampled token whose expected gradient is known: [...], [...] -> [...] nats.
 
     `weighted_k3` (Skill-SD, arXiv 2604.10674) multiplies by `ratio = exp(student - sampler)`, *with* its
     gradient. The sampler is the policy that drew the tokens; None says that it is the student as it is now,

@@ -1,4 +1,4 @@
-"""Losses of `[N, V]` logits that never exist: a head applied to hidden states a tile of tokens at a time.
+"""Computes losses of `[N, V]` logits that never exist: a head is applied to hidden states a tile of tokens at a time.
 
 A tile loss gets a tile of logits and puts its gradient in their place; this file does the rest: the
 projections, the gradients of hidden states and head, and the two ways of joining autograd. The formulas
@@ -21,7 +21,7 @@ TILE_BYTES = {"cpu": 128 * 2**20, "accelerator": 512 * 2**20}
 tile, so tiles must not be small. On an H100 twice as much is 4% faster, half as much a fifth slower."""
 
 BLOCK_BYTES = {"cpu": 2**20, "accelerator": 128 * 2**20}
-"""How much of a tile is worked on at once, with half a dozen temporaries of that size: on a CPU they stay in the
+"""The bytes of a tile that are worked on at once, with half a dozen temporaries of that size: on a CPU they stay in the
 cache, elsewhere they only have to be few enough launches and little enough memory. A kernel (`opd.maths.kernels`) needs
 neither."""
 
@@ -36,7 +36,7 @@ computed: far enough above the least float16 (6e-8) that entries of a gradient a
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Head:
-    """What turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+    """Turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
 
     Without `softcap` (Gemma's final logit soft-capping) there is no tanh; `scale` is a constant factor on
     the logits (Cohere's `logit_scale`, Granite's inverse `logits_scaling`).
@@ -63,10 +63,10 @@ class Head:
 
 
 class TileLoss(Protocol):
-    """Per-token values of a tile of logits."""
+    """Computes per-token values of a tile of logits."""
 
     def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[n, V] logits of the tokens `rows` -> [n] values, and the gradient [n, V] in the memory of `logits`.
+        """Turn [n, V] logits of the tokens `rows` into [n] values and the gradient [n, V], in the memory of `logits`.
 
         The gradient is that of the sum of `weights` [n] times the values, in the type of `logits` or in
         `Projection.narrow`; without `weights` what stands there means nothing.
@@ -75,14 +75,14 @@ class TileLoss(Protocol):
 
 
 class Gradients(NamedTuple):
-    """In the order of the inputs; None where an input does not require one."""
+    """Holds gradients in the order of the inputs; None where an input does not require one."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     def scaled(self, factor: Tensor, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
-        """Each times `factor`, *in place*, then in the type of its input."""
+        """Multiply each by `factor`, *in place*, then cast it to the type of its input."""
         return Gradients(*(None if g is None else g.mul_(factor) for g in self)).cast(dtypes)
 
     def cast(self, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
@@ -90,7 +90,7 @@ class Gradients(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of them is, else float32: 16-bit log-softmaxes are too coarse for a divergence."""
+    """Return float64 if any of them is, else float32: 16-bit log-softmaxes are too coarse for a divergence."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -101,7 +101,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def row_block(logits: Tensor) -> int:
-    """Rows of a tile to work on at once."""
+    """Return the number of a tile's rows to work on at once."""
     rows = BLOCK_BYTES[_kind(logits.device)] // (logits.shape[-1] * logits.element_size())
     # A softmax is shared out by rows: at least one for each thread.
     return max(rows, torch.get_num_threads() if logits.device.type == "cpu" else 1)
@@ -118,12 +118,12 @@ def tiles(tokens: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Projection:
-    """A head, and how it is to be applied."""
+    """Holds a head and says how it is to be applied."""
 
     head: Head
     temperature: float
     dtype: torch.dtype
-    """Of the products, the logits and the gradients while they are summed."""
+    """The type of the products, the logits and the gradients while they are summed."""
     size: int
     """Tokens in a tile."""
 
@@ -136,14 +136,14 @@ class Projection:
 
     @property
     def narrow(self) -> torch.dtype:
-        """The type in which a tile's gradient may be handed over: an operand's, if it becomes nothing else."""
+        """The type in which a tile's gradient may be handed over: the operand's, if it only enters products."""
         return self.operand if self.head.bias is None and self.head.softcap is None else self.dtype
 
     @staticmethod
     def of(
         hidden: Tensor, head: Head | Tensor, temperature: float, chunk_size: int | None, *, beside: Tensor | None = None
     ) -> Projection:
-        """How `head` is applied to `hidden`, in a type that also holds what `beside` does.
+        """Plan how to apply `head` to `hidden`, in a type that also holds what `beside` does.
 
         `chunk_size` tokens in a tile or, by default, as many as `TILE_BYTES` hold.
         """
@@ -167,7 +167,7 @@ def projections(
     temperature: float,
     chunk_size: int | None,
 ) -> tuple[Projection, Projection]:
-    """Of both sides, in the same type and tiles. Raises DataError where they do not belong together."""
+    """Plan both sides, in the same type and tiles. Raises DataError where they do not belong together."""
     student = Projection.of(student_hidden, student_head, temperature, chunk_size, beside=teacher_hidden)
     teacher = Projection.of(teacher_hidden, teacher_head, temperature, student.size, beside=student_hidden)
     if len(student_hidden) != len(teacher_hidden):
@@ -178,7 +178,7 @@ def projections(
 
 
 class Projector:
-    """A head at work: logits of a tile, and the way back, in one buffer that is used again."""
+    """Applies a head: computes logits of a tile, and the way back, in one buffer that is used again."""
 
     def __init__(self, projection: Projection) -> None:
         head = self.head = projection.head
@@ -190,7 +190,7 @@ class Projector:
         self.operand = projection.operand
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V], over the temperature; valid until the next call."""
+        """Project [n, H] to [n, V], over the temperature. The result is valid until the next call."""
         logits, hidden = self.buffer[: len(hidden)], hidden.to(self.operand)
         for rows, block in self._blocks():
             _add_product(logits[:, rows], hidden, block.t(), self.factor, keep=False)
@@ -221,7 +221,7 @@ class Projector:
                 _add_product(into.weight[block_rows], part.t(), hidden, self.factor, keep=rows.start > 0)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the type of the products: whole, or widened a block of rows at a time."""
+        """Yield the weight in the type of the products: whole, or widened a block of rows at a time."""
         weight = self.head.weight
         if weight.dtype == self.operand:
             yield slice(0, len(weight)), weight
@@ -231,7 +231,7 @@ class Projector:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, factor: float, *, keep: bool = True) -> None:
-    """out += factor * a @ b, summed and stored in the type of `out`; without `keep` it is not read before."""
+    """Compute out += factor * a @ b, summed and stored in the type of `out`. Without `keep` it is not read before."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=int(keep), alpha=factor)
     else:
@@ -245,7 +245,10 @@ def sweep(
     weights: Tensor | None = None,
     needs: Sequence[bool] = (False, False, False),
 ) -> tuple[Tensor, Gradients]:
-    """Values [N] of all tokens and, with `weights` [N], the gradients that are needed of their weighted sum."""
+    """Compute the values [N] of all tokens.
+
+    With `weights` [N], also the gradients of their weighted sum that are needed.
+    """
     dtype, head = projection.dtype, projection.head
     # The weight's, by far the largest, is first written by the first tile, if there is one.
     makers = (torch.zeros_like, torch.empty_like if len(hidden) else torch.zeros_like, torch.zeros_like)
@@ -271,7 +274,7 @@ def sweep(
 def logit_blocks(
     student_hidden: Tensor, student: Projection, teacher_hidden: Tensor, teacher: Projection
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The logits of both sides, a few rows at a time: (tokens, [n, V], [n, V]).
+    """Yield the logits of both sides, a few rows at a time: (tokens, [n, V], [n, V]).
 
     For what needs no gradient. A block is valid until the next one.
     """
@@ -283,7 +286,7 @@ def logit_blocks(
 
 
 def per_token(hidden: Tensor, projection: Projection, start: Callable[[], TileLoss]) -> Tensor:
-    """Values [N], whose backward pass projects every tile again. `start` begins a sweep over the tiles."""
+    """Compute values [N], whose backward pass projects every tile again. `start` begins a sweep over the tiles."""
     head = projection.head
     values: Tensor = _PerToken.apply(hidden, head.weight, head.bias, projection, start)
     return values
@@ -292,7 +295,10 @@ def per_token(hidden: Tensor, projection: Projection, start: Callable[[], TileLo
 def weighted_sum(
     hidden: Tensor, projection: Projection, start: Callable[[], TileLoss], weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(sum of `weights` [N] times values, values [N] without gradient), whose gradients are taken at once."""
+    """Return the sum of `weights` [N] times values, and the values [N], which have no gradient.
+
+    The gradients of the sum are taken at once, on the way forward.
+    """
     if weights.shape != hidden.shape[:1]:
         raise DataError(f"weights {list(weights.shape)} for {len(hidden)} tokens")
     if weights.requires_grad:
@@ -305,7 +311,7 @@ def weighted_sum(
 
 
 class _WeightedSum(torch.autograd.Function):
-    """(sum of weights times values, values): the gradients are taken on the way forward, tile by tile."""
+    """Returns (sum of weights times values, values). The gradients are taken on the way forward, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -326,7 +332,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _PerToken(torch.autograd.Function):
-    """Values [N]; the backward pass, which alone knows their weights, projects again."""
+    """Returns values [N]. The backward pass, which alone knows their weights, projects again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """The full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
 
-The formulas are those of `opd.maths.divergence`, which runs them on all other devices and calls this file where it can;
-it is imported where a GPU is at work and nowhere else.
+The formulas are those of `opd.maths.formulas`, which `opd.maths.divergence` runs on all other devices; it calls this
+file where it can. It is imported where a GPU is at work and nowhere else.
 
 A row of 150,000 entries is too long to be kept, so a program reads it two or three times: for the normalisers; where
 the gradient needs it, for the sum of the slopes; for everything else. A GPU does this as fast as its memory delivers.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opd.losses import check_known
+from opd.losses import Divergence, check_known
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
 """The divergences that the kernel below has a branch for. `opd.maths.divergence` does any other by itself."""
@@ -24,9 +24,7 @@ WARPS = 8
 
 
 def divergence_rows(
-    kind: str,
-    beta: float,
-    clip: float | None,
+    divergence: Divergence,
     logits: Tensor,
     teacher_logits: Tensor,
     weights: Tensor | None,
@@ -41,9 +39,12 @@ def divergence_rows(
     With `weights` [n] the gradient, in the type `narrow`, takes the place of `logits`: it is a view of that memory,
     and a row of it begins where the row of `logits` did. Without, what is returned means nothing.
 
+    The logits are divided by the temperature already, and what the divergence says of its top k is not looked at.
+
     Raises ConfigError for a divergence that is not among `KINDS`.
     """
-    check_known("divergence kind of the GPU kernel", kind, KINDS)
+    kind, clip = divergence.formula.name, divergence.clip
+    check_known("divergence.kind of the GPU kernel", kind, KINDS)
     tokens, vocabulary = logits.shape
     gradient = logits if narrow == logits.dtype else logits.view(narrow)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
@@ -57,7 +58,7 @@ def divergence_rows(
             clipped,
             student_entropy,
             teacher_entropy,
-            beta,
+            0.0 if divergence.beta is None else divergence.beta,
             0.0 if clip is None else clip,
             gradient.stride(0),
             VOCABULARY=vocabulary,
@@ -181,7 +182,7 @@ def _divergence_rows(
 
 @triton.jit
 def _summands(s, t, p, q, beta, KIND: tl.constexpr):
-    """As `summands` of a rule: student's and teacher's log-probs, and their exponentials. One branch for each kind."""
+    """As `Formula.summands`: student's and teacher's log-probs, and their exponentials. One branch for each kind."""
     if KIND == "forward_kl":
         value = _times(q, t - s)
         slope = -q

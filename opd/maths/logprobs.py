@@ -1,4 +1,4 @@
-"""Log-probs of given ids, and entropies, from hidden states: the `[N, V]` logits never exist at once."""
+"""Computes log-probs of given ids, and entropies, from hidden states. The `[N, V]` logits never exist at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opd.maths.head import Head, Projection, Projector, per_token, row_block, ti
 
 
 class Scored(NamedTuple):
-    """What a distribution says of a token, and how sure it is."""
+    """Holds what a distribution says of a token, and how sure it is."""
 
     logprobs: Tensor
     """[N] nats, with a gradient where the hidden states or the head have one."""
@@ -30,7 +30,7 @@ def chunked_logprobs(
     chunk_size: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
+    """Compute log-probs of `token_ids` `[N]` after hidden states `[N, H]`, without their logits: `[N]` nats.
 
     `weights`, the gradients and their cost: as for `opd.maths.divergence.chunked_divergence`. With minus a weight
     this is the weighted cross-entropy.
@@ -54,7 +54,7 @@ def chunked_scores(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Scored:
-    """`chunked_logprobs`, and the entropies that the same softmaxes give for next to nothing."""
+    """Compute `chunked_logprobs` and the entropies, which the same softmaxes give for next to nothing."""
     projection = _projection(hidden, head, token_ids, temperature, chunk_size)
     entropy = torch.empty(len(hidden), dtype=projection.dtype, device=hidden.device)
     return Scored(per_token(hidden, projection, partial(_LogProbTile, token_ids, entropy)), entropy)
@@ -64,7 +64,7 @@ def chunked_scores(
 def chunked_top_k(
     hidden: Tensor, head: Head | Tensor, top_k: int, *, temperature: float = 1.0, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `top_k` likeliest ids after hidden states `[N, H]`, likeliest first, and their log-probs: `[N, k]` each.
+    """Find the `top_k` likeliest ids after hidden states `[N, H]`, likeliest first, and their log-probs: `[N, k]` each.
 
     Raises ConfigError for an option outside its range.
     """
@@ -90,7 +90,7 @@ def chunked_entropy(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The weighted sum of the entropies after hidden states `[N, H]`: a scalar in nats, with its gradient.
+    """Sum the entropies after hidden states `[N, H]`, weighted: a scalar in nats, with its gradient.
 
     Raises:
         ConfigError: an option outside its range.
@@ -100,7 +100,10 @@ def chunked_entropy(
 
 
 def entropy_of(logprobs: Tensor, p: Tensor) -> Tensor:
-    """Log-probs and probabilities [n, V], [n, V] -> [n] nats; an excluded entry (-inf) adds nothing."""
+    """Compute entropies from log-probs and probabilities: [n, V], [n, V] -> [n] nats.
+
+    An excluded entry (-inf) adds nothing.
+    """
     negative: Tensor = torch.linalg.vecdot(p, logprobs.clamp(min=torch.finfo(p.dtype).min))
     return -negative
 
@@ -118,7 +121,7 @@ def _projection(
 
 
 class _LogProbTile:
-    """The log-probs of given ids in a tile; notes the entropies in `entropy` [N], if it is there."""
+    """Computes the log-probs of given ids in a tile, and notes the entropies in `entropy` [N] if that is given."""
 
     def __init__(self, token_ids: Tensor, entropy: Tensor | None) -> None:
         self.token_ids = token_ids
@@ -140,7 +143,7 @@ class _LogProbTile:
 
 
 class _EntropyTile:
-    """The entropies of a tile. The way back through the log-softmax: minus p times (log p + entropy)."""
+    """Computes the entropies of a tile. The gradient through the log-softmax is minus p times (log p + entropy)."""
 
     def __call__(self, logits: Tensor, rows: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         values = logits.new_empty(len(logits))

@@ -24,7 +24,7 @@ LOG_RATIO_BOUND = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """The clipped surrogate and what there is to log about it: [N] each."""
+    """Holds the clipped surrogate and what there is to log about it: [N] each."""
 
     values: Tensor
     """Minus the surrogate objective, with the student's gradient; not weighted."""
@@ -35,10 +35,10 @@ class PolicyLoss(NamedTuple):
 
 
 class Corrected(NamedTuple):
-    """Importance weights for the gap between sampler and trainer: [N] each, detached."""
+    """Holds importance weights for the gap between sampler and trainer: [N] each, detached."""
 
     weights: Tensor
-    """What a token's loss is multiplied by."""
+    """The factors of the tokens' losses."""
     ratio: Tensor
     """Old policy over sampler, before truncation or mask."""
     limited: Tensor
@@ -55,7 +55,7 @@ def policy_loss(
     level: Level = "token",
     lengths: Sequence[int] | None = None,
 ) -> PolicyLoss:
-    """`-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)` at each token: [N], [N] -> [N].
+    """Compute `-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)` at each token: [N], [N] -> [N].
 
     The surrogate of PPO as GRPO uses it (arXiv 2402.03300, equation 3), with bounds of their own on either side
     (DAPO, arXiv 2503.14476). None for a bound is no bound on that side.
@@ -99,7 +99,7 @@ def policy_loss(
 def importance_weights(
     old_logprobs: Tensor, sampler_logprobs: Tensor, correction: Correction, *, lengths: Sequence[int] | None = None
 ) -> Corrected:
-    """How much likelier the old policy was to draw each token than the sampler that drew it: [N], [N] -> [N].
+    """Compute how much likelier the old policy was to draw each token than the sampler that drew it: [N], [N] -> [N].
 
     `truncate` bounds the ratio from above, which keeps the variance finite at the price of a bias;
     `mask` drops what lies outside of `low` to `high`. `level="sequence"` takes the ratio of the whole sequence, the
@@ -132,7 +132,7 @@ def _same_shape(*tensors: Tensor) -> None:
 
 
 def _sum_by_sequence(values: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """Each token gets the sum over its sequence: [N] -> [N]."""
+    """Give each token the sum over its sequence: [N] -> [N]."""
     if lengths is None or sum(lengths) != len(values):
         raise DataError(f"a ratio by sequence needs lengths that add up to {len(values)} tokens, got {lengths}")
     counts = torch.tensor(lengths, dtype=torch.long, device=values.device)

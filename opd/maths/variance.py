@@ -1,7 +1,7 @@
-"""How noisy the sampled-token gradient is, state by state and in closed form: no sampling, no backward pass.
+"""Measures how noisy the sampled-token gradient is, state by state, in closed form: no sampling, no backward pass.
 
-What is measured is the gradient by the student's logits, of one token sampled at each state. Everything
-below the logits is a linear map of it, the same for all estimators, so their ratio is what is worth logging.
+The gradient is the one by the student's logits, of one token sampled at each state. Everything below the logits is a
+linear map of it, the same for all estimators, so their ratio is what is worth logging.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opd.maths.head import Head, compute_dtype, logit_blocks, projections
 
 
 class GradientVariance(NamedTuple):
-    """Summed over the vocabulary's axes, per state: [...] nats squared each."""
+    """Holds variances, summed over the vocabulary's axes, per state: [...] nats squared each."""
 
     plain: Tensor
     """Without a baseline."""
@@ -28,17 +28,17 @@ class GradientVariance(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """With the baseline over without: below 1 is what a baseline is for."""
+        """The variance with the baseline over that without: below 1 is what a baseline is for."""
         return (self.baselined.sum() / self.plain.sum()).item()
 
     @property
     def reached(self) -> float:
-        """Share of the reduction that some baseline could give."""
+        """The share reached of the reduction that the best baseline could give."""
         return ((self.plain - self.baselined).sum() / (self.plain - self.least).sum()).item()
 
     @property
     def raised(self) -> float:
-        """Share of the states where the baseline makes the variance larger, by more than rounding."""
+        """The share of the states where the baseline makes the variance larger, by more than rounding."""
         return (self.baselined > self.plain * (1 + 1e-5)).double().mean().item()
 
 
@@ -51,7 +51,7 @@ def gradient_variance(
     top_k: int | None = None,
     renormalise: bool = False,
 ) -> GradientVariance:
-    """Of `opd.maths.advantage.distillation_advantage`: [..., V], [..., V] -> [...], at temperature 1.
+    """Compute the variance of the sampled-token gradient: [..., V], [..., V] -> [...], at temperature 1.
 
     With p the student's probabilities, r the log-ratio of a token, b the baseline and s the squared score of
     a token, the variance is `sum(p s (r - b) squared)` less the squared length of the mean, which no b changes.
@@ -93,7 +93,7 @@ def chunked_gradient_variance(
     top_k: int | None = None,
     renormalise: bool = False,
 ) -> GradientVariance:
-    """`gradient_variance` of hidden states [N, H] and [N, H'], without their logits: [N] each."""
+    """Compute `gradient_variance` of hidden states [N, H] and [N, H'], without their logits: [N] each."""
     student, teacher = projections(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_size)
     result = GradientVariance(*torch.empty(3, len(student_hidden), dtype=student.dtype, device=student_hidden.device))
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Weights by which tokens or samples count for more or less. They multiply the weight streams of any method.
+"""Weighs tokens and samples, so that some count for more or less.
 
-Each is a plain function of what is known before the loss: entropies, pass rates, gaps, turn numbers. None
-has a gradient. A weight whose mean is not 1 changes the size of the step with it: divide by the mean over
-the whole step, and over all ranks, where that is not meant.
+These weights multiply the weight streams of any method. Each is a plain function of what is known before the loss:
+entropies, pass rates, gaps, turn numbers. None has a gradient. A weight whose mean is not 1 changes the size of the
+step with it: divide by the mean over the whole step, and over all ranks, where that is not meant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def entropy_weights(entropy: Tensor, *, beta: float = 1.0) -> Tensor:
 
 
 def pass_rate_weight(pass_rate: float, *, alpha: float = 1.0, beta: float = 1.0) -> float:
-    """Most weight to tasks at the edge of what the student can do: `p ** alpha * (1 - p) ** beta`.
+    """Give most weight to tasks at the edge of what the student can do: `p ** alpha * (1 - p) ** beta`.
 
     `pass_rate` is the share of a group's trajectories that succeeded. With few of them it is often 0 or 1,
     and then the task counts for nothing. At the defaults the mean is at most 1/4. (PACED, arXiv 2603.11178.)
@@ -57,7 +57,7 @@ def step_weights(gap: Tensor, turn: Tensor, *, epsilon: float = 1e-6, most: floa
 
 
 def turn_weights(turn: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weight of the turn that each token belongs to: [N] -> [N]; a weight of 0 masks a turn."""
+    """Give each token the weight of the turn that it belongs to: [N] -> [N]. A weight of 0 masks a turn."""
     table = torch.tensor(weights, dtype=torch.float32, device=turn.device)
     if len(turn) and not 0 <= turn.min() <= turn.max() < len(table):
         raise DataError(f"turn {int(turn.max())} has no weight: there are {len(table)}, for turns from 0")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    field_validator,
+)
 
-from opd.config import Strict
+from opd.config import Strict, setting
 
 
 class CorrectionConfig(Strict):
@@ -20,14 +23,8 @@ class CorrectionConfig(Strict):
     level: Literal["token", "sequence"] = Field(
         "token", description="Ratio of each token, or of the whole sequence (the product of its tokens')."
     )
-    low: float = Field(0.5, ge=0, lt=1, description="mask: the least ratio that is kept.")
+    low: float = setting(0.5, when={"mode": ["mask"]}, ge=0, lt=1, description="The least ratio that is kept.")
     high: float = Field(2.0, gt=1, description="The greatest weight (truncate) or ratio (mask).")
-
-    @model_validator(mode="after")
-    def _low_belongs_to_mask(self) -> CorrectionConfig:
-        if self.mode != "mask" and self.low != 0.5:
-            raise ValueError(f"rollout.correction.low is used by mask alone, but the mode is {self.mode}; remove it")
-        return self
 
 
 class PassRateWeighting(Strict):

@@ -6,12 +6,12 @@ Only here do per-token values become a sum; the weights already carry every coef
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from opd.losses import FORMS, Distill, Losses, Policy, SampledDistill, Sampler, unknown
+from opd.losses import FORMS, Distill, Divergence, Losses, Policy, SampledDistill, Sampler, unknown
 from opd.maths.advantage import chunked_advantages
 from opd.maths.divergence import stored_divergence, weighted_divergence
 from opd.maths.estimators import estimator_loss
@@ -167,22 +167,16 @@ def _distill(run: _Pass, distill: Distill, taught: Taught) -> Tensor:
         run.head,
         taught.hidden,
         taught.head,
-        distill.kind,
-        beta=distill.beta,
-        temperature=distill.temperature or run.sampler.temperature,
-        clip=distill.clip,
-        top_k=distill.top_k,
-        support=distill.support,
-        tail=distill.tail,
+        _at_temperature(distill.divergence, run.sampler),
         weights=_at(weights, where),
     )
     run.note("nats", part.per_token, where)
     run.note("teacher_entropy", part.teacher_entropy, where)
     if run.logprobs is None:
         run.note("entropy", part.student_entropy, where)
-    if distill.clip is not None:
+    if distill.divergence.clip is not None:
         run.note("clipped", part.clipped, where)
-    if distill.top_k is not None:
+    if distill.divergence.top_k is not None:
         run.note("kept", part.kept, where)
     return part.total
 
@@ -197,11 +191,8 @@ def _stored(run: _Pass, distill: Distill) -> Tensor:
         run.head,
         batch.teacher_top_ids,
         batch.teacher_top_logprobs,
-        distill.kind,
+        _at_temperature(distill.divergence, run.sampler),
         weights=run.weights("distill_weight"),
-        beta=distill.beta,
-        temperature=distill.temperature or run.sampler.temperature,
-        tail=distill.tail,
     )
     run.note("nats", part.per_token)
     run.note("kept", part.kept)
@@ -272,6 +263,11 @@ def _measure(run: _Pass, distill: Distill | SampledDistill | None, taught: Taugh
     )
     for name, values in zip(GradientVariance._fields, variance, strict=True):
         run.note(f"variance_{name}", values, run.batch.taught)
+
+
+def _at_temperature(divergence: Divergence, sampler: Sampler) -> Divergence:
+    """The divergence with its temperature said: the sampling temperature, where its own is None."""
+    return replace(divergence, temperature=sampler.temperature) if divergence.temperature is None else divergence
 
 
 def _at(values: Tensor, where: Tensor | None) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+)
 
-from opd.config import ServerAddress, Strict
+from opd.config import ServerAddress, Strict, setting
 
 
 class TeacherConfig(Strict):
@@ -19,58 +21,40 @@ class TeacherConfig(Strict):
         "trust_region: the initial one's distribution times the student's, each to the power of its share; "
         "external: another model.",
     )
-    model: str | None = Field(
+    model: str | None = setting(
         None,
+        when={"weights": ["external"]},
+        needed="named as model.name is",
         min_length=1,
-        description="external: the model that teaches, named as model.name is. It must have the student's tokenizer.",
+        description="The model that teaches, named as model.name is. It must have the student's tokenizer.",
     )
-    servers: list[ServerAddress] = Field(
-        default_factory=list,
-        description="external: vLLM servers that hold `model` (`opd serve`), such as http://127.0.0.1:8000, which are "
-        "asked in place of loading it: for the sampled token, or its top k, at temperature 1.",
+    servers: list[ServerAddress] = setting(
+        [],
+        when={"weights": ["external"]},
+        description="vLLM servers that hold `model` (`opd serve`), such as http://127.0.0.1:8000, which are asked in "
+        "place of loading it: for the sampled token, or its top k, at temperature 1.",
     )
-    api_key_env: str = Field(
-        "OPD_VLLM_KEY", min_length=1, description="servers: the environment variable that holds their key."
+    api_key_env: str = setting(
+        "OPD_VLLM_KEY",
+        when={"servers": True},
+        min_length=1,
+        description="The environment variable that holds the servers' key.",
     )
-    timeout: float = Field(600.0, gt=0, description="servers: seconds that one may take for one sequence.")
-    rate: float | None = Field(
+    timeout: float = setting(
+        600.0, when={"servers": True}, gt=0, description="Seconds that a server may take for one sequence."
+    )
+    rate: float | None = setting(
         None,
+        when={"weights": ["ema", "trust_region"]},
+        needed="published values: 0.01 to 0.05",
         gt=0,
         le=1,
         description="The student's share: ema mixes it into the weights at each step, trust_region into the log-probs.",
     )
-    every: int | None = Field(None, ge=1, description="synced: the updates after which it becomes the student again.")
-
-    @model_validator(mode="after")
-    def _every_belongs_to_synced(self) -> TeacherConfig:
-        if self.weights == "synced" and self.every is None:
-            raise ValueError("teacher.weights = synced needs teacher.every, in updates (published: once an epoch)")
-        if self.weights != "synced" and self.every is not None:
-            raise ValueError(f"teacher.every is used by synced alone, but teacher.weights = {self.weights}; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _model_belongs_to_external(self) -> TeacherConfig:
-        if self.weights == "external" and self.model is None:
-            raise ValueError("teacher.weights = external needs teacher.model, named as model.name is")
-        if self.weights != "external":
-            for name in ("model", "servers"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"teacher.{name} is used by external alone, but teacher.weights = {self.weights}; set weights: "
-                        "external, or remove it"
-                    )
-        if not self.servers and (self.api_key_env, self.timeout) != ("OPD_VLLM_KEY", 600.0):
-            raise ValueError("teacher.api_key_env and timeout have no effect without teacher.servers; remove them")
-        return self
-
-    @model_validator(mode="after")
-    def _rate_belongs_to_a_mixture(self) -> TeacherConfig:
-        mixes = self.weights in ("ema", "trust_region")
-        if mixes and self.rate is None:
-            raise ValueError(f"teacher.weights = {self.weights} needs teacher.rate (published values: 0.01 to 0.05)")
-        if not mixes and self.rate is not None:
-            raise ValueError(
-                f"teacher.rate is used by ema and trust_region alone, but teacher.weights = {self.weights}; remove it"
-            )
-        return self
+    every: int | None = setting(
+        None,
+        when={"weights": ["synced"]},
+        needed="in updates; published: once an epoch",
+        ge=1,
+        description="The updates after which it becomes the student again.",
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+)
 
 from opd.config import Strict
 

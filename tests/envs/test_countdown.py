@@ -32,7 +32,7 @@ def combining(a, op, b):
 
 
 def at(numbers, target, cls=CountdownEnv, **options):
-    """An environment in which this task has just begun."""
+    """Make an environment in which this task has just begun."""
     env = cls(**options)
     env.reset(seed=0)
     if cls is CountdownEnv:
@@ -44,7 +44,7 @@ def at(numbers, target, cls=CountdownEnv, **options):
 
 
 def reachable(numbers):
-    """Every value that uses all the numbers, by trying every order, and fractions refused."""
+    """Return every value that uses all the numbers, by trying every order, and fractions refused."""
     if len(numbers) == 1:
         return set(numbers)
     found = set()

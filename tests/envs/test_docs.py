@@ -1,4 +1,4 @@
-"""What docs/environments.md shows is what stands in the repository, and runs."""
+"""The code on docs/environments.md is the code in the repository, and it runs."""
 
 import re
 from pathlib import Path

@@ -28,7 +28,7 @@ ACTIONS = ["", " ", "é漢字😀\0", "x" * 100_000, "<tool_call>", '{"name": 3}
 
 @pytest.fixture(params=ENVS)
 def made(request, tmp_path):
-    """The id of an environment and the arguments that it needs."""
+    """Return the id of an environment and the arguments that it needs."""
     if request.param != "opd/Dataset-v0":
         return request.param, {}
     path = tmp_path / "rows.jsonl"
@@ -107,7 +107,7 @@ def test_vector_environments_play_it(made, vector):
 
 
 def speaking(env, text):
-    """The class of an environment, made to say nothing but `text`, at the start and at every step."""
+    """Return the class of an environment, made to say nothing but `text`, at the start and at every step."""
     cls = type(env)
 
     class Speaking(cls):

@@ -24,7 +24,7 @@ def started(seed, split="train", index=None, **options):
 
 
 def given(task):
-    """An environment that has this very task."""
+    """Make an environment that has this very task."""
     env, _ = started(0)
     env.task = task
     env.session = env.sandbox.session(task.given)
@@ -37,7 +37,7 @@ def task_of(level, number, seed):
 
 
 def play(env, actions):
-    """The last step of these actions."""
+    """Play these actions; return the last step."""
     for action in actions:
         step = env.step(action)
     return step

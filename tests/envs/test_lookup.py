@@ -21,7 +21,7 @@ def call(name, **arguments):
 
 
 def play(env, actions):
-    """The last step of these actions."""
+    """Play these actions; return the last step."""
     for action in actions:
         step = env.step(action)
     return step

@@ -18,7 +18,7 @@ CLASSES = [SokobanEnv, SokobanPushEnv]
 
 
 def at(board, cls=SokobanEnv, **options):
-    """An environment in which this board has just begun."""
+    """Make an environment in which this board has just begun."""
     env = cls(**options)
     env.reset(seed=0)
     env.room, env.state = read(board)

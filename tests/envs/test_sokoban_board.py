@@ -27,7 +27,7 @@ CORNER = "#####\n#$_.#\n#_@_#\n#####"
 
 
 def rooms(seed):
-    """A random small room with one or two boxes."""
+    """Draw a random small room with one or two boxes."""
     rng = np.random.default_rng(seed)
     level = Level(size=5, boxes=int(rng.integers(1, 3)), walls=int(rng.integers(0, 4)), pushes=(1, 1))
     while (room := _draw_room(rng, level)) is None:
@@ -36,13 +36,13 @@ def rooms(seed):
 
 
 def states(room):
-    """Every state of a room."""
+    """Yield every state of a room."""
     for boxes in combinations(sorted(room.floor), len(room.goals)):
         yield from (State(player, frozenset(boxes)) for player in sorted(room.floor - set(boxes)))
 
 
 def fewest_by_search(room, start, price):
-    """The price of the cheapest way to solve a state, tried forwards, or None; `price(pushed)` of each step."""
+    """Search forwards for the price of the cheapest way to solve a state, or None; `price(pushed)` of each step."""
     best, queue = {start: (0, 0)}, deque([start])
     while queue:
         here = queue.popleft()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from opd.envs.worlds import sql_database
-from opd.envs.worlds.sql import LEVELS, SqlEnv, _same
+from opd.envs.worlds.sql import LEVELS, SqlEnv, _is_same_answer
 from opd.envs.worlds.sql_database import Database, quote, show
 from opd.errors import ConfigError, DataError
 
@@ -310,7 +310,7 @@ def test_results_are_cut_to_the_rows_that_were_asked_for():
     ],
 )
 def test_answers_are_compared_as_numbers_or_names(given, expected, right):
-    assert _same(given, expected) == right
+    assert _is_same_answer(given, expected) == right
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ FUNCTION = "<tool_call>\n<function=get>\n<parameter=key>\na\n</parameter>\n</fun
 
 
 def malformed(text, tool_format="auto"):
-    """The error of the only call in a text, which must be malformed."""
+    """Return the error of the only call in a text, which must be malformed."""
     [call] = parse_tool_calls(text, tool_format)
     assert isinstance(call, MalformedCall)
     return call.error

@@ -1,4 +1,4 @@
-"""What docs/worlds.md shows is what happens: its settings are settings, and its episodes can be played."""
+"""The page docs/worlds.md is true: its settings are settings, and its episodes can be played."""
 
 import json
 import re
@@ -17,7 +17,7 @@ EPISODES = re.findall(EPISODE, PAGE, re.DOTALL)
 
 
 def as_call(env, action):
-    """`move up, right` as the call of that tool; only the last argument may hold commas."""
+    """Turn `move up, right` into the call of that tool; only the last argument may hold commas."""
     name, _, values = action.partition(" ")
     tool = next(tool["function"] for tool in env.unwrapped.tool_schemas() if tool["function"]["name"] == name)
     arguments = list(tool["parameters"]["properties"])

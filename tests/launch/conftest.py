@@ -22,7 +22,7 @@ def settings(tiny, tmp_path):
             "rollout": {"max_tokens": 24, "max_length": 256},
             "train": {"steps": 4, "tasks_per_step": 6, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
             "tracking": {"wandb": "disabled", "console": False, "plot": False},
-            "opsd": {"privileged": "plan", "clip": None},
+            "opsd": {"privileged": "plan", "divergence": {"clip": None}},
         }
         for section, values in sections.items():
             own = data.get(section)

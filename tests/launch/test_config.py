@@ -24,6 +24,7 @@ from opd.launch.checks.tracking import wandb_mode
 from opd.launch.settings.config import Config, all_settings, explain
 from opd.launch.settings.reader import parse_yaml
 from opd.launch.tiny.names import TINY_ENVS
+from opd.maths.formulas import kinds, with_beta
 from opd.trainers.loop.registry import METHODS, methods
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -119,11 +120,31 @@ WRONG = {
     ),
     "an average without a rate": (
         GOOD + "opsd: {teacher: {weights: ema}}",
-        "opsd.teacher.weights = ema needs teacher.rate (published values: 0.01 to 0.05)",
+        "opsd.teacher.rate is missing: weights = ema needs it (published values: 0.01 to 0.05)",
     ),
     "a rate without an average": (
         GOOD + "opsd: {teacher: {rate: 0.1}}",
-        "opsd.teacher.rate is used by ema and trust_region alone, but teacher.weights = frozen; remove it",
+        "opsd.teacher.rate is used by weights = ema or trust_region alone, but weights = frozen; remove it",
+    ),
+    "an unknown divergence": (
+        GOOD + "opsd: {divergence: jds}",
+        f"opsd.divergence.kind = 'jds' is unknown. Allowed: {', '.join(kinds())}, or package.module:name. Did you mean",
+    ),
+    "a beta for a divergence without one": (
+        GOOD + "opsd: {divergence: {beta: 0.1}}",
+        f"opsd.divergence.beta is used by kind = {' or '.join(with_beta())} alone, but kind = forward_kl; remove it",
+    ),
+    "a word in the place of a divergence's number": (
+        GOOD + "opsd: {divergence: {clip: small}}",
+        'opsd.divergence.clip = "small" is not allowed. Allowed: a number or null.',
+    ),
+    "a setting of the divergence outside of its section": (
+        GOOD + "opsd: {clip: 0.1}",
+        'opsd.clip is unknown. Did you mean "opsd.divergence.clip"?',
+    ),
+    "a misspelled setting of the divergence": (
+        GOOD + "opsd: {divergence: {clp: 0.1}}",
+        'opsd.divergence.clp is unknown. Did you mean "opsd.divergence.clip"? Allowed: kind, beta,',
     ),
     "a template without the solution": (
         GOOD + 'opsd: {template: "{prompt}"}',
@@ -139,11 +160,11 @@ WRONG = {
     ),
     "evaluations of nothing": (
         GOOD + "eval: {every: 5}",
-        "eval.every has no effect while eval.tasks = 0. Set eval.tasks,",
+        "eval.every is used with tasks alone; set tasks, or remove it",
     ),
     "an environment of no evaluation": (
         GOOD + "eval: {env_kwargs: {hops: [1]}}",
-        "eval.env_kwargs has no effect while eval.tasks = 0.",
+        "eval.env_kwargs is used with tasks alone; set tasks, or remove it",
     ),
     "a tiny model without a recipe": (
         GOOD.replace("tiny:lookup", "tiny:lokup"),
@@ -295,7 +316,7 @@ model: ./no/such/folder
 env: opd/Lokup-v0
 seed: -1
 rollout: {enginee: x, top_p: 2}
-opsd: {teacher: {weights: emaa}, clip: -1}
+opsd: {teacher: {weights: emaa}, divergence: {clip: -1}}
 tracker: {}
 """
     found = "\n".join(problems_of(text))
@@ -306,7 +327,7 @@ tracker: {}
         "rollout.enginee",
         "rollout.top_p",
         "weights",
-        "opsd.clip",
+        "opsd.divergence.clip",
         "tracker",
     )
     assert [word for word in wanted if word not in found] == []
@@ -393,8 +414,8 @@ def test_resolved_settings_are_read_back_as_the_same(method):
 
 def test_settings_can_be_built_in_python():
     assert opd.Config is Config
-    built = Config(method="opsd", opsd={"clip": None}, model="tiny:lookup", env="opd/Lookup-v0")
-    assert built == load(GOOD + "opsd: {clip: null}")
+    built = Config(method="opsd", opsd={"divergence": {"clip": None}}, model="tiny:lookup", env="opd/Lookup-v0")
+    assert built == load(GOOD + "opsd: {divergence: {clip: null}}")
     with pytest.raises(ValueError, match="clap"):
         Config(method="opsd", opsd={"clap": 1}, model="tiny:lookup", env="opd/Lookup-v0")
 
@@ -415,12 +436,12 @@ def test_a_file_is_loaded_with_overrides_over_it(tmp_path):
 
 
 def test_a_resumed_run_may_change_its_length_and_its_evaluation_alone():
-    saved = load(GOOD + "opsd: {clip: 0.1}")
+    saved = load(GOOD + "opsd: {divergence: {clip: 0.1}}")
     text = "train: {steps: 900, save_every: 3}\neval: {tasks: 5}\ntracking: {plot: false}\nout: elsewhere"
-    longer = load(GOOD + "opsd: {clip: 0.1}\n" + text)
+    longer = load(GOOD + "opsd: {divergence: {clip: 0.1}}\n" + text)
     assert longer.differs_for_resume(saved.dump()) == []
     other = load(GOOD + "seed: 1\ntrain: {lr: 0.1}\nrollout: {top_k: 2}")
-    assert other.differs_for_resume(saved.dump()) == ["opsd.clip", "seed", "rollout.top_k", "train.lr"]
+    assert other.differs_for_resume(saved.dump()) == ["opsd.divergence.clip", "seed", "rollout.top_k", "train.lr"]
 
 
 def test_a_schedule_that_ends_forbids_another_length():

@@ -66,7 +66,7 @@ def settings(models, tmp_path_factory):
             "rollout": {"max_tokens": 16, "max_length": 256},
             "train": {"steps": 3, "tasks_per_step": 6, "lr": 1e-3, "tokens_per_microbatch": 512},
             "tracking": {"wandb": "disabled", "console": False, "plot": False},
-            "opsd": {"privileged": "plan", "clip": None},
+            "opsd": {"privileged": "plan", "divergence": {"clip": None}},
         }
         for section, values in sections.items():
             own = data.get(section)
@@ -201,12 +201,16 @@ GROUPS = {"opsd": None, "rollout": {"group_size": 2}}
 EXTERNAL = {"weights": "external", "model": "EXTERNAL"}
 CASES = {
     "opsd": {},
-    "jsd, clipped": {"opsd": {"divergence": "jsd", "clip": 0.05}},
+    "jsd, clipped": {"opsd": {"divergence": {"kind": "jsd", "clip": 0.05}}},
     "trust region": {"opsd": {"teacher": {"weights": "trust_region", "rate": 0.3}}},
     "lora, ema": {"model": {"lora": {"r": 4}}, "opsd": EMA},
     "recomputed": {"model": {"gradient_checkpointing": True}},
     "weighted": {"weighting": {"entropy": 1.0}},
-    "opd, top k": {"method": "opd", "opsd": None, "opd": {"teacher": EXTERNAL, "form": "top_k", "top_k": 20}},
+    "opd, top k": {
+        "method": "opd",
+        "opsd": None,
+        "opd": {"teacher": EXTERNAL, "form": "exact", "divergence": {"top_k": 20}},
+    },
     "vopd, metered": {
         "method": "vopd",
         "opsd": None,

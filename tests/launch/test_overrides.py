@@ -112,6 +112,17 @@ def test_a_short_option_beside_its_setting_is_given_twice():
     [
         ({"model": "a"}, {"model.lora.r": 8}, {"model": {"name": "a", "lora": {"r": 8}}}),
         ({"model": "a"}, {"model": "b"}, {"model": {"name": "b"}}),
+        (
+            {"opsd": {"divergence": "jsd"}},
+            {"opsd.divergence.beta": 0.1},
+            {"opsd": {"divergence": {"kind": "jsd", "beta": 0.1}}},
+        ),
+        (
+            {"opsd": {"divergence": {"clip": None}}},
+            {"opsd.divergence": "jsd"},
+            {"opsd": {"divergence": {"clip": None, "kind": "jsd"}}},
+        ),
+        ({}, {"env.kwargs.divergence": "x"}, {"env": {"kwargs": {"divergence": "x"}}}),
         ({"model": {"name": "a", "lora": {"r": 4}}}, {"model": "b"}, {"model": {"name": "b", "lora": {"r": 4}}}),
         ({"model": {"name": "a", "lora": {"r": 4}}}, {"model": {"name": "b"}}, {"model": {"name": "b"}}),
         ({"model": {"name": "a", "lora": {"r": 4}}}, {"model.lora": None}, {"model": {"name": "a", "lora": None}}),

@@ -100,7 +100,7 @@ def test_the_table_shows_every_row(capsys):
         ("rollout: {top_k: 20}", "rollout.top_p and rollout.top_k narrow what is sampled"),
         (
             "rollout: {temperature: 1.1}",
-            "the loss is taken at opsd.temperature = 1, but rollout.temperature = 1.1",
+            "the loss is taken at opsd.divergence.temperature = 1, but rollout.temperature = 1.1",
         ),
         ("train: {steps: 3, warmup_steps: 3}", "train.warmup_steps = 3 never ends in 3 updates"),
         ("model: tiny:arithmetic", "the model was warmed up for arithmetic, but acts in opd/Lookup-v0"),
@@ -143,8 +143,7 @@ IDLE = "with one update a step all ratios are 1, and no clip acts"
             ["max_teacher_tokens = 500 is less than rollout.max_length = 501"],
         ),
         (
-            "method: sdpo\nsdpo: {max_ratio: null, form: sampled, divergence: reverse_kl}\n"
-            "rollout: {group_size: 4, temperature: 0.7}",
+            "method: sdpo\nsdpo: {max_ratio: null, form: sampled}\nrollout: {group_size: 4, temperature: 0.7}",
             [],
         ),
     ],
@@ -157,7 +156,8 @@ def test_methods_of_groups_say_what_is_idle(text, notes):
 
 
 def test_equal_temperatures_and_the_own_environment_need_no_note():
-    text = "rollout: {temperature: 1.1}\nopsd: {temperature: 1.1}\nmodel: tiny:lookup\ntrain: {warmup_steps: 5}"
+    text = "rollout: {temperature: 1.1}\nmodel: tiny:lookup\ntrain: {warmup_steps: 5}\n"
+    text += "opsd: {divergence: {temperature: 1.1}}"
     assert planned(text).notes == []
     assert planned(text, model="tiny:lookup-skills").notes == []
 

@@ -15,7 +15,7 @@ from opd.launch.train import train
 from opd.tracking import read_rows
 
 KEY = "a key"
-FORMS = {"sampled": {}, "top_k": {"form": "top_k", "top_k": 5, "support": "teacher"}}
+FORMS = {"sampled": {}, "top_k": {"form": "exact", "divergence": {"top_k": 5, "support": "teacher"}}}
 
 
 def served(teacher, url, **own):
@@ -119,8 +119,8 @@ def test_a_server_that_is_not_there_is_told_before_anything_loads(settings, mode
 @pytest.mark.parametrize(
     ("own", "sections", "name"),
     [
-        ({"form": "full"}, {}, "whole vocabulary"),
-        ({"form": "top_k", "top_k": 5, "support": "student"}, {}, "support = student"),
+        ({"form": "exact", "divergence": {"top_k": None}}, {}, "whole vocabulary"),
+        ({"form": "exact", "divergence": {"top_k": 5, "support": "student"}}, {}, "support = student"),
         ({"baseline": "full"}, {}, "a baseline"),
         ({}, {"weighting": {"entropy": 1.0}}, "weighting.entropy"),
         ({}, {"rollout": {"max_tokens": 10, "max_length": 256, "temperature": 0.7}}, "rollout.temperature"),
@@ -138,7 +138,7 @@ def test_a_method_that_loads_its_teacher_to_score_ahead_takes_no_servers(setting
 
 def test_servers_belong_to_an_external_teacher(settings, models):
     section = {"teacher": {"weights": "live", "servers": ["http://127.0.0.1:9"]}}
-    with pytest.raises(ConfigError, match=r"teacher.servers is used by external alone"):
+    with pytest.raises(ConfigError, match=r"teacher.servers is used by weights = external alone"):
         config_from(settings("x", section, "skill_sd"))
 
 

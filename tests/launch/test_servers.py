@@ -239,7 +239,7 @@ def test_a_run_whose_engine_is_lost_leaves_a_checkpoint_and_trains_nothing_twice
             "rollout": {"max_tokens": 8, "max_length": 256},
             "train": {"steps": 3, "tasks_per_step": 3, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
             "tracking": {"wandb": "disabled", "console": False, "plot": False},
-            "opsd": {"privileged": "plan", "clip": None},
+            "opsd": {"privileged": "plan", "divergence": {"clip": None}},
         }
 
     train(settings("whole"))

@@ -67,7 +67,7 @@ class TwoStages(Method):
             Stage(
                 make=partial(Follow, config),
                 first_task=5,
-                losses=Losses(distill=Distill(kind="reverse_kl", temperature=1.0)),
+                losses=Losses(distill=Distill(divergence=Divergence("reverse_kl"))),
                 teacher=TeacherConfig(weights="frozen", rate=None),
             ),
         )

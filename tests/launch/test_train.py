@@ -288,7 +288,10 @@ def test_a_correction_of_the_embedded_engine_finds_nothing_to_correct(settings):
     ("changed", "message"),
     [
         ({"rollout": {"top_p": 0.9, "correction": {"mode": "truncate"}}}, "no ratio to the trainer's"),
-        ({"rollout": {"correction": {"low": 0.1}}}, "used by mask alone"),
+        (
+            {"rollout": {"correction": {"low": 0.1}}},
+            "rollout.correction.low is used by mode = mask alone, but mode = auto; remove it",
+        ),
         ({"method": "grpo", "weighting": {"entropy": 1.0}}, "weighting.entropy has no effect: method = grpo"),
         ({"method": "grpo", "train": {"variance_every": 5}}, "train.variance_every has no effect"),
         ({"method": "grpo", "grpo": {"length": 5}}, "nothing else uses one"),

@@ -50,7 +50,7 @@ def settings(agent, tmp_path):
             "train": {"steps": STEPS, "tasks_per_step": TASKS, "lr": 2e-3, "threads": 1},
             "eval": {"tasks": 100},
             "tracking": {"wandb": "disabled", "console": False, "plot": False, "rollouts_per_step": TASKS},
-            "opsd": {"privileged": "plan", "clip": None},
+            "opsd": {"privileged": "plan", "divergence": {"clip": None}},
         }
 
     return make

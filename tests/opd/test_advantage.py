@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from opd.errors import ConfigError, DataError
+from opd.losses import Divergence
 from opd.maths.advantage import distillation_advantage, group_advantage
 from opd.maths.divergence import token_divergence
 
@@ -25,19 +26,19 @@ every_baseline = pytest.mark.parametrize("options", BASELINES, ids=str)
 
 
 def pair(scale: float = 1.5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits of one state, the student's wanting a gradient: [V], [V]."""
+    """Draw logits of one state, the student's wanting a gradient: [V], [V]."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = scale * torch.randn(2, V, generator=generator, dtype=torch.float64)
     return student.requires_grad_(), teacher
 
 
 def advantages(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
-    """Of every token that could have been sampled at this state: [V]."""
+    """Return the advantage of every token that could have been sampled at this state: [V]."""
     return distillation_advantage(student.expand(V, V), teacher.expand(V, V), torch.arange(V), **options)
 
 
 def sampled_gradients(student: Tensor, weights: Tensor) -> Tensor:
-    """The policy gradient of each token that could have been sampled, as a loss: [V, V]."""
+    """Return the policy gradient of each token that could have been sampled, as a loss: [V, V]."""
     logprobs = student.log_softmax(-1)
     return torch.stack(
         [torch.autograd.grad(-weights[v] * logprobs[v], student, retain_graph=True)[0] for v in range(V)]
@@ -53,7 +54,7 @@ def exactly(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
 def test_the_expected_sampled_gradient_is_the_gradient_of_the_exact_reverse_kl(options, scale):
     student, teacher = pair(scale)
     p = student.softmax(-1).detach()
-    expected = torch.autograd.grad(token_divergence(student, teacher, "reverse_kl"), student)[0]
+    expected = torch.autograd.grad(token_divergence(student, teacher, Divergence("reverse_kl")), student)[0]
     sampled = sampled_gradients(student, advantages(student, teacher, **options))
     assert expected.abs().max() > 1e-3 * scale
     exactly(p @ sampled, expected)
@@ -63,12 +64,12 @@ def test_with_the_full_baseline_the_advantage_has_mean_zero_under_the_student():
     student, teacher = pair()
     p = student.softmax(-1).detach()
     exactly(p @ advantages(student, teacher, baseline="full"), torch.tensor(0.0).double())
-    exactly(p @ advantages(student, teacher), -token_divergence(student, teacher, "reverse_kl").detach())
+    exactly(p @ advantages(student, teacher), -token_divergence(student, teacher, Divergence("reverse_kl")).detach())
 
 
 def test_the_full_baseline_lowers_the_second_moment_by_exactly_the_kl_squared():
     student, teacher = pair()
-    p, kl = student.softmax(-1).detach(), token_divergence(student, teacher, "reverse_kl").detach()
+    p, kl = student.softmax(-1).detach(), token_divergence(student, teacher, Divergence("reverse_kl")).detach()
     plain, centred = advantages(student, teacher), advantages(student, teacher, baseline="full")
     assert kl > 0.1
     exactly(p @ plain.square() - p @ centred.square(), kl.square())
@@ -77,7 +78,7 @@ def test_the_full_baseline_lowers_the_second_moment_by_exactly_the_kl_squared():
 def test_an_advantage_that_does_not_depend_on_the_token_has_no_expected_gradient():
     student, teacher = pair()
     p = student.softmax(-1).detach()
-    penalty = token_divergence(student, teacher, "reverse_kl").detach().expand(V)
+    penalty = token_divergence(student, teacher, Divergence("reverse_kl")).detach().expand(V)
     exactly(p @ sampled_gradients(student, penalty), torch.zeros(V).double(), atol=1e-15)
 
 

@@ -26,7 +26,7 @@ TEXT = st.text(alphabet="ab the\n{}123é", max_size=12)
 
 
 def conversation(env_class, replies, solution, tools):
-    """An environment that says these texts, by turns as a tool and as a user, whatever it is told."""
+    """Make an environment that says these texts, by turns as a tool and as a user, whatever it is told."""
 
     def first(env):
         return "Q" * (1 + env.seed % 5), {"tools": TOOLS if tools else None, "privileged": {"solution": solution}}
@@ -158,7 +158,7 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
 
 @torch.no_grad()
 def one_by_one(model, token_ids, rows):
-    """The log-probs [rows, V] after each row, from a forward pass over nothing but what stands up to it."""
+    """Return the log-probs [rows, V] after each row, from a forward pass over nothing but what stands up to it."""
     logits = [model.model(input_ids=torch.tensor([token_ids[: row + 1]])).logits[0, -1] for row in rows]
     return torch.stack(logits).log_softmax(-1)
 

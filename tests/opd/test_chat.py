@@ -3,7 +3,7 @@
 import pytest
 
 from opd.errors import ModelError
-from opd.types import StopReason, Task, Trajectory, Turn
+from opd.types import End, StopReason, Task, Trajectory, Turn
 
 USER = {"role": "user", "content": "How many?"}
 _SCHEMA = {"name": "look_up", "description": "Looks.", "parameters": {"type": "object"}}
@@ -251,7 +251,7 @@ def spoken(chat, *turns, tools=None):
             )
         )
         history.append(said(made[-1].text))
-    return Trajectory(task=Task(index=0, seed=0), member=0, turns=made, tools=tools)
+    return Trajectory(task=Task(index=0, seed=0), member=0, turns=made, end=End.FINISHED, tools=tools)
 
 
 def whisper(turn, messages):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.errors import DataError
-from opd.losses import CrossEntropy, Distill, Losses
+from opd.losses import CrossEntropy, Distill, Divergence, Losses
 from opd.objective.collate import collate, microbatches, normalise
 from opd.types import Sample, TeacherView
 
@@ -153,7 +153,7 @@ def test_no_samples_make_no_micro_batches():
 
 # -- denominators -------------------------------------------------------------------------------------
 
-DISTILL, CE = Distill(kind="forward_kl", temperature=1.0), CrossEntropy()
+DISTILL, CE = Distill(divergence=Divergence("forward_kl")), CrossEntropy()
 
 
 def local(sums):

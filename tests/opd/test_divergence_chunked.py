@@ -10,19 +10,23 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from opd.errors import ConfigError, DataError
+from opd.losses import Divergence
 from opd.maths.divergence import chunked_divergence, token_divergence, weighted_divergence
+from opd.maths.formulas import formula_of, kinds, with_beta
 from opd.maths.head import Head, Projector
 from opd.maths.logprobs import chunked_entropy, chunked_logprobs, chunked_scores
 
-KINDS = [
-    ("forward_kl", 0.5),
-    ("reverse_kl", 0.5),
-    ("jsd", 0.5),
-    ("jsd", 0.1),
-    ("jsd", 0.0),
-    ("jsd", 1.0),
-    ("mixed_kl", 0.3),
-]
+
+def cases() -> list[tuple[str, float | None]]:
+    """Every divergence of the table: as it is by itself, at other values of its beta, and at the ends that differ."""
+    found: list[tuple[str, float | None]] = [(kind, None) for kind in kinds()]
+    for kind in with_beta():
+        found += [(kind, beta) for beta in (0.1, 0.3)]
+        found += [(kind, end) for end in (0.0, 1.0) if formula_of(kind).at(end).name != kind]
+    return found
+
+
+KINDS = cases()
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
 every_chunk = pytest.mark.parametrize("chunk_size", [1, 3, 7, None])
 
@@ -71,8 +75,10 @@ def exactly(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor
 @every_chunk
 def test_chunked_values_and_gradients_are_the_dense_ones(kind, beta, chunk_size):
     case = Case()
-    dense = token_divergence(case.logits, case.teacher_logits, kind, beta=beta, temperature=1.3)
-    chunked = chunked_divergence(*case.student, *case.teacher, kind, beta=beta, temperature=1.3, chunk_size=chunk_size)
+    dense = token_divergence(case.logits, case.teacher_logits, Divergence(kind, beta=beta, temperature=1.3))
+    chunked = chunked_divergence(
+        *case.student, *case.teacher, Divergence(kind, beta=beta, temperature=1.3), chunk_size=chunk_size
+    )
     exactly(chunked, dense)
     exactly(
         torch.autograd.grad((chunked * case.weights).sum(), case.student),
@@ -84,9 +90,9 @@ def test_chunked_values_and_gradients_are_the_dense_ones(kind, beta, chunk_size)
 @every_chunk
 def test_the_weighted_sum_has_the_gradients_of_the_weighted_per_token_values(kind, beta, chunk_size):
     case = Case()
-    options = {"beta": beta, "temperature": 0.7, "chunk_size": chunk_size}
-    values = chunked_divergence(*case.student, *case.teacher, kind, **options)
-    total = chunked_divergence(*case.student, *case.teacher, kind, weights=case.weights, **options)
+    arguments = (*case.student, *case.teacher, Divergence(kind, beta=beta, temperature=0.7))
+    values = chunked_divergence(*arguments, chunk_size=chunk_size)
+    total = chunked_divergence(*arguments, weights=case.weights, chunk_size=chunk_size)
     exactly(total, values @ case.weights)
     # An upstream factor, as loss scaling or a coefficient gives.
     exactly(
@@ -102,7 +108,9 @@ def test_chunked_divergence_passes_gradcheck(kind, beta):
 
     def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = Head(weight, bias=bias, softcap=2.0, scale=0.8)
-        return chunked_divergence(hidden, head, *case.teacher, kind, beta=beta, temperature=1.1, chunk_size=3)
+        return chunked_divergence(
+            hidden, head, *case.teacher, Divergence(kind, beta=beta, temperature=1.1), chunk_size=3
+        )
 
     assert torch.autograd.gradcheck(values, (case.hidden, head.weight, head.bias))
 
@@ -112,7 +120,7 @@ def test_chunked_divergence_with_a_clip_passes_gradcheck(kind, beta):
     case = Case()
 
     def values(hidden: Tensor, weight: Tensor) -> Tensor:
-        return chunked_divergence(hidden, weight, *case.teacher, kind, beta=beta, chunk_size=2, clip=0.05)
+        return chunked_divergence(hidden, weight, *case.teacher, Divergence(kind, beta=beta, clip=0.05), chunk_size=2)
 
     assert torch.autograd.gradcheck(values, (case.hidden, case.weight))
 
@@ -126,10 +134,9 @@ def test_a_head_is_applied_as_it_says():
         Head(case.weight, bias=case.bias, softcap=3.0, scale=0.8),
         case.teacher_hidden,
         Head(case.teacher_weight, scale=0.5),
-        "reverse_kl",
-        temperature=1.7,
+        Divergence("reverse_kl", temperature=1.7),
     )
-    exactly(chunked, token_divergence(student, teacher, "reverse_kl", temperature=1.7))
+    exactly(chunked, token_divergence(student, teacher, Divergence("reverse_kl", temperature=1.7)))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
@@ -137,7 +144,7 @@ def test_gradients_reach_exactly_what_requires_them(needs):
     case = Case()
     inputs = [t.requires_grad_(need) for t, need in zip((case.hidden, case.weight, case.bias), needs, strict=True)]
     total = chunked_divergence(
-        case.hidden, Head(case.weight, bias=case.bias), *case.teacher, "jsd", weights=case.weights
+        case.hidden, Head(case.weight, bias=case.bias), *case.teacher, Divergence("jsd"), weights=case.weights
     )
     assert total.requires_grad == any(needs)
     if any(needs):
@@ -148,8 +155,8 @@ def test_gradients_reach_exactly_what_requires_them(needs):
 def test_the_teacher_never_gets_a_gradient():
     case = Case()
     teacher = [t.requires_grad_() for t in case.teacher]
-    chunked_divergence(*case.student, *teacher, "reverse_kl").sum().backward()
-    chunked_divergence(*case.student, *teacher, "jsd", weights=case.weights).backward()
+    chunked_divergence(*case.student, *teacher, Divergence("reverse_kl")).sum().backward()
+    chunked_divergence(*case.student, *teacher, Divergence("jsd"), weights=case.weights).backward()
     assert [t.grad for t in teacher] == [None, None]
 
 
@@ -157,17 +164,17 @@ def test_a_live_teacher_on_the_same_head_is_a_constant():
     case = Case()
     teacher_hidden = case.hidden + 0.1
     total = chunked_divergence(
-        case.hidden, case.weight, teacher_hidden, case.weight, "reverse_kl", weights=case.weights
+        case.hidden, case.weight, teacher_hidden, case.weight, Divergence("reverse_kl"), weights=case.weights
     )
     frozen = (case.hidden + 0.1).detach() @ case.weight.detach().T
-    dense = token_divergence(case.logits, frozen, "reverse_kl") @ case.weights
+    dense = token_divergence(case.logits, frozen, Divergence("reverse_kl")) @ case.weights
     exactly(torch.autograd.grad(total, case.student), torch.autograd.grad(dense, case.student))
 
 
 @every_kind
 def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(kind, beta):
     case = Case()
-    total = chunked_divergence(*case.student, *case.student, kind, beta=beta, weights=case.weights)
+    total = chunked_divergence(*case.student, *case.student, Divergence(kind, beta=beta), weights=case.weights)
     gradients = torch.autograd.grad(total, case.student)
     exactly((total, *gradients), tuple(torch.zeros_like(t) for t in (total, *gradients)))
 
@@ -175,8 +182,12 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(kind, beta
 def test_a_head_tied_to_the_embedding_gets_both_gradients():
     case = Case()
     ids = torch.tensor([3, 1, 4, 1, 5, 9, 2])
-    chunked = chunked_divergence(case.weight[ids], case.weight, *case.teacher, "forward_kl", weights=case.weights)
-    dense = token_divergence(case.weight[ids] @ case.weight.T, case.teacher_logits, "forward_kl") @ case.weights
+    chunked = chunked_divergence(
+        case.weight[ids], case.weight, *case.teacher, Divergence("forward_kl"), weights=case.weights
+    )
+    dense = (
+        token_divergence(case.weight[ids] @ case.weight.T, case.teacher_logits, Divergence("forward_kl")) @ case.weights
+    )
     exactly(torch.autograd.grad(chunked, case.weight), torch.autograd.grad(dense, case.weight))
 
 
@@ -184,7 +195,12 @@ def test_no_tokens_give_zero_with_a_live_graph():
     case = Case()
     no_hidden = case.hidden[:0]
     total = chunked_divergence(
-        no_hidden, case.weight, case.teacher_hidden[:0], case.teacher_weight, "jsd", weights=case.weights[:0]
+        no_hidden,
+        case.weight,
+        case.teacher_hidden[:0],
+        case.teacher_weight,
+        Divergence("jsd"),
+        weights=case.weights[:0],
     ) + chunked_logprobs(no_hidden, case.weight, case.ids[:0], weights=case.weights[:0])
     total.backward()
     assert total.item() == 0
@@ -197,7 +213,7 @@ def test_what_stood_in_the_memory_of_a_heads_gradient_is_not_added_to_it(monkeyp
     case = Case(dtype)
 
     def gradients():
-        total = chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights, chunk_size=3)
+        total = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights, chunk_size=3)
         return torch.autograd.grad(total, case.student)
 
     expected, empty = gradients(), torch.empty_like
@@ -209,10 +225,15 @@ def test_what_stood_in_the_memory_of_a_heads_gradient_is_not_added_to_it(monkeyp
 def test_tokens_of_weight_zero_change_nothing():
     case = Case()
     weights = case.weights * torch.tensor([1, 0, 0, 1, 0, 1, 0])
-    holes = chunked_divergence(*case.student, *case.teacher, "jsd", weights=weights, chunk_size=2)
+    holes = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=weights, chunk_size=2)
     kept = weights.nonzero().squeeze(-1)
     alone = chunked_divergence(
-        case.hidden[kept], case.weight, case.teacher_hidden[kept], case.teacher_weight, "jsd", weights=weights[kept]
+        case.hidden[kept],
+        case.weight,
+        case.teacher_hidden[kept],
+        case.teacher_weight,
+        Divergence("jsd"),
+        weights=weights[kept],
     )
     exactly(holes, alone)
     exactly(torch.autograd.grad(holes, case.student), torch.autograd.grad(alone, case.student))
@@ -220,10 +241,10 @@ def test_tokens_of_weight_zero_change_nothing():
 
 def test_without_gradients_the_values_are_the_same():
     case = Case()
-    total = chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    total = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
     with torch.no_grad():
-        plain = chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
-        values = chunked_divergence(*case.student, *case.teacher, "jsd")
+        plain = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
+        values = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"))
     assert not plain.requires_grad
     exactly(plain, total.detach())
     exactly(values @ case.weights, plain)
@@ -231,7 +252,7 @@ def test_without_gradients_the_values_are_the_same():
 
 def test_the_weighted_form_logs_the_values_without_a_graph():
     case = Case()
-    both = weighted_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    both = weighted_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
     assert not both.per_token.requires_grad
     exactly(both.per_token @ case.weights, both.total.detach())
     exactly(both.clipped, torch.zeros(N, dtype=torch.float64))
@@ -239,7 +260,7 @@ def test_the_weighted_form_logs_the_values_without_a_graph():
 
 def test_a_weighted_sum_cannot_be_back_propagated_twice():
     case = Case()
-    total = chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    total = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="back-propagated once"):
         total.backward()
@@ -249,7 +270,7 @@ def test_the_clip_bounds_each_entry_before_the_sum_and_is_counted():
     case = Case()
     p, q = case.teacher_logits.softmax(-1), case.logits.detach().softmax(-1)
     summands = p * (p.log() - q.log())
-    both = weighted_divergence(*case.student, *case.teacher, "forward_kl", weights=case.weights, clip=0.05)
+    both = weighted_divergence(*case.student, *case.teacher, Divergence("forward_kl", clip=0.05), weights=case.weights)
     exactly(both.per_token, summands.clamp(max=0.05).sum(-1))
     exactly(both.clipped, (summands > 0.05).double().mean(-1))
     assert 0 < both.clipped.mean() < 1
@@ -262,7 +283,12 @@ def test_a_clipped_entry_keeps_only_its_push_down():
     identity = torch.eye(V, dtype=torch.float64)
     logits = case.logits.detach().requires_grad_()
     chunked_divergence(
-        logits, identity, case.teacher_logits, identity, "forward_kl", weights=torch.ones(N).double(), clip=0.05
+        logits,
+        identity,
+        case.teacher_logits,
+        identity,
+        Divergence("forward_kl", clip=0.05),
+        weights=torch.ones(N).double(),
     ).backward()
     p, q = case.teacher_logits.softmax(-1), logits.detach().softmax(-1)
     kept = p * (p.log() - q.log()) <= 0.05
@@ -287,11 +313,11 @@ def test_chunked_logprobs_are_the_dense_ones(chunk_size):
 @pytest.mark.parametrize("support", ["teacher", "student"])
 def test_top_k_from_hidden_states_is_the_dense_one(kind, beta, options, support):
     case = Case()
-    options = {"beta": beta, "temperature": 1.3, "top_k": 3, "support": support, **options}
-    dense = token_divergence(case.logits, case.teacher_logits, kind, **options)
+    divergence = Divergence(kind, beta=beta, temperature=1.3, top_k=3, support=support, **options)
+    dense = token_divergence(case.logits, case.teacher_logits, divergence)
     expected = torch.autograd.grad(dense @ case.weights, case.student)
-    values = chunked_divergence(*case.student, *case.teacher, kind, chunk_size=3, **options)
-    total = chunked_divergence(*case.student, *case.teacher, kind, chunk_size=3, weights=case.weights, **options)
+    values = chunked_divergence(*case.student, *case.teacher, divergence, chunk_size=3)
+    total = chunked_divergence(*case.student, *case.teacher, divergence, chunk_size=3, weights=case.weights)
     exactly(values, dense)
     exactly(total, dense @ case.weights)
     exactly(torch.autograd.grad(values @ case.weights, case.student), expected)
@@ -301,14 +327,14 @@ def test_top_k_from_hidden_states_is_the_dense_one(kind, beta, options, support)
 def test_the_mass_that_the_top_k_hold_is_logged_where_it_is_less():
     case = Case()
     both = weighted_divergence(
-        *case.student, *case.teacher, "jsd", weights=case.weights, top_k=3, support="student", chunk_size=3
+        *case.student, *case.teacher, Divergence("jsd", top_k=3, support="student"), weights=case.weights, chunk_size=3
     )
     p, q = case.logits.detach().softmax(-1), case.teacher_logits.softmax(-1)
     ids = p.topk(3).indices
     exactly(both.kept, torch.minimum(p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)))
     exactly(both.teacher_entropy, torch.distributions.Categorical(probs=q).entropy())
     exactly(both.student_entropy, torch.distributions.Categorical(probs=p).entropy())
-    whole = weighted_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+    whole = weighted_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
     exactly(whole.kept, torch.ones(N, dtype=torch.float64))
 
 
@@ -326,9 +352,11 @@ def test_16_bit_inputs_are_computed_in_float32(dtype, monkeypatch):
     narrow, wide = Case(dtype), Case(dtype)
     wide.hidden, wide.weight = (t.detach().double().requires_grad_() for t in wide.student)
     weights = narrow.weights.float()
-    total = chunked_divergence(*narrow.student, *narrow.teacher, "reverse_kl", weights=weights, chunk_size=2)
+    total = chunked_divergence(
+        *narrow.student, *narrow.teacher, Divergence("reverse_kl"), weights=weights, chunk_size=2
+    )
     exact = chunked_divergence(
-        *wide.student, *(t.double() for t in wide.teacher), "reverse_kl", weights=weights.double()
+        *wide.student, *(t.double() for t in wide.teacher), Divergence("reverse_kl"), weights=weights.double()
     )
     assert total.dtype == torch.float32
     assert_close(total.double(), exact, rtol=1e-5, atol=1e-5)
@@ -350,12 +378,11 @@ def test_entries_masked_on_both_sides_add_nothing():
             Head(case.weight, bias=mask),
             case.teacher_hidden,
             Head(case.teacher_weight, bias=mask),
-            kind,
-            beta=beta,
+            Divergence(kind, beta=beta),
             weights=case.weights,
         )
         alone = chunked_divergence(
-            case.hidden, case.weight[keep], case.teacher_hidden, case.teacher_weight[keep], kind, beta=beta
+            case.hidden, case.weight[keep], case.teacher_hidden, case.teacher_weight[keep], Divergence(kind, beta=beta)
         )
         exactly(total, alone @ case.weights)
         exactly(torch.autograd.grad(total, case.student), torch.autograd.grad(alone @ case.weights, case.student))
@@ -367,22 +394,22 @@ def test_an_infinite_divergence_is_refused():
     mask[2] = -torch.inf
     teacher = Head(case.teacher_weight, bias=mask)
     with pytest.raises(DataError, match="infinite at 7 of 7 positions"):
-        chunked_divergence(*case.student, case.teacher_hidden, teacher, "reverse_kl")
+        chunked_divergence(*case.student, case.teacher_hidden, teacher, Divergence("reverse_kl"))
     with pytest.raises(DataError, match="infinite at 7 of 7 positions"):
-        chunked_divergence(*case.student, case.teacher_hidden, teacher, "reverse_kl", weights=case.weights)
-    assert chunked_divergence(*case.student, case.teacher_hidden, teacher, "forward_kl").isfinite().all()
+        chunked_divergence(*case.student, case.teacher_hidden, teacher, Divergence("reverse_kl"), weights=case.weights)
+    assert chunked_divergence(*case.student, case.teacher_hidden, teacher, Divergence("forward_kl")).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kind": "kl"}, ConfigError, "kind = 'kl' is unknown"),
-        ({"kind": "jsd", "beta": 1.5}, ConfigError, "beta = 1.5"),
-        ({"temperature": 0.0}, ConfigError, "temperature = 0.0"),
+        ({"divergence": Divergence("jsd", temperature=None)}, ConfigError, "temperature = None"),
         ({"chunk_size": 0}, ConfigError, "chunk_size = 0"),
-        ({"clip": 0.0}, ConfigError, "clip = 0.0"),
-        ({"clip": 0.05, "top_k": 3}, ConfigError, "clip = 0.05 with top_k = 3"),
-        ({"top_k": V + 1}, ConfigError, "top_k = 12: must be between 1 and the vocabulary's 11"),
+        (
+            {"divergence": Divergence("jsd", top_k=V + 1)},
+            ConfigError,
+            "top_k = 12: must be at most the vocabulary's 11",
+        ),
         ({"teacher_hidden": normal(N - 1, 4, seed=3)}, DataError, "7 student tokens, but 6"),
         ({"teacher_head": normal(V + 1, 4, seed=4)}, DataError, "vocabularies differ: student 11, teacher 12"),
         ({"student_head": normal(V, H + 1, seed=4)}, DataError, "hidden states .7, 5. for a head's weight .11, 6."),
@@ -397,7 +424,7 @@ def test_what_cannot_be_computed_is_refused(change, error, message):
         "student_head": case.weight,
         "teacher_hidden": case.teacher_hidden,
         "teacher_head": case.teacher_weight,
-        "kind": "forward_kl",
+        "divergence": Divergence("forward_kl"),
     }
     with pytest.raises(error, match=message):
         chunked_divergence(**(arguments | change))
@@ -420,9 +447,8 @@ def test_entropies_of_both_sides_are_logged():
         Head(case.weight, bias=mask),
         case.teacher_hidden,
         Head(case.teacher_weight, bias=mask),
-        "forward_kl",
+        Divergence("forward_kl", temperature=1.3),
         weights=case.weights,
-        temperature=1.3,
         chunk_size=3,
     )
     for logged, logits in (
@@ -439,11 +465,11 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch):
     monkeypatch.setattr("opd.maths.head.Projector.pull_back", refuse)
     case = Case()
     with torch.no_grad():
-        chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+        chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
     frozen = (case.hidden.detach(), case.weight.detach())
-    chunked_divergence(*frozen, *case.teacher, "jsd", weights=case.weights)
+    chunked_divergence(*frozen, *case.teacher, Divergence("jsd"), weights=case.weights)
     with pytest.raises(AssertionError, match="a gradient was computed"):
-        chunked_divergence(*case.student, *case.teacher, "jsd", weights=case.weights)
+        chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=case.weights)
 
 
 def test_a_head_that_is_none_is_refused():
@@ -458,7 +484,9 @@ def test_a_head_in_float16_loses_no_small_entry_of_a_gradient(monkeypatch):
     case = Case(torch.float16)
     weights = case.weights.float() * 1e-7
     sides = (*case.student, *case.teacher)
-    plain = torch.autograd.grad(chunked_divergence(*sides, "jsd", weights=weights), case.student, torch.tensor(1e7))
+    plain = torch.autograd.grad(
+        chunked_divergence(*sides, Divergence("jsd"), weights=weights), case.student, torch.tensor(1e7)
+    )
     handed = []
 
     def rounding(self: Projector, gradient: Tensor, *rest: object) -> None:
@@ -467,7 +495,7 @@ def test_a_head_in_float16_loses_no_small_entry_of_a_gradient(monkeypatch):
 
     pull_back = Projector.pull_back
     monkeypatch.setattr(Projector, "pull_back", rounding)
-    total = chunked_divergence(*sides, "jsd", weights=weights, chunk_size=3)
+    total = chunked_divergence(*sides, Divergence("jsd"), weights=weights, chunk_size=3)
     rounded = torch.autograd.grad(total, case.student, torch.tensor(1e7))
     assert_close(rounded, plain, rtol=0.01, atol=1e-3)
     assert 0.01 < max(gradient.abs().max() for gradient in handed) < 1000
@@ -476,7 +504,7 @@ def test_a_head_in_float16_loses_no_small_entry_of_a_gradient(monkeypatch):
 @pytest.mark.parametrize("weights", [torch.zeros(N), torch.full((N,), 1e-36), torch.full((N,), 3e38)])
 def test_a_head_in_float16_takes_any_weights(weights):
     case = Case(torch.float16)
-    total = chunked_divergence(*case.student, *case.teacher, "jsd", weights=weights)
+    total = chunked_divergence(*case.student, *case.teacher, Divergence("jsd"), weights=weights)
     gradients = torch.autograd.grad(total, case.student, torch.tensor(1 / float(weights.max() or 1)))
     assert all(gradient.isfinite().all() for gradient in gradients)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from opd.losses import Divergence
 from opd.maths import divergence
 from opd.maths.divergence import chunked_divergence, weighted_divergence
+from opd.maths.formulas import kinds, with_beta
 from opd.maths.head import Head
 from opd.maths.logprobs import chunked_logprobs
 
@@ -27,14 +29,14 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("chunk_size", [None, 128])
 def test_the_gpu_gives_the_float64_values_and_gradients(dtype, kind, chunk_size):
     narrow = inputs(dtype)
     exact = [side.detach().cpu().double().requires_grad_(side.requires_grad) for side in narrow]
     weights = torch.linspace(-1, 1, N)
-    loss = chunked_divergence(*narrow, kind, weights=weights.cuda(), chunk_size=chunk_size)
-    reference = chunked_divergence(*exact, kind, weights=weights.double())
+    loss = chunked_divergence(*narrow, Divergence(kind), weights=weights.cuda(), chunk_size=chunk_size)
+    reference = chunked_divergence(*exact, Divergence(kind), weights=weights.double())
     assert_close(loss.detach().cpu().double(), reference.detach(), rtol=1e-3, atol=1e-3)
     for ours, theirs in zip(
         torch.autograd.grad(loss, narrow[:2]), torch.autograd.grad(reference, exact[:2]), strict=True
@@ -45,7 +47,7 @@ def test_the_gpu_gives_the_float64_values_and_gradients(dtype, kind, chunk_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "mixed_kl"])
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("clip", [None, 1e-4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_kernel_does_what_the_plain_operations_do(monkeypatch, dtype, kind, clip, bias):
@@ -61,9 +63,9 @@ def test_the_kernel_does_what_the_plain_operations_do(monkeypatch, dtype, kind, 
 
     def run() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         sides = (student, head, teacher, teacher_head)
-        options = {"temperature": 1.3, "chunk_size": 101, "clip": clip, "beta": 0.3}
-        found = weighted_divergence(*sides, kind, weights=weights, **options)
-        values = chunked_divergence(*sides, kind, **options)
+        rule = Divergence(kind, beta=0.3 if kind in with_beta() else None, temperature=1.3, clip=clip)
+        found = weighted_divergence(*sides, rule, weights=weights, chunk_size=101)
+        values = chunked_divergence(*sides, rule, chunk_size=101)
         totals = (found.total, values @ weights)
         return [x.detach() for x in (*found, values)], [g for t in totals for g in torch.autograd.grad(t, leaves)]
 
@@ -80,9 +82,9 @@ def test_the_kernel_does_what_the_plain_operations_do(monkeypatch, dtype, kind, 
 
 def test_a_head_in_float16_loses_no_small_gradient():
     sides, weights = inputs(torch.float16), torch.full((N,), 1e-7, device="cuda")
-    total = chunked_divergence(*sides, "forward_kl", weights=weights)
+    total = chunked_divergence(*sides, Divergence("forward_kl"), weights=weights)
     exact = [side.detach().double().requires_grad_(side.requires_grad) for side in sides]
-    reference = chunked_divergence(*exact, "forward_kl", weights=weights.double())
+    reference = chunked_divergence(*exact, Divergence("forward_kl"), weights=weights.double())
     factor = torch.tensor(1e7, device="cuda")
     for ours, theirs in zip(
         torch.autograd.grad(total, sides[:2], factor),

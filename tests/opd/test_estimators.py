@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from opd.errors import ConfigError, DataError
+from opd.losses import Divergence
 from opd.maths.divergence import token_divergence
 from opd.maths.estimators import estimate, estimator_loss
 
@@ -28,7 +29,7 @@ def expected_gradient(student: Tensor, losses: Tensor, sampler: Tensor | None = 
 
 
 def divergence_gradient(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    return torch.autograd.grad(token_divergence(student, teacher, kind), student)[0]
+    return torch.autograd.grad(token_divergence(student, teacher, Divergence(kind)), student)[0]
 
 
 def exactly(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -85,7 +86,7 @@ def test_k1_and_k3_estimate_the_reverse_kl_without_bias(kind):
     p = student.detach().softmax(-1)
     values = estimate(student.log_softmax(-1), teacher, kind)
     assert not values.requires_grad
-    exactly(p @ values, token_divergence(student, teacher, "reverse_kl").detach())
+    exactly(p @ values, token_divergence(student, teacher, Divergence("reverse_kl")).detach())
 
 
 def test_k2_has_a_bias_that_shrinks_faster_than_the_divergence():
@@ -94,7 +95,7 @@ def test_k2_has_a_bias_that_shrinks_faster_than_the_divergence():
     biases = []
     for distance in (0.1, 0.01):
         teacher = (student.detach() + distance * direction).log_softmax(-1)
-        kl = token_divergence(student, teacher, "reverse_kl").detach()
+        kl = token_divergence(student, teacher, Divergence("reverse_kl")).detach()
         p = student.detach().softmax(-1)
         biases.append(((p @ estimate(student.log_softmax(-1), teacher, "k2") - kl) / kl).item())
     assert 1e-4 < abs(biases[0]) < 0.2

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from opd.errors import ConfigError
-from opd.losses import DIVERGENCES
-from opd.maths import divergence
+from opd.losses import Divergence
+from opd.maths import divergence, formulas
 from opd.maths.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
 from opd.maths.head import Head, Projection
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test of this file starts")
 
-KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("mixed_kl", 0.3)]
+KINDS = [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.3), ("mixed_kl", 0.3)]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
 every_clip = pytest.mark.parametrize("clip", [None, 0.02])
 
@@ -60,17 +60,29 @@ def kernel(monkeypatch):
     return kernels.divergence_rows
 
 
+@pytest.fixture
+def unheard_of(monkeypatch):
+    """A divergence that is in the table for as long as a test runs, and of which the kernel knows nothing."""
+    monkeypatch.setattr(formulas, "_TABLE", dict(formulas._TABLE))
+
+    @formulas.formula()
+    def unheard_of(student, teacher, p, q):
+        return formulas.times_log_ratio(q, teacher, student), -q
+
+    return Divergence("unheard_of")
+
+
 @inside
 @every_kind
 @every_clip
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16, None])
 def test_the_kernel_gives_the_float64_values_and_gradients(kernel, kind, beta, clip, narrow):
     student, teacher, weights = rows()
-    rule = divergence._Rule.of(kind, beta, clip, None, "teacher", True)
+    rule = Divergence(kind, beta=beta, clip=clip)
     exact = divergence._full_rows(rule, student.double(), teacher.double(), weights.double()[:, None])
     columns = torch.zeros(4, N)
     arguments = (None, torch.float32) if narrow is None else (weights, narrow)
-    gradient = kernel(kind, beta, clip, student, teacher, *arguments, *columns)
+    gradient = kernel(rule, student, teacher, *arguments, *columns)
     expected = [exact.values, exact.clipped if clip else torch.zeros(N), exact.student_entropy, exact.teacher_entropy]
     assert_close(columns.double(), torch.stack([column.double() for column in expected]), rtol=1e-5, atol=1e-5)
     assert exact.clipped is None or 0 < exact.clipped.mean() < 1
@@ -89,9 +101,9 @@ def test_a_weight_for_all_tokens_may_be_one_number_in_memory(kernel, kind, beta)
     student, teacher, _ = rows()
     one = torch.tensor(0.5)
     columns = torch.zeros(4, N)
-    arguments = (kind, beta, None, student.clone(), teacher)
+    arguments = (Divergence(kind, beta=beta), student.clone(), teacher)
     expanded = kernel(*arguments, one.expand(N), torch.float32, *columns).clone()
-    arguments = (kind, beta, None, student.clone(), teacher)
+    arguments = (Divergence(kind, beta=beta), student.clone(), teacher)
     assert_close(expanded, kernel(*arguments, torch.full((N,), 0.5), torch.float32, *columns), rtol=0, atol=0)
 
 
@@ -101,7 +113,8 @@ def test_a_weight_for_all_tokens_may_be_one_number_in_memory(kernel, kind, beta)
 def test_equal_sides_give_neither_value_nor_gradient(kernel, kind, beta, clip):
     student = normal(N, V, seed=0)
     columns = torch.zeros(4, N)
-    gradient = kernel(kind, beta, clip, student, student.clone(), torch.ones(N), torch.float32, *columns)
+    rule = Divergence(kind, beta=beta, clip=clip)
+    gradient = kernel(rule, student, student.clone(), torch.ones(N), torch.float32, *columns)
     assert columns[0].abs().max() < 1e-6
     assert gradient.abs().max() < 1e-6
 
@@ -115,7 +128,7 @@ def test_what_is_not_finite_is_seen(kernel, kind):
     student[2, 4] = -torch.inf
     teacher[3, 4] = -torch.inf
     columns = torch.zeros(4, N)
-    gradient = kernel(kind, 0.5, None, student, teacher, torch.ones(N), torch.float32, *columns)
+    gradient = kernel(Divergence(kind), student, teacher, torch.ones(N), torch.float32, *columns)
     assert columns[0, :2].isnan().all()
     assert gradient[:2].isnan().any(-1).all()
     assert columns[0].isinf().tolist() == [False, False, kind == "forward_kl", kind == "reverse_kl"]
@@ -131,11 +144,11 @@ def test_all_of_it_is_what_the_plain_rows_give(kernel, monkeypatch, kind, beta, 
     bias = normal(V, seed=2).requires_grad_()
     teacher_hidden, teacher_weight, weights = normal(7, 4, seed=3), normal(V, 4, seed=4), normal(7, seed=5)
     sides = (hidden, Head(weight, bias=bias, softcap=9.0, scale=0.8), teacher_hidden, teacher_weight)
-    options = {"beta": beta, "clip": clip, "temperature": 1.3, "chunk_size": chunk_size}
+    rule = Divergence(kind, beta=beta, clip=clip, temperature=1.3)
 
     def run() -> tuple[Tensor, ...]:
-        found: WeightedDivergence = weighted_divergence(*sides, kind, weights=weights, **options)
-        values = chunked_divergence(*sides, kind, **options)
+        found: WeightedDivergence = weighted_divergence(*sides, rule, weights=weights, chunk_size=chunk_size)
+        values = chunked_divergence(*sides, rule, chunk_size=chunk_size)
         inputs = (hidden, weight, bias)
         return *(x.detach() for x in (*found, values)), *(
             gradient for total in (found.total, values @ weights) for gradient in torch.autograd.grad(total, inputs)
@@ -153,7 +166,7 @@ def test_a_narrow_gradient_in_the_place_of_the_logits_is_what_the_products_take(
     sides = (hidden, weight, normal(7, 4, seed=3), normal(V, 4, seed=4))
 
     def run() -> tuple[Tensor, ...]:
-        total = chunked_divergence(*sides, "reverse_kl", weights=normal(7, seed=5), chunk_size=3)
+        total = chunked_divergence(*sides, Divergence("reverse_kl"), weights=normal(7, seed=5), chunk_size=3)
         return total.detach(), *torch.autograd.grad(total, (hidden, weight))
 
     plain = run()
@@ -164,14 +177,14 @@ def test_a_narrow_gradient_in_the_place_of_the_logits_is_what_the_products_take(
 
 
 @inside
-def test_a_kind_without_a_branch_is_no_other_kind(kernel, monkeypatch):
+def test_a_kind_without_a_branch_is_no_other_kind(kernel, monkeypatch, unheard_of):
     """Not even where the launcher is told that the kernel knows it."""
     from opd.maths import kernels
 
-    monkeypatch.setattr(kernels, "KINDS", (*kernels.KINDS, "skew_kl"))
+    monkeypatch.setattr(kernels, "KINDS", (*kernels.KINDS, "unheard_of"))
     student, teacher, weights = rows()
     with pytest.raises(Exception, match="no formula for this divergence"):
-        kernel("skew_kl", 0.5, None, student, teacher, weights, torch.float32, *torch.zeros(4, N))
+        kernel(unheard_of, student, teacher, weights, torch.float32, *torch.zeros(4, N))
 
 
 @inside
@@ -180,21 +193,21 @@ def test_a_kind_that_the_kernel_does_not_know_is_computed_without_it(kernel, mon
     from opd.maths import kernels
 
     sides = (normal(7, 5, seed=0), normal(V, 5, seed=1), normal(7, 4, seed=3), normal(V, 4, seed=4))
-    expected = chunked_divergence(*sides, kind)
+    expected = chunked_divergence(*sides, Divergence(kind))
     monkeypatch.setattr(kernels, "KINDS", ("forward_kl", "reverse_kl"))
     with pytest.raises(ConfigError, match=rf"kernel = '{kind}' is unknown\. Allowed: forward_kl, reverse_kl"):
-        kernel(kind, 0.5, None, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
-    assert_close(chunked_divergence(*sides, kind), expected, rtol=1e-5, atol=1e-6)
+        kernel(Divergence(kind), *rows()[:2], None, torch.float32, *torch.zeros(4, N))
+    assert_close(chunked_divergence(*sides, Divergence(kind)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs neither a GPU nor the interpreter")
-def test_the_launcher_refuses_a_kind_that_it_does_not_know():
+def test_the_launcher_refuses_a_kind_that_it_does_not_know(unheard_of):
     from opd.maths.kernels import KINDS, divergence_rows
 
-    assert set(KINDS) <= set(DIVERGENCES)
-    known = "forward_kl, reverse_kl, jsd, mixed_kl"
-    with pytest.raises(ConfigError, match=rf"kernel = 'skew_kl' is unknown\. Allowed: {known}"):
-        divergence_rows("skew_kl", 0.5, None, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
+    assert set(KINDS) <= set(formulas.kinds())
+    known = ", ".join(KINDS)
+    with pytest.raises(ConfigError, match=rf"kernel = 'unheard_of' is unknown\. Allowed: {known}"):
+        divergence_rows(unheard_of, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
 
 
 @pytest.mark.slow

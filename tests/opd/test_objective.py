@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from opd.losses import Correction, CrossEntropy, Distill, Losses, Policy, SampledDistill, Sampler
+from opd.losses import Correction, CrossEntropy, Distill, Divergence, Losses, Policy, SampledDistill, Sampler
 from opd.maths.advantage import distillation_advantage
 from opd.maths.divergence import token_divergence
 from opd.maths.variance import gradient_variance
@@ -65,14 +65,18 @@ def loss_and_gradients(model, teacher, samples, losses, parts, sampler=SAMPLER):
 
 
 LOSSES = {
-    "distill": Losses(distill=Distill(kind="forward_kl", temperature=1.0)),
-    "jsd, sequence mean": Losses(distill=Distill(kind="jsd", temperature=0.7, beta=0.3), reduction="sequence_mean"),
-    "reverse and cross-entropy": Losses(distill=Distill(kind="reverse_kl", temperature=1.0), ce=CrossEntropy(coef=0.3)),
+    "distill": Losses(distill=Distill(divergence=Divergence("forward_kl"))),
+    "jsd, sequence mean": Losses(
+        distill=Distill(divergence=Divergence("jsd", temperature=0.7, beta=0.3)), reduction="sequence_mean"
+    ),
+    "reverse and cross-entropy": Losses(
+        distill=Distill(divergence=Divergence("reverse_kl")), ce=CrossEntropy(coef=0.3)
+    ),
     "shared denominator": Losses(
-        distill=Distill(kind="forward_kl", temperature=1.0, clip=0.05), ce=CrossEntropy(), shared=True
+        distill=Distill(divergence=Divergence("forward_kl", clip=0.05)), ce=CrossEntropy(), shared=True
     ),
     "top k, bounded ratio": Losses(
-        distill=Distill(kind="jsd", temperature=1.0, top_k=20, support="student", max_ratio=1.5)
+        distill=Distill(divergence=Divergence("jsd", top_k=20, support="student"), max_ratio=1.5)
     ),
     "policy": Losses(policy=Policy()),
     "policy by sequence, entropy": Losses(
@@ -80,7 +84,7 @@ LOSSES = {
         reduction="sequence_sum",
         length=7.0,
     ),
-    "routed": Losses(policy=Policy(), distill=Distill(kind="jsd", temperature=1.0), shared=True),
+    "routed": Losses(policy=Policy(), distill=Distill(divergence=Divergence("jsd")), shared=True),
     "sampled": Losses(distill=SampledDistill(clip=3.0)),
     "sampled, full baseline": Losses(distill=SampledDistill(baseline="full", max_ratio=1.2)),
     "sampled, top k": Losses(distill=SampledDistill(baseline="top_k", top_k=10, renormalise=True), policy=Policy()),
@@ -129,12 +133,11 @@ def dense_loss(model, teacher, samples, losses, sampler):
             if isinstance(losses.distill, Distill) and theirs is not None:
                 rule = losses.distill
                 bounded = 1.0 if rule.max_ratio is None else ratio.detach().clamp(max=rule.max_ratio)
-                if rule.clip is None:
-                    options = {"beta": rule.beta, "top_k": rule.top_k, "support": rule.support}
-                    value = token_divergence(student[t], theirs[t], rule.kind, temperature=rule.temperature, **options)
+                if rule.divergence.clip is None:
+                    value = token_divergence(student[t], theirs[t], rule.divergence)
                 else:
                     q, p = theirs[t].log_softmax(-1), student[t].log_softmax(-1)
-                    value = (q.exp() * (q - p)).clamp(max=rule.clip).sum()
+                    value = (q.exp() * (q - p)).clamp(max=rule.divergence.clip).sum()
                 total = total + weight * bounded * value
             if isinstance(losses.distill, SampledDistill) and theirs is not None:
                 rule, scaled = losses.distill, theirs[t] / sampler.temperature

@@ -796,8 +796,11 @@ def test_a_round_with_failures_says_so_once_with_the_reasons(play, scripted_env,
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"on_failure": "keep", "retries": 2}, "rollout.retries is used by retry alone, but on_failure = keep"),
-        ({"on_failure": "drop", "min_group_size": 2, "group_size": 4}, "rollout.min_group_size has no effect with"),
+        ({"on_failure": "keep", "retries": 2}, "retries\n  is used by on_failure = retry alone, but on_failure = keep"),
+        (
+            {"on_failure": "drop", "min_group_size": 2, "group_size": 4},
+            "min_group_size\n  is used by on_failure = retry or keep alone",
+        ),
         ({"min_group_size": 3, "group_size": 2}, "rollout.min_group_size = 3 is more than group_size = 2"),
     ],
 )

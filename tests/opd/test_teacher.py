@@ -10,7 +10,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM
 
 from opd.errors import CheckpointError, ModelError
-from opd.losses import Distill, Losses
+from opd.losses import Distill, Divergence, Losses
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch
 from opd.objective.objective import objective
@@ -19,7 +19,7 @@ from opd.teachers.teacher import Teacher
 
 LIVE = TeacherConfig(weights="live", rate=None)
 FROZEN = TeacherConfig(weights="frozen", rate=None)
-LOSSES = Losses(distill=Distill(kind="forward_kl", temperature=1.0))
+LOSSES = Losses(distill=Distill(divergence=Divergence("forward_kl")))
 
 
 def ema(rate):
@@ -223,9 +223,9 @@ def test_a_synced_teacher_is_the_student_of_every_third_update_and_stands_still_
 
 
 def test_a_synced_teacher_without_a_rhythm_or_a_rhythm_without_it_is_refused():
-    with pytest.raises(ValueError, match=r"synced needs teacher\.every"):
+    with pytest.raises(ValueError, match=r"every\n  is missing: weights = synced needs it"):
         TeacherConfig(weights="synced")
-    with pytest.raises(ValueError, match=r"every is used by synced alone"):
+    with pytest.raises(ValueError, match=r"every\n  is used by weights = synced alone"):
         TeacherConfig(weights="frozen", every=3)
 
 

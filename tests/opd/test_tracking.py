@@ -24,7 +24,7 @@ from opd.tracking import Tracker, read_rows, wandb_run
 from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
 from opd.tracking.wandb_run import auto_mode, open_run
-from opd.types import StopReason, Task, Trajectory, Turn
+from opd.types import End, StopReason, Task, Trajectory, Turn
 
 QUIET = TrackingConfig(wandb="disabled", console=False, plot=False)
 
@@ -40,9 +40,9 @@ def turn(text: str, messages: list[dict], *, reward: float = 0.0, forked: bool =
     )  # fmt: skip
 
 
-def episode(index: int = 0, member: int = 0, turns: list[Turn] | None = None, **kwargs) -> Trajectory:
+def episode(index: int = 0, member: int = 0, turns: list[Turn] | None = None, end=End.FINISHED, **kwargs) -> Trajectory:
     turns = turns or [turn("hi", [{"role": "user", "content": "hello"}])]
-    return Trajectory(task=Task(index=index, seed=7), member=member, turns=turns, **kwargs)
+    return Trajectory(task=Task(index=index, seed=7), member=member, turns=turns, end=end, **kwargs)
 
 
 # -- metrics.jsonl ------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def test_an_episode_is_written_as_the_conversation_that_took_place(tmp_path):
         turn("red", [{"role": "tool", "content": "found"}], reward=0.5),
     ]
     with tracker(tmp_path) as run:
-        run.log_rollouts(4, [episode(3, 1, turns, success=True, terminated=True, privileged={"plan": "look"})])
+        run.log_rollouts(4, [episode(3, 1, turns, success=True, privileged={"plan": "look"})])
     [row] = read_rows(tmp_path / "rollouts.jsonl")
     assert row == {
         "step": 4, "task": "train/3", "seed": 7, "member": 1, "reward": 0.5, "success": True,
-        "terminated": True, "truncated": False, "failed": None, "tokens": 2, "rewards": [0.0, 0.5],
+        "end": "finished", "failed": None, "tokens": 2, "rewards": [0.0, 0.5],
         "reward_parts": {},
         "stop_reasons": ["stop", "stop"], "feedback": [None, None], "policy_version": 0,
         "privileged": {"plan": "look"},

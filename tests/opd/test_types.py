@@ -1,12 +1,14 @@
 """The plain data: what a trajectory, a view and a sample accept, and what they derive."""
 
+import doctest
 import math
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import pytest
 
+from opd import types
 from opd.errors import DataError
-from opd.types import STREAMS, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
+from opd.types import STREAMS, End, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 TASK = Task(index=3, seed=5)
 
@@ -25,6 +27,7 @@ def turn(prompt, completion, *, forked=False, reward=0.0):
 
 
 def trajectory(*turns, **fields):
+    fields = {"end": End.BROKEN if "failed" in fields else End.FINISHED, **fields}
     return Trajectory(task=TASK, member=1, turns=list(turns), **fields)
 
 
@@ -86,7 +89,7 @@ def test_every_sampled_token_is_in_exactly_one_segment():
 
 
 def test_an_episode_without_turns_has_no_segments():
-    assert trajectory().segments() == []
+    assert trajectory(end=End.CONTEXT_FULL).segments() == []
 
 
 def test_a_reward_is_the_exact_sum_of_the_steps():
@@ -94,9 +97,9 @@ def test_a_reward_is_the_exact_sum_of_the_steps():
 
 
 def test_a_group_trains_neither_what_failed_nor_what_never_spoke():
-    good, silent = trajectory(turn([1], [2])), trajectory(truncated=True)
+    good, silent = trajectory(turn([1], [2])), trajectory(end=End.CONTEXT_FULL)
     broken = trajectory(turn([1], [2]), failed="step 1: it broke")
-    cut = trajectory(turn([1], [2]), truncated=True)
+    cut = trajectory(turn([1], [2]), end=End.MAX_TURNS)
     assert TrajectoryGroup(task=TASK, trajectories=[good, silent, broken, cut]).usable == [good, cut]
 
 
@@ -155,3 +158,14 @@ def test_new_weights_leave_the_old_sample_alone():
     assert old.distill_weight == [0.0, 0.0, 1.0]
     with pytest.raises(DataError, match="was not sampled"):
         replace(old, ce_weight=[1.0, 0.0, 0.0])
+
+
+def test_one_episode_runs_through_the_examples_of_all_types_and_they_are_true():
+    examples = [test for test in doctest.DocTestFinder().find(types, globs={}) if test.examples]
+    shared, runner, report = dict(vars(types)), doctest.DocTestRunner(), []
+    for test in sorted(examples, key=lambda test: test.lineno):
+        test.globs = shared
+        runner.run(test, out=report.append, clear_globs=False)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+    data = {name for name, kind in vars(types).items() if is_dataclass(kind)} | {"Segment"}
+    assert {test.name.removeprefix("opd.types.") for test in examples} == data

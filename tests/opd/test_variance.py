@@ -22,14 +22,14 @@ every_baseline = pytest.mark.parametrize("options", BASELINES, ids=str)
 
 
 def states(count: int = 3, scale: float = 1.5, vocabulary: int = V) -> tuple[Tensor, Tensor]:
-    """Logits of a student, and of a teacher that is near it: [count, V] each."""
+    """Draw logits of a student, and of a teacher that is near it: [count, V] each."""
     generator = torch.Generator().manual_seed(0)
     student, noise = torch.randn(2, count, vocabulary, generator=generator, dtype=torch.float64)
     return scale * student, scale * student + noise
 
 
 def enumerated_variance(student: Tensor, teacher: Tensor, baseline: Tensor) -> Tensor:
-    """Of one state: the mean squared distance of the sampled gradients from their mean, by autograd."""
+    """Compute one state's mean squared distance of the sampled gradients from their mean, by autograd."""
     logits = student.clone().requires_grad_()
     logprobs = logits.log_softmax(-1)
     gradients = torch.stack([torch.autograd.grad(logprobs[v], logits, retain_graph=True)[0] for v in range(V)])

@@ -1,4 +1,4 @@
-"""What docs/rewards.md shows runs, and it leaves out no built-in reward."""
+"""The examples on docs/rewards.md run, and the page leaves out no built-in reward."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture
 def my_rewards(monkeypatch):
-    """The functions on the page, as the module that its settings name."""
+    """Make the functions on the page importable as the module that its settings name."""
     module = ModuleType("my_rewards")
     exec(PYTHON[0], module.__dict__)
     monkeypatch.setitem(sys.modules, "my_rewards", module)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn
+from opd.types import End, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 TASK = Task(index=0, seed=0)
 
@@ -42,7 +42,8 @@ def make_episode():
                 )
             )
             history += [*messages, {"role": "assistant", "content": text}]
-        return Trajectory(task=TASK, member=member, turns=played, success=success, terminated=True, failed=failed)
+        end = End.FINISHED if failed is None else End.BROKEN
+        return Trajectory(task=TASK, member=member, turns=played, end=end, success=success, failed=failed)
 
     return make
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opd.trainers.loop.accounts import account
-from opd.types import Fault, StopReason, Task, Trajectory, TrajectoryGroup, Turn, to_sample
+from opd.types import End, Fault, StopReason, Task, Trajectory, TrajectoryGroup, Turn, to_sample
 
 
 def turn(*ids, forked=False):
@@ -22,7 +22,9 @@ def turn(*ids, forked=False):
 
 
 def episode(index=0, member=0, turns=((7,), (8, 9)), **how):
-    return Trajectory(task=Task(index=index, seed=0), member=member, turns=[turn(*ids) for ids in turns], **how)
+    made = [turn(*ids) for ids in turns]
+    how = {"end": End.BROKEN if "failed" in how else End.FINISHED, **how}
+    return Trajectory(task=Task(index=index, seed=0), member=member, turns=made, **how)
 
 
 def group(*trajectories, **how):
@@ -49,7 +51,7 @@ def test_tokens_of_a_sample_without_a_weight_are_masked():
 
 
 def test_every_segment_of_a_forked_episode_is_counted():
-    forked = Trajectory(task=Task(index=0, seed=0), member=0, turns=[turn(7), turn(8, 9, forked=True), turn(5)])
+    forked = replace(episode(), turns=[turn(7), turn(8, 9, forked=True), turn(5)])
     g = group(forked)
     assert len(samples(g)) == 2
     assert account([g], samples(g)) == {"tokens/sampled": 4, "tokens/trained": 4, "tokens/masked": 0}
@@ -98,8 +100,8 @@ def test_the_parts_add_up_when_tokens_have_every_fate():
         group(episode(), episode(member=1, failed="x", fault=Fault.INVALID), replaced=[episode(member=1)]),
         group(episode(index=1), dropped=True),
         group(episode(index=2)),
-        group(episode(index=3, truncated=True)),
-        group(episode(index=4, turns=[])),
+        group(episode(index=3, end=End.MAX_TURNS)),
+        group(episode(index=4, turns=[], end=End.CONTEXT_FULL)),
     ]
     trained = [*samples(groups[0]), *samples(groups[3], weight=0.0)]
     row = account(groups, trained)

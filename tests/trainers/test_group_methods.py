@@ -111,13 +111,13 @@ def test_routes_add_up_and_follow_the_outcomes(run):
 
 COMPOSED = {
     "pass rates": ({}, {"weighting": {"pass_rate": {"on": "all"}}}),
-    "vOPD's baseline": ({"form": "sampled", "divergence": "reverse_kl", "baseline": "full"}, {}),
+    "vOPD's baseline": ({"form": "sampled", "baseline": "full"}, {}),
     "vOPD's baseline over the top k": (
-        {"form": "sampled", "divergence": "reverse_kl", "baseline": "top_k", "top_k": 5},
+        {"form": "sampled", "baseline": "top_k", "baseline_top_k": 5},
         {},
     ),
     "both": (
-        {"form": "sampled", "divergence": "reverse_kl", "baseline": "full"},
+        {"form": "sampled", "baseline": "full"},
         {"weighting": {"pass_rate": {}, "turns": [1.0, 0.5]}},
     ),
     "a trust region": ({"teacher": {"weights": "trust_region", "rate": 0.05}}, {}),
@@ -140,7 +140,7 @@ def test_pass_rates_and_baselines_compose_with_grpo(run):
     _, plain = run("grpo")
     _, weighed = run("grpo", weighting={"pass_rate": {"on": "all"}})
     assert not same(plain, weighed)
-    vopd = {"policy_share": 0.9, "form": "sampled", "divergence": "reverse_kl", "baseline": "full", "max_ratio": None}
+    vopd = {"policy_share": 0.9, "form": "sampled", "baseline": "full", "max_ratio": None}
     rows, mixed = run("sdpo", vopd)
     assert not same(plain, mixed)
     assert all("policy/ratio_p50" in row and "distill/nats" in row for row in rows)

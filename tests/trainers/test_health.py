@@ -7,7 +7,7 @@ import pytest
 
 from opd.errors import HealthError
 from opd.trainers.loop.health import Health
-from opd.types import Task, Trajectory, TrajectoryGroup
+from opd.types import End, Task, Trajectory, TrajectoryGroup
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_groups_that_lost_too_many_members_are_of_no_use(group):
 
 
 def test_episodes_without_room_for_a_completion_are_of_no_use_either():
-    empty = Trajectory(task=Task(index=4, seed=0), member=0, turns=[], truncated=True)
+    empty = Trajectory(task=Task(index=4, seed=0), member=0, turns=[], end=End.CONTEXT_FULL)
     with pytest.raises(HealthError, match=r"train/4 has no room for a completion: .*rollout\.max_length"):
         Health(1).played([TrajectoryGroup(task=empty.task, trajectories=[empty])])
 

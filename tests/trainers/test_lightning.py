@@ -22,7 +22,9 @@ from opd.launch.cli.main import main
 from opd.launch.plan.stored import inspect, problems
 from opd.launch.run import build as launch_build
 from opd.launch.train import train
+from opd.losses import Divergence
 from opd.maths.divergence import stored_divergence, token_divergence
+from opd.maths.formulas import kinds
 from opd.models.config import ModelConfig
 from opd.models.identity import weights_fingerprint
 from opd.models.loading import load
@@ -251,7 +253,10 @@ def test_settings_that_changed_since_the_data_was_made_are_refused_by_name(whole
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"top_k": 100_000}, r"lightning_opd: top_k = 100000 is more than the \d+ entries"),
+        (
+            {"form": "exact", "divergence": {"top_k": 100_000}},
+            r"lightning_opd.divergence.top_k = 100000 is more than the \d+ entries",
+        ),
         ({"data": "/nonexistent/data"}, r'lightning_opd.data = "/nonexistent/data": there is no such folder'),
         (
             {"sft_teacher": "/nonexistent", "mismatch": "allow"},
@@ -308,7 +313,7 @@ def test_a_store_that_was_made_under_other_settings_is_refused_by_what_differs(w
     with pytest.raises(DataError, match=r"another temperature \(1.0 there, 0.5 here\)"):
         train(hot)
     with pytest.raises(DataError, match=r"another top_k \(0 there, 3 here\)"):
-        train(settings("top", lightning_opd=own | {"top_k": 3}) | base)
+        train(settings("top", lightning_opd=own | {"form": "exact", "divergence": {"top_k": 3}}) | base)
     template = settings("template", rollout={"chat_template_kwargs": {"x": 1}}, lightning_opd=own) | base
     with pytest.raises(DataError, match="was played with another template"):
         train(template)
@@ -323,7 +328,7 @@ def test_episodes_that_say_the_same_are_scored_once_and_trained_as_often_as_they
     assert len(with_scores([*samples, *samples], store)) == 2 * len(samples)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_stored_top_k_gives_the_divergence_and_gradient_of_a_teacher_that_is_there(kind, tail):
     torch.manual_seed(0)
@@ -333,17 +338,25 @@ def test_a_stored_top_k_gives_the_divergence_and_gradient_of_a_teacher_that_is_t
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     top = teacher.topk(4, dim=-1)
     part = stored_divergence(
-        ours, head, top.indices, top.values, kind, weights=weights, temperature=0.7, tail=tail, chunk_size=3
+        ours,
+        head,
+        top.indices,
+        top.values,
+        Divergence(kind, temperature=0.7, top_k=4, tail=tail),
+        weights=weights,
+        chunk_size=3,
     )
     part.total.backward()
-    exact = token_divergence(theirs @ head.T / 0.7, teacher, kind, top_k=4, tail=tail)
+    exact = token_divergence(theirs @ head.T / 0.7, teacher, Divergence(kind, top_k=4, tail=tail))
     (exact * weights).sum().backward()
     torch.testing.assert_close(part.per_token, exact.detach())
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_run_with_a_stored_top_k_trains_its_divergence_without_a_teacher(settings):
-    out = train(settings("top_k", lightning_opd={"top_k": 5, "divergence": "forward_kl"})).out
+    out = train(
+        settings("top_k", lightning_opd={"form": "exact", "divergence": {"kind": "forward_kl", "top_k": 5}})
+    ).out
     rows = read_rows(out / "metrics.jsonl")[2:]
     assert all(row["distill/nats"] > 0 and 0 < row["distill/kept"] <= 1 for row in rows)
     assert dict(inspect(out))["top k"] == "5"

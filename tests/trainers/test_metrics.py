@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.trainers.loop.metrics import of_groups, of_samples, of_tokens, of_variance, pass_rates
-from opd.types import Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn
+from opd.types import End, Sample, StopReason, Task, TeacherView, Trajectory, TrajectoryGroup, Turn
 
 TASK = Task(index=0, seed=0)
 
@@ -118,7 +118,14 @@ def test_tasks_with_a_solved_episode_and_tasks_with_unequal_rewards_are_shares_o
             prompt_ids=[1], completion_ids=[2], logprobs=[0.0], stop_reason=StopReason.STOP, messages=[], text=""
         )
         played = [
-            Trajectory(task=TASK, member=n, turns=[replace(turn, reward=reward)], success=reward == 1, failed=broken)
+            Trajectory(
+                task=TASK,
+                member=n,
+                turns=[replace(turn, reward=reward)],
+                end=End.FINISHED if broken is None else End.BROKEN,
+                success=reward == 1 and broken is None,
+                failed=broken,
+            )
             for n, (reward, broken) in enumerate(outcomes)
         ]
         return TrajectoryGroup(task=TASK, trajectories=played)
@@ -145,7 +152,9 @@ def test_a_step_without_samples_has_no_means():
 def test_a_pass_rate_is_over_the_episodes_that_were_played_whole():
     turn = Turn(prompt_ids=[1], completion_ids=[2], logprobs=[0.0], stop_reason=StopReason.STOP, messages=[], text="")
     played = [
-        Trajectory(task=TASK, member=n, turns=[turn], success=n == 0, failed="broke" if n == 2 else None)
+        Trajectory(task=TASK, member=n, turns=[turn], end=End.FINISHED, success=n == 0)
+        if n < 2
+        else Trajectory(task=TASK, member=n, turns=[turn], end=End.BROKEN, failed="broke")
         for n in range(3)
     ]
     broken = TrajectoryGroup(task=Task(index=1, seed=1), trajectories=played[2:])

@@ -73,7 +73,7 @@ def one_by_one(model, token_ids, rows):
     return torch.stack(logits).log_softmax(-1)
 
 
-@pytest.mark.parametrize("form", ["sampled", "full"])
+@pytest.mark.parametrize("form", ["sampled", "exact"])
 def test_another_model_scores_the_students_own_tokens_in_the_conversation_they_were_sampled_in(
     play, scripted_env, turns_then_end, make_chat, make_model, form
 ):
@@ -83,7 +83,8 @@ def test_another_model_scores_the_students_own_tokens_in_the_conversation_they_w
         make_model(dtype=torch.float64, seed=7),
     )
     groups = play(lambda: scripted_env(turns_then_end(3)), tasks=3, model=student, chat=chat)
-    method = Opd(OpdConfig(teacher=EXTERNAL, form=form), chat)
+    whole = {"divergence": {"top_k": None}} if form == "exact" else {}
+    method = Opd(OpdConfig(teacher=EXTERNAL, form=form, **whole), chat)
     samples = [sample for group in groups for sample in method.annotate(group)]
     assert [max(s.turn) for s in samples] == [2, 2, 2]
     assert all(s.teacher_view.token_ids == s.token_ids and s.teacher_view.rows == s.rows for s in samples)
@@ -143,24 +144,30 @@ def test_teachers_that_cannot_be_are_refused_before_anything_loads(settings):
     refused(
         settings(opd={"teacher": {"weights": "frozen"}}), "teacher.weights = frozen would see what the student sees"
     )
-    refused(settings(opd={"teacher": {"weights": "external"}}), "opd.teacher.weights = external needs teacher.model")
+    refused(
+        settings(opd={"teacher": {"weights": "external"}}), "opd.teacher.model is missing: weights = external needs it"
+    )
     named = {"weights": "frozen", "model": "x"}
-    refused(settings(method="opsd", opsd={"teacher": named}), "teacher.model is used by external alone")
+    refused(
+        settings(method="opsd", opsd={"teacher": named}),
+        "opsd.teacher.model is used by weights = external alone, but weights = frozen; remove it",
+    )
     missing = {"teacher": {"weights": "external", "model": "./nowhere"}}
     refused(settings(opd=missing), 'opd.teacher.model = "./nowhere" does not exist')
     external = settings()["opd"]["teacher"]
     refused(
-        settings(opd={"teacher": external, "policy": {"scale": "none"}}), "policy has no effect while policy_share = 0"
+        settings(opd={"teacher": external, "policy": {"scale": "none"}}), "opd.policy is used with policy_share alone"
     )
     refused(
-        settings(opd={"teacher": external, "support": "teacher"}), "support = teacher has no effect with form = sampled"
+        settings(opd={"teacher": external, "divergence": "jsd"}),
+        "opd.divergence is used by form = exact alone, but form =",
     )
 
 
 def test_the_name_of_vopd_switches_the_baseline_on():
     assert VopdConfig(teacher=EXTERNAL).loss() == SampledDistill(baseline="full", max_ratio=2.0)
     assert OpdConfig(teacher=EXTERNAL).loss() == SampledDistill(max_ratio=2.0)
-    by_top_k = VopdConfig(teacher=EXTERNAL, baseline="top_k", top_k=7).loss()
+    by_top_k = VopdConfig(teacher=EXTERNAL, baseline="top_k", baseline_top_k=7).loss()
     assert (by_top_k.baseline, by_top_k.top_k, by_top_k.renormalise) == ("top_k", 7, True)
 
 

@@ -14,7 +14,7 @@ from opd.tracking import Tracker
 from opd.tracking.config import TrackingConfig
 from opd.tracking.files import read_rows
 from opd.trainers.loop import metrics
-from opd.types import StopReason, Task, Trajectory, TrajectoryGroup, Turn
+from opd.types import End, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 
 def told(rewards, env=None):
@@ -126,7 +126,7 @@ def test_an_episodes_part_is_the_sum_of_what_was_told_of_it(turns):
         )
         for parts in turns
     ]
-    trajectory = Trajectory(task=task, member=0, turns=made)
+    trajectory = Trajectory(task=task, member=0, turns=made, end=End.FINISHED if made else End.TIME)
     for name in "abc":
         values = [parts[name] for parts in turns if name in parts]
         numbers = [value for value in values if value is not None]

@@ -12,6 +12,7 @@ from opd.engines.base import Sampling
 from opd.episodes.config import RolloutConfig
 from opd.episodes.scheduler import task
 from opd.errors import DataError
+from opd.losses import Divergence
 from opd.objective.collate import collate
 from opd.objective.objective import objective
 from opd.ranks.ranks import Ranks
@@ -181,13 +182,11 @@ def test_the_switch_between_paper_and_code_makes_the_stages_and_their_losses():
 
     revising, distilling = stages()
     assert of(revising)["parts"] == {"generation": 1.0, "revision": 1.0}
-    distill = distilling.losses.distill
-    assert (distill.kind, distill.top_k) == ("reverse_kl", None)
+    assert distilling.losses.distill.divergence == Divergence("reverse_kl")
     first, second, third = stages(variant="code")
     assert (of(first)["parts"], of(second)["parts"]) == ({"generation": 1.0}, {"revision": 1.0})
     assert (of(first)["collects"], of(second)["collects"]) == (True, False)
-    mixed = third.losses.distill
-    assert (mixed.kind, mixed.beta, mixed.top_k, mixed.support, mixed.tail) == ("mixed_kl", 0.5, 64, "teacher", False)
+    assert third.losses.distill.divergence == Divergence("mixed_kl", beta=0.5, top_k=64, tail=False)
     assert [s.make.func.__name__ for s in stages(phases="revision")] == ["Revising"]
     assert [(s.make.func.__name__, s.first_task) for s in stages(phases="distillation")] == [("Distilling", 0)]
     assert distilling.first_task == 256

@@ -78,23 +78,26 @@ def reverse(own, theirs):
 
 
 FORMS = {
-    "full": ({"form": "full"}, lambda own, theirs, s: jsd(own, theirs)),
-    "top k with tail": ({"top_k": 9}, lambda own, theirs, s: jsd(*with_tail(own, theirs, 9))),
-    "top k renormalised": ({"top_k": 9, "tail": False}, lambda own, theirs, s: jsd(*renormalised(own, theirs, 9))),
+    "full": ({"divergence": {"top_k": None}}, lambda own, theirs, s: jsd(own, theirs)),
+    "top k with tail": ({"divergence": {"top_k": 9}}, lambda own, theirs, s: jsd(*with_tail(own, theirs, 9))),
+    "top k renormalised": (
+        {"divergence": {"top_k": 9, "tail": False}},
+        lambda own, theirs, s: jsd(*renormalised(own, theirs, 9)),
+    ),
     "reverse, top k": (
-        {"top_k": 9, "divergence": "reverse_kl"},
+        {"divergence": {"kind": "reverse_kl", "top_k": 9}},
         lambda own, theirs, s: reverse(*with_tail(own, theirs, 9)),
     ),
     "sampled": (
-        {"form": "sampled", "divergence": "reverse_kl"},
+        {"form": "sampled"},
         lambda own, theirs, s: (taken(own, s) - taken(theirs, s)).detach() * taken(own, s),
     ),
     "sampled, less the full baseline": (
-        {"form": "sampled", "divergence": "reverse_kl", "baseline": "full"},
+        {"form": "sampled", "baseline": "full"},
         lambda own, theirs, s: (taken(own, s) - taken(theirs, s) - reverse(own, theirs)).detach() * taken(own, s),
     ),
     "sampled, less the top-k baseline": (
-        {"form": "sampled", "divergence": "reverse_kl", "baseline": "top_k", "top_k": 9},
+        {"form": "sampled", "baseline": "top_k", "baseline_top_k": 9},
         lambda own, theirs, s: (
             (taken(own, s) - taken(theirs, s) - reverse(*renormalised(own, theirs, 9))).detach() * taken(own, s)
         ),
@@ -130,7 +133,7 @@ def test_the_loss_is_the_papers_in_each_of_its_forms(make_chat, make_model, make
 
 
 def test_settings_of_a_policy_gradient_without_a_share_are_refused():
-    with pytest.raises(ValueError, match=r"sdpo\.policy has no effect while sdpo\.policy_share = 0"):
+    with pytest.raises(ValueError, match=r"policy\s+is used with policy_share alone; set policy_share"):
         SdpoConfig(policy={"scale": "none"})
 
 

@@ -229,9 +229,12 @@ def test_a_file_of_conversations_trains(settings, tmp_path):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"source": "teacher"}, "teacher is missing"),
-        ({"source": "own"}, "tasks is missing"),
-        ({"source": "file", "file": "x", "tasks": 3}, "tasks has no effect with source = file"),
+        ({"source": "teacher"}, "sft.teacher is missing: source = teacher needs it"),
+        ({"source": "own"}, "sft.tasks is missing: source = own needs it"),
+        (
+            {"source": "file", "file": "x", "tasks": 3},
+            "sft.tasks is used by source = teacher or own alone, but source = file; remove it",
+        ),
         (
             {"source": "teacher", "tasks": 3, "teacher": {"weights": "frozen"}},
             "teacher.weights = frozen is the model itself",

@@ -247,14 +247,19 @@ WRONG = {
         r"skill_sd\.skills\.server\.url.* is no address: Invalid port: 'port'; it must be like http://127",
     ),
     "an address for nobody": (
-        {"server": {"url": "http://127.0.0.1/v1"}}, {}, r"server has no effect with summariser = rules",
+        {"server": {"url": "http://127.0.0.1/v1"}}, {},
+        r"skills.server is used by summariser = server alone, but summariser = rules",
     ),
-    "tokens for nobody": ({"max_tokens": 64}, {}, r"max_tokens has no effect with summariser = rules"),
-    "a lift without trials": ({"trials": 0}, {}, r"min_lift has no effect without trials"),
+    "tokens for nobody": ({"max_tokens": 64}, {}, r"skills.max_tokens is used by summariser = policy or server alone"),
+    "a lift without trials": ({"trials": 0}, {}, r"skills.min_lift is used with trials alone; set trials"),
     "a bound on no ratio": (
-        {}, {"estimator": "k3", "max_ratio": 3.0}, r"skill_sd\.max_ratio has no effect with estimator = k3",
+        {},
+        {"estimator": "k3", "max_ratio": 3.0},
+        r"max_ratio is used by estimator = weighted_k3 or policy_gradient alone, but",
     ),
-    "skills beside a fixed text": ({}, {"fixed": "solution"}, r"skill_sd\.skills has no effect with fixed = solution"),
+    "skills beside a fixed text": (
+        {}, {"fixed": "solution"}, r"skill_sd\.skills is used by fixed = null alone, but fixed = solution; remove it",
+    ),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from opd.episodes.scheduler import task
 from opd.errors import DataError
 from opd.launch.tiny.build import EpisodeWriter
 from opd.launch.tiny.skills import LOOKUP_SKILLS
-from opd.losses import Losses, Sampler
+from opd.losses import Divergence, Losses, Sampler
 from opd.maths.divergence import token_divergence
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
@@ -115,7 +115,7 @@ def expected_and_exact(make_chat, make_model, make_group, **config):
     exact = {}
     for kind in ("reverse_kl", "forward_kl"):
         own = model.model(input_ids=torch.tensor([head])).logits[0, -1]
-        exact[kind] = gradient(model, token_divergence(own, theirs, kind))
+        exact[kind] = gradient(model, token_divergence(own, theirs, Divergence(kind)))
     return sampled, exact
 
 

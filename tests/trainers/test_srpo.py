@@ -132,7 +132,7 @@ def trained(method, model, teacher, samples):
 def test_the_loss_is_the_papers_equation(make_chat, make_model, make_group, beta):
     """L = [sum over GRPO tokens of the surrogate + sum over SDPO tokens of w * JSD] / (tokens of both), w of mean 1."""
     method, model, teacher, samples = setup(
-        make_chat, make_model, make_group, "RWW", "WWRR", "WW", entropy_beta=beta, form="full"
+        make_chat, make_model, make_group, "RWW", "WWRR", "WW", entropy_beta=beta, divergence={"top_k": None}
     )
     loss, gradients = trained(method, model, teacher, samples)
     old = teacher.own.by_name

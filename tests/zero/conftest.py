@@ -73,7 +73,7 @@ def zero_settings(tiny_folder):
             "rollout": {"max_tokens": 10, "max_length": 256},
             "train": {"steps": 5, "tasks_per_step": 6, "lr": 1e-3, "tokens_per_microbatch": 512, "threads": 1},
             "tracking": {"wandb": "disabled", "console": False, "plot": False},
-            "opsd": {"privileged": "plan", "clip": None},
+            "opsd": {"privileged": "plan", "divergence": {"clip": None}},
         }
         for section, values in sections.items():
             own = data.get(section)

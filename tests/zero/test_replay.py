@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
+from opd.types import End
 
 EMA = {"teacher": {"weights": "ema", "rate": 0.2}}
 LIVE = {"teacher": {"weights": "live"}}
@@ -49,20 +50,26 @@ CASES = {
     "weighted-live-3": (3, {"opsd": LIVE, "weighting": {"entropy": 1.0}}),
     "trust-3": (3, {"opsd": TRUST}),
     "lora-trust-3": (3, {"model": LORA, "opsd": TRUST}),
-    "external-2": (2, {"opsd": {"privileged": None, "clip": None}}),
-    "external-3": (3, {"opsd": {"privileged": None, "clip": None}}),
-    "external-weighted-3": (3, {"opsd": {"privileged": None, "clip": None}, "weighting": {"entropy": 1.0}}),
+    "external-2": (2, {"opsd": {"privileged": None, "divergence": {"clip": None}}}),
+    "external-3": (3, {"opsd": {"privileged": None, "divergence": {"clip": None}}}),
+    "external-weighted-3": (
+        3,
+        {"opsd": {"privileged": None, "divergence": {"clip": None}}, "weighting": {"entropy": 1.0}},
+    ),
     "external-offloaded-3": (
         3,
         {
-            "opsd": {"privileged": None, "clip": None},
+            "opsd": {"privileged": None, "divergence": {"clip": None}},
             "zero": {"offload_optimizer": CPU, "offload_param": CPU},
             "persistent": True,
         },
     ),
     "grpo-3": (3, {"method": "grpo", **GROUPS, "train": {"updates_per_step": 2}}),
     "srpo-3": (3, {"method": "srpo", **GROUPS, "srpo": TRUST | {"feedback_at": "start"}}),
-    "srpo-2": (2, {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"form": "full"}}),
+    "srpo-2": (
+        2,
+        {"method": "srpo", **GROUPS, "train": {"updates_per_step": 2}, "srpo": {"divergence": {"top_k": None}}},
+    ),
     "sdpo-3": (3, {"method": "sdpo", **GROUPS, "sdpo": {"policy_share": 0.5}}),
 }
 
@@ -103,7 +110,8 @@ def recorded(tmp_path_factory, zero_settings):
         run.close()
 
         def broken(group):
-            return replace(group, trajectories=[replace(t, failed="broken") for t in group.trajectories])
+            how = {"end": End.BROKEN, "failed": "broken", "success": False}
+            return replace(group, trajectories=[replace(t, **how) for t in group.trajectories])
 
         lost = [n for n in range(12, 18) if n % 2] + list(range(18, 24))
         # Rewards of this model are all 0: with others there is something to reinforce.

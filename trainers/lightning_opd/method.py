@@ -17,17 +17,19 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from opd.backends.config import StageConfig
-from opd.losses import Distill, Losses, SampledDistill
+from opd.config import setting
+from opd.losses import Distill, Divergence, Losses, SampledDistill, unknown
 from opd.teachers.config import TeacherConfig
 from opd.trainers.lightning_opd.offline import Terms, offline, scoring
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
 from opd.trainers.loop.stage import Inputs, Stage
 from opd.trainers.parts.episodes import playing
+from opd.trainers.parts.forms import DivergenceConfig, DivergenceSetting
 from opd.trainers.parts.imitation import ImitationConfig, imitating
 
 
-class LightningConfig(ImitationConfig):
+class LightningConfig(ImitationConfig, DivergenceConfig):
     """Settings of `method: lightning_opd`."""
 
     teacher: TeacherConfig = Field(
@@ -54,17 +56,21 @@ class LightningConfig(ImitationConfig):
         description="The data/ folder of an earlier run: the run's model, which played its episodes, is trained on "
         "these and on the store beside them, and no other stage is run.",
     )
-    max_advantage: float | None = Field(
-        10.0, gt=0, description="Bound on the absolute advantage (the paper; its code has none)."
+    form: Literal["exact", "sampled"] = Field(
+        "sampled",
+        description="sampled: the sampled token's policy gradient (the paper). exact: also store the teacher's "
+        "`divergence.top_k` likeliest ids at each position, and train `divergence` over these.",
     )
-    top_k: int = Field(
-        0,
-        ge=0,
-        description="Also store the teacher's likeliest ids at each position, and train `divergence` over these, with "
-        "the rest as one entry; 0: the sampled token's policy gradient (the paper).",
+    divergence: DivergenceSetting = setting(
+        Divergence("reverse_kl", top_k=100, temperature=None),
+        when={"form": ["exact"]},
+        description="Of the student and of what is stored: of the teacher's top k, at the sampling temperature.",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "reverse_kl", description="With top_k: forward_kl is KL(teacher || student), reverse_kl KL(student || teacher)."
+    max_advantage: float | None = setting(
+        10.0,
+        when={"form": ["sampled"]},
+        gt=0,
+        description="Bound on the absolute advantage (the paper; its code has none).",
     )
     mismatch: Literal["refuse", "allow"] = Field(
         "refuse",
@@ -90,14 +96,20 @@ class LightningConfig(ImitationConfig):
                 f"sft_teacher = {self.sft_teacher} is not the one that scores ({self.teacher.model}), which moves the "
                 "fixed point. Remove it, or set mismatch: allow and sft_tasks to see that"
             )
-        if not self.top_k and self.divergence != "reverse_kl":
-            raise ValueError(f"divergence = {self.divergence} needs top_k; a sampled token trains the reverse KL")
+        rule = self.divergence
+        if rule.top_k is None or rule.support != "teacher" or rule.temperature is not None:
+            raise ValueError(
+                f"divergence.top_k = {rule.top_k}, support = {rule.support}, temperature = {rule.temperature}: the "
+                "teacher's top k alone are stored, at the sampling temperature. Set top_k, and remove the others"
+            )
         return self
 
     def loss(self) -> Distill | SampledDistill:
         """The component of the last stage."""
-        if self.top_k:
-            return Distill(kind=self.divergence, temperature=None, top_k=self.top_k)
+        if self.form == "exact":
+            return Distill(divergence=self.divergence)
+        if self.form != "sampled":
+            raise unknown("form", self.form, ("exact", "sampled"))
         return SampledDistill(clip=self.max_advantage)
 
 
@@ -109,7 +121,8 @@ class LightningOpd(Method):
     def stages(cls, config: LightningConfig) -> Sequence[Stage]:
         losses = Losses(distill=config.loss(), reduction=config.reduction)
         allowed = config.mismatch == "allow"
-        terms = Terms(top_k=config.top_k, shard_tokens=config.shard_tokens, allow_mismatch=allowed)
+        top_k = config.divergence.top_k or 0 if config.form == "exact" else 0
+        terms = Terms(top_k=top_k, shard_tokens=config.shard_tokens, allow_mismatch=allowed)
         last = offline(config, terms, losses, over=config.distilling, data=config.data)
         if config.data is not None:
             return (last,)

@@ -1,13 +1,14 @@
 """The numbers of a step, from its episodes, its samples, and what the objective found out about their tokens.
 
-Names that are not plain: `distill/nats` is the divergence a token (of the sampled token alone: the log-ratio), split by
-whether the episode solved its task and by turn; `distill/kept` the probability that the top k hold; `.../clipped`
-the share of what a clip touched; `policy/ratio_*` quantiles of student over old policy, `sampler/ratio_*` of old
-policy over sampler; `sampler/gap` the mean absolute difference of their log-probs; `signal/zero` the share of
-samples from which nothing can be learned, `signal/solved_groups` that of tasks of which an episode is solved,
-`signal/mixed_groups` that of tasks whose rewards differ; `shown/*` the share of samples whose teacher is shown that;
-`variance/*` see `of_variance`. `reward/part/NAME` is a named part of the reward before its weight,
-`reward/abstained/NAME` the number of episodes that it could not tell of.
+Names that are not plain: `end/*` is the share of episodes that ended so (`opd.types.End`); `distill/nats` is the
+divergence a token (of the sampled token alone: the log-ratio), split by whether the episode solved its task and by
+turn; `distill/kept` the probability that the top k hold; `.../clipped` the share of what a clip touched;
+`policy/ratio_*` quantiles of student over old policy, `sampler/ratio_*` of old policy over sampler; `sampler/gap` the
+mean absolute difference of their log-probs; `signal/zero` the share of samples from which nothing can be learned,
+`signal/solved_groups` that of tasks of which an episode is solved, `signal/mixed_groups` that of tasks whose rewards
+differ; `shown/*` the share of samples whose teacher is shown that; `variance/*` see `of_variance`. `reward/part/NAME`
+is a named part of the reward before its weight, `reward/abstained/NAME` the number of episodes that it could not tell
+of.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from opd.types import Sample, StopReason, TrajectoryGroup
+from opd.types import End, Sample, StopReason, TrajectoryGroup
 
 MOST_TURNS = 8
 """Turns with a metric of their own; the last one stands for all after it too."""
@@ -41,6 +42,8 @@ def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollout/groups_dropped": float(sum(group.dropped for group in groups)),
         "rollout/forks": float(sum(turn.forked for turn in turns)),
     }
+    ends = Counter(t.end for t in episodes)
+    row |= {f"end/{end}": ends[end] / len(episodes) for end in End if episodes}
     faults = Counter(t.fault for group in groups for t in group.attempts if t.fault is not None)
     row["failures/infrastructure"] = float(sum(n for fault, n in faults.items() if fault.of_infrastructure))
     row["failures/environment"] = float(faults.total()) - row["failures/infrastructure"]

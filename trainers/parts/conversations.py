@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import DataError, ModelError
-from opd.types import Message, StopReason, Task, Trajectory, Turn
+from opd.types import End, Message, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
@@ -69,7 +69,9 @@ def _conversation(row: Any, chat: ChatFormat, number: int) -> Trajectory:
     if not turns:
         raise ValueError("there is no message of an assistant to learn from")
     task = Task(index=number, seed=number, split="file")
-    return Trajectory(task=task, member=0, turns=turns, tools=tools, success=bool(row.get("success", True)))
+    return Trajectory(
+        task=task, member=0, turns=turns, end=End.FINISHED, tools=tools, success=bool(row.get("success", True))
+    )
 
 
 def _is_message(message: Any) -> bool:

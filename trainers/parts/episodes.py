@@ -17,7 +17,7 @@ from opd.errors import DataError
 from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
-from opd.types import Segment, StopReason, Task, Trajectory, Turn
+from opd.types import End, Segment, StopReason, Task, Trajectory, Turn
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
@@ -186,7 +186,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
         "member": trajectory.member,
         "success": trajectory.success,
         "reward": trajectory.reward,
-        "truncated": trajectory.truncated,
+        "end": trajectory.end,
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
         "messages": trajectory.messages,
@@ -195,6 +195,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
                 "prompt_ids": turn.prompt_ids,
                 "completion_ids": turn.completion_ids,
                 "logprobs": turn.logprobs,
+                "stop_reason": turn.stop_reason,
                 "forked": turn.forked,
             }
             for turn in trajectory.turns
@@ -211,7 +212,7 @@ def read_episode(row: Mapping[str, Any]) -> Trajectory:
                 prompt_ids=[int(i) for i in turn["prompt_ids"]],
                 completion_ids=[int(i) for i in turn["completion_ids"]],
                 logprobs=[float(value) for value in turn["logprobs"]],
-                stop_reason=StopReason.STOP,
+                stop_reason=StopReason(turn["stop_reason"]),
                 messages=[],
                 text="",
                 forked=turn["forked"],
@@ -222,8 +223,8 @@ def read_episode(row: Mapping[str, Any]) -> Trajectory:
             task=Task(index=int(index), seed=row["seed"], split=split),
             member=row["member"],
             turns=turns,
+            end=End(row["end"]),
             success=row["success"],
-            truncated=row["truncated"],
             failed=row["failed"],
         )
     except (KeyError, TypeError, AttributeError) as error:

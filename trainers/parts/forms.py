@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from opd.config import Strict
-from opd.losses import Distill, SampledDistill, unknown
-
-_BELONGS = {
-    "top_k": ("top_k", "sampled"),
-    "support": ("top_k",),
-    "tail": ("top_k",),
-    "baseline": ("sampled",),
-    "max_advantage": ("sampled",),
-    "temperature": ("full", "top_k"),
-}
-"""Which forms use a setting that the others leave alone."""
+from opd.config import Strict, setting
+from opd.losses import Distill, Divergence, SampledDistill, unknown
 
 
-class FormConfig(Strict):
+def _from_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+DivergenceSetting = Annotated[Divergence, BeforeValidator(_from_kind)]
+
+
+class DivergenceConfig(Strict):
+    """Settings with a divergence. `divergence: KIND` is short for `divergence: {kind: KIND}`.
+
+    What a file leaves out of that section is the method's, where it can stand beside what the file says
+    (`Divergence.completed`).
+    """
+
+    divergence: DivergenceSetting
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        given, default = _from_kind(value), cls.model_fields["divergence"].default
+        return default.completed(given) if isinstance(given, dict) and isinstance(default, Divergence) else given
+
+
+class FormConfig(DivergenceConfig):
     """The form of a divergence from the teacher; the defaults are SDPO's without rich feedback."""
 
-    form: Literal["full", "top_k", "sampled"] = Field(
-        "top_k",
-        description="Compare whole distributions, or the `top_k` likeliest entries (of `support`) and the rest as one, "
-        "or the sampled token alone (a policy gradient).",
+    form: Literal["exact", "sampled"] = Field(
+        "exact",
+        description="exact: compare distributions, by `divergence`. sampled: the sampled token alone, a policy "
+        "gradient, which on average trains the reverse KL.",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
-        "jsd", description="forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)."
+    divergence: DivergenceSetting = setting(
+        Divergence("jsd", top_k=100, support="student"),
+        when={"form": ["exact"]},
+        description="Of which distributions, and how far.",
     )
-    beta: float = Field(
-        0.5, ge=0, le=1, description="jsd: the teacher's share of the mixture; 0 and 1 are the forward and reverse KL."
-    )
-    top_k: int = Field(100, ge=1, description="Entries of form: top_k, or of baseline: top_k.")
-    support: Literal["student", "teacher"] = Field(
-        "student", description="form: top_k: whose likeliest entries are told apart."
-    )
-    tail: bool = Field(
-        True, description="form: top_k: keep what lies outside as one more entry; false renormalises both sides."
-    )
-    temperature: float = Field(1.0, gt=0, description="Divides both sides' logits, but for form: sampled.")
-    baseline: Literal["full", "top_k", "optimal"] | None = Field(
+    baseline: Literal["full", "top_k", "optimal"] | None = setting(
         None,
-        description="form: sampled: what is taken off a token's log-ratio to lower the variance (vOPD); top_k "
-        "renormalises both sides on the student's likeliest entries.",
+        when={"form": ["sampled"]},
+        description="What is taken off a token's log-ratio to lower the variance (vOPD); top_k renormalises both sides "
+        "on the student's `baseline_top_k` likeliest entries.",
     )
-    max_advantage: float | None = Field(
-        None, gt=0, description="form: sampled: bound on the absolute log-ratio of a token, less the baseline."
+    baseline_top_k: int = setting(
+        100, when={"form": ["sampled"], "baseline": ["top_k"]}, ge=1, description="Entries of baseline: top_k."
+    )
+    max_advantage: float | None = setting(
+        None,
+        when={"form": ["sampled"]},
+        gt=0,
+        description="Bound on the absolute log-ratio of a token, less the baseline.",
     )
     max_ratio: float | None = Field(
         2.0, gt=0, description="A token counts by its ratio of student to old policy, at most this; null: it does not."
@@ -57,41 +68,18 @@ class FormConfig(Strict):
         "token_mean", description="Mean over the step's tokens, or first within each sequence."
     )
 
-    @model_validator(mode="after")
-    def _settings_belong_together(self) -> FormConfig:
-        for name, forms in _BELONGS.items():
-            idle = self.form not in forms or (name == "top_k" and self.form == "sampled" and self.baseline != "top_k")
-            if idle and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} = {getattr(self, name)} has no effect with form = {self.form}; remove it")
-        if self.form == "sampled" and self.divergence != "reverse_kl":
-            raise ValueError(
-                f"divergence = {self.divergence}, but form = sampled trains the reverse KL; set divergence: reverse_kl"
-            )
-        if self.divergence != "jsd" and self.beta != 0.5:
-            raise ValueError(f"beta is used by jsd alone, but divergence = {self.divergence}; remove it")
-        return self
-
     def loss(self, *, coef: float = 1.0) -> Distill | SampledDistill:
         """The component that these settings ask for. Raises ConfigError for a name that there is no formula for."""
-        if self.form == "sampled":
-            by_top_k = self.baseline == "top_k"
-            return SampledDistill(
-                baseline=self.baseline,
-                top_k=self.top_k if by_top_k else None,
-                renormalise=by_top_k,
-                clip=self.max_advantage,
-                max_ratio=self.max_ratio,
-                coef=coef,
-            )
-        if self.form != "full" and self.form != "top_k":
-            raise unknown("form", self.form, ("full", "top_k", "sampled"))
-        return Distill(
-            kind=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            top_k=self.top_k if self.form == "top_k" else None,
-            support=self.support,
-            tail=self.tail,
+        if self.form == "exact":
+            return Distill(divergence=self.divergence, max_ratio=self.max_ratio, coef=coef)
+        if self.form != "sampled":
+            raise unknown("form", self.form, ("exact", "sampled"))
+        by_top_k = self.baseline == "top_k"
+        return SampledDistill(
+            baseline=self.baseline,
+            top_k=self.baseline_top_k if by_top_k else None,
+            renormalise=by_top_k,
+            clip=self.max_advantage,
             max_ratio=self.max_ratio,
             coef=coef,
         )

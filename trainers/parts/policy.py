@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from opd.config import Strict
+from opd.config import Strict, setting
 from opd.losses import Policy
 from opd.types import Trajectory
 
@@ -64,15 +64,9 @@ class PolicyShareConfig(Strict):
         description="Share of the reward's policy gradient, beside one less this of the teacher (SDPO, equation 3; 0.9 "
         "helps weak models); 0 leaves rewards out.",
     )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="The policy gradient's settings, where it has a share."
+    policy: PolicyConfig = setting(
+        PolicyConfig(), when={"policy_share": True}, description="The policy gradient's settings."
     )
-
-    @model_validator(mode="after")
-    def _policy_settings_need_a_share(self) -> PolicyShareConfig:
-        if not self.policy_share and self.policy != PolicyConfig():
-            raise ValueError("policy has no effect while policy_share = 0; set a share, or remove it")
-        return self
 
     def policy_loss(self) -> Policy | None:
         """The policy's component; None where it has no share."""

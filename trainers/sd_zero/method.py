@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from opd.losses import Distill, Losses, check_known
+from opd.losses import Distill, Divergence, Losses, check_known
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
 from opd.trainers.loop.stage import Stage
@@ -54,9 +54,9 @@ class Distilling(Phase):
     def losses(config: SdZeroConfig) -> Losses:
         temperature = config.temperature
         if config.variant == "paper":
-            return Losses(distill=Distill(kind="reverse_kl", temperature=temperature))
+            return Losses(distill=Distill(divergence=Divergence("reverse_kl", temperature=temperature)))
         check_known("sd_zero.variant", config.variant, ("paper", "code"))
-        return Losses(distill=Distill(kind="mixed_kl", beta=0.5, top_k=64, tail=False, temperature=temperature))
+        return Losses(distill=Distill(divergence=Divergence("mixed_kl", top_k=64, tail=False, temperature=temperature)))
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         samples = []

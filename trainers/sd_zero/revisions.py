@@ -151,7 +151,7 @@ def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
     return {
         "dropped": dropped(trajectory, group),
         "success": trajectory.success,
-        "truncated": trajectory.truncated,
+        "end": trajectory.end,
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
         "messages": trajectory.messages,

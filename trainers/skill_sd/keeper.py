@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
-from opd.config import Strict
+from opd.config import Strict, setting
 from opd.errors import DataError
 from opd.teachers.privileged import of_like_task
 from opd.trainers.skill_sd import file
@@ -63,8 +63,10 @@ class SkillsConfig(Strict):
         description="Who makes a skill of a task's episodes. rules: no model, the best actions and the feedback on "
         "failures, word for word; policy: the trained model itself; server: another one (`server`).",
     )
-    server: ServerConfig = Field(default_factory=ServerConfig)
-    max_tokens: int = Field(256, ge=16, description="policy and server: most tokens of an answer.")
+    server: ServerConfig = setting(ServerConfig(), when={"summariser": ["server"]})
+    max_tokens: int = setting(
+        256, when={"summariser": ["policy", "server"]}, ge=16, description="Most tokens of an answer."
+    )
     max_characters: int = Field(600, ge=40, description="Most characters of each part of a skill.")
     per_step: int = Field(16, ge=1, description="Skills made in a step at most; tasks of mixed outcome first.")
     shown: int = Field(3, ge=1, description="Skills that a teacher is shown at once at most.")
@@ -87,20 +89,16 @@ class SkillsConfig(Strict):
         description="Trials a step, each of a new skill on right and wrong episodes of one task, none of which it was "
         f"made of: at most {EPISODES_EACH} of either, read by the teacher with it and without; 0: shown untried.",
     )
-    min_lift: float = Field(
-        0.0, description="Nats a token by which a skill must lift right episodes above wrong ones of the same task."
+    min_lift: float = setting(
+        0.0,
+        when={"trials": True},
+        description="Nats a token by which a skill must lift right episodes above wrong ones of the same task.",
     )
 
     @model_validator(mode="after")
-    def _the_server_belongs_to_its_summariser(self) -> SkillsConfig:
+    def _the_server_can_be_asked(self) -> SkillsConfig:
         if self.summariser == "server" and not (self.server.url and self.server.model):
             raise ValueError("summariser = server needs server.url (as far as /v1) and server.model")
-        if self.summariser != "server" and self.server != ServerConfig():
-            raise ValueError(f"server has no effect with summariser = {self.summariser}; remove it")
-        if self.summariser == "rules" and self.max_tokens != 256:
-            raise ValueError("max_tokens has no effect with summariser = rules; remove it")
-        if not self.trials and self.min_lift:
-            raise ValueError("min_lift has no effect without trials; set trials, or remove it")
         return self
 
 

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from opd.config import Strict
+from opd.config import Strict, setting
 from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
@@ -47,11 +47,14 @@ class SkillSdConfig(Strict):
         "weighted_k3",
         description="How the sampled token's gap becomes a loss; k3, the naive one, trains the forward KL.",
     )
-    max_ratio: float | None = Field(
-        2.0, gt=0, description="Bound on the ratio of student to old policy; null: none. Not used by k2 and k3."
+    max_ratio: float | None = setting(
+        2.0,
+        when={"estimator": ["weighted_k3", "policy_gradient"]},
+        gt=0,
+        description="Bound on the ratio of student to old policy; null: none.",
     )
     policy: PolicyConfig = Field(default_factory=PolicyConfig, description="The policy gradient's settings.")
-    skills: SkillsConfig = Field(default_factory=SkillsConfig)
+    skills: SkillsConfig = setting(SkillsConfig(), when={"fixed": [None]})
     fixed: str | None = Field(
         None,
         description="Show the teacher this privileged text of the environment in place of skills (`solution`, ...): "
@@ -61,14 +64,6 @@ class SkillSdConfig(Strict):
         None, description="Reward from which an episode is right; null: where the environment calls it solved."
     )
     max_teacher_tokens: int = Field(18_432, ge=8, description="What would be longer for the teacher is not distilled.")
-
-    @model_validator(mode="after")
-    def _settings_belong_together(self) -> SkillSdConfig:
-        if self.estimator in ("k2", "k3") and self.max_ratio != 2.0:
-            raise ValueError(f"skill_sd.max_ratio has no effect with estimator = {self.estimator}; remove it")
-        if self.fixed is not None and self.skills != SkillsConfig():
-            raise ValueError(f"skill_sd.skills has no effect with fixed = {self.fixed}; remove one of them")
-        return self
 
 
 @register("skill_sd", SkillSdConfig)

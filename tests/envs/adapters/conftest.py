@@ -1,11 +1,11 @@
-"""What tests of adapters share: a real model that plays, and a model that says what it is told."""
+"""Holds what tests of adapters share: a real model that plays, and a model that says what it is told."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def one_episode(play):
-    """`one_episode(make_env, ...)`: a whole episode of a real model on the real engine and scheduler."""
+    """`one_episode(make_env, ...)` plays a whole episode of a real model on the real engine and scheduler."""
 
     def run(make_env, **options):
         [group] = play(make_env, tasks=1, **{"max_length": 4096, "step_timeout": 120.0, **options})
@@ -19,7 +19,7 @@ def one_episode(play):
 
 @pytest.fixture(scope="session")
 def spoken_episode(play, make_tokenizer, scripted_engine):
-    """`spoken_episode(make_env, texts)`: the same scheduler, with completions that say these texts."""
+    """`spoken_episode(make_env, texts)` plays one on the same scheduler, with completions that say these texts."""
 
     def run(make_env, texts, **options):
         tokenizer = make_tokenizer()

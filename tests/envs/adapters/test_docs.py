@@ -1,4 +1,4 @@
-"""What docs/adapters.md shows can be made, and runs where no server of somebody else's is needed."""
+"""What docs/adapters.md shows can be made, and runs where it needs nobody else's server."""
 
 import json
 import re
@@ -82,7 +82,7 @@ ROWS = {
 
 @pytest.fixture
 def where_the_page_runs(tmp_path, monkeypatch):
-    """A folder with the files that the page names, and a `python` that is this one."""
+    """Make a folder with the files that the page names, and a `python` that is this one."""
     for name, source in MODULES.items():
         (tmp_path / f"{name}.py").write_text(source)
     for name, rows in ROWS.items():

@@ -72,7 +72,7 @@ SCORERS = (  # of reasoning-gym; these evaluate the answer, or took for ever ove
 
 
 def run(env_id, kwargs, texts):
-    """The reward and the success of each text, played in another interpreter."""
+    """Play each text in another interpreter; return its reward and success."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps([env_id, kwargs, texts]),
@@ -96,7 +96,7 @@ def wrapped(inner, tool="answer", argument="value"):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Rows for those environments that begin with one, and a database for SQL."""
+    """Write rows for the environments that begin with one, and a database for SQL."""
     path = tmp_path / "rows.jsonl"
     database = tmp_path / "spider" / "database" / "shop"
     database.mkdir(parents=True)

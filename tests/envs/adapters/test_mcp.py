@@ -28,7 +28,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def pids(tmp_path):
-    """The file in which every server writes its process id."""
+    """Name the file in which every server writes its process id."""
     return tmp_path / "pids"
 
 
@@ -52,7 +52,7 @@ def call(name, **arguments):
 
 
 def running(pids):
-    """The servers that are still there; a moment is given to those that are ending."""
+    """Return the servers that are still there, after a moment for those that are ending."""
     alive = []
     for _ in range(50):
         alive = [pid for pid in map(int, pids.read_text().split()) if is_alive(pid)]

@@ -1,4 +1,7 @@
-"""How adapted environments are named, and what is said where a package is missing. Nothing is imported for it."""
+"""Adapted environments are named LIBRARY:NAME, and an error says where a package is missing.
+
+Nothing is imported for it.
+"""
 
 import subprocess
 import sys

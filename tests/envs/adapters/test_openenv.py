@@ -62,7 +62,7 @@ app = create_app(GuessEnvironment, Guess, Hint, env_name="guess", max_concurrent
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """The addresses of the template's server and of the guessing one."""
+    """Start the template's server and the guessing one; return their addresses."""
     folder = tmp_path_factory.mktemp("server")
     _write_template(folder)
     (folder / "guess.py").write_text(GUESS)
@@ -86,7 +86,7 @@ def servers(tmp_path_factory):
 
 
 def _write_template(folder):
-    """What `openenv init echo` writes."""
+    """Write what `openenv init echo` writes."""
     template = PACKAGES / "openenv" / "cli" / "templates" / "openenv_env"
     assert template.is_dir(), "make installs the OpenEnv server: see requirements/openenv-server.txt"
     for file in ("models.py", "server/__init__.py", "server/app.py", "server/__ENV_NAME___environment.py"):

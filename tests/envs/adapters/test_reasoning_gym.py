@@ -133,7 +133,7 @@ def test_every_scorer_gives_the_same_in_its_own_process(tmp_path, monkeypatch):
 
 
 def in_process(data, answer, entry):
-    """What the data set itself says of a harmless answer; one that it was not made for is wrong."""
+    """Return what the data set itself says of a harmless answer; one that it was not made for is wrong."""
     try:
         return float(data.score_answer(answer, entry))
     except Exception:

@@ -17,7 +17,7 @@ SECRET = {"privileged": {"solution": "game_number"}, "config": {"max_number": 99
 
 
 def first_free_cell(observation):
-    """An opponent for TicTacToe."""
+    """Play TicTacToe as an opponent that takes the first free cell."""
     return observation.rsplit("Available Moves: ", 1)[1].split(",")[0].strip("'\n ")
 
 

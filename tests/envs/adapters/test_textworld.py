@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Game .* is no
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
-    """Three small games in train and eval, as `tw-make` writes them."""
+    """Make three small games in train and eval, as `tw-make` writes them."""
     folder = tmp_path_factory.mktemp("games")
     for split, seed in (("train", 1), ("train", 2), ("eval", 3)):
         options = textworld.GameOptions()
