@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -44,11 +45,10 @@ def load(address: str, *, setting: str) -> Any:
     try:
         return pkgutil.resolve_name(address)
     except AttributeError:
-        own = vars(sys.modules[named["module"]]) if named["module"] in sys.modules else {}
-        public = sorted(name for name, value in own.items() if getattr(value, "__module__", None) == named["module"])
+        near = get_close_matches(named["name"], vars(sys.modules[named["module"]]), n=1)
+        hint = f'. Did you mean "{near[0]}"?' if near else ""
         raise ConfigError(
-            f"{setting}: {address!r}: {named['module']} defines no {named['name']!r}; it defines "
-            f"{', '.join(public) or 'nothing'}"
+            f"{setting}: {address!r}: the module {named['module']!r} defines no {named['name']!r}{hint}"
         ) from None
     except Exception as error:  # a stranger's module may raise anything while it is imported
         raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error

@@ -16,7 +16,7 @@ from opd.launch.plan.plan import plan
 from opd.launch.run import build as launch_build
 from opd.launch.settings import config as launch_config
 from opd.launch.train import train
-from opd.losses import CrossEntropy, Distill, Losses
+from opd.losses import CrossEntropy, Distill, Divergence, Losses
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
 from opd.trainers.loop import registry
