@@ -27,7 +27,7 @@ def read_json(text: str, start: int) -> tuple[Any, int]:
     Strict: no single quotes, comments, trailing commas, NaN, numbers beyond a float's range, or keys that stand
     twice in an object. Raises JsonError.
     """
-    # The extent first: what `json` says of an error takes time that grows with all the text it was given.
+    # The extent first: the error of `json` takes time that grows with the whole text it was given.
     end = _extent(text, start)
     try:
         return _DECODER.decode(text[start:end]), end

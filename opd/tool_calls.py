@@ -41,7 +41,7 @@ FORMS = {
     "mistral": "[TOOL_CALLS]name{...}",
     "json": '{"name": "...", "arguments": {...}}',
 }
-"""What a call looks like in each format, for error texts and prompts."""
+"""An example of a call in each format, for error texts and prompts."""
 
 _OPENERS = {OPEN: "hermes", "<|python_tag|>": "llama", "[TOOL_CALLS]": "mistral"}
 _MARKED = tuple(_OPENERS.values())

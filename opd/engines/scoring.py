@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from opd.engines.vllm_http import FaultKind, Server, ServerFault, cached_tokens, read_logprob, weight_labels
@@ -122,10 +123,10 @@ class VllmScorer:
 
     def _ask(self, server: Server, name: str, ids: list[int], rows: list[int], top_k: int) -> Scores:
         answer = server.generate(name, ids, scoring_settings(top_k))
-        said = weight_labels(answer["choices"][0])
-        self._label = self._label or said
-        if said != self._label:
-            raise EngineError(f"{server.url} scored with the weights {said}, others with {self._label}")
+        weights = weight_labels(answer["choices"][0])
+        self._label = self._label or weights
+        if weights != self._label:
+            raise EngineError(f"{server.url} scored with the weights {weights}, others with {self._label}")
         cached = cached_tokens(answer)
         if cached is not None:
             with self._lock:
@@ -140,10 +141,10 @@ class VllmScorer:
         if not isinstance(entry, dict):
             raise ServerFault(FaultKind.BROKEN, "a position came without log-probs")
         found = {}
-        for token, said in entry.items():
-            if not (token.isdecimal() and int(token) < self._vocabulary and isinstance(said, dict)):
+        for token, scored in entry.items():
+            if not (token.isdecimal() and int(token) < self._vocabulary and isinstance(scored, dict)):
                 raise ServerFault(FaultKind.BROKEN, f"a position holds {token!r}, which is no id of {self._vocabulary}")
-            found[int(token)] = read_logprob(said.get("logprob")), _rank(said.get("rank"))
+            found[int(token)] = read_logprob(scored.get("logprob")), _rank(scored.get("rank"))
         return found
 
     def _wait_for_any(self) -> None:
@@ -180,15 +181,15 @@ def check_rows(sequences: Sequence[list[int]], rows: Sequence[list[int]]) -> Non
 def scores_at(positions: Sequence[Mapping[int, tuple[float, int]]], targets: Sequence[int], top_k: int) -> Scores:
     """Make scores from (log-prob, rank) by id at each position. Raises ServerFault where one is missing."""
     logprobs, top_ids, top_logprobs = [], [], []
-    for said, target in zip(positions, targets, strict=True):
-        ranked = sorted((rank, token) for token, (_, rank) in said.items() if rank <= top_k)
-        if target not in said or len(ranked) < top_k:
+    for scored, target in zip(positions, targets, strict=True):
+        ranked = sorted((rank, token) for token, (_, rank) in scored.items() if rank <= top_k)
+        if target not in scored or len(ranked) < top_k:
             raise ServerFault(FaultKind.BROKEN, f"a position has {len(ranked)} of {top_k} ids, or lacks {target}")
         top = [token for _, token in ranked[:top_k]]
-        logprobs.append(said[target][0])
+        logprobs.append(scored[target][0])
         top_ids.append(top)
-        top_logprobs.append([said[token][0] for token in top])
-    if any(value <= FLOOR or value > 1e-3 for value in (*logprobs, *_flat(top_logprobs))):
+        top_logprobs.append([scored[token][0] for token in top])
+    if any(value <= FLOOR or value > 1e-3 for value in (*logprobs, *chain.from_iterable(top_logprobs))):
         raise ServerFault(FaultKind.BROKEN, "a log-prob is not one")
     return Scores(logprobs, top_ids, top_logprobs)
 
@@ -197,8 +198,3 @@ def _rank(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ServerFault(FaultKind.BROKEN, f"a log-prob has the rank {value!r}")
     return value
-
-
-def _flat(values: Sequence[Sequence[float]]) -> Iterator[float]:
-    for each in values:
-        yield from each

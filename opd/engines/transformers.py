@@ -33,9 +33,9 @@ class _Window:
     columns: Tensor
     """[b, q] long: the columns of each row's new keys."""
     span: int
-    """How many columns the queries may look at."""
+    """The number of columns that queries may see."""
     room: tuple[int, int]
-    """How many slots and columns the cache must have to hold what is written; known without asking a device."""
+    """The slots and columns that the cache must have for the new keys; known without asking a device."""
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -273,7 +273,7 @@ def sample(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> tup
     else:
         logits = truncate(logits / sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         logprobs = logits.log_softmax(-1)
-        # In float64: in float32 the sum over a large vocabulary swallows what is rarer than 1e-7.
+        # In float64: in float32 the sum over a large vocabulary swallows probabilities below 1e-7.
         mass = logprobs.double().exp().cumsum(-1)
         target = torch.tensor(uniforms, device=logits.device, dtype=mass.dtype)[:, None] * mass[:, -1:]
         # Rounding must not carry the target to the total: beyond it lies no id, or one of probability 0.

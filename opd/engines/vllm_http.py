@@ -116,7 +116,7 @@ class Server:
             _, other, why = str(fault).partition(OTHER_MODEL)
             if other:
                 wrong = f"{OTHER_MODEL}{why.partition(chr(39))[0]}"
-            elif any(said in str(fault) for said in NO_RECEIVER):
+            elif any(text in str(fault) for text in NO_RECEIVER):
                 wrong = "the server was not started to take the weights of a run"
             else:
                 raise
@@ -158,10 +158,10 @@ class Server:
             raise ServerFault(FaultKind.LOST, f"{self.url}{path} cannot be reached: {error!r}") from error
         if response.status_code != httpx.codes.OK:
             busy = response.status_code == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error
-            said = raw[:500].decode(errors="replace")
+            text = raw[:500].decode(errors="replace")
             raise ServerFault(
                 FaultKind.BUSY if busy else FaultKind.REFUSED,
-                f"{self.url}{path} answered with status {response.status_code}: {said}",
+                f"{self.url}{path} answered with status {response.status_code}: {text}",
             )
         return self._parse(path, raw)
 

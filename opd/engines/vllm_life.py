@@ -24,7 +24,7 @@ class _Groups:
     """The process groups that vLLM's engines of this process share."""
 
     engines: int = 0
-    """How many use them."""
+    """The number of engines that use them."""
     made_default: bool = False
     """True: vLLM made torch's default group, too, because nobody else had."""
 

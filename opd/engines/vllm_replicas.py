@@ -26,7 +26,7 @@ CHUNK_BYTES = 1 << 26
 PROBE_EVERY = 0.5
 """Seconds between two looks at a server that is not up yet."""
 MOST_STARTS = 2
-"""How often a server of ours is started again while one waits for it."""
+"""The number of times that a server of ours is started again while one waits for it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 """Seconds."""
 

@@ -88,7 +88,7 @@ class _Tally:
         self._lock = threading.Lock()
         self._faults: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
-        """Of prompts, and of these in the cache."""
+        """Counts the tokens of prompts, and those of them in the cache."""
 
     def add_fault(self, kind: FaultKind) -> None:
         with self._lock:

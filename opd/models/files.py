@@ -48,9 +48,9 @@ def check_description(name: str, folder: Path) -> None:
         raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json holds no settings")
-    said = _quantisation(config) or next((file for file in QUANTISED_FILES if (folder / file).is_file()), None)
-    if said is not None:
-        raise ModelError(f"model.name = {name!r} is quantised ({said}), and such weights do not train. {UNQUANTISED}.")
+    how = _quantisation(config) or next((file for file in QUANTISED_FILES if (folder / file).is_file()), None)
+    if how is not None:
+        raise ModelError(f"model.name = {name!r} is quantised ({how}), and such weights do not train. {UNQUANTISED}.")
 
 
 def check_weights(name: str, folder: Path) -> list[str]:
@@ -136,13 +136,13 @@ def name_few(tensors: Iterable[str], most: int = 4) -> str:
 def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str | None:
     """Find where a config, or one inside it, says that the weights are quantised, and how."""
     for key in QUANTISED:
-        if said := config.get(key):
+        if method := config.get(key):
             for name in ("quant_method", "quant_algo", "bits"):
-                if isinstance(said, dict) and name in said:
-                    return f"{path}{key}.{name} = {said[name]!r}"
+                if isinstance(method, dict) and name in method:
+                    return f"{path}{key}.{name} = {method[name]!r}"
             return f"{path}{key}"
     inner = ((key, value) for key, value in config.items() if isinstance(value, dict))
-    return next((said for key, value in inner if (said := _quantisation(value, f"{path}{key}."))), None)
+    return next((method for key, value in inner if (method := _quantisation(value, f"{path}{key}."))), None)
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from opd.ranks.ranks import Ranks, local_device
 from opd.ranks.watch import watch
 
 _PATIENCE = timedelta(days=30)
-"""How long a rank waits for the others' values. `opd.ranks.watch` notices at once, without waiting, that one died."""
+"""The time limit for the others' values: none, in effect. `opd.ranks.watch` notices at once that a rank died."""
 
 _joined: list[Ranks] = []
 

@@ -1,4 +1,4 @@
-"""Notices at once when another rank dies, says which, and ends this one too.
+"""Watching the other ranks: when one dies, this process says which at once, and ends too.
 
 A rank that waits for a dead one in a collective operation waits for the time limit, and then blames the network. So
 every rank holds a connection to the first rank: when a process ends, whatever killed it, the kernel closes its
@@ -46,12 +46,12 @@ class _Watch:
     def _wait(self, rank: int, member: _Member) -> None:
         """Wait, on a thread, until the other side ends in order, is gone, or passes on which rank is gone."""
         try:
-            said = self._connections[rank].recv(4096)
+            message = self._connections[rank].recv(4096)
         except OSError:
-            said = b""
-        if said.startswith(_ENDED_WELL) or self._left:
+            message = b""
+        if message.startswith(_ENDED_WELL) or self._left:
             return
-        gone = json.loads(said) if said else member
+        gone = json.loads(message) if message else member
         self._tell(json.dumps(gone).encode())
         _end(gone)
 
@@ -93,12 +93,12 @@ def together() -> Iterator[None]:
     try:
         yield
     except SharedError:
-        _rest()
+        _mark_idle()
         raise
-    _rest()
+    _mark_idle()
 
 
-def _rest() -> None:
+def _mark_idle() -> None:
     for watching in _watching:
         watching.busy = False
 
@@ -116,9 +116,9 @@ def _accept(server: socket.socket, token: bytes, count: int) -> list[tuple[int, 
         while len(found) < count:
             connection, _ = server.accept()
             connection.settimeout(_SECONDS)
-            said = connection.recv(len(token) + 4, socket.MSG_WAITALL)
-            if secrets.compare_digest(said[: len(token)], token) and len(said) == len(token) + 4:
-                found[int.from_bytes(said[len(token) :])] = _keep_connection_alive(connection)
+            message = connection.recv(len(token) + 4, socket.MSG_WAITALL)
+            if secrets.compare_digest(message[: len(token)], token) and len(message) == len(token) + 4:
+                found[int.from_bytes(message[len(token) :])] = _keep_connection_alive(connection)
             else:
                 connection.close()
     return list(found.items())

@@ -145,10 +145,10 @@ class Bubblewrapped(Process):
                 pass_fds=[file.fileno() for file in (theirs, info_in, mapped_out, rules)],
             )
             info_in.close()
-            told = b""
-            while b"}" not in told and (more := os.read(info.fileno(), 4096)):
-                told += more
-            pid = int(json.loads(told)["child-pid"])
+            answer = b""
+            while b"}" not in answer and (more := os.read(info.fileno(), 4096)):
+                answer += more
+            pid = int(json.loads(answer)["child-pid"])
             if self.owner is not None:
                 for kind in ("uid", "gid"):
                     Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{_USER} {self.owner} 1\n")

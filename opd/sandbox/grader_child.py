@@ -47,9 +47,9 @@ _REFUSED = {
 
 def main(plan: str) -> NoReturn:
     """Serve the socket whose `descriptor` the plan, a JSON text, names; the first frame there makes the grader."""
-    told = json.loads(plan)
-    _end_with_parent(told["parent"])
-    descriptor = told["descriptor"]
+    settings = json.loads(plan)
+    _end_with_parent(settings["parent"])
+    descriptor = settings["descriptor"]
     os.closerange(3, descriptor)
     os.closerange(descriptor + 1, 1024)  # what bubblewrap left open
     control = socket.socket(fileno=descriptor)

@@ -47,7 +47,7 @@ class Holder:
 
     def __init__(self, factory: bytes, name: str) -> None:
         self.sessions = 0
-        """How many are open, or about to be."""
+        """The number of sessions that are open, or about to be."""
         self._factory, self._name = factory, name
         self._lock = threading.Lock()
         self._abandoned: deque[int] = deque()

@@ -144,7 +144,7 @@ class GraderSession:
 
 
 def _describe_end(status: int) -> str:
-    """How a process ended, as words that follow its name; `status` as `os.waitpid` gives it."""
+    """Say how a process ended, in words that follow its name; `status` is that of `os.waitpid`."""
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGXCPU:
         return "has used up its processor time (time_limit)"

@@ -49,7 +49,7 @@ class Scorer:
     temperature: float
     """The logits were divided by it."""
     top_k: int
-    """How many likeliest ids are stored at each position; 0 for none."""
+    """The number of likeliest ids stored at each position; 0 for none."""
 
 
 class Scored(NamedTuple):

@@ -51,7 +51,7 @@ class Teacher:
         self.close = close
         self._look = look
         self.updates = 0
-        """How many optimiser updates it followed; a resumed run sets it."""
+        """The number of optimiser updates that it followed; a resumed run sets it."""
         self.own = OwnWeights(config, student)
         if config.weights == "trust_region" and getattr(student.config, "final_logit_softcapping", None) is not None:
             raise ModelError(

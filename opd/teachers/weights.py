@@ -30,7 +30,7 @@ class OwnWeights:
         self._config = config
         self._student = student
         self.by_name: dict[str, Tensor] = {}
-        """Of sharded weights this rank's slices."""
+        """The weights; this rank's slices where they are sharded."""
         if config.weights not in ("live", "external"):
             # An average that moves by a rate of 0.01 a step stands still in bfloat16: it is kept in float32.
             dtype = torch.float32 if config.weights == "ema" else None

@@ -12,7 +12,7 @@ from opd.config import Strict
 
 
 class TrackingConfig(Strict):
-    """Where the numbers of a run are written. `metrics.jsonl` and `rollouts.jsonl` are always written."""
+    """The places that a run's numbers are written to. `metrics.jsonl` and `rollouts.jsonl` are always written."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a key, offline without one, off where wandb is not installed."

@@ -32,7 +32,7 @@ class ShadedToken:
     text: str
     kind: Literal["prompt", "completion"]
     nats: float | None
-    """How much the teacher disagreed; None where it was not asked, as for every prompt token."""
+    """The teacher's disagreement; None where it was not asked, as for every prompt token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from opd.tracking.config import TrackingConfig
 _log = logging.getLogger(__name__)
 
 INIT_SECONDS = 30.0
-"""How long the service may take to open a run; wandb's own default is 90."""
+"""Seconds that the service may take to open a run; wandb's own default is 90."""
 FINISH_SECONDS = 60.0
-"""How long uploading may take at the end; wandb's own default is for ever. What is left stays on disk."""
+"""Seconds that uploading may take at the end; wandb's own default is for ever. The rest stays on disk."""
 
 
 class WandbRun:
