@@ -302,7 +302,7 @@ class RolloutScheduler:
         episode.token_ids = sequence + episode.prompt.token_ids
         room = self.config.max_length - len(episode.token_ids)
         episode.end = self._limit_reached(episode, room)
-        if episode.over:
+        if episode.end is not None:
             return False
         episode.wait_for("engine")
         self.engine.submit(
