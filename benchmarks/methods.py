@@ -27,7 +27,8 @@ from pydantic import Field, ValidationError
 from opd.config import Strict
 from opd.errors import ConfigError, OpdError
 from opd.launch.checks.loading import config_from
-from opd.launch.run.build import Run, Score, build
+from opd.launch.run.build import Run, build
+from opd.launch.run.score import Score
 from opd.launch.settings.config import Config
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.reader import read_settings

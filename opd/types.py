@@ -4,8 +4,8 @@ Token ids are lists of int until `opd.objective.collate` pads them into tensors;
 trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
 train, with which weight). Only a method turns one into the other.
 
-The examples follow one episode of two turns through the file, each going on from those above it; hence so many
-lines in one file. The student reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box"
+The examples follow one episode of two turns through the file, each going on from those above it. Long because they
+are read together. The student reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box"
 (3), says "box" (8) and ends its turn (9).
 """
 
@@ -434,7 +434,10 @@ def to_sample(
     ce: float = 0.0,
     route: str = "",
 ) -> Sample:
-    """One segment of a trajectory as a sample, weights and advantage the same on every sampled token."""
+    """One segment of a trajectory as a sample, weights and advantage the same on every sampled token.
+
+    Long because a sample has so many fields.
+    """
     ids: list[int] = []
     mask: list[int] = []
     turn_of: list[int] = []

@@ -50,11 +50,15 @@ STREETS |= {
     "trainers.parts": {*LOOP, "trainers.parts"},
     "methods": {*LOOP, "trainers.parts", "methods"},
 }
-LAUNCH = ("settings", "checks", "plan", "run", "cli")
-"""The rooms of `launch/`, each of which may import those before it."""
+LAUNCH = ("tiny", "settings", "checks", "plan", "run", "cli")
+"""The rooms of `launch/`: each may import itself and those before it. `launch/train.py` stands above them all."""
 STREETS["launch"] = {*STREETS, "launch"}
-EXTENDS = {"opd.trainers.vopd": "opd.trainers.opd"}
-"""Methods that are another one with other settings."""
+USES = {
+    "opd.trainers.vopd": "opd.trainers.opd",  # it is that method with other settings
+    "opd.launch.cli.skills": "opd.trainers.skill_sd",  # the command that reads and changes that method's bank
+    "opd.launch.tiny.skills": "opd.trainers.skill_sd",  # small models are warmed up on skills as that method words them
+}
+"""Modules that import a method's folder, and why."""
 LONG = re.compile(r"\bLong because \w+")
 MOST = {"file": 400, "class": 150, "function": 40}
 """Lines; what has more says why in its docstring, in a sentence that begins with `Long because`."""
@@ -96,6 +100,8 @@ def room_of(module: str) -> str:
     _, *parts = module.split(".")
     if not parts or parts[0] in GROUND or parts[:2] == ["maths", "formulas"]:
         return "ground"
+    if parts == ["trainers"]:
+        return "trainers.loop"  # the package itself, in which methods are looked for
     if parts[0] == "trainers":
         return ".".join(parts[:2]) if parts[1:2] in (["loop"], ["parts"]) else "methods"
     return parts[0]
@@ -128,7 +134,7 @@ def test_a_methods_folder_is_imported_by_nobody_else():
         f"{module} imports {other}"
         for module, found in IMPORTS.items()
         for other in found
-        if (method := method_of(other)) and method not in (method_of(module), EXTENDS.get(module))
+        if (method := method_of(other)) and method not in (method_of(module), USES.get(module))
     ]
     assert wrong == []
 
@@ -189,15 +195,15 @@ def test_tests_are_no_packages_that_could_shadow_the_real_ones():
     assert list((ROOT / "tests").rglob("__init__.py")) == []
 
 
-def test_no_file_that_may_be_run_bears_the_name_of_a_dependency():
+def test_nothing_beside_a_file_that_may_be_run_bears_the_name_of_a_dependency():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *declared["dependencies"],
         *(one for extra in declared["optional-dependencies"].values() for one in extra),
     ]
     names = {re.split(r"[<>=\[ ]", dependency)[0].lower().replace("-", "_") for dependency in wanted}
-    may_be_run = [ROOT / "launch" / "train.py", *sources("launch/cli"), *sources("benchmarks"), *sources("examples")]
-    assert {path.stem for path in may_be_run} & names == set()
+    beside_what_is_run = [path for folder in ("launch", "benchmarks", "examples") for path in (ROOT / folder).iterdir()]
+    assert {path.stem for path in beside_what_is_run} & names == set()
 
 
 # -- sizes ---------------------------------------------------------------------------------------------
@@ -248,15 +254,17 @@ def names_of_methods() -> set[str]:
     return {method.rpartition(".")[2] for method in map(method_of, FILES) if method is not None}
 
 
-def test_settings_methods_environments_and_commands_are_known_without_torch():
-    settings = [module for module in FILES if module.endswith(".config") and not module.startswith("opd.launch")]
-    rooms = [module for module in FILES if module.startswith(("opd.launch.settings", "opd.launch.checks"))]
-    program = (
-        f"import importlib, sys, opd, opd.envs, opd.launch.cli, opd.launch.plan\n"
-        f"for module in {[*settings, *rooms, 'opd.losses', 'opd.types']}: importlib.import_module(module)\n"
-        "from opd.trainers.loop.registry import methods\n"
-        "methods()\n"
-        "sys.exit('torch' in sys.modules)"
-    )
+def test_settings_checks_plans_methods_environments_and_commands_are_known_without_torch():
+    quick = {module for module, path in FILES.items() if path.name == "config.py"}
+    quick |= {module_of(path) for room in ("settings", "checks", "plan") for path in sources(f"launch/{room}")}
+    quick |= {"opd", "opd.envs", "opd.losses", "opd.maths.formulas", "opd.types", "opd.launch.tiny.names"}
+    quick |= {"opd.launch.cli", "opd.launch.cli.looks", "opd.launch.cli.runs"}
+    quick -= {"opd.launch.checks.deepspeed"}  # it asks DeepSpeed, which is torch
+    program = f"""if True:
+        import sys, {", ".join(sorted(quick))}
+        from opd.trainers.loop.registry import methods
+        methods()
+        sys.exit("torch" in sys.modules)
+    """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr or "torch was imported"

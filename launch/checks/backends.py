@@ -11,7 +11,7 @@ from opd.launch.settings.problems import Problem
 
 
 def check_backend(config: Config) -> list[Problem]:
-    """Whether `backend`, `deepspeed` and `model.dtype` belong together."""
+    """Return the problems of `backend`, `deepspeed` and `model.dtype` together."""
     data = config.deepspeed
     if config.backend == "local":
         if data is None:
@@ -33,15 +33,19 @@ def check_backend(config: Config) -> list[Problem]:
         section = {"bfloat16": "bf16", "float16": "fp16"}[wanted]
         text = f'model.dtype = {given}, but deepspeed.{section}.enabled is true. Set that to "auto", or change the one.'
         problems.append(Problem(("model.dtype", "deepspeed"), text))
-    problems += _unfilled(config, data) + _unswappable(config, data)
+    problems += _problems_of_auto(config, data) + _problems_of_own_weights(config, data)
     if given == "float64":
         text = "model.dtype = float64 is not known to DeepSpeed. Use float32, or backend: local."
         problems.append(Problem(("model.dtype", "backend"), text))
     return problems
 
 
-def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
-    """Teachers whose slices cannot take the place of the student's, because these are elsewhere, or there twice."""
+def _problems_of_own_weights(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Return a problem for each key of the JSON that forbids a teacher with weights of its own.
+
+    Such a teacher's slices take the place of the student's, which cannot be done where these are on a disk, held twice
+    or quantised.
+    """
     teachers = [stage.teacher.weights for stage in config.stages if stage.listens]
     own = next((weights for weights in teachers if weights not in ("live", "external")), None)
     if own is None:
@@ -62,8 +66,8 @@ def _unswappable(config: Config, data: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _unfilled(config: Config, data: dict[str, Any]) -> list[Problem]:
-    """Whether every "auto" of the JSON can be filled in."""
+def _problems_of_auto(config: Config, data: dict[str, Any]) -> list[Problem]:
+    """Return a problem if an "auto" of the JSON cannot be filled in."""
     facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype="float32", hidden_size=1, gpu=True)
     try:
         deepspeed_json.fill(data, config.train, facts)

@@ -11,7 +11,7 @@ from opd.teachers.config import TeacherConfig
 
 
 def check_combinations(config: Config) -> list[Problem]:
-    """Settings that are fine by themselves and impossible together."""
+    """Return the problems of settings that are fine by themselves and impossible together."""
     rollout, train = config.rollout, config.train
     problems = []
     if rollout.max_tokens >= rollout.max_length:
@@ -30,13 +30,13 @@ def check_combinations(config: Config) -> list[Problem]:
                 f"rollout.max_length = {rollout.max_length}. Raise the one or lower the other.",
             )
         )
-    problems += _undistilled(config) + _unserved(config)
+    problems += _problems_without_teacher(config) + _problems_of_served_teacher(config)
     problems += check_vllm(config)
     return problems + check_backend(config)
 
 
-def _undistilled(config: Config) -> list[Problem]:
-    """Settings about a teacher's word, for a method that does not listen to one."""
+def _problems_without_teacher(config: Config) -> list[Problem]:
+    """Return a problem for each setting about a teacher's scores, if the method uses none."""
     if any(stage.losses.distill and stage.listens for stage in config.stages):
         return []
     weighting = config.weighting
@@ -51,8 +51,11 @@ def _undistilled(config: Config) -> list[Problem]:
     return [Problem((key,), f"{key} {text}{mends.get(key, '')}") for key, value in asked.items() if value]
 
 
-def _unserved(config: Config) -> list[Problem]:
-    """What a teacher behind servers cannot say (`opd.engines.scoring`)."""
+def _problems_of_served_teacher(config: Config) -> list[Problem]:
+    """Return a problem for each thing that is asked of a teacher behind servers and that servers cannot say.
+
+    `opd.engines.scoring` tells what they can.
+    """
     key = f"{config.method}.teacher.servers"
     stage = next((s for s in config.stages if s.teacher.servers and s.listens), None)
     if stage is None:

@@ -1,4 +1,4 @@
-"""What DeepSpeed would refuse in the user's JSON, or pass over in silence: asked of DeepSpeed itself, ahead of a run.
+"""Problems of the user's DeepSpeed JSON: what DeepSpeed would refuse or ignore, asked of DeepSpeed itself before a run.
 
 Its own messages come when the model is loaded, from every rank, and seldom name a setting. What can be known without
 DeepSpeed (batch sizes, values that are "auto") is in `opd.backends.deepspeed_json`.
@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -26,13 +26,11 @@ from pydantic import ValidationError
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
+from opd.launch.settings.config import Config
 from opd.launch.settings.problems import Problem, did_you_mean, nearest, report, show
 
-if TYPE_CHECKING:
-    from opd.launch.settings.config import Config
-
 Finding = tuple[str, str]
-"""A key of the JSON, dotted, or nothing for all of it; and what is wrong, as the rest of a sentence."""
+"""A dotted key of the JSON (empty: all of it), and the rest of a sentence that says what is wrong there."""
 
 _MODELS: dict[str, tuple[str, Any]] = {
     "DeepSpeedZeroConfig": ("zero_optimization", DeepSpeedZeroConfig),
@@ -41,26 +39,26 @@ _MODELS: dict[str, tuple[str, Any]] = {
     "DeepSpeedFP16Config": ("fp16", DeepSpeedFP16Config),
     "DeepSpeedBF16Config": ("bf16", DeepSpeedBF16Config),
 }
-"""Where the sections stand that DeepSpeed checks by itself, by what its errors call them."""
+"""The sections that DeepSpeed checks by itself: the name in its errors, the key in the JSON, and the class."""
 _LISTED = ("optimizer", "scheduler", "aio", "activation_checkpointing")
-"""Sections that it only looks through: a key in them that it never asks for does nothing."""
+"""The sections that DeepSpeed does not check: a key in them that it never reads does nothing."""
 _ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
-"""What DeepSpeed takes for Adam and AdamW beside what their classes take."""
+"""The parameters that DeepSpeed takes for Adam and AdamW beside those of their classes."""
 
 
 def check_deepspeed(config: Config, *, source: str = "config") -> None:
-    """Raises ConfigError with a line for each thing that DeepSpeed would stumble over. Nothing is written."""
+    """Raise ConfigError with a line for each problem that DeepSpeed would find. Nothing is written."""
     if config.deepspeed is None:
         return
     dtype = deepspeed_json.dtype(config.deepspeed) or config.model.dtype
     facts = deepspeed_json.Facts(total_steps=1, ranks=1, dtype=dtype, hidden_size=1, gpu=torch.cuda.is_available())
     settings = deepspeed_json.fill(config.deepspeed, config.train, facts).settings
     found = [
-        *_unparsed(settings),
-        *_precision(settings),
-        *_optimizer(settings),
-        *_scheduler(settings),
-        *_offload(settings),
+        *_reading_problems(settings),
+        *_precision_problems(settings),
+        *_optimizer_problems(settings),
+        *_scheduler_problems(settings),
+        *_offload_problems(settings),
     ]
     problems = [Problem(("deepspeed",), f"{f'deepspeed.{key}'.rstrip('.')} {text}") for key, text in found]
     if problems:
@@ -68,7 +66,7 @@ def check_deepspeed(config: Config, *, source: str = "config") -> None:
 
 
 class _Watched(dict[str, Any]):
-    """Settings that remember which of their keys were asked for."""
+    """A dict that remembers which of its keys were read."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         super().__init__({k: _Watched(v) if k in _LISTED and isinstance(v, dict) else v for k, v in data.items()})
@@ -87,8 +85,8 @@ class _Watched(dict[str, Any]):
         return super().get(key, default)
 
 
-def _unparsed(settings: dict[str, Any]) -> Iterator[Finding]:
-    """What DeepSpeed's own reading refuses; of what it accepts, the keys that it never asked for."""
+def _reading_problems(settings: dict[str, Any]) -> Iterator[Finding]:
+    """Yield what DeepSpeed refuses when it reads the JSON; if it accepts all, yield the keys that it never read."""
     # How many ranks there are is not its to check.
     watched = _Watched({key: value for key, value in settings.items() if key != "train_batch_size"})
     level = logging.getLogger("DeepSpeed").level
@@ -96,7 +94,7 @@ def _unparsed(settings: dict[str, Any]) -> Iterator[Finding]:
     try:
         DeepSpeedConfig(watched)
     except ValidationError as error:
-        yield from _invalid(error)
+        yield from _validation_problems(error)
         return
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError, KeyError, AttributeError) as error:
         yield "", f"is refused by DeepSpeed {deepspeed.__version__}: {error}"
@@ -111,7 +109,7 @@ def _unparsed(settings: dict[str, Any]) -> Iterator[Finding]:
                 yield f"{prefix}{key}", f"is unknown to DeepSpeed {deepspeed.__version__}. Remove it.{known}"
 
 
-def _invalid(error: ValidationError) -> Iterator[Finding]:
+def _validation_problems(error: ValidationError) -> Iterator[Finding]:
     section, _ = _MODELS.get(error.title, (error.title, None))
     names = {name for _, model in _MODELS.values() for name in model.model_fields}
     for problem in error.errors():
@@ -123,7 +121,7 @@ def _invalid(error: ValidationError) -> Iterator[Finding]:
             yield key, f"= {show(problem['input'])} is not possible: {problem['msg']}"
 
 
-def _precision(settings: dict[str, Any]) -> Iterator[Finding]:
+def _precision_problems(settings: dict[str, Any]) -> Iterator[Finding]:
     device = get_accelerator()
     for name, supported in (("fp16", device.is_fp16_supported), ("bf16", device.is_bf16_supported)):
         if settings.get(name, {}).get("enabled") is True and not supported():
@@ -131,7 +129,7 @@ def _precision(settings: dict[str, Any]) -> Iterator[Finding]:
             yield f"{name}.enabled", f"= true, but DeepSpeed has no {name} on this {device.device_name()}. Use {other}."
 
 
-def _optimizer(settings: dict[str, Any]) -> Iterator[Finding]:
+def _optimizer_problems(settings: dict[str, Any]) -> Iterator[Finding]:
     section = settings["optimizer"]
     name, params = section.get("type"), section.get("params") or {}
     own = {choice.lower() for choice in DEEPSPEED_OPTIMIZERS}
@@ -161,7 +159,7 @@ def _makes_optimizers(what: object) -> bool:
     return inspect.isclass(what) and issubclass(what, torch.optim.Optimizer)
 
 
-def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
+def _scheduler_problems(settings: dict[str, Any]) -> Iterator[Finding]:
     if "scheduler" not in settings:
         return
     section = settings["scheduler"]
@@ -182,8 +180,8 @@ def _scheduler(settings: dict[str, Any]) -> Iterator[Finding]:
         yield "scheduler.params", f"= {show(params)} is refused: {error}"
 
 
-def _offload(settings: dict[str, Any]) -> Iterator[Finding]:
-    """Whether there is a place for what is offloaded, and a way to it."""
+def _offload_problems(settings: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the problems of an offload: the ZeRO stage has none, a library is missing, a folder cannot be written."""
     zero = settings.get("zero_optimization") or {}
     stage = deepspeed_json.stage(settings)
     for what, stages in (("optimizer", (1, 2, 3)), ("param", (3,))):
@@ -200,12 +198,12 @@ def _offload(settings: dict[str, Any]) -> Iterator[Finding]:
                     "= nvme needs libaio and its headers (Debian: apt install libaio-dev; elsewhere set CFLAGS and "
                     "LDFLAGS to where they are). Use cpu.",
                 )
-            if problem := _unwritable(zero[f"offload_{what}"].get("nvme_path")):
+            if problem := _why_unwritable(zero[f"offload_{what}"].get("nvme_path")):
                 yield f"{key}.nvme_path", problem
 
 
-def _unwritable(path: str | None) -> str | None:
-    """Why nothing can be written below a path that may not exist yet; None where it can."""
+def _why_unwritable(path: str | None) -> str | None:
+    """Say why nothing can be written below a path that may not exist yet; return None if it can."""
     if not path:
         return "is missing: it says on which disk. Set it to a folder."
     nearest_folder = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())

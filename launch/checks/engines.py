@@ -38,11 +38,11 @@ _FOR_OWN = {
         "devices",
     )
 }
-"""What `opd serve` is told, and a run that finds its servers up cannot change."""
+"""The settings that `opd serve` takes, and that a run cannot change once its servers are up."""
 
 
 def check_rollout(rollout: RolloutConfig) -> list[Problem]:
-    """Whether the engine can run: vLLM where it runs on this machine, a key for servers on others."""
+    """Return the problems of the engine here: vLLM is not installed, or the key for servers elsewhere is missing."""
     vllm = rollout.vllm
     problems = []
     here = rollout.engine == "vllm" or (rollout.engine == "vllm_server" and not vllm.servers)
@@ -64,7 +64,7 @@ def check_rollout(rollout: RolloutConfig) -> list[Problem]:
 
 
 def check_engine_args(rollout: RolloutConfig) -> list[Problem]:
-    """Whether vLLM knows the arguments of `rollout.vllm.engine_args`, as far as its source is here."""
+    """Return a problem for each of `rollout.vllm.engine_args` that vLLM does not know; none without vLLM."""
     known = _engine_args()
     return [
         Problem(
@@ -78,17 +78,17 @@ def check_engine_args(rollout: RolloutConfig) -> list[Problem]:
 
 @cache
 def _engine_args() -> frozenset[str]:
-    """The fields of vLLM's `EngineArgs`, read from its source; empty where they are not found."""
+    """Read the fields of vLLM's `EngineArgs` from its source; the set is empty if they are not found."""
     found = importlib.util.find_spec("vllm")
     for root in (found and found.submodule_search_locations) or ():
         source = Path(root) / "engine" / "arg_utils.py"
         if source.is_file():
-            return frozenset(_fields(ast.parse(source.read_text()), "EngineArgs"))
+            return frozenset(_annotated_fields(ast.parse(source.read_text()), "EngineArgs"))
     return frozenset()
 
 
-def _fields(module: ast.Module, name: str) -> Iterator[str]:
-    """The annotated fields of a class."""
+def _annotated_fields(module: ast.Module, name: str) -> Iterator[str]:
+    """Yield the annotated fields of a class."""
     for found in module.body:
         if isinstance(found, ast.ClassDef) and found.name == name:
             for line in found.body:
@@ -97,7 +97,7 @@ def _fields(module: ast.Module, name: str) -> Iterator[str]:
 
 
 def check_vllm(config: Config) -> list[Problem]:
-    """Settings of vLLM that nothing would read, or that cannot work together."""
+    """Return the problems of vLLM's settings that nothing would read, or that cannot work together."""
     rollout, vllm = config.rollout, config.rollout.vllm
     given = [f"rollout.vllm.{name}" for name in VllmConfig.model_fields if getattr(vllm, name) != _VLLM_DEFAULTS[name]]
     if rollout.engine == "transformers":
@@ -124,7 +124,7 @@ def check_vllm(config: Config) -> list[Problem]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host of this name."""
+    """True: only this machine can reach a host of this name. False: others may reach it."""
     if host == "localhost":
         return True
     try:

@@ -8,7 +8,7 @@ from opd.launch.settings.problems import Problem
 
 
 def check_env(env: EnvConfig) -> list[Problem]:
-    """Whether there is such an environment, and where it may run."""
+    """Return a problem if there is no such environment, or if it may not run in a thread."""
     from opd.envs.adapters import find  # late: importing it registers the environments
     from opd.envs.factory import validate_id
 

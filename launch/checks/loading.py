@@ -87,7 +87,7 @@ def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConf
 
 
 def _machine_problems(sections: Mapping[str, Any]) -> list[Problem]:
-    """Check each section that could be parsed against this machine."""
+    """Return the problems that each section has on this machine, of those sections that could be parsed."""
     checks: dict[str, Callable[[Any], list[Problem]]] = {
         "model": check_model,
         "env": check_env,

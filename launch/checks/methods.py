@@ -10,14 +10,14 @@ from opd.launch.settings.problems import Problem
 
 
 def check_teachers(config: Config) -> list[Problem]:
-    """Report the models, other than the student, that are asked to teach and are not there."""
+    """Return a problem for each model beside the student that does not exist."""
     named = ((f"{config.method}.{key}", name) for key, name in config.inputs.models.items())
     found = ((key, name, model_problem(name)) for key, name in named)
     return [Problem((key,), f'{key} = "{name}" {problem}') for key, name, problem in found if problem]
 
 
 def check_files(config: Config) -> list[Problem]:
-    """Report the files and folders that the method reads ahead of training and that are not there."""
+    """Return a problem for each file and folder that the method reads before training and that does not exist."""
     inputs = config.inputs
     named = [(key, value, "file", Path.is_file) for key, value in inputs.files.items()]
     named += [(key, value, "folder", Path.is_dir) for key, value in inputs.folders.items()]

@@ -17,13 +17,13 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
-    """Whether there is such a model: on this disk, in a package, or on the hub."""
+    """Return a problem if there is no such model: on this disk, in a package, or on the hub."""
     problem = model_problem(model.name)
     return [Problem(("model.name",), f'model.name = "{model.name}" {problem}')] if problem else []
 
 
 def model_problem(name: str) -> str | None:
-    """What is wrong with a model's name, as the rest of a sentence."""
+    """Say what is wrong with a model's name, as the rest of a sentence; return None if nothing is."""
     if name.startswith("tiny:"):
         env = name.removeprefix("tiny:")
         known = [f"tiny:{known}" for known in TINY_ENVS]
@@ -38,12 +38,12 @@ def model_problem(name: str) -> str | None:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a path rather than a hub id."""
+    """True: the model's name is a path. False: it can only be a hub id."""
     return name.startswith(("./", "../", "~", "/")) or name in (".", "..") or Path(name).is_dir()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a hub could hold a model of this name."""
+    """True: a hub could hold a model of this name. False: no hub allows the name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

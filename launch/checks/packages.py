@@ -6,5 +6,5 @@ import importlib.util
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without doing so."""
+    """True: the package can be imported, which is not done. False: it is not installed."""
     return importlib.util.find_spec(package) is not None

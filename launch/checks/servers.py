@@ -1,7 +1,4 @@
-"""What can be known to fail about vLLM before a model loads: its arguments, its servers, the port of a new one.
-
-vLLM itself is not imported: that takes seconds, and a wrong setting should not.
-"""
+"""Problems of servers, found by asking them before a model loads, and of the port of a new one."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ PROBE_SECONDS = 10.0
 
 
 def check_servers(rollout: RolloutConfig) -> None:
-    """Raises ConfigError for the first of `rollout.vllm.servers` that a run could not use."""
+    """Raise ConfigError for the first of `rollout.vllm.servers` that a run could not use."""
     if rollout.engine == "vllm_server":
         for url in rollout.vllm.servers:
             name = f"rollout.vllm.servers: {url}"
             key = _Key(rollout.vllm.api_key_env, "rollout.vllm.api_key_env")
-            held, models = _asked(url, name, key, ("/weight_info", "/v1/models"), start="opd serve FILE --port N")
+            held, models = _answers(url, name, key, ("/weight_info", "/v1/models"), start="opd serve FILE --port N")
             if held.status_code != httpx.codes.OK:
                 raise ConfigError(
                     f"{name} is not a server that takes weights (/weight_info: status {held.status_code}). "
@@ -41,7 +38,7 @@ def check_servers(rollout: RolloutConfig) -> None:
 
 
 def check_teaching_servers(teacher: TeacherConfig, max_length: int, section: str) -> None:
-    """Raises ConfigError for the first of the servers that cannot be asked about `max_length` ids.
+    """Raise ConfigError for the first of the servers that cannot be asked about `max_length` ids.
 
     `section` is where the teacher's settings stand, for messages.
 
@@ -50,8 +47,8 @@ def check_teaching_servers(teacher: TeacherConfig, max_length: int, section: str
     for url in teacher.servers:
         name, start = f"{section}.servers: {url}", f"opd serve FILE --model {teacher.model}"
         key = _Key(teacher.api_key_env, f"{section}.api_key_env")
-        [models] = _asked(url, name, key, ("/v1/models",), start=f"{start} --port N")
-        if models.status_code != httpx.codes.OK or not _named(models):
+        [models] = _answers(url, name, key, ("/v1/models",), start=f"{start} --port N")
+        if models.status_code != httpx.codes.OK or not _names_model(models):
             raise ConfigError(
                 f"{name} is no vLLM server: /v1/models names no model (status {models.status_code}). Start one with "
                 f"`{start} --port N`."
@@ -66,14 +63,14 @@ def check_teaching_servers(teacher: TeacherConfig, max_length: int, section: str
 
 
 class _Key(NamedTuple):
-    """Where a server's key stands, and the setting that says so."""
+    """The environment variable that holds a server's key, and the setting that names the variable."""
 
     variable: str
     setting: str
 
 
-def _asked(url: str, name: str, key: _Key, paths: Sequence[str], *, start: str) -> list[httpx.Response]:
-    """What a server that is up says at these paths. Raises ConfigError where it is not, or does not take the key."""
+def _answers(url: str, name: str, key: _Key, paths: Sequence[str], *, start: str) -> list[httpx.Response]:
+    """Return a server's answers at these paths. Raises ConfigError if it is not up, or does not take the key."""
     value = os.environ.get(key.variable)
     if value is not None and not (value.isascii() and value.isprintable()):
         raise ConfigError(
@@ -98,8 +95,8 @@ def _asked(url: str, name: str, key: _Key, paths: Sequence[str], *, start: str) 
     return answers
 
 
-def _named(models: httpx.Response) -> bool:
-    """Whether a server names a model that it holds."""
+def _names_model(models: httpx.Response) -> bool:
+    """True: the server names a model that it holds. False: it names none, or answers in another form."""
     try:
         return isinstance(models.json()["data"][0]["id"], str)
     except (ValueError, KeyError, IndexError, TypeError):
@@ -107,7 +104,7 @@ def _named(models: httpx.Response) -> bool:
 
 
 def _longest(models: httpx.Response) -> int | None:
-    """The longest sequence that a server takes, if it says so."""
+    """Return the longest sequence, in ids, that a server takes; None if it does not say so."""
     try:
         told: Any = models.json()["data"][0]["max_model_len"]
     except (ValueError, KeyError, IndexError, TypeError):
@@ -116,7 +113,7 @@ def _longest(models: httpx.Response) -> int | None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where nobody can listen there."""
+    """Raise ConfigError if no server can listen there."""
     if port > 65535:
         raise ConfigError(f"--port {port} is beyond 65535. Choose another.")
     try:

@@ -12,7 +12,7 @@ from opd.tracking.config import TrackingConfig
 
 
 def check_tracking(tracking: TrackingConfig) -> list[Problem]:
-    """Whether wandb, asked for by name, can do what it is asked for."""
+    """Return a problem if `tracking.wandb` asks for what wandb cannot do here."""
     if tracking.wandb in ("online", "offline") and not is_installed("wandb"):
         text = f"tracking.wandb = {tracking.wandb} needs wandb: pip install wandb, or set tracking.wandb to auto"
         return [Problem(("tracking.wandb",), text)]
@@ -23,7 +23,7 @@ def check_tracking(tracking: TrackingConfig) -> list[Problem]:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb would find a key: in the environment, or left by `wandb login`."""
+    """True: wandb would find a key, in the environment or from `wandb login`. False: it would find none."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     own = re.sub(r"^https?://", "", os.environ.get("WANDB_BASE_URL", "")).split("/")[0]
@@ -36,7 +36,7 @@ def has_wandb_key() -> bool:
 
 
 def wandb_mode(tracking: TrackingConfig) -> str:
-    """What wandb will do: `online`, `offline` or `disabled`."""
+    """Return what wandb will do: `online`, `offline` or `disabled`."""
     if tracking.wandb != "auto":
         return tracking.wandb
     wanted = os.environ.get("WANDB_MODE")

@@ -19,11 +19,12 @@ from rich.table import Table
 from opd.episodes.scheduler import derive_seed, task
 from opd.errors import OpdError
 from opd.launch.checks.loading import config_from
-from opd.launch.run.build import Run, Score, build
+from opd.launch.run.build import Run, build
 from opd.launch.run.lock import RunLock
+from opd.launch.run.score import Score
+from opd.launch.run.training import train
 from opd.launch.settings.reader import holds_run
 from opd.launch.tiny.build import build_tiny
-from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.tracking.plots import Curve, curves, running_mean
 from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
@@ -31,12 +32,12 @@ from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
 TASKS = 300
 STEPS = 60
 TEACHERS = {"opsd": "plan", "control": None}
-"""What the teacher of each run sees."""
+"""The privileged text that the teacher of each run sees."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one seed showed."""
+    """The scores of one seed."""
 
     seed: int
     before: Score
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def settings(seed: int, run: str, *, model: Path | str, out: Path) -> dict[str, Any]:
-    """The run's YAML, as plain data."""
+    """Return the settings of a run, as its YAML would hold them."""
     return {
         "method": "opsd",
         "seed": seed,
@@ -119,7 +120,7 @@ def _one_seed(console: Console, seed: int, model: Path, folder: Path) -> Outcome
 
 
 def _show_episode(run: Run, folder: Path) -> Any:
-    """One episode of the untrained student, each token shaded by how much the teacher disagrees."""
+    """Draw one episode of the untrained student, each token shaded by how much the teacher disagrees."""
     tasks = [task(i, split="eval") for i in range(12)]
     seed = derive_seed("demo", run.config.seed)
     groups = run.loop.player.scheduler.run(tasks, group_size=1, sampling=run.loop.player.sampling, seed=seed)
@@ -157,7 +158,7 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 
 def _draw(path: Path, folder: Path) -> None:
-    """Success in training rollouts over the steps, with and without something to learn from."""
+    """Plot success in training rollouts over the steps, with and without something to learn from."""
     lines: list[Curve] = []
     for name, label in (("opsd", "OPSD"), ("control", "control")):
         rows = [row for row in read_rows(folder / name / "metrics.jsonl") if "reward/success" in row]

@@ -31,7 +31,7 @@ _SUFFIXES = (".jsonl", ".md")
 
 
 def bank_file(target: Path) -> Path:
-    """The skills of a run's folder, or the file itself. Raises ConfigError where there are none."""
+    """Return the file of skills in a run's folder, or the file itself. Raises ConfigError if there is none."""
     path = target / "data" / file.NAME if target.is_dir() else target
     if not path.is_file():
         raise ConfigError(
@@ -42,7 +42,7 @@ def bank_file(target: Path) -> Path:
 
 
 def find(skills: Sequence[Skill], id: str) -> Skill:
-    """Raises ConfigError with the ids that exist."""
+    """Return the skill of this id. Raises ConfigError with the ids that exist."""
     for skill in skills:
         if skill.id == id:
             return skill
@@ -53,7 +53,7 @@ def find(skills: Sequence[Skill], id: str) -> Skill:
 
 
 def show_all(target: Path, console: Console) -> None:
-    """A line a skill, those that lift most first."""
+    """Print a line for each skill, those that lift most first."""
     skills = file.read(bank_file(target))
     table = Table("id", "version", "task", "lift", "PDI", "shown", "text", box=None)
     for skill in sorted(skills, key=lambda s: (-(s.lift if s.lift is not None else -1e9), s.id)):
@@ -75,14 +75,15 @@ def show_all(target: Path, console: Console) -> None:
 
 
 def show_one(target: Path, id: str) -> str:
-    """All that is known of one skill."""
+    """Return all that is known of one skill, as Markdown."""
     return file.markdown([find(file.read(bank_file(target)), id)])
 
 
 def change(target: Path, id: str, parts: dict[str, str], *, retire: bool) -> Skill:
-    """Write down a person's change: the parts given, or what an editor makes of all. Raises ConfigError, DataError.
+    """Write down a person's change, the parts given or what an editor makes of all, and return the changed skill.
 
-    Also where nothing would change: whoever takes that for a change would wait for what never comes.
+    Raises DataError, and ConfigError also if nothing would change: whoever takes that for a change would wait for what
+    never comes.
     """
     path = bank_file(target)
     skills = file.read(path)
@@ -104,7 +105,7 @@ def change(target: Path, id: str, parts: dict[str, str], *, retire: bool) -> Ski
 
 
 def export(target: Path, to: Path, *, usable: bool) -> int:
-    """Write the skills to a page (`.md`) or as rows (`.jsonl`); how many. Raises ConfigError where it cannot.
+    """Write the skills to a page (`.md`) or as rows (`.jsonl`), and return how many. Raises ConfigError if it cannot.
 
     `usable`: only those that may be shown: changed by a person, or lifted, or all where the run shows them untried
     (`trials: 0`). Of a file without its run's `config.yaml` nobody knows that.
@@ -128,7 +129,7 @@ def export(target: Path, to: Path, *, usable: bool) -> int:
 
 
 def _shows_untried(path: Path) -> bool:
-    """Whether the run that a skills.jsonl lies in shows skills untried."""
+    """True: the run that a skills.jsonl lies in shows skills untried. False: it does not, or there is no such run."""
     settings = path.resolve().parent.parent / "config.yaml"
     try:
         return bool(yaml.safe_load(settings.read_text(encoding="utf-8"))["skill_sd"]["skills"]["trials"] == 0)
@@ -137,7 +138,7 @@ def _shows_untried(path: Path) -> bool:
 
 
 def _in_editor(lesson: Lesson) -> Lesson:
-    """The lesson as `$EDITOR` leaves it. Raises ConfigError where there is no editor, or no lesson afterwards."""
+    """Return the lesson as `$EDITOR` leaves it. Raises ConfigError if there is no editor, or no lesson afterwards."""
     editor = os.environ.get("VISUAL", "").strip() or os.environ.get("EDITOR", "").strip()
     if not editor:
         raise ConfigError(f"set $EDITOR, or give {', '.join(f'--{part} TEXT' for part in PARTS)}, or --retire")
@@ -155,7 +156,7 @@ def _in_editor(lesson: Lesson) -> Lesson:
 
 
 def _open_editor(editor: str, path: Path) -> None:
-    """Raises ConfigError where it cannot be opened, or says that it failed."""
+    """Open a file in the editor. Raises ConfigError if the editor cannot be started, or fails."""
     try:
         subprocess.run([*shlex.split(editor), str(path)], check=True)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

@@ -1,1 +1,1 @@
-"""What a run will do, need and send, and what a store holds: said without doing it."""
+"""What a run will do, need and send, and what a store holds, found without loading a model."""

@@ -25,7 +25,7 @@ TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 512 * 2**20}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """What an estimate needs to know about a model."""
+    """The sizes of a model that an estimate needs."""
 
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of every weight, by name; a tied head is not counted twice."""
@@ -43,12 +43,12 @@ class ModelSize:
 
     @property
     def query_width(self) -> int:
-        """Query heads times their width."""
+        """The query heads times their width."""
         rows = (shape[0] for name, shape in self.shapes.items() if name.endswith("q_proj.weight"))
         return next(rows, self.hidden)
 
     def adapters(self, lora: LoraConfig) -> int:
-        """Parameters that LoRA adds: two low-rank factors for each linear layer that is targeted."""
+        """Count the parameters that LoRA adds: two low-rank factors for each linear layer that is targeted."""
         return sum(lora.r * sum(shape) for name, shape in self.shapes.items() if _is_targeted(name, shape, lora))
 
 
@@ -70,7 +70,7 @@ def memory_estimate(
     tokens_per_microbatch: int,
     gpu: bool,
 ) -> list[Part]:
-    """The parts of the peak of a run on one device, in bytes; their sum is an upper estimate.
+    """Return the parts of a run's peak on one device, in bytes; their sum is an upper estimate.
 
     `model.dtype` auto is float32 on a CPU and bfloat16 on a GPU. Adapters are trained in float32.
     """
@@ -91,7 +91,7 @@ def memory_estimate(
         Part("weights", size.parameters * width + (trained * 4 if model.lora else 0)),
         Part("gradients", trained * max(4, trained_width)),
         Part("AdamW", optimizer * trained, "two moments for each trained parameter"),
-        Part("teacher", own, taught_by(teacher)),
+        Part("teacher", own, teacher_in_words(teacher)),
         Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
         Part(
@@ -103,13 +103,13 @@ def memory_estimate(
 
 
 def external_bytes(teacher: TeacherConfig, width: int) -> int:
-    """What another model that teaches takes, at so many bytes a weight; 0 where it is not known (`taught_by`)."""
+    """Return the bytes of another model that teaches, at `width` bytes a weight; 0 if its size is not known."""
     size = known_size(teacher.model) if teacher.model and not teacher.servers else None
     return size.parameters * width if size else 0
 
 
-def taught_by(teacher: TeacherConfig | None) -> str:
-    """Whose weights teach, in words."""
+def teacher_in_words(teacher: TeacherConfig | None) -> str:
+    """Say in words whose weights teach."""
     if teacher is None or teacher.model is None:
         return teacher.weights if teacher else "none"
     if teacher.servers:
@@ -118,12 +118,12 @@ def taught_by(teacher: TeacherConfig | None) -> str:
 
 
 def tile_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:
-    """The most that a tile of logits takes."""
+    """Return the most bytes that a tile of logits takes."""
     return min(TILE_BYTES["gpu" if gpu else "cpu"], 4 * tokens * vocabulary)
 
 
 def activations(size: ModelSize, tokens: int, width: int, checkpointing: bool) -> int:
-    """What a forward pass keeps for the backward pass, as Llama and Qwen3 do.
+    """Return the bytes that a forward pass keeps for the backward pass, as Llama and Qwen3 do.
 
     A token and layer: two norms (a float32 copy of what goes in, and two results), queries and what attention makes
     of them, keys and values, four vectors of the MLP's width; and where queries and keys have norms, these too.
@@ -146,20 +146,20 @@ def _is_targeted(name: str, shape: tuple[int, ...], lora: LoraConfig) -> bool:
 
 
 def known_size(name: str) -> ModelSize | None:
-    """The size of a model that is on this disk, or of SmolLM2; None where it is not known without a download."""
+    """Return the size of a model that is on this disk, or of SmolLM2; None if it is not known without a download."""
     if name == "smollm2":
-        return _smollm2()
-    folder = _folder(name)
+        return _size_of_smollm2()
+    folder = _folder_of_model(name)
     return size_of_folder(folder) if folder is not None else None
 
 
 def size_of_folder(folder: Path) -> ModelSize | None:
-    """Read `config.json` and the headers of the safetensors files; None where they do not say enough."""
+    """Read `config.json` and the headers of the safetensors files; return None if they do not say enough."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        shapes = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in _header(path).items()}
+        shapes = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in _read_shapes(path).items()}
         if not shapes:
             return None
         return ModelSize(
@@ -174,16 +174,16 @@ def size_of_folder(folder: Path) -> ModelSize | None:
         return None
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a safetensors file: eight bytes that hold the length of a JSON header, then the header."""
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes in a safetensors file: eight bytes hold the length of a JSON header, which follows."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-def _folder(name: str) -> Path | None:
-    """The folder of a local model, or of a hub model in the cache."""
+def _folder_of_model(name: str) -> Path | None:
+    """Return the folder of a local model, or of a hub model in the cache; None if there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -195,8 +195,8 @@ def _folder(name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _smollm2() -> ModelSize:
-    """SmolLM2-135M: 30 layers of width 576, 9 query and 3 key heads of 64, a tied head."""
+def _size_of_smollm2() -> ModelSize:
+    """Return the size of SmolLM2-135M: 30 layers of width 576, 9 query and 3 key heads of 64, a tied head."""
     layer = {
         "self_attn.q_proj.weight": (576, 576),
         "self_attn.k_proj.weight": (192, 576),

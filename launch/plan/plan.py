@@ -25,7 +25,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The numbers that follow from the settings."""
+    """The numbers of a run that follow from its settings."""
 
     config: Config
     out: Path
@@ -46,14 +46,14 @@ class Plan:
     """What one rank sends in a step."""
     notes: list[str]
     filled: list[str]
-    """What the "auto" values of the DeepSpeed JSON became, and what of it counts against our own settings."""
+    """The values that replaced "auto" in the DeepSpeed JSON, and which of its settings replace ours."""
 
     @property
     def memory_bytes(self) -> int:
         return sum(part.bytes for part in self.memory)
 
     def table(self) -> Table:
-        """The plan for the terminal."""
+        """Make the table that the terminal shows."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -62,7 +62,7 @@ class Plan:
         return table
 
     def rows(self) -> list[tuple[str, str]]:
-        """Each line of the plan: what, and its numbers in words."""
+        """Return the lines of the plan: a name, and its numbers in words."""
         config, train, rollout = self.config, self.config.train, self.config.rollout
         rows = [
             ("method", f"{config.method}, teacher: {self.teacher.weights if self.teacher else 'none'}"),
@@ -73,14 +73,14 @@ class Plan:
                 f"{train.tasks_per_step} tasks x {rollout.group_size} = {_count(self.episodes_per_step, 'episode')}, "
                 f"at most {self.tokens_per_step:,} sampled tokens ({self.tokens_per_episode:,} an episode)",
             ),
-            ("rollouts", _rollouts(rollout)),
+            ("rollouts", _rollouts_in_words(rollout)),
             ("micro-batches", f"at most {train.tokens_per_microbatch:,} padded tokens, student and teacher"),
             ("updates", self._updates()),
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
             *self._processes(),
             ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, checkpoints/, export/)"),
-            ("wandb", _wandb(config)),
+            ("wandb", _wandb_in_words(config)),
         ]
         return [*rows, *(("note", note) for note in self.notes)]
 
@@ -105,31 +105,31 @@ class Plan:
         if not self.memory:
             return "not estimated: the model's size is not known before it is loaded"
         where = " on each of them" if self.ranks > 1 else ""
-        return _listed(f"about {self.memory_bytes / _GIB:.2f} GiB at most{where}", self.memory)
+        return _with_parts(f"about {self.memory_bytes / _GIB:.2f} GiB at most{where}", self.memory)
 
     def _processes(self) -> list[tuple[str, str]]:
-        """What there is to say about DeepSpeed and its ranks."""
+        """Return the lines about DeepSpeed and its ranks; none without DeepSpeed."""
         if self.config.deepspeed is None:
             return []
         stage = deepspeed_json.stage(self.config.deepspeed)
         rows = [("backend", f"DeepSpeed, ZeRO-{stage}, {self.ranks} {'process' if self.ranks == 1 else 'processes'}")]
         if self.host:
-            rows.append(("offloaded", _listed("by each process", self.host)))
+            rows.append(("offloaded", _with_parts("by each process", self.host)))
         if self.traffic:
             total = sum(part.bytes for part in self.traffic) / _GIB
-            rows.append(("traffic", _listed(f"about {total:.2f} GiB sent by each process in a step", self.traffic)))
+            rows.append(("traffic", _with_parts(f"about {total:.2f} GiB sent by each process in a step", self.traffic)))
         return [*rows, ("deepspeed", "\n".join(self.filled))]
 
 
 def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) -> Plan:
-    """The plan of a run; `gpu` says whether there is one, by default as far as can be seen without torch."""
+    """Make the plan of a run. `gpu`: plan for a GPU; None: plan for what `has_gpu` finds."""
     rollout, train = config.rollout, config.train
     episodes = train.tasks_per_step * rollout.group_size
     tokens = min(config.env.max_turns * rollout.max_tokens, rollout.max_length)
     teacher = teacher_of(config)
     size = known_size(config.model.name)
     gpu = has_gpu() if gpu is None else gpu
-    memory, host, sent = _sizes(config, size, teacher, gpu=gpu, ranks=ranks) if size else ([], [], [])
+    memory, host, sent = _parts_of_rank(config, size, teacher, gpu=gpu, ranks=ranks) if size else ([], [], [])
     return Plan(
         config=config,
         out=out,
@@ -137,21 +137,21 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) 
         episodes_per_step=episodes,
         tokens_per_episode=tokens,
         tokens_per_step=episodes * tokens,
-        evaluations=_evaluations(config),
+        evaluations=_count_evaluations(config),
         parameters=size.parameters if size else None,
         memory=memory,
         ranks=ranks,
         host=host,
         traffic=sent,
         notes=_notes(config),
-        filled=_filled(config, size, gpu=gpu, ranks=ranks),
+        filled=_notes_on_json(config, size, gpu=gpu, ranks=ranks),
     )
 
 
-def _sizes(
+def _parts_of_rank(
     config: Config, size: ModelSize, teacher: TeacherConfig | None, *, gpu: bool, ranks: int
 ) -> tuple[list[Part], list[Part], list[Part]]:
-    """Memory of a device, memory of its machine, and traffic, for one rank."""
+    """Return, for one rank, the parts of its device's memory, of its machine's memory, and of what it sends."""
     rollout, train = config.rollout, config.train
     if config.deepspeed is None:
         memory = memory_estimate(
@@ -183,8 +183,8 @@ def _sizes(
     )
 
 
-def _filled(config: Config, size: ModelSize | None, *, gpu: bool, ranks: int) -> list[str]:
-    """What `deepspeed_json.fill` will decide; the run itself asks the model that it has loaded."""
+def _notes_on_json(config: Config, size: ModelSize | None, *, gpu: bool, ranks: int) -> list[str]:
+    """Return the notes of `deepspeed_json.fill` on the sizes known so far; the run itself asks its loaded model."""
     if config.deepspeed is None:
         return []
     auto = "bfloat16" if gpu else "float32"
@@ -198,25 +198,25 @@ def _filled(config: Config, size: ModelSize | None, *, gpu: bool, ranks: int) ->
     return deepspeed_json.fill(config.deepspeed, config.train, facts).notes
 
 
-def _listed(head: str, parts: list[Part]) -> str:
+def _with_parts(head: str, parts: list[Part]) -> str:
     lines = [f"{part.bytes / _GIB:8.2f}  {part.name}{f' ({part.note})' if part.note else ''}" for part in parts]
     return "\n".join([head, *lines])
 
 
 def teacher_of(config: Config) -> TeacherConfig | None:
-    """Whose weights teach; None where nobody is listened to."""
+    """Return the teacher of the first stage that asks one; None if no stage does."""
     return next((stage.teacher for stage in config.stages if stage.listens), None)
 
 
 def has_gpu() -> bool:
-    """Whether torch will probably find a GPU. torch itself is not asked: importing it takes seconds."""
+    """True: torch will probably find a GPU. False: it will not. torch is not asked: importing it takes seconds."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return shutil.which("nvidia-smi") is not None
 
 
-def _evaluations(config: Config) -> int:
-    """Before, after every stage, and between: the evaluation at a stage's last step is the one after it."""
+def _count_evaluations(config: Config) -> int:
+    """Count the evaluations: before, after every stage (which is at its last step), and between."""
     if not config.eval.tasks:
         return 0
     ends = set(accumulate(config.stage_steps)) - {0}
@@ -224,8 +224,8 @@ def _evaluations(config: Config) -> int:
     return 1 + len(ends.union(between))
 
 
-def _rollouts(rollout: RolloutConfig) -> str:
-    """Which engine samples, and what is done about its distance from the model that trains."""
+def _rollouts_in_words(rollout: RolloutConfig) -> str:
+    """Say which engine samples, and how samples are corrected for its distance from the model that trains."""
     if rollout.engine == "transformers":
         who = "transformers: the model that trains"
     elif rollout.engine == "vllm":
@@ -242,13 +242,13 @@ def _rollouts(rollout: RolloutConfig) -> str:
     return f"{who}; {what[rollout.correction_mode]}"
 
 
-def _wandb(config: Config) -> str:
+def _wandb_in_words(config: Config) -> str:
     mode = wandb_mode(config.tracking)
     return mode if mode == "disabled" else f"{mode}, project {config.tracking.project}"
 
 
 def _notes(config: Config) -> list[str]:
-    """What is allowed and may still surprise."""
+    """Return notes on settings that are allowed and may still surprise."""
     rollout, train = config.rollout, config.train
     notes = []
     if rollout.top_p < 1 or rollout.top_k:

@@ -15,7 +15,7 @@ from typing import Any
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch.plan.memory import BYTES, ModelSize, Part, activations, external_bytes, taught_by, tile_bytes
+from opd.launch.plan.memory import BYTES, ModelSize, Part, activations, external_bytes, teacher_in_words, tile_bytes
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 
@@ -26,7 +26,7 @@ _DEFAULT_BUCKET = 500_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """How DeepSpeed cuts a run into ranks."""
+    """How DeepSpeed divides a run among ranks."""
 
     stage: int
     ranks: int
@@ -38,7 +38,7 @@ class Sharding:
 
     @staticmethod
     def of(data: Mapping[str, Any], ranks: int) -> Sharding:
-        """By a DeepSpeed JSON, on so many ranks."""
+        """Read it from a DeepSpeed JSON, for so many ranks."""
         bucket = (data.get("zero_optimization") or {}).get("reduce_bucket_size", _DEFAULT_BUCKET)
         return Sharding(
             stage=deepspeed_json.stage(data),
@@ -49,27 +49,27 @@ class Sharding:
         )
 
     def share(self, from_stage: int) -> float:
-        """The part of something that one rank holds, if it is cut from this stage on."""
+        """Return the share of something that one rank holds, if ZeRO divides it from this stage on."""
         return 1 / self.ranks if self.stage >= from_stage else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is trained, as far as sizes depend on it."""
+    """The settings that sizes depend on."""
 
     model: ModelConfig
     rollout: RolloutConfig
     teacher: TeacherConfig | None
     tokens_per_microbatch: int
     episodes: int
-    """In a step, on all ranks."""
+    """The episodes of a step, on all ranks."""
     embedded: bool
-    """Whether rollouts are sampled by the embedded engine: with ZeRO-3 it holds a whole copy of the model."""
+    """True: the embedded engine samples, and with ZeRO-3 holds a whole copy of the model. False: vLLM samples."""
     gpu: bool
 
     @property
     def width(self) -> int:
-        """Bytes of a weight."""
+        """The bytes of a weight."""
         dtype = self.model.dtype
         return BYTES[dtype if dtype != "auto" else "bfloat16" if self.gpu else "float32"]
 
@@ -82,7 +82,7 @@ class Work:
 
 
 def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]:
-    """The parts of the peak on one rank's device, in bytes; their sum is an upper estimate."""
+    """Return the parts of the peak on one rank's device, in bytes; their sum is an upper estimate."""
     width, trained = work.width, work.trained(size)
     copies = {"live": 0, "frozen": width, "synced": width, "trust_region": width, "ema": 4}
     teaching = work.teacher.weights if work.teacher else "none"
@@ -92,9 +92,13 @@ def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]
     parts = [
         Part("weights", _on_device(work.weights(size) * width * sharding.share(3), sharding.weights_on)),
         Part("gradients", round(trained * width * sharding.share(2))),
-        Part("optimiser", _on_device(_optimizer(work, trained, sharding), sharding.optimizer_on), "float32"),
-        Part("teacher", round(trained * copies.get(teaching, 0) * sharding.share(3)) + other, taught_by(work.teacher)),
-        Part("gathered", _gathered(size, work, sharding), "layers, heads, the head's gradient, buckets"),
+        Part("optimiser", _on_device(_optimizer_bytes(work, trained, sharding), sharding.optimizer_on), "float32"),
+        Part(
+            "teacher",
+            round(trained * copies.get(teaching, 0) * sharding.share(3)) + other,
+            teacher_in_words(work.teacher),
+        ),
+        Part("gathered", _gathered_bytes(size, work, sharding), "layers, heads, the head's gradient, buckets"),
         Part("activations", activations(size, tokens, width, work.model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if work.teacher else 1), "a tile at a time, never all"),
         _cache(size, work, sharding),
@@ -105,18 +109,18 @@ def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]
 
 
 def host_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]:
-    """What one rank keeps in its machine's memory (or on its disk) for its device: empty without offload."""
+    """Return what one rank keeps in its machine's memory (or on its disk), in bytes; nothing without offload."""
     trained = work.trained(size)
     parts = []
     if sharding.optimizer_on:
-        parts.append(Part("optimiser", round(_optimizer(work, trained, sharding)), sharding.optimizer_on))
+        parts.append(Part("optimiser", round(_optimizer_bytes(work, trained, sharding)), sharding.optimizer_on))
     if sharding.weights_on:
         parts.append(Part("weights", round(work.weights(size) * work.width / sharding.ranks), sharding.weights_on))
     return parts
 
 
 def traffic(size: ModelSize, work: Work, sharding: Sharding, *, microbatches: int, updates: int = 1) -> list[Part]:
-    """What one rank sends in a step, in bytes, with ring algorithms; `microbatches` on each rank in an update."""
+    """Return the bytes that one rank sends in a step, by ring algorithms; `microbatches` on each rank an update."""
     if sharding.ranks == 1:
         return []
     ring = (sharding.ranks - 1) / sharding.ranks
@@ -142,14 +146,14 @@ def _on_device(size: float, elsewhere: str | None) -> int:
     return 0 if elsewhere else round(size)
 
 
-def _optimizer(work: Work, trained: int, sharding: Sharding) -> float:
-    """Two moments, and the float32 weights that steps are taken on, which ZeRO-0 in float32 alone does without."""
+def _optimizer_bytes(work: Work, trained: int, sharding: Sharding) -> float:
+    """Return the bytes of two moments, and of float32 weights that are updated (ZeRO-0 in float32 has no others)."""
     copies = 2 if sharding.stage == 0 and work.width == 4 else 3
     return copies * 4 * trained * sharding.share(1)
 
 
-def _gathered(size: ModelSize, work: Work, sharding: Sharding) -> int:
-    """What is whole for a moment: the head's gradient in float32; with ZeRO-3 two layers and the heads as well."""
+def _gathered_bytes(size: ModelSize, work: Work, sharding: Sharding) -> int:
+    """Return the bytes whole for a moment: the head's float32 gradient; with ZeRO-3 also two layers and the heads."""
     head = size.vocabulary * size.hidden
     gradient = 0 if work.model.lora else 4 * head
     bucket = (sharding.bucket if sharding.bucket is not None else size.hidden**2) * work.width
@@ -163,7 +167,7 @@ def _gathered(size: ModelSize, work: Work, sharding: Sharding) -> int:
 
 
 def largest_layer(size: ModelSize) -> int:
-    """Parameters of the largest layer, or of the largest weight outside of them."""
+    """Count the parameters of the largest layer, or of the largest weight outside of the layers."""
     layers: dict[str, int] = {}
     for name, shape in size.shapes.items():
         found = _LAYER.search(name)

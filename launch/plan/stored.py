@@ -10,7 +10,7 @@ from opd.teachers.store import Tokens, open_store, verify
 
 
 def inspect(folder: Path) -> list[tuple[str, str]]:
-    """Each line: what, and its value in words. Raises DataError where there is no store, or it is damaged."""
+    """Return lines about a store: a name, its value in words. Raises DataError if there is none, or it is damaged."""
     store = open_store(store_of(folder))
     scorer, about = store.scorer, store.about
     trained = about.get("sft_teacher")
@@ -33,12 +33,12 @@ def inspect(folder: Path) -> list[tuple[str, str]]:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a store; empty for one that is whole."""
+    """Return what is wrong with a store, a sentence each; nothing for one that is whole."""
     return verify(store_of(folder))
 
 
 def store_of(folder: Path) -> Path:
-    """The store in a folder, or in the data of a run. Raises DataError where there is none."""
+    """Return the store's folder: the one given, or one in a run's data. Raises DataError if there is none."""
     for place in (folder, folder / "store", folder / "data/store"):
         if (place / "store.json").is_file():
             return place
@@ -46,5 +46,5 @@ def store_of(folder: Path) -> Path:
 
 
 def _turns(tokens: Tokens) -> int:
-    """Stretches of sampled tokens."""
+    """Count the stretches of sampled tokens."""
     return sum(now > before for before, now in zip([0, *tokens.mask], tokens.mask, strict=False))

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.errors import CheckpointError
-from opd.launch.run.build import Score, build
+from opd.launch.run.build import build
+from opd.launch.run.ranks import ranks_of
+from opd.launch.run.score import Score
 from opd.launch.settings.config import Config
-from opd.launch.train import ranks_of
 
 
 def evaluate_run(config: Config, *, run: Path | None = None) -> Score:

@@ -30,7 +30,7 @@ SILENT = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a folder, as its lock file says."""
+    """The process that holds a folder, as its lock file names it."""
 
     host: str
     pid: int
@@ -61,7 +61,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="opd-lock", daemon=True).start()
 
     def _hold(self) -> int:
-        """A descriptor of the locked file, which names this process."""
+        """Lock the file, write this process into it, and return its descriptor."""
         descriptor, left = _take(self.path)
         if left is not None:
             _say(f"{self.path.parent}: the lock of {left} is broken, since that process has ended; this one takes over")
@@ -76,7 +76,7 @@ class RunLock:
         return descriptor
 
     def check(self) -> None:
-        """Raise LockError where the folder is not this process's any more: nothing may be written there then."""
+        """Raise LockError if the folder is not this process's any more: nothing may be written there then."""
         if _is_file_of(self.path, self._descriptor):
             return
         folder = self.path.parent
@@ -105,14 +105,14 @@ class RunLock:
                 os.utime(self._descriptor)
 
     def _forget(self) -> None:
-        """In a forked process: the lock is the parent's, and must not outlive it here."""
+        """Close the descriptor in a forked process: the lock is the parent's, and must not outlive it here."""
         if not self._released.is_set():
             self._released.set()
             os.close(self._descriptor)
 
 
 def check_free(folder: Path) -> None:
-    """Raises LockError where another process holds the folder of a run; changes nothing."""
+    """Raise LockError if another process holds the folder of a run; change nothing."""
     path = folder / NAME
     if not os.path.lexists(path):
         return
@@ -124,7 +124,7 @@ def check_free(folder: Path) -> None:
 
 
 def _take(path: Path) -> tuple[int, Owner | None]:
-    """A locked descriptor of an empty file at `path`, and the dead owner that it named, if it did.
+    """Return a locked descriptor of an empty file at `path`, and the dead owner that the file named, if any.
 
     Raises LockError where another process holds it. What a dead owner left is deleted and not written over: should it
     live after all, it sees that the file is another one.
@@ -150,7 +150,7 @@ def _take(path: Path) -> tuple[int, Owner | None]:
 
 
 def _open(path: Path) -> int:
-    """Raises LockError for what is no ordinary file."""
+    """Open or make the file. Raises LockError if it is no ordinary file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -163,7 +163,7 @@ def _open(path: Path) -> int:
 
 
 def _refuse_if_held(path: Path, by_kernel: bool | None, left: Owner | None, *, own_too: bool = False) -> None:
-    """Raises LockError where the kernel or the file names a living owner; this process counts only if `own_too`."""
+    """Raise LockError if the kernel or the file names a living owner; this process counts only if `own_too`."""
     if not own_too and left is not None and (left.host, left.pid) == (socket.gethostname(), os.getpid()):
         return
     if by_kernel is False or (left is not None and _alive(left, path, by_kernel=bool(by_kernel))):
@@ -174,7 +174,7 @@ def _refuse_if_held(path: Path, by_kernel: bool | None, left: Owner | None, *, o
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether the kernel gives us its lock; None on a disk that knows no such locks."""
+    """True: the kernel gives us its lock. False: another process has it. None: the disk knows no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -183,7 +183,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _alive(owner: Owner, path: Path, *, by_kernel: bool) -> bool:
-    """Whether the owner that a file names still lives, though the kernel's lock does not show it."""
+    """True: the owner that a file names may live, though the kernel's lock does not show it. False: it is dead."""
     if owner.host != socket.gethostname():
         return _age(path) < SILENT
     if by_kernel:
@@ -205,7 +205,7 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """Who the file names; None for an empty file, or one that nobody finished."""
+    """Return the owner that the file names; None for an empty file, or one that nobody finished."""
     try:
         owner = Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -215,7 +215,7 @@ def _read(path: Path) -> Owner | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the file was touched, by the clock of the disk that it is on."""
+    """Return the seconds since the file was touched, by the clock of the disk that it is on."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{NAME}.") as now:
         return os.stat(now.name).st_mtime - path.stat().st_mtime
 

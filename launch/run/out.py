@@ -1,4 +1,4 @@
-"""Where a run's files go: the folder's name when none is given, and what may happen to a folder that exists."""
+"""The folder of a run: its name if none is given, and what may happen to one that exists."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from opd.launch.settings.config import Config
 from opd.launch.settings.reader import RUN_MARK, holds_run
 
 Resume = bool | Literal["auto"]
-"""Whether to go on with the run in the folder; `auto` begins one where there is none, for scripts that run again."""
+"""True: go on with the run in the folder. False: begin one. auto: go on if there is one, for scripts that run again."""
 
 ROOT = Path("runs")
 
 
 def default_name(method: str, env: str, model: str) -> str:
-    """`opsd-lookup-tiny` for opsd, opd/Lookup-v0 and tiny:lookup: what a person would call the run."""
+    """Return the name a person would give the run: `opsd-lookup-tiny` for opsd, opd/Lookup-v0 and tiny:lookup."""
     env = re.sub(r"-v\d+$", "", re.split(r"[/:]", env)[-1])
     model = "tiny" if model.startswith("tiny:") else Path(model).name.removesuffix(".gguf")
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in (method, env, model))
@@ -34,7 +34,7 @@ def choose_out(config: Config, *, resume: Resume = False, overwrite: bool = Fals
 
 
 def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Path:
-    """The folder of a run; nothing is written yet.
+    """Return the folder of a run; nothing is written yet.
 
     Without `out` it is `runs/NAME`, or `runs/NAME-2` and so on where earlier runs are; with `resume`, the
     newest of these.
@@ -47,7 +47,7 @@ def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Pa
     if out is None:
         if overwrite:
             raise ConfigError("--overwrite deletes a run, so say which: --out DIR")
-        folder = _numbered(name, resume=bool(resume))
+        folder = _numbered_folder(name, resume=bool(resume))
     else:
         folder = Path(out).expanduser()
     _check_folder(folder, resume=resumes(folder, resume), overwrite=overwrite)
@@ -55,7 +55,7 @@ def choose(out: str | None, name: str, *, resume: Resume, overwrite: bool) -> Pa
 
 
 def resumes(folder: Path, resume: Resume) -> bool:
-    """Whether the run in the folder goes on: with `auto`, if there is one."""
+    """True: the run in the folder goes on (`auto`: there is one). False: a run begins."""
     return holds_run(folder) if resume == "auto" else resume
 
 
@@ -86,11 +86,11 @@ def remove_run(folder: Path) -> None:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a folder holds beside the lock of whoever is about to use it."""
+    """Return what a folder holds beside the lock of whoever is about to use it."""
     return [path for path in folder.iterdir() if path.name != lock.NAME]
 
 
-def _numbered(name: str, *, resume: bool) -> Path:
+def _numbered_folder(name: str, *, resume: bool) -> Path:
     taken = ROOT / name
     folder, number = taken, 1
     while folder.exists():

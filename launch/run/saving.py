@@ -1,4 +1,4 @@
-"""What a run saves and where it goes on from: checkpoints with all that a resumed run needs, and which of them stay.
+"""The checkpoints of a run: what stands in them, which of them stay, and from which one a run goes on.
 
 `opd.checkpoint` writes and verifies folders; here is what stands in those of a run. docs/runs.md says it for users.
 """
@@ -18,13 +18,14 @@ import torch
 from opd import checkpoint
 from opd.backends.config import TrainConfig
 from opd.errors import CheckpointError
-from opd.launch.run.build import Run, Score
+from opd.launch.run.build import Run
+from opd.launch.run.score import Score
 from opd.ranks.ranks import Ranks
 from opd.tracking import last_row, put_rows_aside
 
 
-def newest(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint; None for a run that was stopped before its first, which begins again.
+def newest_checkpoint(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
+    """Return the newest checkpoint; None for a run that was stopped before its first, which begins again.
 
     Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
     or where no checkpoint is whole.
@@ -56,7 +57,7 @@ def begin_anew(out: Path) -> None:
 
 
 def clear_the_way(exports: Iterable[Path], saved: checkpoint.Checkpoint | None) -> None:
-    """Nothing of an earlier attempt may be taken for what is still to come: exports of stages, newer checkpoints."""
+    """Remove exports of stages still to be run and put newer checkpoints aside: they are of an earlier attempt."""
     for folder in exports:
         if folder.exists():
             shutil.rmtree(folder)
@@ -99,20 +100,20 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
 
 
 def _worth_keeping(root: Path, train: TrainConfig) -> list[Path]:
-    """The last checkpoint whose updates were finite and, if asked for, the one whose evaluation was best, the later
-    of two."""
+    """Return the last checkpoint whose updates were finite and, if asked for, the one whose evaluation was best (the
+    later of two)."""
     scored = [(_record(path)["success"], number, path) for number, path in enumerate(checkpoint.step_folders(root))]
     best = max((entry for entry in scored if entry[0] is not None), default=None) if train.keep_best else None
     return finite_checkpoints(root)[-1:] + ([best[2]] if best else [])
 
 
 def finite_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints of steps whose updates were finite, oldest first."""
+    """Return the checkpoints of steps whose updates were finite, oldest first."""
     return [path for path in checkpoint.step_folders(root) if _record(path)["finite"]]
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of its step; one that is damaged is not worth keeping for it."""
+    """Read what a checkpoint says of its step; a damaged one counts as not finite and not evaluated."""
     try:
         return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text())}
     except (OSError, ValueError, TypeError):

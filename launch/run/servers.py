@@ -27,7 +27,7 @@ from opd.ranks.ranks import Ranks
 
 
 def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServerEngine:
-    """The engine over this rank's share of `rollout.vllm.servers`, or over servers of its own, which end with it.
+    """Make the engine over this rank's share of `rollout.vllm.servers`, or over servers of its own, which end with it.
 
     Where there are fewer servers than ranks, several ranks sample from one, and the first of them sends it the weights.
     """
@@ -40,7 +40,7 @@ def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServe
         replicas = (
             [_replica(url, os.environ.get(vllm.api_key_env), config.rollout) for url in urls]
             if urls
-            else _own(config, model, ranks, stack)
+            else _start_own(config, model, ranks, stack)
         )
         return VllmServerEngine(
             replicas,
@@ -52,8 +52,8 @@ def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServe
         )
 
 
-def _own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStack) -> list[Replica]:
-    """Servers on this machine's loopback, with a key that nobody else knows, started and not yet up."""
+def _start_own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStack) -> list[Replica]:
+    """Start servers on this machine's loopback, with a key that nobody else knows; they are not up yet."""
     vllm = config.rollout.vllm
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="opd-vllm-"))
     model.config.save_pretrained(folder)
@@ -104,7 +104,7 @@ def serve(model: ModelConfig, rollout: RolloutConfig, *, host: str, port: int) -
 
 
 def _served_name(name: str) -> str:
-    """What vLLM can load: a hub id or a folder. Raises ConfigError for a GGUF file."""
+    """Return the name by which vLLM can load the model: a hub id or a folder. Raises ConfigError for a GGUF file."""
     if name.startswith("tiny:"):
         from opd.launch.tiny.build import build_tiny
 

@@ -1,7 +1,7 @@
-"""The settings of a run: one typed, strict tree, read from YAML and the command line.
+"""The settings of a run: one typed, strict tree.
 
-`opd.config` holds the sections that all runs share, each method's file its own; here they are joined, read,
-and checked as far as that goes without torch. Every problem of a file is reported at once.
+A `config.py` in each room of `opd/` holds the sections that all runs share, each method's file its own; here they are
+joined. This is data alone: `opd.launch.checks.loading` reads it from YAML and the command line, and checks it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from opd.trainers.loop.stage import Inputs, Stage
 
 
 def _read_deepspeed(value: Any) -> Any:
-    """The object in place of its path: a run's config.yaml says all that the run depends on."""
+    """Replace a path by the object it names: a run's config.yaml says all that the run depends on."""
     return value if value is None else deepspeed_json.read(value)
 
 
@@ -53,7 +53,7 @@ _MAY_DIFFER = (
     "train.keep_best",
     "train.threads",
 )
-"""What a resumed run may change: nothing that its weights depend on."""
+"""The settings that a resumed run may change: none that its weights depend on."""
 
 
 class Config(Strict):
@@ -115,32 +115,32 @@ class Config(Strict):
         return sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
     def dump(self) -> dict[str, Any]:
-        """All settings as plain data, defaults included; `opd.launch.checks.loading` reads them back."""
+        """Return all settings as plain data, defaults included; `opd.launch.checks.loading` reads them back."""
         dumped = self.model_dump(mode="json")
         return {self.method if key == "section" else key: value for key, value in dumped.items()}
 
     def to_yaml(self) -> str:
-        """All settings as a file would hold them."""
+        """Return all settings as a file would hold them."""
         return to_yaml(self.dump())
 
     def at(self, folder: Path) -> Config:
-        """The same settings with the folder of the run filled in."""
+        """Return the same settings with the folder of the run filled in."""
         return self.model_copy(update={"out": str(folder)})
 
     def differs_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
-        """The keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""
+        """Return the keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""
         longer = self.train.lr_schedule == "constant" and len(self.stages) == 1
         return self.differs(saved, may=[key for key in _MAY_DIFFER if key != "train.steps" or longer])
 
     def differs(self, saved: Mapping[str, Any], *, may: Sequence[str] = _MAY_DIFFER) -> list[str]:
-        """The keys that differ from the settings `saved` (a `dump`), but for those that `may`."""
+        """Return the keys that differ from the settings `saved` (a `dump`), but for those that `may`."""
         ours, theirs = _flat(self.dump()), _flat(saved)
         changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
         return [key for key in changed if not any(is_within(key, prefix) for prefix in may)]
 
 
 def all_settings() -> dict[str, Setting]:
-    """Every setting that a file may hold, by its key: the shared ones and those of every method."""
+    """Return every setting that a file may hold, by its key: the shared ones and those of every method."""
     settings = [setting for setting in walk(Config) if not is_within(setting.key, "section")]
     for name, spec in methods().items():
         settings += [describe(name, FieldInfo(annotation=spec.config, default=None)), *walk(spec.config, f"{name}.")]
@@ -150,7 +150,7 @@ def all_settings() -> dict[str, Setting]:
 
 
 def explain(key: str) -> list[Setting]:
-    """A setting, or a section and what it holds. Raises ConfigError naming the nearest for an unknown key."""
+    """Return a setting, or a section and what it holds. Raises ConfigError naming the nearest for an unknown key."""
     settings = all_settings()
     if key not in settings:
         raise ConfigError(f"{key} is unknown.{did_you_mean(nearest_key(key, settings))} Without a key, all are listed.")
@@ -177,7 +177,7 @@ def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Proble
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Return nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

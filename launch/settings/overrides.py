@@ -43,7 +43,7 @@ def split(
         _check_key(key, options=options, settings=settings)
         if not equals:
             if not waiting or waiting[0].startswith("--"):
-                raise ConfigError(f"command line: --{key} needs a value: {settings_text(key, settings)}")
+                raise ConfigError(f"command line: --{key} needs a value: {allowed_text(key, settings)}")
             text = waiting.pop(0)
         put(values, key, parse_yaml(text, f"command line: --{key}") if text else "")
     return left, values
@@ -56,13 +56,13 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     values[key] = value
 
 
-def settings_text(key: str, settings: Mapping[str, Setting]) -> str:
-    """What a key allows; for a key of the user's choice, anything."""
+def allowed_text(key: str, settings: Mapping[str, Setting]) -> str:
+    """Say what a key allows; a key of the user's choice allows any value."""
     return settings[key].allowed if key in settings else "any value"
 
 
 def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file with those of the command line laid over them; neither is changed.
+    """Return the settings of a file with those of the command line laid over them; neither is changed.
 
     `model` and `env` stay what they are short for: over `model: {name: a, lora: {r: 4}}`, `--model b` keeps
     the adapters, and over `model: a`, `--model.lora.r 8` keeps the name.

@@ -24,7 +24,7 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 def parse(
     data: Mapping[str, Any], types: Mapping[str, Any], settings: Mapping[str, Setting]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Each top-level setting by itself, so that one wrong section hides no problem of another.
+    """Parse each top-level setting by itself, so that one wrong section hides no problem of another.
 
     Args:
         types: what each top-level setting is; what `data` does not mention keeps its default.
@@ -48,14 +48,14 @@ def parse(
 
 
 def bad_value(setting: Setting, value: Any) -> Problem:
-    """`opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
+    """Say it like `opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
     what = "is unknown" if setting.choices and isinstance(value, str) else "is not allowed"
     likely = did_you_mean(nearest(value, setting.choices)) if isinstance(value, str) else ""
     return Problem((setting.key,), f"{setting.key} = {show(value)} {what}. Allowed: {setting.allowed}.{likely}")
 
 
 def _as_json(value: Any) -> str:
-    """JSON, because there pydantic's strict mode means what YAML does: a list is a list, and "3" is not 3.
+    """Write a value as JSON: there pydantic's strict mode means what YAML does, a list is a list and "3" is not 3.
 
     Raises TypeError for what neither could hold.
     """
@@ -75,7 +75,7 @@ def _problem(name: str, error: ErrorDetails, data: Mapping[str, Any], settings: 
     if error["type"] == "missing" and key.endswith(f".{error['loc'][-1]}"):  # else a place in a list is
         return _missing(key, settings)
     if error["type"] == "value_error":
-        text = _located(key, str(error["ctx"]["error"]))
+        text = _with_key(key, str(error["ctx"]["error"]))
         named = re.split("[ :]", text, maxsplit=1)[0]  # often a setting below the section that was checked
         return Problem((named if named in settings else key,), text)
     return (
@@ -84,7 +84,7 @@ def _problem(name: str, error: ErrorDetails, data: Mapping[str, Any], settings: 
 
 
 def _key_of(name: str, error: ErrorDetails, settings: Mapping[str, Setting]) -> str:
-    """The dotted key that pydantic means; places in lists and alternatives of a type are left out."""
+    """Return the dotted key that pydantic means, without places in lists and alternatives of a type."""
     key = name
     for part in error["loc"]:
         deeper = f"{key}.{part}"
@@ -93,8 +93,8 @@ def _key_of(name: str, error: ErrorDetails, settings: Mapping[str, Setting]) -> 
     return key
 
 
-def _located(key: str, message: str) -> str:
-    """A validator's message with its setting in front, unless the message begins with (the end of) its key."""
+def _with_key(key: str, message: str) -> str:
+    """Put the setting in front of a validator's message, unless the message begins with (the end of) its key."""
     parts = key.split(".")
     for start in range(len(parts)):
         if message.startswith(f"{'.'.join(parts[start:])}."):

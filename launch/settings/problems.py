@@ -1,4 +1,4 @@
-"""What is wrong with a file of settings, as sentences: setting, value, what is allowed, and the mend.
+"""Problems of a file of settings, as sentences: setting, value, what is allowed, and the mend.
 
 Nothing here knows which settings exist; `opd.launch.settings.config` finds the problems and hands them over.
 """
@@ -22,36 +22,36 @@ class Problem:
     text: str
 
     def line(self, source: str, overridden: Collection[str] = ()) -> str:
-        """`source: text`; the source is the command line where one of the keys was given there."""
+        """Return `source: text`; the source is the command line if one of the keys was given there."""
         given = any(is_within(key, override) for key in self.keys for override in overridden)
         return f"{'command line' if given else source}: {self.text}"
 
 
 def is_within(key: str, prefix: str) -> bool:
-    """Whether `key` is `prefix` or a setting below it."""
+    """True: `key` is `prefix` or a setting below it. False: it stands elsewhere."""
     return key == prefix or key.startswith(f"{prefix}.")
 
 
 def report(problems: Iterable[Problem], source: str, overridden: Collection[str] = ()) -> str:
-    """Every problem on a line of its own, each once, in the order found."""
+    """Return every problem on a line of its own, each once, in the order found."""
     return "\n".join(dict.fromkeys(problem.line(source, overridden) for problem in problems))
 
 
 def show(value: Any) -> str:
-    """A value as one would write it in the file: text in quotes, true, null; cut where it is long."""
+    """Write a value as the file would hold it: text in quotes, true, null; cut if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` most likely meant, or None."""
+    """Return the choice that `word` most likely meant; None if no choice is near."""
     folded = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
     return folded[found[0]] if found else None
 
 
 def nearest_key(key: str, keys: Collection[str]) -> str | None:
-    """The setting that `key` most likely meant: of that name deeper in its section, or like it there or anywhere."""
+    """Return the setting that `key` most likely meant: of that name deeper in its section, or like it elsewhere."""
     section, _, name = key.rpartition(".")
     deeper = (k for k in keys if section and is_within(k, section) and k.rpartition(".")[2] == name)
     if found := next(deeper, None):
@@ -69,5 +69,5 @@ def nearest_key(key: str, keys: Collection[str]) -> str | None:
 
 
 def did_you_mean(found: str | None) -> str:
-    """The closing sentence of a message, or nothing."""
+    """Return the closing sentence of a message; an empty text if nothing was found."""
     return f' Did you mean "{found}"?' if found else ""

@@ -88,7 +88,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Lines as a block; in double quotes what YAML 1.1 takes for line breaks, which PyYAML would fold away."""
+        """Write lines as a block; put rare line breaks of YAML 1.1, which PyYAML would fold, in double quotes."""
         style = '"' if _RARE_BREAKS.intersection(text) else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -98,7 +98,7 @@ _teach(_Loader, _Dumper)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that a YAML text holds. Raises ConfigError naming source, line and what is wrong there."""
+    """Return the value that a YAML text holds. Raises ConfigError naming source, line and what is wrong there."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -109,7 +109,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises ConfigError where there is no such file, or it holds no mapping."""
+    """Return the settings in a YAML file. Raises ConfigError if there is no such file, or it holds no mapping."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         siblings = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
@@ -126,7 +126,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(data: Any) -> str:
-    """Plain data as YAML, keys in the order given."""
+    """Write plain data as YAML, keys in the order given."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

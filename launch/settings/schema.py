@@ -42,14 +42,14 @@ class Setting:
     section: type[Any] | None
     """A pydantic model, or a dataclass."""
     free: bool
-    """Holds keys of the user's choice, such as `env.kwargs`."""
+    """True: it holds keys of the user's choice, as `env.kwargs` does. False: its keys are known."""
     choices: tuple[str, ...]
     """The words that it allows, where it allows no others."""
     condition: Condition | None
     """When it is used, where that depends on other settings of its section."""
 
     def explanation(self) -> str:
-        """Key, default, what is allowed and what it is for, as `opd config --explain` prints it."""
+        """Return key, default, what is allowed and what it is for, as `opd config --explain` prints it."""
         if self.section is not None:
             head = f"{self.key}: {'required' if self.required else 'may be left out'}"
         elif self.required:
@@ -66,7 +66,7 @@ class Setting:
 
 
 def walk(model: type[Any], prefix: str = "", made: Any = None) -> Iterator[Setting]:
-    """Every setting of a model, sections before what they hold, in the order of the file.
+    """Yield every setting of a model, sections before what they hold, in the order of the file.
 
     `made` is the section as it is where the file leaves it out: its values are the defaults, not those of its class.
     """
@@ -81,7 +81,7 @@ def walk(model: type[Any], prefix: str = "", made: Any = None) -> Iterator[Setti
 
 
 def describe(key: str, field: FieldInfo, condition: Condition | None = None) -> Setting:
-    """What one pydantic field says about the setting that it holds."""
+    """Make the setting that a pydantic field holds."""
     section = _section(field.annotation)
     required = field.is_required()
     return Setting(
@@ -98,7 +98,7 @@ def describe(key: str, field: FieldInfo, condition: Condition | None = None) -> 
 
 
 def _fields(section: type[Any]) -> dict[str, FieldInfo]:
-    """The fields of a section by name."""
+    """Return the fields of a section by name."""
     if issubclass(section, BaseModel):
         return section.model_fields
     hints = get_type_hints(section, include_extras=True)
@@ -116,12 +116,12 @@ def _condition(section: type[Any], name: str) -> Condition | None:
 
 
 def _names(metadata: list[Any]) -> list[str]:
-    """What the names of a table are, a sentence each."""
+    """Say what each name of a table means, a sentence a name."""
     return [f"{name}: {text}" for part in metadata if isinstance(part, OneOf) for name, text in part.names().items()]
 
 
 def allowed(annotation: Any, metadata: list[Any] | None = None) -> str:
-    """The values that a type admits, in words."""
+    """Say in words which values a type admits."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed(arguments[0], list(arguments[1:]))
@@ -162,7 +162,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def _section(annotation: Any) -> type[Any] | None:
-    """The model or dataclass among the alternatives of a type, if there is one."""
+    """Return the model or dataclass among the alternatives of a type; None if there is none."""
     return next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
 
 

@@ -54,7 +54,7 @@ _WINDOW = 4  # batches whose episodes are sorted by length together, so that lit
 
 
 def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: bool = False) -> Path:
-    """The folder of the tiny model for one environment, built if it is not in the cache.
+    """Return the folder of the tiny model for one environment, built if it is not in the cache.
 
     `steps` shortens the warm start (for tests). Safe when two processes build the same model at once: each
     builds its own, and the first to finish keeps the name. Raises ConfigError for an unknown environment.
@@ -86,7 +86,7 @@ def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int, quiet: bool) 
 
 
 def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
-    """Changes with whatever the model depends on, since a stale cache would be a wrong result, and with nothing else.
+    """Return a text that changes with all the model depends on and with nothing else: a stale cache is a wrong result.
 
     That is the code that `_build` runs, what it makes of the first task, the recipe, and the packages that it computes
     with. It takes about 0.2 s; to write all the samples of a warm start, and to digest those, takes 6 to 30 s.
@@ -100,14 +100,14 @@ def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
 
 
 def _definition(made: Any) -> definitions.Name:
-    """Where a class or a function is defined; what stands within something else belongs to that."""
+    """Return where a class or a function is defined; what stands within something else belongs to that."""
     return made.__module__, made.__qualname__.partition(".")[0]
 
 
 def warm_start(
     recipe: Recipe, *, seed: int, steps: int, quiet: bool = False
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A new model, trained on `steps` batches of scripted episodes, on one thread."""
+    """Train a new model on `steps` batches of scripted episodes, on one thread; return it with its tokenizer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small gain little from a second one, which any other process stalls
     try:
@@ -142,7 +142,7 @@ def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[Llama
 
 
 def _cross_entropy(student: CausalModel, batch: Batch) -> Tensor:
-    """The mean over what the assistant says, in nats.
+    """Return the mean over what the assistant says, in nats.
 
     The objective of supervised training is the same; here it stands alone, so that the model depends on no other part.
     """
@@ -164,7 +164,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _optimizers(model: LlamaForCausalLM, inner_rate: float, outer_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest.
+    """Make Muon for the matrices inside the layers, AdamW for the rest.
 
     Copying from the prompt is learned all at once after a plateau; with AdamW alone this took three times as
     many steps, and on some seeds did not happen in a minute.
@@ -179,7 +179,7 @@ def _optimizers(model: LlamaForCausalLM, inner_rate: float, outer_rate: float) -
 
 
 def _batches(writer: EpisodeWriter, size: int, steps: int) -> Iterator[list[Sample]]:
-    """Batches of episodes of like length, in random order."""
+    """Yield batches of episodes of like length, in random order."""
     for start in range(0, steps, _WINDOW):
         count = min(_WINDOW, steps - start)
         window = sorted((writer.sample() for _ in range(count * size)), key=lambda s: len(s.token_ids))
@@ -194,12 +194,12 @@ class _Episode:
 
     actions: list[str]
     answers: list[list[Message]]
-    """What the environment said to each action; nothing to the one that ended the episode."""
+    """The environment's answer to each action but the one that ended the episode."""
     feedback: str | None
 
     @property
     def text(self) -> str:
-        """As it stands in a teacher's prompt."""
+        """Return it as it stands in a teacher's prompt."""
         spoken: list[Message] = []
         for action, answer in zip(self.actions, self.answers, strict=True):
             spoken += [{"role": "assistant", "content": action}, *answer]
@@ -227,12 +227,12 @@ class EpisodeWriter:
         return int(self.tokenizer.pad_token_id)
 
     def first_task(self) -> tuple[str, str, list[int]]:
-        """The tokenizer, its template, and the ids of the first task's prompt."""
+        """Return the tokenizer, its template, and the ids of the first task's prompt."""
         backend = self.tokenizer.backend_tokenizer.to_str()
         return backend, str(self.tokenizer.chat_template), self._chat.start(self._first, self._tools)
 
     def sample(self, form: str | None = None) -> Sample:
-        """An episode of the next task, in a context of this form, or of one drawn by its share."""
+        """Write an episode of the next task, in a context of this form, or of one drawn by its share."""
         form = form or str(self.rng.choice(self._forms, p=self._shares))
         goal = task(self.written, split="warm", run_seed=self._seed)
         self.written += 1
@@ -250,7 +250,7 @@ class EpisodeWriter:
         return _supervised(ids, mask)
 
     def _in_context(self, prompt: str, form: str, goal: Task, texts: dict[str, str], right: _Episode) -> str:
-        """The prompt with privileged text of this form around it."""
+        """Return the prompt with privileged text of this form around it."""
         if form == "plain":
             return prompt
         if form in texts:
@@ -276,7 +276,7 @@ class EpisodeWriter:
         return messages_of(observation, info), info.get("tools"), info["privileged"]
 
     def _play(self, actions: list[str]) -> _Episode:
-        """The episode in which the policy says `actions`, from the reset on."""
+        """Play the episode in which the policy says `actions`, from the reset on."""
         answers: list[list[Message]] = []
         over, info = False, {}
         for action in actions:
@@ -286,7 +286,7 @@ class EpisodeWriter:
         return _Episode(actions, answers, info.get("feedback"))
 
     def _glue_of(self, messages: list[Message]) -> list[int]:
-        """The ids after a completion, up to where the assistant speaks again; rendered once for each text."""
+        """Return the ids after a completion, up to where the assistant speaks again; rendered once for each text."""
         if not messages:
             return []
         key = repr(messages)
@@ -312,7 +312,7 @@ def _supervised(token_ids: list[int], mask: list[int]) -> Sample:
 
 
 def _tokenizer(recipe: Recipe, first: list[Message], tools: Any) -> PreTrainedTokenizerFast:
-    """One id for every word and phrase of the recipe, and for the system block, which is the same in all tasks."""
+    """Make a tokenizer: one id for every word and phrase of the recipe, and for the system block of all tasks."""
     phrases = [*privileged_phrases(), *(call_pieces(tools) if tools else []), *recipe.phrases]
     draft = build_tokenizer(recipe.words, phrases)
     system = [m for m in first if m["role"] == "system"]

@@ -1,4 +1,4 @@
-"""The code that a result depends on: a digest of the definitions of this package that some first ones reach.
+"""A digest of the code that a result depends on: the definitions of this package that some first ones reach.
 
 For caches whose content is made by code. The digest changes with whatever that code can run, and with nothing else: not
 with a comment, a docstring or the layout of a file, and not with other definitions that stand in it. What is reached is
@@ -41,7 +41,7 @@ class _Source:
 
 
 def digest(roots: Iterable[Name]) -> str:
-    """SHA-256, in hex, of all definitions that the roots reach. Raises ValueError for a root that is not defined."""
+    """Return the SHA-256, in hex, of all definitions that the roots reach. Raises ValueError for an undefined root."""
     sources: dict[str, _Source] = {}
     reached: dict[Name, str] = {}
     todo = [*roots]
@@ -57,7 +57,7 @@ def digest(roots: Iterable[Name]) -> str:
         _write(_statements(source, name), tree, naming)
         reached[module, name] = " ".join(tree)
         todo += source.imports.get(name, ())
-        todo += _mentioned(module, source, naming)
+        todo += _names_mentioned(module, source, naming)
     text = "\0".join(f"{module} {name}\0{tree}" for (module, name), tree in sorted(reached.items()))
     return sha256(text.encode()).hexdigest()
 
@@ -76,7 +76,7 @@ def _load(sources: dict[str, _Source], module: str) -> _Source:
 
 
 def _read(module: str) -> _Source:
-    """A module's source; a file that is no Python, or no longer, is one statement."""
+    """Read a module's source; a file that is no Python, or no longer, is one statement."""
     file = _file(module)
     text = file.read_text("utf-8") if file else ""
     source = _Source()
@@ -84,8 +84,8 @@ def _read(module: str) -> _Source:
         body = ast.parse(text).body
     except SyntaxError:
         body = [ast.Assert(ast.Constant(text))]
-    for statement in chain.from_iterable(map(_that_run, body)):
-        names = _defined(statement)
+    for statement in chain.from_iterable(map(_without_type_checking, body)):
+        names = _names_defined(statement)
         for name in names:
             source.definitions[name].append(statement)
         if names:
@@ -94,13 +94,13 @@ def _read(module: str) -> _Source:
             source.rest.append(statement)
         for node in ast.walk(statement):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                for name, target in _imported(module, node):
+                for name, target in _names_imported(module, node):
                     source.imports[name].add(target)
     return source
 
 
-def _that_run(statement: ast.stmt) -> list[ast.stmt]:
-    """What of a statement is not for type checkers alone."""
+def _without_type_checking(statement: ast.stmt) -> list[ast.stmt]:
+    """Return the statement, without what is for type checkers alone."""
     if isinstance(statement, ast.If) and ast.unparse(statement.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
         return statement.orelse
     return [statement]
@@ -132,12 +132,12 @@ def _write(code: Any, tree: list[str], naming: list[ast.AST]) -> None:
 
 
 def _is_docstring(code: ast.AST) -> bool:
-    """Whether it is a string that stands by itself, below whatever it tells of."""
+    """True: it is a string that stands by itself, below what it describes. False: it is code."""
     return isinstance(code, ast.Expr) and isinstance(code.value, ast.Constant) and isinstance(code.value.value, str)
 
 
-def _mentioned(module: str, source: _Source, naming: list[ast.AST]) -> Iterator[Name]:
-    """What these nodes of a module name, here and in the modules that it imports."""
+def _names_mentioned(module: str, source: _Source, naming: list[ast.AST]) -> Iterator[Name]:
+    """Yield what these nodes of a module name, here and in the modules that it imports."""
     seen = set[ast.AST]()
     for node in naming:  # a node comes before those within it
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -145,13 +145,13 @@ def _mentioned(module: str, source: _Source, naming: list[ast.AST]) -> Iterator[
             yield from ((there, node.attr) for there in modules)
             seen |= {node.value} if modules else set()
         elif isinstance(node, ast.Import | ast.ImportFrom):  # within a function
-            yield from (target for _, target in _imported(module, node))
+            yield from (target for _, target in _names_imported(module, node))
         elif isinstance(node, ast.Name) and node not in seen:
             yield module, node.id
 
 
 def _file(module: str) -> Path | None:
-    """Where a module's source is: of one that is loaded, where it says it came from."""
+    """Return the file of a module's source, for a loaded module the one it says; None if there is none."""
     loaded = sys.modules.get(module)
     if loaded is not None:
         return Path(loaded.__file__) if loaded.__file__ else None
@@ -162,8 +162,8 @@ def _file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def _defined(statement: ast.stmt) -> list[str]:
-    """The names that a statement at the top level of a module gives a value; none where it does more than that."""
+def _names_defined(statement: ast.stmt) -> list[str]:
+    """Return the names to which a top-level statement of a module gives a value; none if it does more than that."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     targets: list[ast.expr] = []
@@ -175,8 +175,8 @@ def _defined(statement: ast.stmt) -> list[str]:
     return names if len(names) == len(targets) else []
 
 
-def _imported(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Name]]:
-    """The names that an import statement of a module makes, and what they stand for; those of this package alone."""
+def _names_imported(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Name]]:
+    """Yield the names that an import statement of a module makes, and what they stand for, of this package alone."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             name = alias.name if alias.asname else alias.name.partition(".")[0]

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """[n, rows, columns], float32 or wider -> nearly orthogonal matrices with the same singular vectors."""
+    """Return nearly orthogonal matrices of the same singular vectors: [n, rows, columns], float32 or wider."""
     a, b, c = _QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

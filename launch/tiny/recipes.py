@@ -1,4 +1,4 @@
-"""What a tiny model is warm-started on, one recipe an environment.
+"""The recipes of tiny models, one an environment: the episodes on which each is warm-started.
 
 A warm start teaches the format, the tools, and how to use privileged text when it is there. It must not
 teach the task itself: each recipe holds back some knowledge, so that the plain student stays far from
@@ -33,10 +33,10 @@ class WarmStartEnv(Protocol):
     """
 
     def oracle(self) -> list[str]:
-        """The actions of a perfect episode."""
+        """Return the actions of a perfect episode."""
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        """The actions of an episode that goes wrong as the student's do."""
+        """Return the actions of an episode that goes wrong as the student's do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ SLANG = {
     for fields in (RELATIONS, ATTRIBUTES)
     for field, words in fields.items()
 }
-"""The words that are slang, and the fields to draw their meaning from."""
+"""Return the words that are slang, and the fields to draw their meaning from."""
 
 
 class WarmArithmetic(ArithmeticEnv):
@@ -142,7 +142,7 @@ class WarmSokoban(SokobanPushEnv):
     """
 
     def wander(self, rng: np.random.Generator) -> list[str]:
-        """Random pushes, until the puzzle is solved or lost, or the turns are used up."""
+        """Return random pushes, until the puzzle is solved or lost, or the turns are used up."""
         state, actions = self.state, list[str]()
         while state in self.costs and state.boxes != self.room.goals and len(actions) != self.max_steps:
             ways = self._ways(state)
@@ -151,7 +151,7 @@ class WarmSokoban(SokobanPushEnv):
         return actions
 
     def blunder(self, rng: np.random.Generator) -> list[str]:
-        """Random pushes until the puzzle is lost; begun again after too many, or where only the right one is left."""
+        """Return random pushes until the puzzle is lost; begin again after too many, or where only the right one is."""
         state, actions = self.state, list[str]()
         while state in self.costs:
             ways = [way for way in self._ways(state) if way[1].boxes != self.room.goals]
@@ -163,7 +163,7 @@ class WarmSokoban(SokobanPushEnv):
         return actions
 
     def _ways(self, state: State) -> list[tuple[Push, State]]:
-        """Every push that can be made, and where it leads."""
+        """Return every push that can be made, and where it leads."""
         ways = []
         for box in sorted(state.boxes):
             for direction in DIRECTIONS:
@@ -194,7 +194,7 @@ class WarmCountdown(CountdownEnv):
         return self._random(rng, lambda after: after != (self.target,))
 
     def _random(self, rng: np.random.Generator, prefer: Callable[[Numbers], bool]) -> list[str]:
-        """Random steps, of those that lead where it is preferred as long as there are such."""
+        """Return random steps: those that lead where it is preferred, as long as there are such."""
         left, actions = self.left, list[str]()
         while len(left) > 1:
             ways = [(step, apply(left, step)) for step in steps(left)]

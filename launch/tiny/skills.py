@@ -21,7 +21,7 @@ _TASK_CHARACTERS = 160
 
 
 class SkillLookup(SlangLookup):
-    """Skills of other questions, asked in the same slang."""
+    """Return skills of other questions, asked in the same slang."""
 
     def skill(self, rng: np.random.Generator) -> str:
         slang = [word for word in self.question.words if word in SLANG]
@@ -55,7 +55,7 @@ class SkillLookup(SlangLookup):
 
 
 class SkillSokoban(WarmSokoban):
-    """Skills of the puzzle itself, or of others that have nothing to do with it."""
+    """Return skills of the puzzle itself, or of others that have nothing to do with it."""
 
     def skill(self, rng: np.random.Generator) -> str:
         done = self.oracle()
@@ -72,7 +72,7 @@ class SkillSokoban(WarmSokoban):
         return "\n".join(skills)
 
     def _lost(self, rng: np.random.Generator) -> str:
-        """What is said when the puzzle is lost in some way; the puzzle is then as it was."""
+        """Return what is said when the puzzle is lost in some way; the puzzle is then as it was."""
         start = self.state
         said = ""
         for action in self.blunder(rng):

@@ -50,7 +50,7 @@ _CHUNKS = r"\d|[^\W\d_]+|[\W_]+"
 
 
 def call_pieces(tools: Iterable[dict[str, Any]]) -> list[str]:
-    """The fixed texts around the arguments, all of them strings, of calls to these tools."""
+    """Return the fixed texts around the arguments, all of them strings, of calls to these tools."""
     pieces = [f'"}}}}{CLOSE}']
     for schema in tools:
         first, *others = schema["function"]["parameters"]["properties"]
@@ -60,7 +60,7 @@ def call_pieces(tools: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def build_tokenizer(words: Sequence[str], pieces: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer that gives each of `words` one id, and each of the fixed `pieces`; other text falls to bytes.
+    """Make a tokenizer that gives each of `words` one id, and each of the fixed `pieces`; other text falls to bytes.
 
     Raises ValueError when a piece is not ASCII: the byte-level decoder would not give it back.
     """

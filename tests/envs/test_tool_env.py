@@ -175,11 +175,12 @@ def test_an_action_without_a_call_gets_a_reminder(env):
 def test_a_subclass_decides_what_an_action_without_a_call_does():
     class Strict(SafeEnv):
         def no_call(self, action):
-            return Reply(terminated=True, reward=-1.0, feedback="no call")
+            return Reply(terminated=True, unreadable=True, reward=-1.0, feedback="no call")
 
     env = Strict()
     env.reset(seed=0)
-    assert env.step("hello")[1:3] == (-1.0, True)
+    _, reward, terminated, _, info = env.step("hello")
+    assert (reward, terminated, info["unreadable"]) == (-1.0, True, True)
 
 
 def test_a_long_result_is_cut_with_a_notice():

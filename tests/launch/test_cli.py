@@ -40,7 +40,7 @@ def trained(monkeypatch):
         write_config(config, folder)
         return types.SimpleNamespace(steps=config.train.steps, interrupted=config.train.steps == 13)
 
-    monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "opd.launch.run.training", types.SimpleNamespace(train=train))
     return calls
 
 
@@ -148,7 +148,7 @@ def test_what_ends_a_run_early_is_said_without_a_traceback(monkeypatch, capsys, 
     def train(*_, **__):
         raise raised
 
-    monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "opd.launch.run.training", types.SimpleNamespace(train=train))
     assert main(["train", "run.yaml"]) == code
     assert capsys.readouterr().err == said
 
@@ -157,7 +157,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def train(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setitem(sys.modules, "opd.launch.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "opd.launch.run.training", types.SimpleNamespace(train=train))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["train", "run.yaml"])
 

@@ -14,7 +14,7 @@ from opd.launch.checks import engines
 from opd.launch.checks.loading import config_from, model_to_serve
 from opd.launch.plan.plan import plan
 from opd.launch.run import servers
-from opd.launch.run.build import _sampler
+from opd.launch.run.build import sampler_of
 from opd.launch.train import train
 from opd.losses import Correction
 from opd.models.config import ModelConfig
@@ -86,12 +86,12 @@ def test_truncated_sampling_with_vllm_needs_a_decision_about_the_ratio(narrowed)
     assert "rollout.correction.mode = truncate (what auto means with engine = vllm) with top_p" in message
     assert "or correction.mode: none" in message
     decided = {"engine": "vllm", "correction": {"mode": "none"}, **narrowed}
-    assert not _sampler(config_from({**GOOD, "rollout": decided}).rollout).measured
+    assert not sampler_of(config_from({**GOOD, "rollout": decided}).rollout).measured
 
 
 def test_vllms_distance_is_corrected_by_itself_and_measured_whatever_is_done_about_it():
     def sampler(**rollout):
-        return _sampler(config_from({**GOOD, "rollout": rollout}).rollout)
+        return sampler_of(config_from({**GOOD, "rollout": rollout}).rollout)
 
     assert sampler(engine="vllm").correction == Correction(mode="truncate", level="token", low=0.5, high=2.0)
     left = sampler(engine="vllm", correction={"mode": "none"})

@@ -313,7 +313,7 @@ def folder(tmp_path_factory):
         return str(build_tiny("lookup", steps=2, quiet=True))
 
 
-@pytest.mark.parametrize("missing", ["_teacher", "Loop", "Run", None])
+@pytest.mark.parametrize("missing", ["make_teacher", "Loop", "Run", None])
 def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypatch, missing):
     done = []
 

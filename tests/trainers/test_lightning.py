@@ -20,7 +20,9 @@ from opd.errors import CheckpointError, ConfigError, DataError
 from opd.launch.checks.loading import config_from
 from opd.launch.cli.main import main
 from opd.launch.plan.stored import inspect, problems
-from opd.launch.run import build as launch_build
+from opd.launch.run import models as launch_models
+from opd.launch.run import teachers as launch_teachers
+from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.losses import Divergence
 from opd.maths.divergence import stored_divergence, token_divergence
@@ -83,7 +85,7 @@ def timeless(out):
 
 
 def chat_of(settings):
-    run = launch_build.build(config_from(settings("chat")), stage=None)
+    run = build(config_from(settings("chat")), stage=None)
     run.close()
     return run.method.chat
 
@@ -152,7 +154,7 @@ def test_the_last_stage_is_the_policy_gradient_of_the_stored_log_ratio(whole, se
 
 def test_while_it_trains_no_teacher_is_loaded_or_asked_and_none_is_in_memory(whole, settings, models, monkeypatch):
     loaded, held = [], []
-    load_model, step = launch_build.load, Loop.step
+    load_model, step = launch_models.load, Loop.step
 
     def noted(config, **options):
         loaded.append(config.name)
@@ -164,8 +166,8 @@ def test_while_it_trains_no_teacher_is_loaded_or_asked_and_none_is_in_memory(who
         teacher.teach = lambda batch: pytest.fail("the teacher was asked")
         return step(loop, number)
 
-    monkeypatch.setattr(launch_build, "load", noted)
-    monkeypatch.setattr(launch_build, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(launch_models, "load", noted)
+    monkeypatch.setattr(launch_teachers, "load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     monkeypatch.setattr(Loop, "step", counted)
     again = settings("again", lightning_opd={"data": str(whole / "data")}) | {"model": str(whole / "export-stage-2")}
     second = train(again).out

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.checkpoint import Checkpoint
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.launch.checks.loading import config_from
-from opd.launch.run import build as launch_build
+from opd.launch.run import models as launch_models
 from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.losses import SampledDistill
@@ -106,7 +106,7 @@ def test_another_model_scores_the_students_own_tokens_in_the_conversation_they_w
 def test_rows_of_padding_that_only_the_teacher_has_are_left_out_and_a_smaller_head_is_refused(
     tiny, teacher, make_model
 ):
-    student = launch_build.load(ModelConfig(name=str(tiny))).model
+    student = launch_models.load(ModelConfig(name=str(tiny))).model
     other = load_teacher(ModelConfig(name=str(teacher)), student)
     assert (other.vocabulary, student.vocabulary) == (student.vocabulary + 8, student.vocabulary)
     assert not any(p.requires_grad for p in other.parameters())
@@ -123,7 +123,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_both_names_before_any_weig
 ):
     make_model().model.save_pretrained(tmp_path / "stranger")
     make_tokenizer().save_pretrained(tmp_path / "stranger")
-    monkeypatch.setattr(launch_build, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(launch_models, "load", lambda *_, **__: pytest.fail("weights were read"))
     config = config_from(settings(opd={"teacher": {"weights": "external", "model": str(tmp_path / "stranger")}}))
     with pytest.raises(
         ModelError, match=f"{tmp_path}/stranger.*vocabulary: .* entries of the student, .* of the teacher"

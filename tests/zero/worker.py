@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
-from opd.launch.train import ranks_of, train
+from opd.launch.run.ranks import ranks_of
+from opd.launch.train import train
 from opd.models.sharding import held_part, whole_in_turn
 from opd.ranks.join import join
 from opd.ranks.watch import together

@@ -98,5 +98,5 @@ def test_an_unprotected_environment_plays_too_and_what_it_cannot_take_ends_the_e
     env.reset(seed=0)
     monkeypatch.setattr(env._session._made._env, "step", lambda action: 1 / 0)
     _, reward, terminated, _, step = env.step("#### 1")
-    assert (reward, terminated, step["success"]) == (0.0, True, False)
+    assert (reward, terminated, step["success"], step["unreadable"]) == (0.0, True, False, True)
     assert "the action '#### 1' ends the episode: it raised ZeroDivisionError" in caplog.text

@@ -151,3 +151,10 @@ def test_a_mistake_is_named(name, kwargs, problem):
 def test_a_secret_that_the_game_does_not_have_is_named():
     with pytest.raises(EnvError, match="has no 'word'; it has: game_number"):
         make(GUESS, {"privileged": {"solution": "word"}}).reset(seed=0)
+
+
+def test_a_game_that_could_not_read_a_move_says_so():
+    env = make("textarena:GuessTheNumber-v0")
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step("[" + "9" * 5_000 + "]")  # more digits than Python converts
+    assert (reward, terminated, info["unreadable"]) == (0.0, True, True)

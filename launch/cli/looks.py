@@ -1,0 +1,139 @@
+"""The commands that look at something: `opd store`, `envs`, `methods`, `skills` and `config`.
+
+Each is two functions: one adds its arguments to a parser, the other runs it and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError
+
+
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, summary in (("inspect", "what it holds, and by whom"), ("verify", "whether it is whole, byte by byte")):
+        action = actions.add_parser(name, help=summary)
+        action.add_argument("folder", metavar="FOLDER", type=Path, help="a store, or the folder of a run that has one")
+
+
+def look_into_store(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.plan.stored import inspect, problems
+
+    if arguments.action == "inspect":
+        lines = inspect(arguments.folder)
+        width = max(len(name) for name, _ in lines)
+        print("\n".join(f"{name:{width}}  {value}" for name, value in lines))
+        return 0
+    found = problems(arguments.folder)
+    print("\n".join(found) or f"{arguments.folder} is whole")
+    return int(bool(found))
+
+
+def add_envs_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="the registered environments (the default)")
+    check = actions.add_parser("check", help="whether an environment keeps its contract")
+    check.add_argument("id", metavar="ID", help="a registered id, my_package.my_module:MyEnv, or LIBRARY:NAME")
+    check.add_argument("--kwargs", metavar="YAML", default="{}", help="arguments of its constructor: '{digits: 3}'")
+
+
+def list_or_check_envs(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    import opd.envs
+
+    if arguments.action != "check":
+        print("\n".join([*opd.envs.list_envs(), *opd.envs.adapters.forms()]))
+        return 0
+    findings = opd.envs.check(arguments.id, _mapping(arguments.kwargs, flag="--kwargs"))
+    for finding in findings:
+        print(f"{finding.severity}: {finding.message}")
+    broken = any(finding.severity == "error" for finding in findings)
+    print(f"{arguments.id} {'breaks' if broken else 'keeps'} the contract of an environment")
+    return int(broken)
+
+
+def _mapping(text: str, *, flag: str) -> dict[str, Any]:
+    """Return the settings in a piece of YAML. Raises ConfigError if it holds something else."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag}: {text!r} is no YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag}: {text!r} must be settings, such as '{{digits: 3}}'")
+    return value
+
+
+def list_methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.trainers.loop.registry import methods
+
+    width = max(map(len, methods()))
+    for name, spec in methods().items():
+        print(f"{name:{width}}  {spec.summary}")
+    return 0
+
+
+def add_skills_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    summaries = {
+        "list": "a line a skill, those that lift the teacher most first",
+        "show": "one skill, and where it comes from",
+        "edit": "change a skill, or retire it; the run takes that up",
+        "export": "write them to a file, to read or to keep",
+    }
+    for name, summary in summaries.items():
+        action = actions.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        action.add_argument("target", metavar="RUN_OR_FILE", type=Path, help="the folder of a run, or a skills.jsonl")
+        if name in ("show", "edit"):
+            action.add_argument("id", metavar="ID", help="a skill's, from `opd skills list`")
+        if name == "edit":
+            action.add_argument("--retire", action="store_true", help="never show it again, nor make it anew")
+            for part in ("workflow", "success", "mistakes"):
+                action.add_argument(f"--{part}", metavar="TEXT", help="its new text; none given: $EDITOR opens all")
+        if name == "export":
+            action.add_argument("--to", metavar="FILE", type=Path, required=True, help="FILE.md or FILE.jsonl")
+            action.add_argument("--usable", action="store_true", help="only those that may be shown")
+
+
+def work_on_skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from opd.launch.cli import skills
+
+    if arguments.action == "list":
+        skills.show_all(arguments.target, Console())
+    elif arguments.action == "show":
+        print(skills.show_one(arguments.target, arguments.id), end="")
+    elif arguments.action == "edit":
+        given = {part: text for part in skills.PARTS if (text := getattr(arguments, part)) is not None}
+        if given and arguments.retire:
+            raise ConfigError("--retire takes no new text: give the one or the other")
+        changed = skills.change(arguments.target, arguments.id, given, retire=arguments.retire)
+        print(f"{changed.id} is now version {changed.version}{', retired' if changed.retired else ''}")
+    else:
+        print(f"{skills.export(arguments.target, arguments.to, usable=arguments.usable)} skills in {arguments.to}")
+    return 0
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="print its settings, defaults and all")
+    parser.add_argument(
+        "--explain", metavar="KEY", nargs="?", const="", help="what a setting is for; none: all of them"
+    )
+
+
+def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.config import all_settings, explain
+
+    if (arguments.explain is None) == (arguments.file is None):
+        raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
+    if arguments.explain is not None:
+        settings = explain(arguments.explain) if arguments.explain else list(all_settings().values())
+        print("\n".join(setting.explanation() for setting in settings))
+    else:
+        print(load_config(arguments.file, overrides, check_machine=False).to_yaml(), end="")
+    return 0

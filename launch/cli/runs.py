@@ -1,0 +1,136 @@
+"""The commands that run something: `opd train`, `precompute`, `eval`, `serve` and `demo`.
+
+Each is two functions: one adds its arguments to a parser, the other runs it and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError
+from opd.launch.cli.command import add_resume_options, positive, put_option
+from opd.ranks.join import join
+from opd.ranks.ranks import Ranks, started_ranks
+
+UNMEASURED, INTERRUPTED = 1, 130
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
+    parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder")
+    add_resume_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--ranks", metavar="N", type=positive, help="with --dry-run: plan for so many processes")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # what the deepspeed launcher adds; LOCAL_RANK says it
+
+
+def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from opd.launch.checks.loading import load_config
+    from opd.launch.checks.starting import startable
+    from opd.launch.plan.plan import plan
+    from opd.launch.run.out import choose_out
+
+    put_option(overrides, "train.steps", arguments.steps)
+    put_option(overrides, "out", arguments.out)
+    if arguments.ranks and not arguments.dry_run:
+        raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
+    ranks = join() if started_ranks() > 1 else Ranks()
+    config = ranks.agree(lambda: startable(load_config(arguments.file, overrides), arguments.file))
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
+    if ranks.first and (arguments.dry_run or config.tracking.console):
+        Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
+    if arguments.dry_run:
+        return 0
+    from opd.launch.run.training import train
+
+    result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite)
+    if result.interrupted:
+        if ranks.first:
+            print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
+    parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder")
+    add_resume_options(parser)
+
+
+def precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.checks.loading import load_config
+    from opd.launch.checks.starting import startable
+    from opd.launch.run.out import choose_out
+
+    put_option(overrides, "train.steps", arguments.steps)
+    put_option(overrides, "out", arguments.out)
+    ranks = join() if started_ranks() > 1 else Ranks()
+    config = ranks.agree(lambda: startable(load_config(arguments.file, overrides), arguments.file))
+    if all(stage.trains for stage in config.stages):
+        why = "with data: it trains on what an earlier run prepared" if config.inputs.folders else ""
+        raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")
+    out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
+    from opd.launch.run.training import train
+
+    result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite, only_prepare=True)
+    if ranks.first:
+        done = "stopped; go on with: opd precompute" if result.interrupted else "prepared; train with: opd train"
+        print(f"{done} {out} --resume", file=sys.stderr)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="RUN_OR_FILE", help="the folder of a run, or a YAML file (its model as it is)"
+    )
+    parser.add_argument("--tasks", metavar="N", help="short for --eval.tasks N")
+
+
+def evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.checks.loading import load_config
+    from opd.launch.settings.reader import holds_run
+
+    put_option(overrides, "eval.tasks", arguments.tasks)
+    target = Path(arguments.target)
+    config = load_config(target, overrides)
+    if not config.eval.tasks:
+        raise ConfigError(f"{target}: eval.tasks = 0, so there is nothing to evaluate. Give --tasks N.")
+    from opd.launch.run.evaluate import evaluate_run
+
+    score = evaluate_run(config, run=target if holds_run(target) else None)
+    return 0 if score.played else UNMEASURED
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="MODEL_OR_FILE", help="a model (a teacher to be asked), or the YAML file of a run"
+    )
+    parser.add_argument("--host", metavar="HOST", default="127.0.0.1", help="default: 127.0.0.1; else a key is needed")
+    parser.add_argument("--port", metavar="PORT", type=positive, default=8000, help="default: 8000")
+
+
+def serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.checks.loading import model_to_serve
+    from opd.launch.run import servers
+
+    model, rollout = model_to_serve(arguments.target, overrides)
+    servers.serve(model, rollout, host=arguments.host, port=arguments.port)
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", metavar="N", type=positive, default=1, help="how many runs to make (default: 1)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+
+
+def show_demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.launch.cli.demo import demo
+
+    demo(seeds=arguments.seeds, out=arguments.out)
+    return 0

@@ -1,0 +1,172 @@
+"""Runs the stages of a run that remain: their steps, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from opd import checkpoint
+from opd.launch.run.build import Interrupted, Run
+from opd.launch.run.lock import RunLock
+from opd.launch.run.saving import save
+from opd.launch.run.score import Score
+from opd.launch.run.stages import RunStage, check_same_settings, write_record
+from opd.launch.settings.config import Config
+from opd.ranks.ranks import Ranks
+from opd.tracking import NoTracker, Tracker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    out: Path
+    steps: int
+    """Optimiser updates that the weights have seen, over all restarts."""
+    before: Score | None
+    after: Score | None
+    """Of the last weights; None where a signal came first."""
+    interrupted: bool
+    """A signal ended the run early; it can be resumed."""
+
+
+@dataclass(kw_only=True)
+class StageRunner:
+    """Runs the remaining stages; owns tracker and scores."""
+
+    config: Config
+    ranks: Ranks
+    out: Path
+    lock: RunLock | None = None
+    """On the first rank: the folder is this run's alone."""
+    stopped: list[int] = field(default_factory=list)
+    """The signals that came so far."""
+    tracker: Tracker | NoTracker | None = None
+    done: int = 0
+    before: Score | None = None
+    after: Score | None = None
+    """Of the weights as they are after `done` steps; None where these were not evaluated."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was saved, or the run began."""
+    interrupted: bool = False
+    made: dict[str, float] = field(default_factory=dict)
+    """The numbers that stages made before their first step, for the row of the next one."""
+
+    def resume_after(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on after a checkpoint. Raises CheckpointError where it was saved under other settings."""
+        record = saved.record("run")
+        check_same_settings(saved.folder, self.config.differs_for_resume(record["config"]))
+        self.done = record["step"]
+        self.before, self.after = (
+            None if record[name] is None else Score(tuple(record[name])) for name in ("before", "after")
+        )
+
+    def run_stage(self, run: Run, stage: RunStage) -> None:
+        """Train the stage from where it stands to its end, or until a signal."""
+        loop, player = run.loop, run.loop.player
+        tracker = self.tracker = self.tracker or self._open_tracker()
+        player.on_finish, player.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
+        player.version = self.done
+        if self.before is None and self.config.eval.tasks and loop.stage.model is None:
+            self.before = self._evaluate(run, tracker)
+        if not self.interrupted:
+            self._prepare(run, stage, tracker)
+        while self.done < stage.end and not self.interrupted:
+            self._take_step(run, stage, tracker)
+        steps = stage.end - stage.first
+        if self.done == stage.end:
+            player.health.ended(steps=steps, updates=steps * player.train.updates_per_step)
+        if stage.record is None:
+            self.made = {}  # of a stage that had its steps before a restart
+        if stage.last and loop.stage.trains and not (self.interrupted or self._is_evaluated()):
+            self.after = self._evaluate(run, tracker)  # a signal came before it could be
+            self.save(run)  # that says so
+
+    def _take_step(self, run: Run, stage: RunStage, tracker: Tracker | NoTracker) -> None:
+        """Take one step and log its row; evaluate and save after it where that is due."""
+        loop, evaluation = run.loop, self.config.eval
+        row, groups = loop.step(self.done - stage.first)
+        row |= self.made if self.done == stage.first else {}
+        self.made = {}
+        row |= {"stage": stage.number + 1.0} if len(self.config.stages) > 1 else {}
+        self.done += 1
+        self.after = None
+        self.interrupted = loop.player.stopping()  # then it is saved at once, and not evaluated
+        last = self.done == stage.end
+        due = last or (evaluation.every and self.done % evaluation.every == 0)
+        if loop.failed is None and not self.interrupted and evaluation.tasks and due:
+            self.after = self._evaluate(run, tracker)
+        tracker.log(self.done, row)
+        tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
+        if loop.failed is not None:
+            raise loop.failed
+        self.interrupted = self.interrupted or loop.player.stopping()
+        if last or self.interrupted or self._save_is_due():
+            self.save(run)
+        self.interrupted = loop.player.stopping() and not (last and stage.last and self._is_evaluated())
+
+    def _prepare(self, run: Run, stage: RunStage, tracker: Tracker | NoTracker) -> None:
+        """Let the method make what the stage needs before its first step."""
+        since = time.monotonic()
+        with tracker.phase("prepare"):
+            made = run.loop.prepare(self.out / "data")
+        if stage.record is not None:
+            made = {**made, f"time/stage_{stage.number + 1}": time.monotonic() - since}
+        self.made |= made
+        self.interrupted = run.loop.player.stopping()
+        if self.done == stage.first:
+            tracker.prepared(made)
+        if stage.record is not None and not self.interrupted:
+            self.ranks.from_first(partial(write_record, self.config, stage, made))
+
+    def _evaluate(self, run: Run, tracker: Tracker | NoTracker) -> Score | None:
+        """Return the score of the weights as they are; None where a signal came first."""
+        try:
+            with tracker.phase("evaluate"):
+                score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stopped))
+        except Interrupted:
+            self.interrupted = True
+            return None
+        tracker.log_eval(self.done, score.row())
+        return score
+
+    def _is_evaluated(self) -> bool:
+        """True: the weights as they are have their score, or none is asked for. False: it is still to be measured."""
+        return self.after is not None or not self.config.eval.tasks
+
+    def _save_is_due(self) -> bool:
+        """True: by steps or by the first rank's clock, whichever comes first. False: neither asks for a checkpoint."""
+        train = self.config.train
+        if train.save_every and self.done % train.save_every == 0:
+            return True
+        late = time.monotonic() - self.saved_at >= 60 * train.save_minutes
+        return bool(train.save_minutes) and self.ranks.from_first(lambda: late)
+
+    def save(self, run: Run) -> None:
+        """Save a checkpoint, if the folder is still this run's."""
+        self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
+        save(run, self.out, self.done, self.before, self.after)
+        self.saved_at = time.monotonic()
+
+    def finish(self) -> RunResult:
+        """Write the summary of a run that went well, and return its result."""
+        before, after = self.before, self.after if self.done else self.before
+        change = before.change(after) if before and after else None
+        if self.tracker is not None:  # else all was there already
+            self.tracker.summary(before=before, after=after, change=change)
+        return RunResult(out=self.out, steps=self.done, before=before, after=after, interrupted=self.interrupted)
+
+    def close(self) -> None:
+        """Close what is open, also after an error."""
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _open_tracker(self) -> Tracker | NoTracker:
+        """Open the run's tracker on the first rank; the others' numbers reach it through the loop."""
+        if not self.ranks.first:
+            return NoTracker()
+        config = self.config
+        steps = sum(config.stage_steps)
+        return Tracker(self.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=self.done)

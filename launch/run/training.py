@@ -1,0 +1,122 @@
+"""One run, from settings to a trained export. `opd.launch.train` is the module that is started."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from opd import checkpoint
+from opd.errors import EngineError, HealthError
+from opd.launch.checks.loading import config_from
+from opd.launch.run.build import Run, build
+from opd.launch.run.endings import engine_lost, given_up
+from opd.launch.run.lock import RunLock
+from opd.launch.run.out import Resume, choose_out, remove_run, resumes, write_config
+from opd.launch.run.ranks import ranks_of
+from opd.launch.run.runner import RunResult, StageRunner
+from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
+from opd.launch.run.signals import stop_signals
+from opd.launch.run.stages import RunStage, made_before, stages_left
+from opd.launch.settings.config import Config
+from opd.ranks.ranks import Ranks
+from opd.ranks.watch import together
+
+
+def train(
+    config: Config | Mapping[str, Any], *, resume: Resume = False, overwrite: bool = False, only_prepare: bool = False
+) -> RunResult:
+    """Train by `config`; with `resume`, go on from the newest whole checkpoint in `out`.
+
+    With `resume="auto"` a run begins where `out` holds none, and goes on where it does. With `overwrite` the run in
+    `out` is deleted first. With `only_prepare` the run ends after its last stage without steps, before what is trained
+    on its data; it can be resumed.
+
+    In this process, or, where a launcher started several and all of them call this, together with the others.
+
+    Raises OpdError (ConfigError, ModelError, ...) with the setting and the mend in its message: LockError where another
+    process has the folder, HealthError where the run goes on without learning.
+    """
+    if not isinstance(config, Config):
+        config = config_from(dict(config))
+    ranks = ranks_of(config)
+    with together():
+        out = ranks.from_first(lambda: choose_out(config, resume=resume, overwrite=overwrite))
+        with _locked(out, ranks) as lock:
+            ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
+            again = ranks.from_first(lambda: resumes(out, resume))
+            saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
+            runner = StageRunner(config=config, ranks=ranks, out=out, lock=lock)
+            return _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[RunLock | None]:
+    """Hold the run's folder; the first rank does it for all, and is yielded the lock."""
+    lock = ranks.agree(lambda: RunLock(out) if ranks.first else None)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _make_room(config: Config, out: Path, *, resume: Resume, overwrite: bool) -> None:
+    """Check the folder once more, now that it is ours: another run may have come before. Delete it if asked to."""
+    choose_out(config, resume=resume, overwrite=overwrite)
+    if overwrite:
+        remove_run(out)
+
+
+def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bool, only_prepare: bool) -> RunResult:
+    """Train from a checkpoint or from the start; `anew` in the folder of a run that has none."""
+    config, ranks, out = runner.config, runner.ranks, runner.out
+    if saved is not None:
+        runner.resume_after(saved)
+    runner.made = ranks.from_first(lambda: made_before(config, out, runner.done))
+    left = ranks.from_first(lambda: stages_left(config, out, runner.done, only_prepare=only_prepare))
+    ranks.from_first(lambda: write_config(config, out))  # not before: settings that are refused must not stand there
+    if anew:
+        ranks.from_first(partial(begin_anew, out))
+    exports = [stage.next_model for stage in left if stage.next_model is not None]
+    ranks.from_first(partial(clear_the_way, exports, saved))
+    with stop_signals() as stopped, closing(runner):
+        runner.stopped = stopped
+        for stage in left:
+            with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
+                if saved is not None and runner.done > stage.first and stage.record is None:
+                    restore(run, saved)
+                _run_stage(runner, run, stage)
+                if runner.interrupted:
+                    break
+            del run  # else two stages' models would be in memory while the next is loaded
+            gc.collect()
+        return runner.finish()
+
+
+def _run_stage(runner: StageRunner, run: Run, stage: RunStage) -> None:
+    """Run one stage and export its model. Raises EngineError and HealthError with the way on in their messages."""
+    try:
+        runner.run_stage(run, stage)
+    except EngineError as error:
+        raise engine_lost(runner, run, stage, error) from error
+    except HealthError as error:
+        runner.ranks.agree(partial(_raise, given_up(runner, run, stage, error)))
+    if run.loop.stage.trains and (runner.done > stage.first if runner.interrupted else stage.last):
+        run.export(runner.out / "export")
+    elif stage.next_model is not None:
+        _export_whole(run, stage.next_model)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _export_whole(run: Run, folder: Path) -> None:
+    """Export a stage's model so that the folder is whole or absent."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    run.export(aside)
+    run.loop.player.ranks.from_first(lambda: aside.rename(folder))
