@@ -250,19 +250,7 @@ def _wandb_in_words(config: Config) -> str:
 def _notes(config: Config) -> list[str]:
     """Return notes on settings that are allowed and may still surprise."""
     rollout, train = config.rollout, config.train
-    notes = []
-    if rollout.top_p < 1 or rollout.top_k:
-        notes.append(
-            "rollout.top_p and rollout.top_k narrow what is sampled; the loss still compares whole distributions"
-        )
-    if rollout.engine == "vllm":
-        share = f"{rollout.vllm.gpu_memory_utilization:.0%}"
-        notes.append(f"vLLM takes {share} of a GPU's memory besides (rollout.vllm.gpu_memory_utilization)")
-    if rollout.engine != "transformers" and rollout.deterministic:
-        notes.append(
-            "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
-            "is never empty (draws still follow from the seed)"
-        )
+    notes = _notes_on_rollouts(rollout)
     policy = next((stage.losses.policy for stage in config.stages if stage.losses.policy), None)
     distill = next((stage.losses.distill for stage in config.stages if stage.losses.distill), None)
     temperature = distill.divergence.temperature if isinstance(distill, Distill) else None
@@ -288,6 +276,24 @@ def _notes(config: Config) -> list[str]:
     tiny = config.model.name.removeprefix("tiny:")
     if tiny != config.model.name and tiny.split("-")[0] not in config.env.id.lower():
         notes.append(f"the model was warmed up for {tiny}, but acts in {config.env.id}")
+    return notes
+
+
+def _notes_on_rollouts(rollout: RolloutConfig) -> list[str]:
+    """Return the notes that follow from `rollout` alone."""
+    notes = []
+    if rollout.top_p < 1 or rollout.top_k:
+        notes.append(
+            "rollout.top_p and rollout.top_k narrow what is sampled; the loss still compares whole distributions"
+        )
+    if rollout.engine == "vllm":
+        share = f"{rollout.vllm.gpu_memory_utilization:.0%}"
+        notes.append(f"vLLM takes {share} of a GPU's memory besides (rollout.vllm.gpu_memory_utilization)")
+    if rollout.engine != "transformers" and rollout.deterministic:
+        notes.append(
+            "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
+            "is never empty (draws still follow from the seed)"
+        )
     return notes
 
 
