@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, model: Path, seed: int) -> dict[str, float]:
-    """KL(student || teacher) in nats a token on the student's own held-out episodes, and the share that it solves."""
+    """Measure KL(student || teacher) in nats a token on the student's own held-out episodes, and its success."""
     own = {"teacher": {"weights": "external", "model": arguments.teacher}, "form": "exact", "divergence": WHOLE}
     built = build(config_from(settings(arguments, "measure", str(model), seed, method="opd", opd=own)))
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def load(address: str, *, setting: str) -> Any:
         ) from None
     except Exception as error:  # a stranger's module may raise anything while it is imported
         raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def installed(group: str) -> dict[str, str]:
+    """Return the addresses that installed packages offer under an entry-point group, by their short names.
+
+    A package says so in its pyproject.toml, for a method:
+
+        [project.entry-points."opd.methods"]
+        nudge = "my_package.my_module:Nudge"
+    """
+    return {entry.name: entry.value for entry in entry_points(group=group)}
 
 
 def find_module(name: str) -> ModuleSpec | None:

@@ -70,8 +70,9 @@ def condition_of(section: type[BaseModel], name: str) -> Condition | None:
     """What a section, or the nearest class that it is made from, says of when a field is used."""
     for cls in section.__mro__:
         field = cls.model_fields.get(name) if issubclass(cls, BaseModel) else None
-        extra = field.json_schema_extra if field is not None else None
-        if isinstance(extra, dict) and isinstance(found := extra.get("condition"), Condition):
+        extra: Any = field.json_schema_extra if field is not None else None
+        found = extra.get("condition") if isinstance(extra, dict) else None
+        if isinstance(found, Condition):
             return found
     return None
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from opd.trainers.loop.play import Player
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "opd": "opd",
@@ -127,6 +129,21 @@ def test_imports_point_one_way():
         if room_of(other) not in STREETS[room_of(module)]
     ]
     assert wrong == []
+
+
+def test_methods_ask_a_player_for_what_it_offers_them_and_nothing_else():
+    """The rest of `Player` is for the loop: a method that gives the engine weights or lets it sleep would break it."""
+    offered = re.search(r"A method uses (.*?); the rest", Player.__doc__, re.DOTALL)
+    names = set(re.findall(r"`(\w+)`", offered.group(1)))
+    assert all(hasattr(Player, name) for name in names)
+    used = {
+        (path.name, attribute)
+        for path in sources("trainers")
+        if room_of(module_of(path)) != "trainers.loop"
+        for attribute in re.findall(r"player\.(\w+)", path.read_text())
+    }
+    assert {entry for entry in used if entry[1] not in names} == set()
+    assert {attribute for _, attribute in used} == names
 
 
 def test_a_methods_folder_is_imported_by_nobody_else():

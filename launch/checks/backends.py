@@ -60,9 +60,9 @@ def _problems_of_own_weights(config: Config, data: dict[str, Any]) -> list[Probl
         if bad:
             text = (
                 f"deepspeed.zero_optimization.{key} works with a live teacher alone, but "
-                f"{config.method}.teacher.weights = {own}. Remove the one or change the other."
+                f"{config.spec.name}.teacher.weights = {own}. Remove the one or change the other."
             )
-            problems.append(Problem(("deepspeed", f"{config.method}.teacher.weights"), text))
+            problems.append(Problem(("deepspeed", f"{config.spec.name}.teacher.weights"), text))
     return problems
 
 

@@ -44,6 +44,7 @@ def _problems_without_teacher(config: Config) -> list[Problem]:
         "weighting.entropy": weighting.entropy,
         "weighting.pass_rate": weighting.pass_rate and weighting.pass_rate.on == "distilled",
         "weighting.steps": weighting.steps,
+        "weighting.functions": any(function.found.needs_scores for function in weighting.functions),
         "train.variance_every": config.train.variance_every,
     }
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
@@ -56,7 +57,7 @@ def _problems_of_served_teacher(config: Config) -> list[Problem]:
 
     `opd.engines.scoring` tells what they can.
     """
-    key = f"{config.method}.teacher.servers"
+    key = f"{config.spec.name}.teacher.servers"
     stage = next((s for s in config.stages if s.teacher.servers and s.listens), None)
     if stage is None:
         named = any(value.servers for _, value in config.section if isinstance(value, TeacherConfig))
@@ -67,12 +68,13 @@ def _problems_of_served_teacher(config: Config) -> list[Problem]:
         "rollout.temperature other than 1": config.rollout.temperature != 1,
         "weighting.entropy": weighting.entropy,
         "weighting.steps": weighting.steps,
+        "weighting.functions that read scores": any(function.found.needs_scores for function in weighting.functions),
         "train.variance_every": config.train.variance_every,
     }
     if isinstance(distill, SampledDistill):
         wanted["a baseline, which needs whole distributions"] = distill.needs_distributions
     elif isinstance(distill, Distill):
-        rule, at = distill.divergence, f"{config.method}.divergence"
+        rule, at = distill.divergence, f"{config.spec.name}.divergence"
         wanted[f"the whole vocabulary (set {at}.top_k, or form: sampled)"] = rule.top_k is None
         wanted[f"support = student (set {at}.support: teacher)"] = rule.support == "student"
         wanted["a temperature other than 1"] = rule.temperature not in (None, 1)

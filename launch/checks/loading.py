@@ -13,6 +13,7 @@ from opd.launch.checks.engines import check_engine_args, check_rollout
 from opd.launch.checks.envs import check_env
 from opd.launch.checks.methods import check_files, check_teachers
 from opd.launch.checks.models import check_model
+from opd.launch.checks.outside import with_origins
 from opd.launch.checks.tracking import check_tracking
 from opd.launch.settings.config import Config, all_settings, parse_sections
 from opd.launch.settings.overrides import merge
@@ -33,7 +34,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
         overrides = {"out": str(path), **overrides}  # wherever the folder was moved to
         path = path / "config.yaml"
     data = merge(read_settings(path), overrides)
-    return config_from(data, source=str(path), overridden=overrides, check_machine=check_machine)
+    try:
+        return config_from(data, source=str(path), overridden=overrides, check_machine=check_machine)
+    except ConfigError as error:
+        raise with_origins(error, path.parent) from error
 
 
 def config_from(

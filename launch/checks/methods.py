@@ -11,7 +11,7 @@ from opd.launch.settings.problems import Problem
 
 def check_teachers(config: Config) -> list[Problem]:
     """Return a problem for each model beside the student that does not exist."""
-    named = ((f"{config.method}.{key}", name) for key, name in config.inputs.models.items())
+    named = ((f"{config.spec.name}.{key}", name) for key, name in config.inputs.models.items())
     found = ((key, name, model_problem(name)) for key, name in named)
     return [Problem((key,), f'{key} = "{name}" {problem}') for key, name, problem in found if problem]
 
@@ -23,7 +23,7 @@ def check_files(config: Config) -> list[Problem]:
     named += [(key, value, "folder", Path.is_dir) for key, value in inputs.folders.items()]
     problems = []
     for name, value, kind, is_there in named:
-        key = f"{config.method}.{name}"
+        key = f"{config.spec.name}.{name}"
         if not is_there(Path(value).expanduser()):
             problems.append(Problem((key,), f'{key} = "{value}": there is no such {kind}'))
     return problems

@@ -17,7 +17,7 @@ def check_started(config: Config) -> None:
         )
     check_servers(config.rollout)
     for teacher in {id(s.teacher): s.teacher for s in config.stages if s.listens}.values():
-        check_teaching_servers(teacher, config.rollout.max_length, f"{config.method}.teacher")
+        check_teaching_servers(teacher, config.rollout.max_length, f"{config.spec.name}.teacher")
 
 
 def startable(config: Config, source: str) -> Config:

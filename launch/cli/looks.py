@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from opd.addressing import is_address
 from opd.errors import ConfigError
 
 
@@ -67,12 +68,20 @@ def _mapping(text: str, *, flag: str) -> dict[str, Any]:
     return value
 
 
-def list_methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    from opd.trainers.loop.registry import methods
+def add_methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "addresses", metavar="ADDRESS", nargs="*", help="list this too: my_package.my_module:MyMethod, not installed"
+    )
 
+
+def list_methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    from opd.trainers.loop.registry import METHODS, find_method, methods
+
+    for address in arguments.addresses:
+        find_method(address)
     width = max(map(len, methods()))
     for name, spec in methods().items():
-        print(f"{name:{width}}  {spec.summary}")
+        print(f"{name:{width}}  {spec.summary}{'' if name in METHODS else f' [{spec.address}]'}")
     return 0
 
 
@@ -121,18 +130,29 @@ def work_on_skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="print its settings, defaults and all")
     parser.add_argument(
-        "--explain", metavar="KEY", nargs="?", const="", help="what a setting is for; none: all of them"
+        "--explain",
+        metavar="KEY",
+        nargs="?",
+        const="",
+        help="what a setting is for; none: all of them; with a FILE, also those of the method that it names",
     )
 
 
 def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.checks.loading import load_config
     from opd.launch.settings.config import all_settings, explain
+    from opd.launch.settings.reader import file_of, read_settings
+    from opd.trainers.loop.registry import find_method
 
-    if (arguments.explain is None) == (arguments.file is None):
-        raise ConfigError("opd config takes a FILE or --explain KEY, one of them")
+    if arguments.explain is None and arguments.file is None:
+        raise ConfigError("opd config takes a FILE, or --explain KEY")
     if arguments.explain is not None:
-        settings = explain(arguments.explain) if arguments.explain else list(all_settings().values())
+        key = arguments.explain
+        if arguments.file is not None:
+            find_method(str(read_settings(file_of(arguments.file)).get("method")))
+        if is_address(key):
+            key = find_method(key).name
+        settings = explain(key) if key else list(all_settings().values())
         print("\n".join(setting.explanation() for setting in settings))
     else:
         print(load_config(arguments.file, overrides, check_machine=False).to_yaml(), end="")

@@ -123,7 +123,8 @@ _COMMANDS = (
             looks.list_or_check_envs, looks.add_envs_arguments),
     Command("skills", "read and change the skills of a run", "opd skills list runs/skill-sd-lookup-tiny",
             looks.work_on_skills, looks.add_skills_arguments),
-    Command("methods", "list the methods that can train", "opd methods", looks.list_methods),
+    Command("methods", "list the methods that can train", "opd methods",
+            looks.list_methods, looks.add_methods_arguments),
     Command("config", "print resolved settings, or explain one", "opd config --explain rollout.temperature",
             looks.print_config, looks.add_config_arguments, takes_settings=True),
 )  # fmt: skip

@@ -279,7 +279,7 @@ def _notes_on_losses(config: Config) -> list[str]:
     if temperature is not None and temperature != rollout.temperature:
         key = "divergence.temperature" if hasattr(config.section, "divergence") else "temperature"
         notes.append(
-            f"the loss is taken at {config.method}.{key} = {temperature:g}, "
+            f"the loss is taken at {config.spec.name}.{key} = {temperature:g}, "
             f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
         )
     notes += dict.fromkeys(note for stage in config.stages for note in stage.notes(rollout))

@@ -36,7 +36,6 @@ from opd.trainers.loop.loop import Loop
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.play import Player
 from opd.trainers.loop.reading import Models
-from opd.trainers.loop.registry import methods
 from opd.trainers.loop.stage import Stage
 from opd.types import Trajectory, TrajectoryGroup
 
@@ -166,7 +165,7 @@ def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None
 
 def _only_played(config: Config) -> Stage:
     """Return a stage for a run that is evaluated and not trained: nobody teaches."""
-    return Stage(make=partial(methods()[config.method].cls, config.section))
+    return Stage(make=partial(config.spec.cls, config.section))
 
 
 def _make_player(config: Config, stage: Stage, models: Models, scheduler: RolloutScheduler) -> Player:

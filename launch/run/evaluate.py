@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.errors import CheckpointError
+from opd.launch.checks.outside import warn_of_changes
 from opd.launch.run.build import build
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.score import Score
@@ -21,6 +22,7 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     With `run`, the weights are those of the run's export. Raises CheckpointError when it has none yet.
     """
     if run is not None:
+        warn_of_changes(config, run)
         export = run / "export"
         if not (export / "config.json").is_file():
             raise CheckpointError(f"{run} has no export yet: it has not finished. Go on with: opd train {run} --resume")

@@ -52,5 +52,5 @@ def check_top_k(config: Config, vocabulary: int) -> None:
             name, top_k = "baseline_top_k", distill.top_k if distill else None
         if top_k is not None and top_k > vocabulary:
             raise ConfigError(
-                f"{config.method}.{name} = {top_k} is more than the {vocabulary} entries of the model's vocabulary"
+                f"{config.spec.name}.{name} = {top_k} is more than the {vocabulary} entries of the model's vocabulary"
             )

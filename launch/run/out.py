@@ -29,7 +29,7 @@ def default_name(method: str, env: str, model: str) -> str:
 
 def choose_out(config: Config, *, resume: Resume = False, overwrite: bool = False) -> Path:
     """Return the folder of a run by these settings; nothing is written. Raises what `choose` raises."""
-    name = default_name(config.method, config.env.id, config.model.name)
+    name = default_name(config.spec.name, config.env.id, config.model.name)
     return choose(config.out, name, resume=resume, overwrite=overwrite)
 
 

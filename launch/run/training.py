@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from opd import checkpoint
 from opd.errors import EngineError, HealthError
 from opd.launch.checks.loading import config_from
+from opd.launch.checks.outside import warn_of_changes, write_taken
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
 from opd.launch.run.lock import RunLock
@@ -78,7 +79,7 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
         runner.resume_after(saved)
     runner.made = ranks.from_first(lambda: made_before(config, out, runner.done))
     left = ranks.from_first(lambda: stages_left(config, out, runner.done, only_prepare=only_prepare))
-    ranks.from_first(lambda: write_config(config, out))  # not before: settings that are refused must not stand there
+    ranks.from_first(lambda: _write_settings(config, out))  # not before: what is refused must not stand there
     if anew:
         ranks.from_first(partial(begin_anew, out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
@@ -95,6 +96,13 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
             del run  # else two stages' models would be in memory while the next is loaded
             gc.collect()
         return runner.finish()
+
+
+def _write_settings(config: Config, out: Path) -> None:
+    """Write the run's settings, and where what comes from outside of this repository came from."""
+    warn_of_changes(config, out)
+    write_config(config, out)
+    write_taken(config, out)
 
 
 def _run_stage(runner: StageRunner, run: Run, stage: RunStage) -> None:

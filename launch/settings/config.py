@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
+from opd.addressing import is_address
 from opd.backends import deepspeed_json
 from opd.backends.config import EvalConfig, TrainConfig
 from opd.config import Strict
@@ -28,7 +29,7 @@ from opd.launch.settings.schema import Setting, describe, walk
 from opd.models.config import ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
-from opd.trainers.loop.registry import methods
+from opd.trainers.loop.registry import MethodSpec, find_method, methods
 from opd.trainers.loop.stage import Inputs, Stage
 
 
@@ -59,7 +60,9 @@ _MAY_DIFFER = (
 class Config(Strict):
     """All settings of a run. In YAML the section of the method stands under the method's own name."""
 
-    method: str = Field(description="How the model learns: a name from `opd methods`.")
+    method: str = Field(
+        description="How the model learns: a name from `opd methods`, or `my_package.my_module:MyMethod`."
+    )
     section: SerializeAsAny[Strict] = Field(description="The method's own settings; in YAML, under its name.")
     seed: int = Field(0, ge=0, description="Tasks, draws and initial values follow from it.")
     out: str | None = Field(
@@ -86,22 +89,27 @@ class Config(Strict):
     @classmethod
     def _take_the_methods_section(cls, data: Any) -> Any:
         """Accept the method's section under the method's name, or its absence."""
-        known = methods()
-        if not isinstance(data, dict) or "section" in data or data.get("method") not in known:
+        if not isinstance(data, dict) or "section" in data or not isinstance(data.get("method"), str):
             return data
-        own = data.get(data["method"], {})
-        section = own if isinstance(own, Strict) else known[data["method"]].config.model_validate(own)
-        return {key: value for key, value in data.items() if key != data["method"]} | {"section": section}
+        spec = find_method(data["method"])
+        own = data.get(spec.name, {})
+        section = own if isinstance(own, Strict) else spec.config.model_validate(own)
+        return {key: value for key, value in data.items() if key != spec.name} | {"section": section}
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method; `spec.name` is the key of its section."""
+        return find_method(self.method)
 
     @property
     def stages(self) -> Sequence[Stage]:
         """The stages of the method."""
-        return methods()[self.method].stages(self.section)
+        return self.spec.stages(self.section)
 
     @property
     def inputs(self) -> Inputs:
         """What the method reads ahead of training, by the keys of its own section."""
-        return methods()[self.method].inputs(self.section)
+        return self.spec.inputs(self.section)
 
     @property
     def stage_steps(self) -> list[int]:
@@ -117,7 +125,7 @@ class Config(Strict):
     def dump(self) -> dict[str, Any]:
         """Return all settings as plain data, defaults included; `opd.launch.checks.loading` reads them back."""
         dumped = self.model_dump(mode="json")
-        return {self.method if key == "section" else key: value for key, value in dumped.items()}
+        return {self.spec.name if key == "section" else key: value for key, value in dumped.items()}
 
     def to_yaml(self) -> str:
         """Return all settings as a file would hold them."""
@@ -145,7 +153,8 @@ def all_settings() -> dict[str, Setting]:
     for name, spec in methods().items():
         settings += [describe(name, FieldInfo(annotation=spec.config, default=None)), *walk(spec.config, f"{name}.")]
     by_key = {setting.key: setting for setting in settings}
-    by_key["method"] = replace(by_key["method"], allowed=", ".join(methods()), choices=tuple(methods()))
+    allowed = f"{', '.join(methods())}, or my_package.my_module:MyMethod"
+    by_key["method"] = replace(by_key["method"], allowed=allowed, choices=tuple(methods()))
     return by_key
 
 
@@ -159,21 +168,36 @@ def explain(key: str) -> list[Setting]:
 
 def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the valid top-level settings, typed, and the problems of the others."""
-    known, method = methods(), str(data.get("method"))
-    foreign = [name for name in data if name in known and method in known and name != method]
-    if method in known and data.get(method) is None:
-        data = {**data, method: {}}  # its section may be left out, but not what its section requires
+    method, own, problems = _method_of(data)
+    known = methods()  # after the above, which may import one
+    foreign = [name for name in data if name in known and own is not None and name != own]
+    if own is not None and data.get(own) is None:
+        data = {**data, own: {}}  # its section may be left out, but not what its section requires
     types: dict[str, Any] = {name: Annotated[f.annotation, f] for name, f in Config.model_fields.items()}
     del types["section"]
     types |= {name: spec.config for name, spec in known.items()}
     settings = all_settings()
-    values, problems = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
-    if "method" in values and method not in known:
+    values, found = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
+    problems += found
+    if "method" in values and own is None and not problems:
         problems.append(bad_value(settings["method"], method))
     for name in foreign:
         text = f"{name} is the section of another method, but method = {method}. Remove it, or set method: {name}."
         problems.append(Problem((name, "method"), text))
     return values, problems
+
+
+def _method_of(data: Mapping[str, Any]) -> tuple[str, str | None, list[Problem]]:
+    """Return the method that a file names, the key of its section, and what is wrong with an address."""
+    method = str(data.get("method"))
+    if method in methods():
+        return method, method, []
+    if not is_address(method):
+        return method, None, []
+    try:
+        return method, find_method(method).name, []
+    except ConfigError as error:
+        return method, None, [Problem(("method",), str(error))]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -130,6 +130,12 @@ def to_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def file_of(target: str | Path) -> Path:
+    """Return the file of settings: the target itself, or the `config.yaml` of a run's folder."""
+    path = Path(target)
+    return path / "config.yaml" if holds_run(path) else path
+
+
 def holds_run(folder: Path) -> bool:
     """True: an earlier run wrote its settings into this folder. False: it did not, or they cannot be read."""
     try:

@@ -98,7 +98,7 @@ class VllmScorer:
                     held = sum(values(sequences[number], top_k) for number in asked.values())
                     while waiting and fits(held, values(waiting[0][1][0], top_k)):
                         number, (ids, own) = waiting.popleft()
-                        asked[threads.submit(self._one, number, ids, own, top_k or 0)] = number
+                        asked[threads.submit(self._score_one, number, ids, own, top_k or 0)] = number
                         held += values(ids, top_k)
                     done, _ = wait(asked, return_when=FIRST_COMPLETED)
                     found |= {asked.pop(future): future.result() for future in done}

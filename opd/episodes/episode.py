@@ -138,7 +138,7 @@ def next_request(episode: Episode, shared: Round) -> Request | None:
     episode.token_ids = sequence + episode.prompt.token_ids
     room = shared.config.max_length - len(episode.token_ids)
     episode.end = _limit_reached(episode, shared.max_turns, room)
-    if episode.over:
+    if episode.end is not None:
         return None
     return Request(
         session=episode.number,

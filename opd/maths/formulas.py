@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from opd.addressing import load
+from opd.addressing import installed, load
 from opd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def formula_of(kind: str) -> Formula:
     """The divergence of that name, or that stands at `package.module:name`. Raises ConfigError where there is none."""
     if kind in _TABLE:
         return _TABLE[kind]
-    if ":" in kind:
-        found = load(kind, setting="divergence.kind")
+    address = installed("opd.divergences").get(kind, kind)
+    if ":" in address:
+        found = load(address, setting="divergence.kind")
         if isinstance(found, Formula) and _TABLE.get(found.name) is found:
             return found
         raise ConfigError(
@@ -122,8 +123,9 @@ def formula_of(kind: str) -> Formula:
 
 
 def kinds() -> dict[str, str]:
-    """The names of the table, each with the first line of what is said of it."""
-    return {name: row.summary for name, row in _TABLE.items()}
+    """The names of the table and of installed packages, each with the first line of what is said of it."""
+    elsewhere = {name: address for name, address in installed("opd.divergences").items() if name not in _TABLE}
+    return {name: row.summary for name, row in _TABLE.items()} | elsewhere
 
 
 def with_beta() -> list[str]:

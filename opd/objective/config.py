@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
     field_validator,
+    model_validator,
 )
 
 from opd.config import Strict, setting
+from opd.objective.weightings import Weighting, find_weighting
 
 
 class CorrectionConfig(Strict):
@@ -45,6 +47,23 @@ class StepWeighting(Strict):
     most: float = Field(1.2, ge=1, description="Greatest weight of a turn.")
 
 
+class WeightingFunction(Strict):
+    """A weighting that lives outside of this repository (`opd.objective.weightings`)."""
+
+    name: str = Field(description="my_package.my_module:my_function, or the name that an installed package gives it.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="The function's arguments beside the samples.")
+
+    @model_validator(mode="after")
+    def _is_there(self) -> WeightingFunction:
+        self.found.check_kwargs(self.kwargs)
+        return self
+
+    @property
+    def found(self) -> Weighting:
+        """The registered function. Raises ConfigError where there is none."""
+        return find_weighting(self.name)
+
+
 class WeightingConfig(Strict):
     """Factors on the weights of any method, for its distilled tokens or for all: some tokens count for more."""
 
@@ -63,6 +82,10 @@ class WeightingConfig(Strict):
         description="A weight for each turn, on every component; the last stands for all after it, 0 masks.",
     )
 
+    functions: list[WeightingFunction] = Field(
+        default_factory=list, description="Weightings of your own, laid over the others one after the other."
+    )
+
     @field_validator("turns")
     @classmethod
     def _weights_are_weights(cls, turns: list[float] | None) -> list[float] | None:
@@ -73,4 +96,5 @@ class WeightingConfig(Strict):
     @property
     def needs_scores(self) -> bool:
         """True if the weights depend on the teacher's scores: it must then be asked first."""
-        return self.entropy is not None or self.steps is not None
+        own = any(function.found.needs_scores for function in self.functions)
+        return self.entropy is not None or self.steps is not None or own

@@ -66,7 +66,8 @@ WRONG = {
     ),
     "an unknown method": (
         "method: opsdd\nmodel: tiny:lookup\nenv: opd/Lookup-v0",
-        f'method = "opsdd" is unknown. Allowed: {", ".join(methods())}. Did you mean "opsd"?',
+        f'method = "opsdd" is unknown. Allowed: {", ".join(methods())}, or my_package.my_module:MyMethod. '
+        'Did you mean "opsd"?',
     ),
     "no method": ("model: tiny:lookup\nenv: opd/Lookup-v0", f"method is missing. Allowed: {', '.join(METHODS)}"),
     "no model": ("method: opsd\nenv: opd/Lookup-v0", "model is missing. Allowed: a name or a section with name, dtype"),

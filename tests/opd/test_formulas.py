@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigError
-from opd.launch.config import Config
+from opd.launch.settings.config import Config
 from opd.losses import Divergence
 from opd.maths import formulas
 from opd.maths.divergence import token_divergence
@@ -112,7 +112,7 @@ def test_a_name_that_is_taken_and_a_function_of_other_arguments_are_refused():
     "made",
     [
         "from opd.losses import Divergence; Divergence('jds')",
-        f"from opd.launch.config import Config; Config.from_dict({RUN | {'opsd': {'divergence': 'jds'}}!r})",
+        f"from opd.launch.settings.config import Config; Config.from_dict({RUN | {'opsd': {'divergence': 'jds'}}!r})",
     ],
     ids=["in Python", "in a file"],
 )

@@ -408,7 +408,7 @@ def test_training_survives_the_death_of_wandbs_process(tmp_path, wandb):
     script = f"""
 import os, signal
 from pathlib import Path
-from opd.config import TrackingConfig
+from opd.tracking.config import TrackingConfig
 from opd.tracking import Tracker
 
 def is_service(pid):
@@ -452,7 +452,7 @@ def test_a_run_without_wandb_and_pictures_imports_nothing_heavy(tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from opd.config import TrackingConfig
+from opd.tracking.config import TrackingConfig
 from opd.tracking import Tracker
 Tracker(Path({str(tmp_path / "run")!r}), TrackingConfig(wandb="disabled"), run_config={{}}, total_steps=1).finish()
 print([name for name in ("wandb", "matplotlib", "torch") if name in sys.modules])

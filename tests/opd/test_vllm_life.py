@@ -292,6 +292,16 @@ def test_memory_that_sleeps_is_mapped_again_before_it_is_freed(monkeypatch, asle
     assert done == expected
 
 
+def test_an_engine_that_is_closed_in_its_sleep_is_woken_before_its_memory_is_freed(model, monkeypatch):
+    told = []
+    monkeypatch.setattr("opd.engines.vllm_core._start", lambda arguments: SimpleNamespace(sleep=lambda level: None))
+    monkeypatch.setattr(vllm_life, "end", lambda engine, asleep: told.append(sorted(asleep)))
+    core = Core(model, {}, sleeps=True)
+    core.sleep()
+    core.close()
+    assert told == [["kv_cache", "weights"]]
+
+
 # -- a run that does not come to be --------------------------------------------------------------------
 
 
@@ -308,7 +318,7 @@ def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypat
     done = []
 
     class Quick:
-        def __init__(self, model, config):
+        def __init__(self, model, config, limits):
             done.append("started")
 
         def close(self):
@@ -331,13 +341,3 @@ def test_what_was_open_when_a_run_could_not_be_built_is_closed(folder, monkeypat
         assert done == ["started"]
         run.close()
     assert done == ["started", "closed"]
-
-
-def test_an_engine_that_is_closed_in_its_sleep_is_woken_before_its_memory_is_freed(model, monkeypatch):
-    told = []
-    monkeypatch.setattr("opd.engines.vllm_core._start", lambda arguments: SimpleNamespace(sleep=lambda level: None))
-    monkeypatch.setattr(vllm_life, "end", lambda engine, asleep: told.append(sorted(asleep)))
-    core = Core(model, {}, sleeps=True)
-    core.sleep()
-    core.close()
-    assert told == [["kv_cache", "weights"]]

@@ -250,6 +250,11 @@ def scripts(chat, tasks, blunders):
     return completions
 
 
+def make_player(*, step, nats):
+    """What a keeper asks of a player, with what a teacher says."""
+    return SimpleNamespace(ranks=Ranks(), standing=SimpleNamespace(steps=step), divergences=nats)
+
+
 def make_loop(method, model, scheduler, folder):
     train = TrainConfig(steps=4, tasks_per_step=2, tasks=2, lr=1e-3)
     [stage] = method.stages(method.config)
@@ -419,8 +424,7 @@ def test_a_skill_of_the_right_way_lifts_and_one_of_the_wrong_way_or_of_both_does
         return chat.text(sample.teacher_view.token_ids).partition("Workflow: ")[2].partition("\n")[0]
 
     method = SkillSd(SkillSdConfig(skills={"min_lift": -100.0}), chat)
-    ranks = SimpleNamespace(ranks=Ranks())
-    method.prepare(SimpleNamespace(backend=ranks, version=5, nats=nats), tmp_path)
+    method.prepare(make_player(step=5, nats=nats), tmp_path)
     method.keeper.bank.add(Lesson(workflow=text), source(task=episodes[0].task.id), pdi=0.0)
     method.observe([TrajectoryGroup(task=episodes[0].task, trajectories=episodes)])
     assert method.keeper.bank.skills["s00001"].lifts == {"own": lift}
@@ -438,9 +442,7 @@ def test_special_tokens_in_an_episode_are_only_text_in_a_skill(make_chat, make_e
     episode = make_episode(chat, ([{"role": "user", "content": "the task"}], "so", evil))
     turn = replace(episode.turns[0], feedback=evil)
     group = TrajectoryGroup(task=episode.task, trajectories=[replace(episode, turns=[turn])])
-    method.prepare(
-        SimpleNamespace(backend=SimpleNamespace(ranks=Ranks()), version=1, nats=lambda samples: []), tmp_path
-    )
+    method.prepare(make_player(step=1, nats=lambda samples: []), tmp_path)
     method.observe([group])
     [skill] = method.keeper.bank.skills.values()
     lesson = skill.lesson

@@ -1,17 +1,26 @@
-"""Which methods there are. A method registers itself, with its settings, when its module is imported. No torch."""
+"""Which methods there are. A method registers itself, with its settings, when its module is imported. No torch.
+
+A method lives under `trainers/`, in an installed package that names it in the entry-point group `opd.methods`, or in
+any module, where the settings name it by its address.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import opd.trainers
+from opd.addressing import installed, is_address, load
 from opd.config import Strict
+from opd.errors import ConfigError
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Inputs, Stage
+
+logger = logging.getLogger(__name__)
 
 _SHARED = ("loop", "parts")
 METHODS = tuple(sorted({module.name for module in pkgutil.iter_modules(opd.trainers.__path__)}.difference(_SHARED)))
@@ -29,6 +38,11 @@ class MethodSpec:
     cls: type[Method]
     summary: str
 
+    @property
+    def address(self) -> str:
+        """Where the class stands: `module:Class`."""
+        return f"{self.cls.__module__}:{self.cls.__qualname__}"
+
     def stages(self, config: Any) -> Sequence[Stage]:
         """The method's stages under these settings of its own."""
         return self.cls.stages(config)
@@ -39,21 +53,64 @@ class MethodSpec:
 
 
 _registry: dict[str, MethodSpec] = {}
+_warned = set[str]()
+_TAKEN = (
+    *("method", "section", "seed", "out", "model", "env", "rollout", "train", "weighting", "eval", "tracking"),
+    *("backend", "deepspeed"),
+)
+"""Keys at the top of a run's file that are not a method's section; `opd.launch.settings.config.Config` has them."""
 
 
 def register(name: str, config: type[Strict]) -> Callable[[M], M]:
-    """Class decorator: make a method known under `name`, with its own section of that name."""
+    """Class decorator: make a method known under `name`, with its own section of that name.
+
+    Raises ConfigError where the name is another method's, or no name of a section.
+    """
 
     def add(cls: M) -> M:
         summary = (cls.__doc__ or "").strip().split("\n")[0]
-        _registry[name] = MethodSpec(name=name, config=config, cls=cls, summary=summary)
+        spec = MethodSpec(name=name, config=config, cls=cls, summary=summary)
+        known = _registry.get(name)
+        if known is not None and known.address != spec.address:  # the same place: its module is imported anew
+            raise ConfigError(f"there is a method {name!r} already, {known.address}; rename {spec.address}")
+        if not name.isidentifier() or name in _TAKEN:
+            raise ConfigError(f"a method cannot be called {name!r}: its settings stand under that key. Rename it")
+        _registry[name] = spec
         return cls
 
     return add
 
 
 def methods() -> dict[str, MethodSpec]:
-    """Every method by its name in YAML: those of `METHODS` in that order, whatever was imported first, then others."""
+    """Return every method that is known by name: those of `METHODS` in that order, then those of installed packages and
+    of modules that were imported. A package whose method cannot be imported is left out, with a warning."""
     for name in METHODS:
         importlib.import_module(f"opd.trainers.{name}")
+    for name, address in installed("opd.methods").items():
+        try:
+            find_method(address)
+        except ConfigError as error:
+            if name not in _warned:
+                logger.warning("the method %s of an installed package is left out: %s", name, error)
+            _warned.add(name)
     return {name: _registry[name] for name in METHODS} | _registry
+
+
+def find_method(name: str) -> MethodSpec:
+    """Return the method of that name, or the one at an address `my_package.my_module:MyMethod`.
+
+    Raises ConfigError where there is none, or where what stands there is no registered method.
+    """
+    if not is_address(name):
+        if (known := methods().get(name)) is None:
+            raise ConfigError(f"method = {name!r} is unknown. Allowed: {', '.join(methods())}")
+        return known
+    cls = load(name, setting="method")
+    spec = next((spec for spec in _registry.values() if spec.cls is cls), None)
+    if spec is None:
+        what = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"
+        raise ConfigError(
+            f"method: {name!r} is {what} and no registered method. Decorate its class, a subclass of "
+            "opd.trainers.Method, with @opd.trainers.register(NAME, CONFIG)"
+        )
+    return spec

@@ -41,6 +41,8 @@ def weigh(
         weighed = by_task(weighed, factors, all_sum if rule.normalise else None, streams)
     if config.turns is not None:
         weighed = by_turn(weighed, config.turns)
+    for own in config.functions:
+        weighed = _times(weighed, own.found.factors(weighed, own.kwargs), own.found.streams)
     return weighed
 
 

@@ -107,19 +107,18 @@ class SkillSd(Method):
         plain = partial(to_sample, trajectory, segment, policy=1.0, advantage=advantage)
         if view is None:
             return plain(route="policy" if text is None else "too_long")
-        view = replace(view, shows=(self.config.fixed or "skill",))
-        return plain(view=view, distill=1.0, route="distill")
+        return plain(view=replace(view, shows=(self.config.fixed or "skill",)), distill=1.0, route="distill")
 
     def _view(self, trajectory: Trajectory, segment: Segment, text: str | None) -> TeacherView | None:
         """The teacher's side with a text of skills, or without; None where it would be too long."""
 
         def rewrite(turn: int, messages: list[Message]) -> list[Message]:
-            return self._told(messages, trajectory.privileged, text) if turn == segment.start else messages
+            return self._with_text(messages, trajectory.privileged, text) if turn == segment.start else messages
 
         view = self.chat.view(trajectory, segment, rewrite)
         return view if len(view.token_ids) <= self.config.max_teacher_tokens else None
 
-    def _told(self, messages: list[Message], privileged: dict[str, str], text: str | None) -> list[Message]:
+    def _with_text(self, messages: list[Message], privileged: dict[str, str], text: str | None) -> list[Message]:
         if text is None:
             return messages
         if self.config.fixed is None:
@@ -130,7 +129,7 @@ class SkillSd(Method):
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
         """With the skills of like tasks: which task this is, is not known here."""
-        return self._told(messages, privileged, self._skills("", messages))
+        return self._with_text(messages, privileged, self._skills("", messages))
 
     def observe(self, groups: list[TrajectoryGroup]) -> None:
         if self.config.fixed is None:

@@ -1,0 +1,115 @@
+"""What a run takes from outside of this repository, and whether that has changed since the run began."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.addressing import Origin, installed, is_address, origin
+from opd.errors import CheckpointError, ConfigError
+from opd.launch.settings.config import Config
+
+logger = logging.getLogger(__name__)
+NAME = "outside.json"
+"""The file in a run's folder that says where its method, environment, divergence and weightings came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Something that a setting took from outside."""
+
+    setting: str
+    origin: Origin
+
+
+def taken_by(config: Config) -> list[Taken]:
+    """Return what the settings name that is not of this repository, with where it stands now.
+
+    Raises ConfigError where a module is not there any more.
+    """
+    own = __name__.partition(".")[0]
+    return [
+        Taken(setting, origin(address))
+        for setting, address in _addresses(config)
+        if address.partition(":")[0].partition(".")[0] != own
+    ]
+
+
+def _addresses(config: Config) -> Iterator[tuple[str, str]]:
+    from opd.envs.adapters import find  # late: importing it registers the environments
+    from opd.envs.factory import module_of
+
+    yield "method", config.spec.address
+    if find(config.env.id) is None:
+        yield "env.id", config.env.id if is_address(config.env.id) else f"{module_of(config.env.id)}:{config.env.id}"
+    offered = installed("opd.divergences")
+    for key, value in _kinds(config.section, config.spec.name):
+        yield key, offered.get(value, value)
+    offered = installed("opd.weightings")
+    for function in config.weighting.functions:
+        yield "weighting.functions.name", offered.get(function.name, function.name)
+
+
+def _kinds(section: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the divergences that a method's section names by where they stand, with their keys."""
+    divergence = getattr(section, "divergence", None)
+    kind = getattr(divergence, "kind", None)
+    if isinstance(kind, str) and (is_address(kind) or kind in installed("opd.divergences")):
+        yield f"{key}.divergence.kind", kind
+
+
+def write_taken(config: Config, folder: Path) -> None:
+    """Write down in a run's folder where its parts came from, if any came from outside; keep the digests of before."""
+    taken, path = taken_by(config), folder / NAME
+    if not taken and not path.exists():
+        return
+    known = read_taken(folder)
+    found = {}
+    for one in taken:
+        row = known.get(one.setting, {})
+        before = row.get("before", [])
+        if row and row["sha256"] != one.origin.sha256:
+            before = [*before, row["sha256"]]
+        found[one.setting] = {**asdict(one.origin), "before": before}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def read_taken(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `write_taken` wrote, by setting. Raises CheckpointError where the file cannot be read."""
+    path = folder / NAME
+    try:
+        found = json.loads(path.read_text())
+        return {str(setting): {**row, "sha256": str(row["sha256"])} for setting, row in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it, and nothing is compared") from error
+
+
+def warn_of_changes(config: Config, folder: Path) -> None:
+    """Log a warning, with both digests, for each part from outside that is not what the run in the folder had."""
+    known = read_taken(folder)
+    for one in taken_by(config):
+        row = known.get(one.setting)
+        if row is not None and row["sha256"] != one.origin.sha256:
+            logger.warning(
+                "%s: %s (%s) has changed since this run used it: sha256 %s then, %s now; the run goes on with what "
+                "is there now",
+                one.setting,
+                one.origin.address,
+                one.origin.file,
+                row["sha256"],
+                one.origin.sha256,
+            )
+
+
+def with_origins(error: ConfigError, folder: Path) -> ConfigError:
+    """Return the error of a run whose settings cannot be read, with where its parts came from, if any did."""
+    lines = [
+        f"This run took {setting} = {row['address']} from {row['file']}" for setting, row in read_taken(folder).items()
+    ]
+    return ConfigError("\n".join([str(error), *lines])) if lines else error
