@@ -1,4 +1,4 @@
-"""The work on a tile of logits: its rows' divergences, their gradients by the student's logits, and values to log.
+"""Does the work on a tile of logits: its rows' divergences, their gradients by the student's logits, values to log.
 
 `opd.maths.head` makes the tiles and calls this file's classes on them; `opd.maths.divergence` says which. On a GPU a
 kernel may do the work (`opd.maths.kernels`); whether it does is decided here.

@@ -1,4 +1,4 @@
-"""The full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
+"""Computes the full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
 
 The formulas are those of `opd.maths.formulas`, which `opd.maths.divergence_tiles` runs on all other devices; it calls
 this file where it can. It is imported where a GPU is at work and nowhere else.
@@ -189,7 +189,7 @@ def _divergence_rows(
 
 @triton.jit
 def _summands(s, t, p, q, beta, KIND: tl.constexpr):
-    """As `Formula.summands`: student's and teacher's log-probs, and their exponentials. One branch for each kind."""
+    """Do as `Formula.summands` does with log-probs of student and teacher, and their exponentials; a branch a kind."""
     if KIND == "forward_kl":
         value = _times(q, t - s)
         slope = -q
@@ -210,5 +210,5 @@ def _summands(s, t, p, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def _times(p, log_ratio):
-    """0 where `p` is, whatever the logarithms are."""
+    """Multiply; give 0 where `p` is 0, whatever the logarithms are."""
     return tl.where(p == 0, 0.0, p * log_ratio)
