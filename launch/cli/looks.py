@@ -14,6 +14,7 @@ from opd.errors import ConfigError
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd store`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, summary in (("inspect", "what it holds, and by whom"), ("verify", "whether it is whole, byte by byte")):
         action = actions.add_parser(name, help=summary)
@@ -21,6 +22,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def look_into_store(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print what a store holds, or what is wrong with it; return 1 if something is."""
     from opd.launch.plan.stored import inspect, problems
 
     if arguments.action == "inspect":
@@ -34,6 +36,7 @@ def look_into_store(arguments: argparse.Namespace, overrides: dict[str, Any]) ->
 
 
 def add_envs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd envs`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="the registered environments (the default)")
     check = actions.add_parser("check", help="whether an environment keeps its contract")
@@ -42,6 +45,7 @@ def add_envs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_or_check_envs(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """List the environments, or check one; return 1 if it breaks its contract."""
     import opd.envs
 
     if arguments.action != "check":
@@ -75,6 +79,7 @@ def add_methods_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print a line for each method."""
     from opd.trainers.loop.registry import METHODS, find_method, methods
 
     for address in arguments.addresses:
@@ -86,6 +91,7 @@ def list_methods(arguments: argparse.Namespace, overrides: dict[str, Any]) -> in
 
 
 def add_skills_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd skills`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     summaries = {
         "list": "a line a skill, those that lift the teacher most first",
@@ -108,6 +114,7 @@ def add_skills_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work_on_skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """List, show, edit or export the skills of a run."""
     from rich.console import Console
 
     from opd.launch.cli import skills
@@ -128,6 +135,7 @@ def work_on_skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> 
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd config`."""
     parser.add_argument("file", metavar="FILE", nargs="?", help="print its settings, defaults and all")
     parser.add_argument(
         "--explain",
@@ -139,6 +147,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print the resolved settings of a file, or what a setting is for."""
     from opd.launch.checks.loading import load_config
     from opd.launch.settings.config import all_settings, explain
     from opd.launch.settings.reader import file_of, read_settings

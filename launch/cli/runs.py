@@ -19,6 +19,7 @@ UNMEASURED, INTERRUPTED = 1, 130
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd train`."""
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
     parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
     parser.add_argument("--out", metavar="DIR", help="the run's folder")
@@ -29,6 +30,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print the plan and train by it; return 130 if a signal ended the run early."""
     from rich.console import Console
 
     from opd.launch.checks.loading import load_config
@@ -58,6 +60,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd precompute`."""
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
     parser.add_argument("--steps", metavar="N", help="short for --train.steps N")
     parser.add_argument("--out", metavar="DIR", help="the run's folder")
@@ -65,6 +68,7 @@ def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Run the stages that prepare data, and stop before the first that trains on it."""
     from opd.launch.checks.loading import load_config
     from opd.launch.checks.starting import startable
     from opd.launch.run.out import choose_out
@@ -87,6 +91,7 @@ def precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd eval`."""
     parser.add_argument(
         "target", metavar="RUN_OR_FILE", help="the folder of a run, or a YAML file (its model as it is)"
     )
@@ -94,6 +99,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Play held-out tasks; return 1 if the environment broke in every episode."""
     from opd.launch.checks.loading import load_config
     from opd.launch.settings.reader import holds_run
 
@@ -109,6 +115,7 @@ def evaluate(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd serve`."""
     parser.add_argument(
         "target", metavar="MODEL_OR_FILE", help="a model (a teacher to be asked), or the YAML file of a run"
     )
@@ -117,6 +124,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Become a vLLM server; this does not return."""
     from opd.launch.checks.loading import model_to_serve
     from opd.launch.run import servers
 
@@ -125,11 +133,13 @@ def serve(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd demo`."""
     parser.add_argument("--seeds", metavar="N", type=positive, default=1, help="how many runs to make (default: 1)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: runs/demo")
 
 
 def show_demo(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Train the agents of the demo and show what they learned."""
     from opd.launch.cli.demo import demo
 
     demo(seeds=arguments.seeds, out=arguments.out)

@@ -249,10 +249,38 @@ def _wandb_in_words(config: Config) -> str:
 
 def _notes(config: Config) -> list[str]:
     """Return notes on settings that are allowed and may still surprise."""
-    return [*_notes_on_rollouts(config.rollout), *_notes_on_losses(config), *_notes_on_training(config)]
+    rollout, train = config.rollout, config.train
+    notes = _notes_on_rollouts(rollout)
+    policy = next((stage.losses.policy for stage in config.stages if stage.losses.policy), None)
+    distill = next((stage.losses.distill for stage in config.stages if stage.losses.distill), None)
+    temperature = distill.divergence.temperature if isinstance(distill, Distill) else None
+    if temperature is not None and temperature != rollout.temperature:
+        key = "divergence.temperature" if hasattr(config.section, "divergence") else "temperature"
+        notes.append(
+            f"the loss is taken at {config.spec.name}.{key} = {temperature:g}, "
+            f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
+        )
+    notes += dict.fromkeys(note for stage in config.stages for note in stage.notes(rollout))
+    bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
+    if bounded and train.updates_per_step == 1:
+        notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
+    teacher = teacher_of(config)
+    if teacher and teacher.weights == "live" and train.updates_per_step > 1:
+        notes.append(
+            f"a live teacher is another one at each of a step's {train.updates_per_step} updates; the one of the whole "
+            f"step is teacher.weights = synced, every = {train.updates_per_step}"
+        )
+    updates = train.steps * train.updates_per_step
+    if train.warmup_steps >= updates:
+        notes.append(f"train.warmup_steps = {train.warmup_steps} never ends in {updates} updates")
+    tiny = config.model.name.removeprefix("tiny:")
+    if tiny != config.model.name and tiny.split("-")[0] not in config.env.id.lower():
+        notes.append(f"the model was warmed up for {tiny}, but acts in {config.env.id}")
+    return notes
 
 
 def _notes_on_rollouts(rollout: RolloutConfig) -> list[str]:
+    """Return the notes that follow from `rollout` alone."""
     notes = []
     if rollout.top_p < 1 or rollout.top_k:
         notes.append(
@@ -266,44 +294,6 @@ def _notes_on_rollouts(rollout: RolloutConfig) -> list[str]:
             "rollout.deterministic makes every turn wait for the slowest; with vLLM, set it to false for a batch that "
             "is never empty (draws still follow from the seed)"
         )
-    return notes
-
-
-def _notes_on_losses(config: Config) -> list[str]:
-    """Return notes on what the stages' losses take from rollouts and updates."""
-    rollout = config.rollout
-    notes = []
-    policy = next((stage.losses.policy for stage in config.stages if stage.losses.policy), None)
-    distill = next((stage.losses.distill for stage in config.stages if stage.losses.distill), None)
-    temperature = distill.divergence.temperature if isinstance(distill, Distill) else None
-    if temperature is not None and temperature != rollout.temperature:
-        key = "divergence.temperature" if hasattr(config.section, "divergence") else "temperature"
-        notes.append(
-            f"the loss is taken at {config.spec.name}.{key} = {temperature:g}, "
-            f"but rollout.temperature = {rollout.temperature:g} drew the tokens"
-        )
-    notes += dict.fromkeys(note for stage in config.stages for note in stage.notes(rollout))
-    bounded = (policy and (policy.clip_low or policy.clip_high)) or (distill and distill.max_ratio)
-    if bounded and config.train.updates_per_step == 1:
-        notes.append("with one update a step all ratios are 1, and no clip acts (train.updates_per_step)")
-    return notes
-
-
-def _notes_on_training(config: Config) -> list[str]:
-    """Return notes on the teacher's pace, the schedule, and a small model away from its own environment."""
-    train, teacher = config.train, teacher_of(config)
-    notes = []
-    if teacher and teacher.weights == "live" and train.updates_per_step > 1:
-        notes.append(
-            f"a live teacher is another one at each of a step's {train.updates_per_step} updates; the one of the whole "
-            f"step is teacher.weights = synced, every = {train.updates_per_step}"
-        )
-    updates = train.steps * train.updates_per_step
-    if train.warmup_steps >= updates:
-        notes.append(f"train.warmup_steps = {train.warmup_steps} never ends in {updates} updates")
-    tiny = config.model.name.removeprefix("tiny:")
-    if tiny != config.model.name and tiny.split("-")[0] not in config.env.id.lower():
-        notes.append(f"the model was warmed up for {tiny}, but acts in {config.env.id}")
     return notes
 
 

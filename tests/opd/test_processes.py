@@ -253,7 +253,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's
 sys.path.insert(0, {here!r})
 from functools import partial
 from opd.envs.factory import make
-from opd.processes import Processes, Remote
+from opd.episodes.processes import Processes, Remote
 from opd.types import Task
 owner = Processes(partial(make, "wild_envs:LeavesChildren", {{}}), preload=["wild_envs"])
 remotes = [Remote(owner) for _ in range(2)]

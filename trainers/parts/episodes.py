@@ -7,11 +7,12 @@ messages to read and the ids and log-probs that were sampled, so that what train
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
     from opd.trainers.loop.play import Player
 
+Row = dict[str, Any]
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
 """Files in a run's `data/`: of another model, and of the model that trains."""
 
@@ -53,6 +55,13 @@ class Playing(Method):
     def prepare(self, player: Player, folder: Path) -> Prepared:
         file = EpisodeFile(folder / (TEACHERS if self.model else OWN))
         return Prepared(summary(collect(player, self.chat, file, self.tasks, name=self.model or "the run's model")))
+
+
+class Appendable(Protocol):
+    """A file of rows."""
+
+    def write(self, rows: Sequence[Row], *, after: int) -> None:
+        """Append rows behind the first `after` of those that are there; what else is there is cut."""
 
 
 class EpisodeFile:
@@ -111,11 +120,18 @@ class EpisodeFile:
 
     def write(self, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
         """Append rows behind the first `after` episodes that are there; what else is there is cut."""
-        lines = self.path.read_bytes().split(b"\n")[: after + 1]
-        with self.path.open("r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
-            file.seek(0, os.SEEK_END)
-            file.write(b"".join(map(_line, rows)))
+        append_lines(self.path, map(_line, rows), after=after + 1)
+
+
+def append_lines(path: Path, lines: Iterable[bytes], *, after: int) -> None:
+    """Append lines to a file, which is made if need be, behind its first `after` lines; what else is there is cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    before = path.read_bytes().split(b"\n")[:after]
+    with path.open("r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in before))
+        file.seek(0, os.SEEK_END)
+        file.write(b"".join(lines))
 
 
 def _line(data: Mapping[str, Any]) -> bytes:
@@ -128,20 +144,45 @@ def collect(player: Player, chat: ChatFormat, file: EpisodeFile, tasks: int, *, 
     What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
     early, with what there is, once `player.stopping()` is true.
     """
-    ranks, run = player.ranks, player.standing
-    size = run.rollout.group_size
-    at_once = max(1, run.rollout.concurrency // size)
+    run = player.standing
     header = {"model": player.fingerprint(), **rendering(chat), "settings": run.settings}
-    rows = ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * size))
-    rows = without_broken_end(rows, [row["failed"] for row in rows], at_once=at_once * size, wanted=tasks * size)
+    rows = player.ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * run.rollout.group_size))
+
+    def play(goals: Sequence[Task]) -> list[Row]:
+        groups = player.play(goals, seed=derive_seed("episodes", run.seed))
+        return [to_row(trajectory) for group in groups for trajectory in group.trajectories]
+
+    return in_rounds(player, file, rows, tasks, play=play, failure=lambda row: row["failed"])
+
+
+def in_rounds(
+    player: Player,
+    file: Appendable,
+    rows: list[Row],
+    tasks: int,
+    *,
+    play: Callable[[Sequence[Task]], list[Row]],
+    failure: Callable[[Row], str | None],
+) -> list[Row]:
+    """Go on from `rows` until there is one for each member of each of the stage's first `tasks` tasks.
+
+    As many tasks at a time as there are episodes at once; each round's rows are appended to `file` before the next.
+    Ends early, with what there is, once `player.stopping()` is true. Raises HealthError if every episode failed.
+
+    Args:
+        rows: what the file holds already, the same on all ranks.
+        play: the rows of a round, from its tasks, in their order.
+        failure: why a row's episode failed, or None.
+    """
+    run, size = player.standing, player.standing.rollout.group_size
+    at_once = max(1, run.rollout.concurrency // size)
+    rows = without_broken_end(rows, list(map(failure, rows)), at_once=at_once * size, wanted=tasks * size)
     while len(rows) < tasks * size and not player.stopping():
         first = len(rows) // size
-        goals = [player.task(i) for i in range(first, min(first + at_once, tasks))]
-        groups = player.play(goals, seed=derive_seed("episodes", run.seed))
-        more = [to_row(trajectory) for group in groups for trajectory in group.trajectories]
-        ranks.from_first(partial(file.write, more, after=len(rows)))
+        more = play([player.task(i) for i in range(first, min(first + at_once, tasks))])
+        player.ranks.from_first(partial(file.write, more, after=len(rows)))
         rows += more
-    check_collected([row["failed"] for row in rows], run.give_up_after)
+    check_collected(list(map(failure, rows)), run.give_up_after)
     return rows
 
 
@@ -228,6 +269,18 @@ def read_episode(row: Mapping[str, Any]) -> Trajectory:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no episode ({error!r})") from error
+
+
+def unsampled(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
+    """A turn that is learned as it stands: without log-probs, as nobody sampled it from the model that learns."""
+    return Turn(
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        logprobs=[math.nan] * len(completion_ids),
+        stop_reason=StopReason.STOP,
+        messages=[],
+        text="",
+    )
 
 
 def segments(rows: Sequence[Mapping[str, Any]], *, only_right: bool = False) -> Iterator[tuple[Trajectory, Segment]]:

@@ -8,21 +8,17 @@ that were sampled, so that what trains is what was said, to the token.
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.loop.health import check_collected
-from opd.trainers.parts.episodes import without_broken_end
-from opd.types import Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup
+from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled
+from opd.types import End, Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
@@ -31,13 +27,6 @@ if TYPE_CHECKING:
 Part = Literal["attempt", "generation", "revision"]
 SEPARATOR = "\n\n"
 """Stands around the cue where the model says it, or reads it in its own turn, as in the released code."""
-
-
-class Spoken(NamedTuple):
-    """One turn in token ids."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +65,7 @@ class Reviser:
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)
 
-    def generation(self, attempt: Sequence[Spoken], cue: str, revision: Sequence[Spoken]) -> list[Spoken]:
+    def generation(self, attempt: Sequence[Turn], cue: str, revision: Sequence[Turn]) -> list[Turn]:
         """The plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
 
         An attempt of one turn is answered in the same turn, as in the paper. What ended an episode of several turns
@@ -89,7 +78,7 @@ class Reviser:
         else:
             said = self._open_ended(last.completion_ids)
             doubt = [*said, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
-        return [*before, Spoken(last.prompt_ids, doubt), *after]
+        return [*before, unsampled(last.prompt_ids, doubt), *after]
 
     def _open_ended(self, ids: list[int]) -> list[int]:
         """Without the token that ended the turn."""
@@ -102,10 +91,10 @@ class Trace:
 
     task: Task
     cue: str
-    attempt: list[Spoken]
+    attempt: list[Turn]
     learnable: bool
     """Whether the attempt itself may be learned from, as a revision may: it was right."""
-    revisions: list[list[Spoken]] = field(default_factory=list)
+    revisions: list[list[Turn]] = field(default_factory=list)
     """Those that were right; the others are only in the file."""
 
     def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
@@ -177,8 +166,8 @@ def read_trace(row: dict[str, Any]) -> Trace:
     )
 
 
-def _turns(episode: dict[str, Any]) -> list[Spoken]:
-    return [Spoken(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
+def _turns(episode: dict[str, Any]) -> list[Turn]:
+    return [unsampled(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
 
 
 def _seal(row: dict[str, Any]) -> str:
@@ -227,13 +216,8 @@ class TraceFile:
 
     def write(self, rows: Sequence[dict[str, Any]], *, after: int) -> None:
         """Append rows behind the first `after` of those that are there; what else is there is cut."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        old = self.path.read_bytes().split(b"\n")[:after] if after else []
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
-            file.truncate(sum(len(line) + 1 for line in old))
-            file.seek(0, os.SEEK_END)
-            for row in rows:
-                file.write(json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n")
+        sealed = (json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n" for row in rows)
+        append_lines(self.path, sealed, after=after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,25 +247,18 @@ def collect(
 
     Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
     """
-    ranks, run, questions = player.ranks, player.standing, collection.questions
-    size = run.rollout.group_size
-    at_once = max(1, run.rollout.concurrency // size)
-    rows = ranks.from_first(file.read)
+    questions, size = collection.questions, player.standing.rollout.group_size
+    rows = player.ranks.from_first(file.read)
     if whole and len(rows) < questions * size:
         raise DataError(
             f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
             "trained since. Put the file back, or start afresh (--overwrite)"
         )
-    failures = [row["attempt"]["failed"] for row in rows]
-    rows = without_broken_end(rows, failures, at_once=at_once * size, wanted=questions * size)
-    while len(rows) < questions * size and not player.stopping():
-        first = len(rows) // size
-        tasks = [player.task(i) for i in range(first, min(first + at_once, questions))]
-        more = _attempted(player, tasks, file.origin, reviser, collection)
-        ranks.from_first(partial(file.write, more, after=len(rows)))
-        rows += more
-    check_collected([row["attempt"]["failed"] for row in rows], run.give_up_after)
-    return rows
+
+    def play(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+        return _attempted(player, tasks, file.origin, reviser, collection)
+
+    return in_rounds(player, file, rows, questions, play=play, failure=lambda row: row["attempt"]["failed"])
 
 
 def _attempted(
@@ -349,26 +326,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return numbers
 
 
-def supervised(turns: Sequence[Spoken], task: Task, weight: float = 1.0) -> Sample:
+def supervised(turns: Sequence[Turn], task: Task, weight: float = 1.0) -> Sample:
     """A sequence whose completions are learned as they stand."""
-    ids: list[int] = []
-    mask: list[int] = []
-    turn_of: list[int] = []
-    for number, (prompt_ids, completion_ids) in enumerate(turns):
-        ids += prompt_ids + completion_ids
-        mask += [0] * len(prompt_ids) + [1] * len(completion_ids)
-        turn_of += [number] * (len(prompt_ids) + len(completion_ids))
-    nothing = [0.0] * len(ids)
-    return Sample(
-        token_ids=ids,
-        completion_mask=mask,
-        turn=turn_of,
-        sampler_logprobs=[math.nan] * len(ids),
-        policy_weight=nothing,
-        distill_weight=nothing,
-        ce_weight=[weight * m for m in mask],
-        advantage=nothing,
-        task=task,
-        success=True,
-        route="ce",
-    )
+    whole = Trajectory(task=task, member=0, turns=list(turns), end=End.FINISHED, success=True)
+    [segment] = whole.segments()
+    return to_sample(whole, segment, ce=weight, route="ce")

@@ -1,0 +1,224 @@
+"""Methods, divergences, weightings and environments that live outside of the repository: the package of
+`examples/own_package`, copied away, in processes that find it on PYTHONPATH alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opd import addressing
+from opd.addressing import is_address, load, origin
+from opd.errors import ConfigError
+from opd.launch.checks.loading import config_from
+from opd.objective.weightings import find_weighting, weighting
+from opd.tracking import read_rows
+from opd.trainers import Method, register
+from opd.trainers.loop import registry
+from opd.types import Sample
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_package"
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder that holds a copy of the example's module, and nothing of the repository."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(EXAMPLE / "nudge.py", folder)
+    return folder
+
+
+@pytest.fixture
+def module(elsewhere, monkeypatch):
+    """The copy can be imported here, and is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(elsewhere))
+    yield elsewhere
+    registry._registry.pop("nudge", None)
+    sys.modules.pop("nudge", None)
+
+
+def opd(*arguments, path=None, cwd=None, wait=True):
+    """`opd ARGUMENTS` in a process of its own, which finds the modules in `path`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
+    command = [sys.executable, "-m", "opd.launch.cli", *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
+    process = subprocess.Popen(command, env=environment, **streams)
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_an_outside_package_is_trained_killed_resumed_evaluated_and_explained(tiny, elsewhere, tmp_path):
+    run = tmp_path / "run"
+    data = {
+        "method": "nudge:Nudge",
+        "model": str(tiny),
+        "env": "nudge:ShortLookup",
+        "out": str(run),
+        "rollout": {"max_tokens": 24, "max_length": 256},
+        "train": {"steps": 400, "save_every": 1, "tasks_per_step": 4, "lr": 1e-3, "threads": 1},
+        "weighting": {"functions": [{"name": "nudge:fade", "kwargs": {"half_life": 2}}]},
+        "nudge": {"divergence": "nudge:symmetric_kl"},
+        "tracking": {"wandb": "disabled", "console": False, "plot": False},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(data))
+    process = opd("train", file, path=elsewhere, cwd=tmp_path, wait=False)
+    until = time.monotonic() + 600
+    while not list(run.glob("checkpoints/step-2")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    trained = max(int(folder.name.removeprefix("step-")) for folder in run.glob("checkpoints/step-*"))
+    taken = json.loads((run / "outside.json").read_text())
+    assert {name: row["address"] for name, row in taken.items()} == {
+        "method": "nudge:Nudge",
+        "env.id": "nudge:ShortLookup",
+        "nudge.divergence.kind": "nudge:symmetric_kl",
+        "weighting.functions.name": "nudge:fade",
+    }
+    assert {row["file"] for row in taken.values()} == {str(elsewhere / "nudge.py")}
+
+    more = ["--steps", trained + 1, "--resume"]
+    code, _, err = opd("train", run, *more, cwd=tmp_path)
+    assert code == 2
+    assert "names the module 'nudge', which cannot be found" in err
+    assert f"This run took method = nudge:Nudge from {elsewhere / 'nudge.py'}" in err
+
+    source = elsewhere / "nudge.py"
+    before = taken["method"]["sha256"]
+    source.write_text(source.read_text() + "# changed\n")
+    code, _, err = opd("train", run, *more, path=elsewhere, cwd=tmp_path)
+    assert code == 0, err
+    row = json.loads((run / "outside.json").read_text())["method"]
+    assert f"method: nudge:Nudge ({source}) has changed since this run used it: sha256 {before} then" in err
+    assert f"{row['sha256']} now" in err
+    assert row["before"] == [before]
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, trained + 2))
+    assert all(row["route/distill"] > 0 and row["train/grad_norm"] > 0 for row in rows)
+
+    code, out, err = opd("eval", run, "--tasks", 3, path=elsewhere, cwd=tmp_path)
+    assert code == 0, err
+    assert "of 3 solved" in out
+    code, out, _ = opd("config", "--explain", "nudge:Nudge", path=elsewhere)
+    assert code == 0
+    assert "nudge.hint" in out
+    code, out, _ = opd("config", run, "--explain", "nudge.divergence.kind", path=elsewhere)
+    assert code == 0
+    assert "symmetric_kl" in out
+    code, out, _ = opd("methods", "nudge:Nudge", path=elsewhere)
+    assert code == 0
+    assert out.splitlines()[-1].endswith("told where to begin. [nudge:Nudge]")
+
+
+def test_a_method_of_an_installed_package_is_known_by_its_short_name(module, monkeypatch):
+    offered = {"opd.methods": {"nudge": "nudge:Nudge"}, "opd.divergences": {"both": "nudge:symmetric_kl"}}
+    offered["opd.weightings"] = {"fade": "nudge:fade"}
+    for where in ("opd.trainers.loop.registry", "opd.maths.formulas", "opd.objective.weightings"):
+        monkeypatch.setattr(f"{where}.installed", lambda group: offered.get(group, {}))
+    data = {"method": "nudge", "model": "m", "env": "opd/Lookup-v0", "nudge": {"divergence": "both"}}
+    config = config_from(data | {"weighting": {"functions": [{"name": "fade"}]}}, check_machine=False)
+    assert config.spec.address == "nudge:Nudge"
+    assert list(registry.methods())[-1] == "nudge"
+    assert config.weighting.functions[0].found.factors([], {}) == []
+    assert config.dump()["nudge"]["divergence"]["kind"] == "both"
+
+
+def test_a_package_whose_method_cannot_be_imported_is_left_out_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr("opd.trainers.loop.registry.installed", lambda _: {"lost": "no_such_package:Lost"})
+    registry._warned.discard("lost")
+    assert list(registry.methods()) == list(registry.METHODS)
+    registry.methods()
+    assert [r.getMessage().count("the method lost of an installed package is left out") for r in caplog.records] == [1]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"method": "nudge:Nudges"}, "method: 'nudge:Nudges': the module 'nudge' defines no 'Nudges'"),
+        ({"method": "nudge:fade"}, "method: 'nudge:fade' is a Weighting and no registered method"),
+        ({"method": "nudge:NudgeConfig"}, "'nudge:NudgeConfig' is the class NudgeConfig and no registered method"),
+        ({"method": "nudges:Nudge"}, "names the module 'nudges', which cannot be found"),
+        ({"nudge": {"hints": "x"}}, "nudge.hints is unknown"),
+        ({"nudge": {"divergence": "nudge:fade"}}, "divergence.kind: 'nudge:fade' is a Weighting and no divergence"),
+        ({"opsd": {}}, "opsd is the section of another method, but method = nudge:Nudge"),
+        ({"weighting": {"functions": [{"name": "nudge:symmetric_kl"}]}}, "is a Formula and no weighting"),
+        ({"weighting": {"functions": [{"name": "nudge:fade", "kwargs": {"a": 1}}]}}, "fade: got an unexpected keyword"),
+    ],
+)
+def test_what_is_wrong_with_a_name_from_outside_is_said_by_its_setting(module, own, message):
+    data = {"method": "nudge:Nudge", "model": "m", "env": "opd/Lookup-v0"} | own
+    with pytest.raises(ConfigError) as error:
+        config_from(data, check_machine=False)
+    assert message in str(error.value)
+
+
+def test_a_module_that_fails_while_it_is_imported_is_told_with_its_own_words(module):
+    (module / "broken.py").write_text("raise RuntimeError('no licence')")
+    with pytest.raises(ConfigError, match="method: 'broken:Any' cannot be imported: RuntimeError: no licence"):
+        load("broken:Any", setting="method")
+
+
+def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module):
+    load("nudge:Nudge", setting="method")
+    with pytest.raises(ConfigError, match="there is a method 'nudge' already, nudge:Nudge"):
+        register("nudge", object)(type("Other", (Method,), {}))
+    with pytest.raises(ConfigError, match="a method cannot be called 'train'"):
+        register("train", object)(type("Other", (Method,), {}))
+
+
+def sample(turns):
+    zeros = [0.0] * len(turns)
+    names = ("sampler_logprobs", "policy_weight", "distill_weight", "ce_weight", "advantage")
+    mask = [0, *[1] * (len(turns) - 1)]
+    return Sample(token_ids=[1] * len(turns), completion_mask=mask, turn=turns, **dict.fromkeys(names, zeros))
+
+
+def test_a_weighting_gives_a_factor_for_each_token_or_is_refused(module):
+    fade = find_weighting("nudge:fade")
+    assert fade.factors([sample([0, 0, 1, 2])], {"half_life": 1}) == [[1.0, 1.0, 0.5, 0.25]]
+    for wrong, message in [([[1.0]], "gave .* factors for samples"), ([[1.0, -1.0, 1.0, 1.0]], "the factor -1.0")]:
+        with pytest.raises(Exception, match=message):
+            weighting()(lambda samples, wrong=wrong: wrong).factors([sample([0, 0, 1, 2])], {})
+    with pytest.raises(ConfigError, match="a weighting of 'reward' is unknown"):
+        weighting(streams=("reward",))
+
+
+def test_the_digest_follows_the_packages_own_imports_and_nothing_else(tmp_path, monkeypatch):
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "method.py").write_text("from . import parts\nimport os\nfrom mine.deep import thing\n")
+    (package / "parts.py").write_text("A = 1\n")
+    (package / "deep.py").write_text("thing = 1\n")
+    (package / "other.py").write_text("B = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = origin("mine.method:M")
+    assert first.file == str(package / "method.py")
+    (package / "other.py").write_text("B = 2\n")
+    assert origin("mine.method:M") == first
+    for name in ("parts.py", "deep.py", "__init__.py"):
+        changed = (package / name).read_text() + "C = 3\n"
+        last = origin("mine.method:M").sha256
+        (package / name).write_text(changed)
+        assert origin("mine.method:M").sha256 != last
+    assert "mine" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"), [("a.b:C", True), ("a:b", True), ("opd/Lookup-v0", False), ("a.b", False), (":x", False)]
+)
+def test_an_address_is_a_module_and_a_name(text, holds):
+    assert is_address(text) is holds
+    assert addressing.find_module("no.such.module") is None
