@@ -357,7 +357,7 @@ def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_
     before = tiny._fingerprint(RECIPES[name], 0, 1)
     changed = tmp_path / "changed.py"
     changed.write_text("another solver")
-    monkeypatch.setattr(sys.modules[f"opd.envs.{module}"], "__file__", str(changed))
+    monkeypatch.setattr(sys.modules[f"opd.envs.worlds.{module}"], "__file__", str(changed))
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
 
 
