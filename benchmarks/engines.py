@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.engines.base import Sampling
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build
 from opd.launch.run.out import choose_out, write_config

@@ -20,7 +20,7 @@ from typing import Any
 from methods import read
 
 from opd.engines.base import Sampling
-from opd.episodes.scheduler import derive_seed, task
+from opd.episodes.tasks import derive_seed, task
 from opd.errors import ConfigError, OpdError
 from opd.launch.run.build import Run, build
 from opd.teachers.privileged import in_first_user_message, with_demonstration, with_feedback

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opd.episodes.scheduler import derive_seed, task
+from opd.episodes.tasks import derive_seed, task
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
 from opd.launch.run.out import remove_run

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from opd.envs.worlds.lookup import LookupEnv
-from opd.episodes.scheduler import derive_seed, task
+from opd.episodes.tasks import derive_seed, task
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build
 from opd.launch.tiny.recipes import WarmArithmetic

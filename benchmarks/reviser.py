@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from opd.episodes.scheduler import derive_seed
+from opd.episodes.tasks import derive_seed
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build
 from opd.tracking.intervals import wilson

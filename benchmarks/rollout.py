@@ -36,7 +36,8 @@ from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.envs.tools import Tool
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import RolloutScheduler, task
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import task
 from opd.launch.tiny.tokenizer import build_tokenizer
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd.episodes.scheduler import derive_seed
+from opd.episodes.tasks import derive_seed
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build
 from opd.teachers.privileged import in_first_user_message, of_like_task, with_skill

@@ -4,9 +4,11 @@ Token ids are lists of int until `opd.objective.collate` pads them into tensors;
 trajectory is a fact (what was sampled, under which policy); a sample is a plan (which of its tokens
 train, with which weight). Only a method turns one into the other.
 
-The examples follow one episode of two turns through the file, each going on from those above it. Long because they
-are read together. The student reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box"
-(3), says "box" (8) and ends its turn (9).
+The examples follow one episode of two turns through the file, each going on from those above it. The student
+reads "Where is it?" (ids 1 2), says "look" (7) and ends its turn (9), is told "a box" (3), says "box" (8) and ends its
+turn (9).
+
+Long because the examples go on from one another, and half of the lines are theirs and the fields' docstrings.
 """
 
 from __future__ import annotations
@@ -403,7 +405,7 @@ class Sample:
 
     @property
     def zero_signal(self) -> bool:
-        """Whether nothing can be learned from it: no weight, or no advantage where it has some."""
+        """True: nothing can be learned from it. It has no weight, or no advantage where it has some."""
         if any(self.distill_weight) or any(self.ce_weight):
             return False
         return not any(w * a for w, a in zip(self.policy_weight, self.advantage, strict=True) if w)
@@ -434,19 +436,8 @@ def to_sample(
     ce: float = 0.0,
     route: str = "",
 ) -> Sample:
-    """One segment of a trajectory as a sample, weights and advantage the same on every sampled token.
-
-    Long because a sample has so many fields.
-    """
-    ids: list[int] = []
-    mask: list[int] = []
-    turn_of: list[int] = []
-    logprobs: list[float] = []
-    for number, turn in enumerate(segment.turns, start=segment.start):
-        ids += turn.prompt_ids + turn.completion_ids
-        mask += [0] * len(turn.prompt_ids) + [1] * len(turn.completion_ids)
-        turn_of += [number] * (len(turn.prompt_ids) + len(turn.completion_ids))
-        logprobs += [math.nan] * len(turn.prompt_ids) + turn.logprobs
+    """Make a sample of one segment of a trajectory, weights and advantage the same on every sampled token."""
+    ids, mask, turn_of, logprobs = _end_to_end(segment)
 
     def stream(value: float) -> list[float]:
         return [value if sampled else 0.0 for sampled in mask]
@@ -467,3 +458,17 @@ def to_sample(
         route=route,
         policy_version=trajectory.policy_version,
     )
+
+
+def _end_to_end(segment: Segment) -> tuple[list[int], list[int], list[int], list[float]]:
+    """Lay the turns of a segment end to end: ids, mask, the turns' numbers and the sampler's log-probs, [T] each."""
+    ids: list[int] = []
+    mask: list[int] = []
+    turn_of: list[int] = []
+    logprobs: list[float] = []
+    for number, turn in enumerate(segment.turns, start=segment.start):
+        ids += turn.prompt_ids + turn.completion_ids
+        mask += [0] * len(turn.prompt_ids) + [1] * len(turn.completion_ids)
+        turn_of += [number] * (len(turn.prompt_ids) + len(turn.completion_ids))
+        logprobs += [math.nan] * len(turn.prompt_ids) + turn.logprobs
+    return ids, mask, turn_of, logprobs

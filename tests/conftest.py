@@ -21,7 +21,8 @@ from opd.engines.base import Completion, Request, Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.envs import TextSpace
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import RolloutScheduler, task
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import task
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.types import StopReason

@@ -275,7 +275,7 @@ def test_settings_checks_plans_methods_environments_and_commands_are_known_witho
     quick = {module for module, path in FILES.items() if path.name == "config.py"}
     quick |= {module_of(path) for room in ("settings", "checks", "plan") for path in sources(f"launch/{room}")}
     quick |= {"opd", "opd.envs", "opd.losses", "opd.maths.formulas", "opd.types", "opd.launch.tiny.names"}
-    quick |= {"opd.launch.cli", "opd.launch.cli.looks", "opd.launch.cli.runs"}
+    quick |= {"opd.episodes.tasks", "opd.launch.cli", "opd.launch.cli.looks", "opd.launch.cli.runs"}
     quick -= {"opd.launch.checks.deepspeed"}  # it asks DeepSpeed, which is torch
     program = f"""if True:
         import sys, {", ".join(sorted(quick))}

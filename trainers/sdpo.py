@@ -41,7 +41,7 @@ class Sdpo(HindsightMethod):
         )
 
     @staticmethod
-    def advice(config: SdpoConfig, rollout: RolloutConfig) -> list[str]:
+    def advice(config: HindsightConfig, rollout: RolloutConfig) -> list[str]:
         alone = ALONE if config.feedback == "never" else UNSHOWN
         return [*HindsightMethod.advice(config, rollout), *([alone] if rollout.group_size == 1 else [])]
 

@@ -60,7 +60,7 @@ class Srpo(HindsightMethod):
         return config.entropy_beta > 0
 
     @staticmethod
-    def advice(config: SrpoConfig, rollout: RolloutConfig) -> list[str]:
+    def advice(config: HindsightConfig, rollout: RolloutConfig) -> list[str]:
         return [*HindsightMethod.advice(config, rollout), *([ALONE] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opd.episodes.scheduler import derive_seed, task
+from opd.episodes.tasks import derive_seed, task
 from opd.errors import OpdError
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build

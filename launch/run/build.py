@@ -17,7 +17,9 @@ from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.weights import ModelWeights
 from opd.envs.factory import make, module_of
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import PromptRewrite, RolloutScheduler, derive_seed, task
+from opd.episodes.episode import PromptRewrite
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import derive_seed, task
 from opd.launch.run.backends import make_backend
 from opd.launch.run.models import check_tokenizers, check_top_k, load_held, named_model
 from opd.launch.run.score import Score

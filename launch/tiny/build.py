@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.episodes.answers import messages_of
-from opd.episodes.scheduler import derive_seed, task
+from opd.episodes.tasks import derive_seed, task
 from opd.errors import ConfigError
 from opd.launch.tiny import definitions, muon
 from opd.launch.tiny.recipes import Recipe, privileged_phrases

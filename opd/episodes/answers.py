@@ -1,7 +1,7 @@
 """Calls environments, and checks what they say. An environment is called nowhere else.
 
 The contract is in `docs/environments.md`. Whatever breaks it becomes an exception here, on a worker's thread or in an
-environment's process, and data in `opd.episodes.scheduler`. What comes through is plain text and numbers that the
+environment's process, and data in `opd.episodes.episode`. What comes through is plain text and numbers that the
 environment cannot change later.
 """
 

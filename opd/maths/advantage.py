@@ -90,9 +90,7 @@ def distillation_advantage(
     """
     if clip is not None and not clip > 0:
         raise ConfigError(f"advantage clip = {clip}: must be positive, or None for no clipping")
-    if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != token_ids.shape:
-        shapes = [list(t.shape) for t in (student_logits, teacher_logits, token_ids)]
-        raise DataError(f"student logits, teacher logits and token ids do not match: {shapes}")
+    _check_shapes(student_logits, teacher_logits, token_ids)
     student, teacher = _logprobs(student_logits, teacher_logits)
     ids = token_ids.unsqueeze(-1)
     advantage = (teacher.gather(-1, ids) - student.gather(-1, ids)).squeeze(-1)
@@ -140,19 +138,23 @@ def state_baseline(
     if renormalise:
         kept = Divergence("reverse_kl", top_k=top_k, support="student", tail=False)
         return -token_divergence(student, teacher, kept)
+    value = _mean_reward(student, teacher, baseline, top_k)
+    if value.isinf().any():
+        raise DataError("a baseline is infinite: the teacher excludes (-inf) a token that the student may sample")
+    return value
+
+
+def _mean_reward(student: Tensor, teacher: Tensor, baseline: Baseline, top_k: int | None) -> Tensor:
+    """Average `log teacher - log student` of log-probs [..., V] over the entries that the baseline counts: [...]."""
     p = student.exp()
     rewards = torch.where(p > 0, teacher - student, 0)
     if baseline == "top_k":
         top = p.topk(top_k or 0, dim=-1)
-        value = (top.values * rewards.gather(-1, top.indices)).sum(-1)
-    elif baseline == "optimal":
+        return (top.values * rewards.gather(-1, top.indices)).sum(-1)
+    if baseline == "optimal":
         weights = p * squared_scores(p)
-        value = (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
-    else:
-        raise unknown("baseline", baseline, BASELINES)
-    if value.isinf().any():
-        raise DataError("a baseline is infinite: the teacher excludes (-inf) a token that the student may sample")
-    return value
+        return (weights * rewards).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
+    raise unknown("baseline", baseline, BASELINES)
 
 
 def squared_scores(p: Tensor) -> Tensor:
@@ -206,6 +208,12 @@ def chunked_advantages(
 def _logprobs(*logits: Tensor) -> list[Tensor]:
     dtype = compute_dtype(*logits)
     return [side.to(dtype).log_softmax(-1) for side in logits]
+
+
+def _check_shapes(student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != token_ids.shape:
+        shapes = [list(t.shape) for t in (student_logits, teacher_logits, token_ids)]
+        raise DataError(f"student logits, teacher logits and token ids do not match: {shapes}")
 
 
 def _check_options(baseline: Baseline | None, top_k: int | None, renormalise: bool, vocabulary: int) -> None:

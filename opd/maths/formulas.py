@@ -2,8 +2,8 @@
 
 A formula says what one vocabulary entry adds to a divergence of teacher and student, and the derivative by the
 student's log-probs. What is a sum over the vocabulary, over its top k or over a tile is the business of
-`opd.maths.divergence`, which runs every formula in every form. This file imports no torch, so that a name is checked
-first.
+`opd.maths.divergence_tiles`, which runs every formula in every form. This file imports no torch, so that a name
+is checked first.
 
     @formula(beta=0.1)
     def my_divergence(student, teacher, p, q, beta):

@@ -1,8 +1,8 @@
 """Computes losses of `[N, V]` logits that never exist: a head is applied to hidden states a tile of tokens at a time.
 
 A tile loss gets a tile of logits and puts its gradient in their place; this file does the rest: the
-projections, the gradients of hidden states and head, and the two ways of joining autograd. The formulas
-are in `opd.maths.divergence`.
+projections, the gradients of hidden states and head, and the two ways of joining autograd. The losses of a
+tile are in `opd.maths.divergence_tiles` and `opd.maths.logprobs`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
+"""Computes the full divergence of a tile of logits on a GPU in one launch (Triton): a program for each row.
 
-The formulas are those of `opd.maths.formulas`, which `opd.maths.divergence` runs on all other devices; it calls this
-file where it can. It is imported where a GPU is at work and nowhere else.
+The formulas are those of `opd.maths.formulas`, which `opd.maths.divergence_tiles` runs on all other devices; it calls
+this file where it can. It is imported where a GPU is at work and nowhere else.
 
 A row of 150,000 entries is too long to be kept, so a program reads it two or three times: for the normalisers; where
 the gradient needs it, for the sum of the slopes; for everything else. A GPU does this as fast as its memory delivers.
@@ -17,7 +17,7 @@ from torch import Tensor
 from opd.losses import Divergence, check_known
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
-"""The divergences that the kernel below has a branch for. `opd.maths.divergence` does any other by itself."""
+"""The divergences that the kernel below has a branch for. `opd.maths.divergence_tiles` does any other by itself."""
 BLOCK = 2048
 """Entries of a row that are worked on at once."""
 WARPS = 8
@@ -34,7 +34,9 @@ def divergence_rows(
     student_entropy: Tensor,
     teacher_entropy: Tensor,
 ) -> Tensor:
-    """[n, V], [n, V] float32, both contiguous; fills the last four, [n] float32 each. Returns the gradient [n, V].
+    """Launch the kernel on logits [n, V], [n, V] float32, both contiguous; return the gradient [n, V].
+
+    Fills the last four, [n] float32 each.
 
     With `weights` [n] the gradient, in the type `narrow`, takes the place of `logits`: it is a view of that memory,
     and a row of it begins where the row of `logits` did. Without, what is returned means nothing.
@@ -42,6 +44,7 @@ def divergence_rows(
     The logits are divided by the temperature already, and what the divergence says of its top k is not looked at.
 
     Raises ConfigError for a divergence that is not among `KINDS`.
+    Long because the kernel takes each tensor and number by itself.
     """
     kind, clip = divergence.formula.name, divergence.clip
     check_known("divergence.kind of the GPU kernel", kind, KINDS)
@@ -91,6 +94,10 @@ def _divergence_rows(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Do one row: value, share that is clipped, both entropies and, where it is wanted, the gradient.
+
+    Long because a launch runs one function, and the sweeps share what they found in registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * VOCABULARY
     teacher_logits += row * VOCABULARY
@@ -182,7 +189,7 @@ def _divergence_rows(
 
 @triton.jit
 def _summands(s, t, p, q, beta, KIND: tl.constexpr):
-    """As `Formula.summands`: student's and teacher's log-probs, and their exponentials. One branch for each kind."""
+    """Do as `Formula.summands` does with log-probs of student and teacher, and their exponentials; a branch a kind."""
     if KIND == "forward_kl":
         value = _times(q, t - s)
         slope = -q
@@ -203,5 +210,5 @@ def _summands(s, t, p, q, beta, KIND: tl.constexpr):
 
 @triton.jit
 def _times(p, log_ratio):
-    """0 where `p` is, whatever the logarithms are."""
+    """Multiply; give 0 where `p` is 0, whatever the logarithms are."""
     return tl.where(p == 0, 0.0, p * log_ratio)

@@ -74,25 +74,34 @@ def policy_loss(
         ConfigError: a bound outside its range, or an unknown level.
         DataError: shapes that differ, or a sequence level without lengths.
     """
+    low, high = _ratio_bounds(clip_low, clip_high)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+    _same_shape(logprobs, advantages, old)
+    ratio = _log_ratio(logprobs, old, level, lengths).exp()
+    bounded = ratio.clamp(low, high)
+    advantages = advantages.detach()
+    free, held = ratio * advantages, bounded * advantages
+    return PolicyLoss(-torch.minimum(free, held), ratio.detach(), (held < free).to(ratio.dtype))
+
+
+def _log_ratio(logprobs: Tensor, old: Tensor, level: Level, lengths: Sequence[int] | None) -> Tensor:
+    """Take the log of student over old policy: of the token, or in value of its sequence and in gradient its own."""
+    log_ratio = (logprobs - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    if level == "sequence":
+        return _mean_by_sequence(log_ratio.detach(), lengths) + logprobs - logprobs.detach()
+    if level == "token":
+        return log_ratio
+    raise unknown("ratio level", level, LEVELS)
+
+
+def _ratio_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    """Return the least and the largest ratio that are not clipped. Raises ConfigError."""
     for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
         if bound is not None and not bound > 0:
             raise ConfigError(f"{name} = {bound}: must be positive, or None for no clipping")
     if clip_low is not None and clip_low > 1:
         raise ConfigError(f"clip_low = {clip_low}: a ratio is never below 0, so at most 1")
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
-    _same_shape(logprobs, advantages, old)
-    log_ratio = (logprobs - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    if level == "sequence":
-        # In value the sequence's, in gradient the token's own.
-        log_ratio = _mean_by_sequence(log_ratio.detach(), lengths) + logprobs - logprobs.detach()
-    elif level != "token":
-        raise unknown("ratio level", level, LEVELS)
-    ratio = log_ratio.exp()
-    low, high = 0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high
-    bounded = ratio.clamp(low, high)
-    advantages = advantages.detach()
-    free, held = ratio * advantages, bounded * advantages
-    return PolicyLoss(-torch.minimum(free, held), ratio.detach(), (held < free).to(ratio.dtype))
+    return 0.0 if clip_low is None else 1 - clip_low, math.inf if clip_high is None else 1 + clip_high
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.engines.base import Sampling
 from opd.envs import Start, ToolEnv, ToolError, format_call, tool
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.models.chat import ChatFormat
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"

@@ -29,7 +29,8 @@ from opd.envs.worlds.lookup import MEANING, LookupEnv
 from opd.envs.worlds.sokoban import SokobanPushEnv, note, offset
 from opd.episodes.answers import messages_of
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import RolloutScheduler, task
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import task
 from opd.errors import ConfigError
 from opd.launch.tiny import build as tiny
 from opd.launch.tiny.build import EpisodeWriter, build_tiny, warm_start
@@ -409,7 +410,7 @@ SOURCES = [
     "opd.maths.logprobs",
     "opd.models.causal",
     "opd.teachers.privileged",
-    "opd.episodes.scheduler",
+    "opd.episodes.tasks",
     "opd.types",
 ]
 
@@ -458,7 +459,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("sokoban", "opd.envs.worlds.sokoban_board", "return None", "return 0"),
         ("arithmetic", "opd.teachers.privileged", "Here is a reference solution", "This is a solution"),
         ("arithmetic", "opd.teachers.privileged", 'f"> {', 'f">> {'),
-        ("arithmetic", "opd.episodes.scheduler", '"warm": 1 << 30', '"warm": 1 << 31'),
+        ("arithmetic", "opd.episodes.tasks", '"warm": 1 << 30', '"warm": 1 << 31'),
         ("arithmetic", "opd.episodes.answers", '"role": "user"', '"role": "tool"'),
         ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),
         ("arithmetic", "opd.objective.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),

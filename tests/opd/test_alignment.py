@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.maths.logprobs import chunked_logprobs
 from opd.objective.collate import collate, microbatches
 from opd.objective.objective import objective

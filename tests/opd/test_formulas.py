@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigError
-from opd.launch.config import Config
+from opd.launch.checks.loading import config_from
 from opd.losses import Divergence
 from opd.maths import formulas
 from opd.maths.divergence import token_divergence
@@ -67,9 +67,9 @@ def test_a_divergence_that_stands_elsewhere_is_named_where_it_stands(module):
 
 def test_the_settings_of_a_run_take_a_divergence_that_stands_elsewhere(module):
     own = {"divergence": {"kind": f"{module}:own_skew", "beta": 0.3}}
-    config = Config.from_dict(RUN | {"opsd": own}, check_machine=False)
+    config = config_from(RUN | {"opsd": own}, check_machine=False)
     assert config.section.divergence == Divergence(f"{module}:own_skew", beta=0.3, clip=0.05)
-    assert Config.from_dict(config.dump(), check_machine=False) == config
+    assert config_from(config.dump(), check_machine=False) == config
 
 
 def test_every_divergence_has_a_line_of_documentation():
@@ -112,7 +112,7 @@ def test_a_name_that_is_taken_and_a_function_of_other_arguments_are_refused():
     "made",
     [
         "from opd.losses import Divergence; Divergence('jds')",
-        f"from opd.launch.config import Config; Config.from_dict({RUN | {'opsd': {'divergence': 'jds'}}!r})",
+        f"from opd.launch.checks.loading import config_from; config_from({RUN | {'opsd': {'divergence': 'jds'}}!r})",
     ],
     ids=["in Python", "in a file"],
 )

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from opd.errors import ConfigError
 from opd.losses import Divergence
-from opd.maths import divergence, formulas
+from opd.maths import divergence_tiles, formulas
 from opd.maths.divergence import WeightedDivergence, chunked_divergence, weighted_divergence
 from opd.maths.head import Head, Projection
 
@@ -56,7 +56,7 @@ def kernel(monkeypatch):
     from opd.maths import kernels
 
     monkeypatch.setattr(kernels, "BLOCK", BLOCK)
-    monkeypatch.setattr(divergence, "_kernel", lambda logits: kernels.divergence_rows)
+    monkeypatch.setattr(divergence_tiles, "_kernel", lambda logits: kernels.divergence_rows)
     return kernels.divergence_rows
 
 
@@ -79,7 +79,7 @@ def unheard_of(monkeypatch):
 def test_the_kernel_gives_the_float64_values_and_gradients(kernel, kind, beta, clip, narrow):
     student, teacher, weights = rows()
     rule = Divergence(kind, beta=beta, clip=clip)
-    exact = divergence._full_rows(rule, student.double(), teacher.double(), weights.double()[:, None])
+    exact = divergence_tiles._full_rows(rule, student.double(), teacher.double(), weights.double()[:, None])
     columns = torch.zeros(4, N)
     arguments = (None, torch.float32) if narrow is None else (weights, narrow)
     gradient = kernel(rule, student, teacher, *arguments, *columns)
@@ -155,7 +155,7 @@ def test_all_of_it_is_what_the_plain_rows_give(kernel, monkeypatch, kind, beta, 
         )
 
     ours = run()
-    monkeypatch.setattr(divergence, "_kernel", lambda logits: None)
+    monkeypatch.setattr(divergence_tiles, "_kernel", lambda logits: None)
     assert_close(ours, run(), rtol=1e-4, atol=1e-5)
 
 

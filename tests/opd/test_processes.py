@@ -21,7 +21,7 @@ from opd.engines.base import Sampling
 from opd.envs.factory import make, module_of
 from opd.episodes.faults import Failure
 from opd.episodes.processes import Processes, Remote
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.errors import ConfigError
 from opd.sandbox.forks import read_frame, write_frame
 from opd.types import Fault
@@ -185,7 +185,7 @@ def test_a_server_that_is_killed_is_started_again(make_scheduler):
     asked = {"group_size": 1, "sampling": Sampling(temperature=1.0), "seed": 0}
     tasks = [task(n, split="train") for n in range(2)]
     assert all(t.terminated for t in flat(scheduler.run(tasks, **asked)))
-    server = scheduler._processes._server.pid
+    server = scheduler.environments.processes._server.pid
     children = descendants(server)
     assert len(children) == 2
     os.kill(server, signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_no_process_is_left_after_close_whatever_environments_have_started(make_
     scheduler = make_scheduler(wild("LeavesChildren"), hosts="processes")
     before = descendants(os.getpid())
     scheduler.run([task(0, split="train")], group_size=2, sampling=Sampling(temperature=1.0), seed=0)
-    started = descendants(scheduler._processes._server.pid) - before
+    started = descendants(scheduler.environments.processes._server.pid) - before
     assert len(started) == 2 * (1 + 4)
     scheduler.close()
     assert gone(started)

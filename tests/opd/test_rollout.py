@@ -18,7 +18,8 @@ from opd.engines.base import Sampling
 from opd.engines.transformers import TransformersEngine
 from opd.episodes.answers import MOST_CHARACTERS
 from opd.episodes.config import EnvConfig, RolloutConfig
-from opd.episodes.scheduler import RolloutScheduler, derive_seed, task
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import derive_seed, task
 from opd.errors import DataError
 from opd.grading import grading
 from opd.rewards import Rubric

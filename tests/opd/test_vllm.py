@@ -19,7 +19,7 @@ from opd.engines.scoring import check_offered
 from opd.engines.transformers import truncate
 from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.errors import ConfigError, EngineError, ModelError
 from opd.losses import Correction, Losses, Policy, Sampler
 from opd.models.config import ModelConfig

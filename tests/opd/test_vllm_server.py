@@ -26,7 +26,7 @@ from opd.engines.vllm_replicas import Replica
 from opd.engines.vllm_server import VllmServerEngine
 from opd.engines.weights import ModelWeights
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.errors import EngineError
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")

@@ -10,7 +10,7 @@ import torch
 
 from opd.engines.base import Sampling
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.errors import DataError
 from opd.losses import Divergence
 from opd.objective.collate import collate

@@ -13,7 +13,7 @@ from opd.backends.local import LocalBackend
 from opd.engines.weights import ModelWeights
 from opd.envs.worlds.lookup import LookupEnv
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import task
+from opd.episodes.tasks import task
 from opd.errors import DataError
 from opd.launch.tiny.build import EpisodeWriter
 from opd.launch.tiny.skills import LOOKUP_SKILLS

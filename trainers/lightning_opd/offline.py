@@ -1,4 +1,4 @@
-"""Distillation from stored scores: a teacher is asked once about episodes that are over, then nobody is.
+"""Distils from stored scores: a teacher is asked once about episodes that are over, then nobody is.
 
 The stage that scores borrows the teacher in place of the run's model, so that it is held, or sharded, as that one is,
 and is gone before anything trains. For `trainers/lightning_opd/method.py`.
@@ -33,7 +33,7 @@ STORE = "store"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What the stage that scores and the one that trains agree on."""
+    """Holds what the stage that scores and the one that trains agree on."""
 
     top_k: int
     shard_tokens: int
@@ -41,7 +41,7 @@ class Terms:
 
 
 def scoring(config: Any, terms: Terms, *, model: str | None) -> Stage:
-    """The stage in which a teacher, in place of the run's model, scores each token of the student's episodes once."""
+    """Make the stage in which a teacher, held as the run's model, scores each token of the student's episodes once."""
     return Stage(
         kind="score", make=partial(Scoring, config, terms=terms, model=model), model=model, holds=_holds_scores
     )
@@ -52,7 +52,7 @@ def _holds_scores(folder: Path, made: Mapping[str, float]) -> bool:
 
 
 def offline(config: Any, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None) -> Stage:
-    """The stage that trains on the stored episodes and scores in `data`, by default in the run's own folder."""
+    """Make the stage that trains on the stored episodes and scores in `data`, by default in the run's own folder."""
     return Stage(make=partial(Offline, config, terms=terms, data=data), over=over, losses=losses, stored=True)
 
 
@@ -110,7 +110,7 @@ class Offline(Method):
         return Prepared(summary(store, samples) | {"store/mismatch": float(mismatch)}, dataset)
 
     def _store(self, folder: Path, temperature: float) -> Store:
-        """The store, made under the settings of this run. Raises DataError naming what differs."""
+        """Open the store, made under the settings of this run. Raises DataError naming what differs."""
         store = open_store(folder)
         wanted = replace(store.scorer, **rendering(self.chat), temperature=temperature, top_k=self.terms.top_k)
         store.check(wanted)
@@ -129,20 +129,20 @@ class Offline(Method):
 
 
 def _object(problem: str, *, allow: bool) -> None:
-    """Raises DataError, or warns where the user has allowed it."""
+    """Raise DataError, or warn where the user has allowed it."""
     if not allow:
         raise DataError(f"{problem}. Use the same one, or set mismatch: allow")
     logger.warning("mismatch: allow: %s", problem)
 
 
 def _sft(folder: Path) -> str | None:
-    """Who played the episodes that the SFT learned from; None where there was none."""
+    """Return the fingerprint of who played the episodes that the SFT learned from; None where there was none."""
     path = folder / TEACHERS
     return str(EpisodeFile(path).read()[0]["model"]) if path.exists() else None
 
 
 def episodes(path: Path, chat: ChatFormat) -> tuple[dict[str, Any], list[Sample]]:
-    """Who played the episodes in a file, and their sequences, all to be distilled.
+    """Read a file of episodes: return its header, which says who played, and their sequences, all to be distilled.
 
     Raises DataError where they were rendered by another tokenizer or template than this run's.
     """
@@ -165,11 +165,11 @@ def score(
     *,
     shard_tokens: int,
 ) -> tuple[int, Store]:
-    """Positions that the player's model scored now, and the store, where each sequence stands once.
+    """Have the player's model score what the store lacks; return how many positions it scored, and the store.
 
-    After every `shard_tokens` tokens the scores are on disk, and stay there whatever happens. Ends early, with what
-    there is, once `player.stopping()` is true. Raises DataError where the store is another scorer's, or cannot be
-    written.
+    The store holds each sequence once. After every `shard_tokens` tokens the scores are on disk, and stay there
+    whatever happens. Ends early, with what there is, once `player.stopping()` is true. Raises DataError where the store
+    is another scorer's, or cannot be written.
     """
     ranks = player.ranks
     store = ranks.agree(lambda: Store(folder, scorer, about=about) if ranks.first else None)
@@ -179,12 +179,6 @@ def score(
     )
     pending: list[tuple[Tokens, Scored]] = []
     scored = 0
-
-    def write(least: int) -> None:
-        if store is not None and pending and sum(len(tokens.token_ids) for tokens, _ in pending) >= least:
-            store.append(pending)
-            pending.clear()
-
     for part, columns in player.read(unique, ranks.share(missing), top_k=scorer.top_k):
         found = [
             (tokens_of(unique[n]), Scored(*(values.tolist() for values in scores)))
@@ -192,20 +186,27 @@ def score(
         ]
         pending += [entry for share in ranks.to_first(found) for entry in share]
         scored += sum(sum(unique[n].completion_mask) for n in part)
-        ranks.from_first(partial(write, shard_tokens))
+        ranks.from_first(partial(_write, store, pending, least=shard_tokens))
         if player.stopping():
             break
-    ranks.from_first(partial(write, 1))
+    ranks.from_first(partial(_write, store, pending, least=1))
     return int(ranks.sum([scored])[0]), ranks.agree(lambda: open_store(folder) if store is None else store)
 
 
+def _write(store: Store | None, pending: list[tuple[Tokens, Scored]], *, least: int) -> None:
+    """Move what is pending into the store if it holds `least` tokens or more."""
+    if store is not None and pending and sum(len(tokens.token_ids) for tokens, _ in pending) >= least:
+        store.append(pending)
+        pending.clear()
+
+
 def tokens_of(sample: Sample) -> Tokens:
-    """What a store knows a sample by."""
+    """Return what a store knows a sample by."""
     return Tokens(tuple(sample.token_ids), tuple(sample.completion_mask))
 
 
 def with_scores(samples: Sequence[Sample], store: Store) -> list[Sample]:
-    """The samples with what the store knows of them. Raises DataError for one that it does not."""
+    """Return the samples with their stored scores. Raises DataError for one that has none."""
     scored = []
     for sample in samples:
         found = store.get(tokens_of(sample))
@@ -222,7 +223,7 @@ def with_scores(samples: Sequence[Sample], store: Store) -> list[Sample]:
 
 
 def summary(store: Store, samples: Sequence[Sample]) -> dict[str, float]:
-    """What is stored, and the share of the samples' sequences whose scores are there."""
+    """Count what is stored, and the share of the samples' sequences whose scores are there, as metrics."""
     hits = sum(tokens_of(sample) in store for sample in samples)
     return {
         "store/sequences": float(len(store)),

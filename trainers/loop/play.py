@@ -15,7 +15,9 @@ from torch import Tensor
 from opd.backends.config import TrainConfig
 from opd.engines.base import Request, Sampling, Weights, generate
 from opd.episodes.config import RolloutConfig
-from opd.episodes.scheduler import Opening, RolloutScheduler, derive_seed, task
+from opd.episodes.episode import Opening
+from opd.episodes.scheduler import RolloutScheduler
+from opd.episodes.tasks import derive_seed, task
 from opd.models.identity import weights_fingerprint
 from opd.ranks.ranks import Ranks
 from opd.trainers.loop.health import Health
@@ -104,7 +106,7 @@ class Player:
     ) -> list[TrajectoryGroup]:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
-        `group_size` is by default the run's; for `opening` see `opd.episodes.scheduler`. Raises HealthError, on all
+        `group_size` is by default the run's; for `opening` see `opd.episodes.episode`. Raises HealthError, on all
         ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
         """
         self.sync()

@@ -1,4 +1,4 @@
-"""A step's optimiser updates: samples cut into shares, shares into micro-batches, and the gradients of each."""
+"""Makes a step's optimiser updates: cuts its samples into shares, and each share into micro-batches to train on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from opd.trainers.loop.timer import Timer
 from opd.types import Sample, Task
 
 Facts = dict[int, dict[str, Tensor]]
-"""What the objective found out about the sampled tokens of each sample, by its index."""
+"""Columns of the objective about the sampled tokens of each sample, by its index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Samples that are trained on at once."""
+    """Holds samples that are trained on at once."""
 
     objective: Callable[[], Objective]
     indices: list[int]
@@ -36,14 +37,14 @@ class MicroBatch:
     """True for the last micro-batch of an update."""
 
     def facts(self, result: Objective) -> Facts:
-        """What the objective found out, by index of the sample."""
+        """Split the objective's columns by sample; return them under the samples' indices."""
         columns = {name: values.cpu().split(self.lengths) for name, values in result.facts.items()}
         return {i: {name: column[n] for name, column in columns.items()} for n, i in enumerate(self.indices)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updated:
-    """What became of a step's updates."""
+    """Holds what became of a step's updates."""
 
     losses: list[float]
     """One an update, of all ranks."""
@@ -61,7 +62,7 @@ class Updated:
         return all(map(math.isfinite, self.norms)) and all(map(math.isfinite, self.losses))
 
     def row(self) -> dict[str, float]:
-        """The updates as metrics."""
+        """Return the updates as metrics."""
         updates = len(self.losses)
         finite = [norm for norm in self.norms if math.isfinite(norm)]
         return {
@@ -84,7 +85,7 @@ def update(
     before_change: Callable[[], None],
     meter: bool = False,
 ) -> Updated:
-    """The step's optimiser updates, each on its share of the samples.
+    """Make the step's optimiser updates, each on its share of the samples.
 
     Args:
         taught: the teacher's hidden states by index of sample, where it was asked before.
@@ -92,35 +93,62 @@ def update(
         before_change: called before each change of the weights.
         meter: also measure the variance of the gradient.
     """
-    updates, backend = train.updates_per_step, models.backend
-    ranks = backend.ranks
+    updates, ranks = train.updates_per_step, models.backend.ranks
     if updates > 1:
         # A teacher that follows the student would change under what it said before the first update.
         taught = {}
         with timer("train"):
             samples = with_old_logprobs(models, samples)
     trained = {t for own in ranks.gather({s.task for s in samples}) for t in own}
-    sums, norms = [], []
+    shares = shares_by_task(samples, [t for t in order if t in trained], updates)
+    done = []
+    for share in shares:
+        batches = micro_batches(models, losses, samples, share, taught, timer, meter=meter)
+        done.append(_update_once(models, batches, timer, before_change))
+    return Updated(
+        losses=[one.loss for one in done],
+        norms=[one.norm for one in done],
+        lr=done[-1].lr,
+        facts={i: columns for one in done for i, columns in one.facts.items()},
+        skipped={i for share, one in zip(shares, done, strict=True) if one.skipped for i in share},
+    )
+
+
+class _Update(NamedTuple):
+    """Holds what became of one update."""
+
+    loss: float
+    """Of all ranks."""
+    norm: float
+    """Of the gradient; not finite: the backend has skipped the update."""
+    lr: float
+    facts: Facts
+
+    @property
+    def skipped(self) -> bool:
+        return not math.isfinite(self.norm)
+
+
+def _update_once(
+    models: Models, batches: Iterator[MicroBatch], timer: Timer, before_change: Callable[[], None]
+) -> _Update:
+    """Add up the gradients of the micro-batches, then change the student's weights and let the teacher follow."""
+    backend, total = models.backend, 0.0
     facts: Facts = {}
-    skipped: set[int] = set()
-    for share in shares_by_task(samples, [t for t in order if t in trained], updates):
-        total = 0.0
-        for micro_batch in micro_batches(models, losses, samples, share, taught, timer, meter=meter):
-            with timer("train"):
-                result = backend.train(micro_batch.objective, last=micro_batch.last)
-                loss = float(result.loss.detach())
-            total += loss
-            facts |= micro_batch.facts(result)
-        sums.append(ranks.sum([total])[0])
+    for micro_batch in batches:
         with timer("train"):
-            lr = backend.lr
-            before_change()
-            norms.append(backend.step())
-            if math.isfinite(norms[-1]):  # else the step was skipped
-                models.teacher.update()
-            else:
-                skipped |= set(share)
-    return Updated(losses=sums, norms=norms, lr=lr, facts=facts, skipped=skipped)
+            result = backend.train(micro_batch.objective, last=micro_batch.last)
+            loss = float(result.loss.detach())
+        total += loss
+        facts |= micro_batch.facts(result)
+    total = backend.ranks.sum([total])[0]
+    with timer("train"):
+        lr = backend.lr
+        before_change()
+        done = _Update(total, backend.step(), lr, facts)
+        if not done.skipped:
+            models.teacher.update()
+    return done
 
 
 def micro_batches(
@@ -133,7 +161,7 @@ def micro_batches(
     *,
     meter: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of the samples whose indices are in `share`, each with what its teacher says.
+    """Yield the micro-batches of the samples whose indices are in `share`, each with what its teacher says.
 
     There are equally many on all ranks.
     """
@@ -159,7 +187,7 @@ def micro_batches(
 
 
 def divergences(models: Models, losses: Losses, samples: Sequence[Sample]) -> list[Tensor]:
-    """How far the teacher is from the student at each sampled token, without training: nats [tokens] a sample."""
+    """Measure how far the teacher is from the student at each sampled token, without training: nats [N] a sample."""
     facts: Facts = {}
     for micro_batch in micro_batches(models, losses, samples, range(len(samples)), {}, Timer()):
         facts |= micro_batch.facts(models.backend.look(micro_batch.objective))
@@ -167,7 +195,7 @@ def divergences(models: Models, losses: Losses, samples: Sequence[Sample]) -> li
 
 
 def _taught(models: Models, batch: Batch, known: list[Tensor] | None) -> Taught | None:
-    """The teacher's side of a micro-batch: what it said before training, or what it says now.
+    """Return the teacher's side of a micro-batch: what it said before training, or what it says now.
 
     None where it sees none of this rank's samples, and only takes part for the others' sake.
     """

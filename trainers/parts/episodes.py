@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
@@ -143,8 +144,6 @@ def collect(player: Player, chat: ChatFormat, file: EpisodeFile, tasks: int, *, 
     What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
     early, with what there is, once `player.stopping()` is true.
     """
-    from opd.episodes.scheduler import derive_seed  # late: it needs torch
-
     run = player.standing
     header = {"model": player.fingerprint(), **rendering(chat), "settings": run.settings}
     rows = player.ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * run.rollout.group_size))

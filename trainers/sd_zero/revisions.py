@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
 from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled
@@ -263,9 +264,7 @@ def collect(
 def _attempted(
     player: Player, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
 ) -> list[dict[str, Any]]:
-    """A row for each attempt at these tasks."""
-    from opd.episodes.scheduler import derive_seed  # late: it needs torch
-
+    """Play each of these tasks and have its attempts revised; return a row for each attempt."""
     run = player.standing
     groups = player.play(tasks, seed=derive_seed("attempts", run.seed))
     revised: dict[tuple[Task, int], TrajectoryGroup] = {}

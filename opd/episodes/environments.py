@@ -1,0 +1,113 @@
+"""Owns the environments that episodes are played in, calls them on workers under time limits, and keeps them for later.
+
+Answers come out as they are (`opd.episodes.answers`), and failures as the exceptions they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from opd.episodes.answers import Answer
+from opd.episodes.config import RolloutConfig
+from opd.episodes.episode import Episode
+from opd.episodes.faults import explain
+from opd.episodes.hosts import Host, Local
+from opd.episodes.processes import Processes, Remote
+from opd.episodes.workers import Limits, Workers
+
+logger = logging.getLogger(__name__)
+
+EnvFactory = Callable[[], Any]
+
+_Limit = Literal["reset_timeout", "step_timeout"]
+
+
+class Environments:
+    """Lends each episode an environment of its own, which the next one gets if nothing broke. One thread may use it."""
+
+    def __init__(
+        self,
+        make_env: EnvFactory,
+        config: RolloutConfig,
+        *,
+        workers: Literal["threads", "processes"],
+        preload: Sequence[str],
+    ) -> None:
+        """Start the workers. Raises ConfigError when `make_env` cannot be sent to a process."""
+        self.processes = Processes(make_env, preload=preload) if workers == "processes" else None
+        self._make_env = make_env
+        self._config = config
+        self._idle: list[Host] = []
+        self._lent: dict[int, Host] = {}  # by number of the episode
+        self._workers = Workers(min(config.workers, config.concurrency))
+
+    def reset(self, episode: Episode) -> None:
+        """Have an environment begin the episode; one that is played again gets a new environment."""
+        host = self._host(fresh=episode.attempt > 0)
+        self._lent[episode.number] = host
+        self._call(episode, partial(host.reset, episode.task), "reset_timeout")
+
+    def step(self, episode: Episode, text: str) -> None:
+        """Have the episode's environment act on a completion's text."""
+        self._call(episode, partial(self._lent[episode.number].step, text), "step_timeout")
+
+    def answers(self, *, wait: str) -> list[tuple[int, Answer | BaseException]]:
+        """Return (number of the episode, answer or what went wrong), in the order of the numbers.
+
+        `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call.
+        """
+        return sorted(self._workers.finished(wait=wait), key=lambda pair: pair[0])
+
+    def running(self) -> dict[int, str]:
+        """Say of each episode whose environment is at work what it does: "call" or "grading". For any thread."""
+        return self._workers.running()
+
+    def take_back(self, episode: Episode) -> None:
+        """End what the episode was lent if it broke, or may still be at work on a lost thread; else keep it."""
+        host = self._lent.pop(episode.number)
+        if episode.broken or episode.failed is not None:
+            host.kill()
+        else:
+            self._idle.append(host)
+
+    def abandon(self) -> None:
+        """Forget the calls that are open, and end all that is lent."""
+        self._workers.forget()
+        for host in self._lent.values():
+            host.kill()
+        self._lent.clear()
+
+    def close(self) -> None:
+        """Close the idle environments, each within the time limit of a step, and let the workers go."""
+        closers = Workers(min(self._config.workers, max(1, len(self._idle))))
+        for number, host in enumerate(self._idle):
+            closers.start(number, host.close, limits=self._limits("step_timeout"), give_up=host.kill)
+        self._idle.clear()
+        for _, answer in closers.finished(wait="all"):
+            if isinstance(answer, BaseException):
+                logger.warning("an environment could not be closed: %s", explain(answer)[1])
+        closers.close()
+        self._workers.close()
+        if self.processes is not None:
+            self.processes.close()
+
+    def _host(self, *, fresh: bool) -> Host:
+        if self._idle and not fresh:
+            return self._idle.pop()
+        return Local(self._make_env) if self.processes is None else Remote(self.processes)
+
+    def _call(self, episode: Episode, call: Callable[[], Answer], limit: _Limit) -> None:
+        """Have a worker call the environment, within that limit and until the episode's own end."""
+        episode.wait_for("env")
+        limits = self._limits(limit)
+        if (left := max(0.0, episode.until - episode.since)) < limits.call:
+            limits = replace(limits, call=left, name="rollout.episode_timeout")
+        self._workers.start(episode.number, call, limits=limits, give_up=self._lent[episode.number].kill)
+
+    def _limits(self, name: _Limit) -> Limits:
+        config = self._config
+        return Limits(call=getattr(config, name), grading=config.grading_timeout, name=f"rollout.{name}")
