@@ -56,7 +56,7 @@ ACTORS = {
 
 def to_show(method: HindsightMethod, group: TrajectoryGroup) -> tuple[str, str] | None:
     """Return the demonstration and the feedback that wrong members of a group would be corrected with."""
-    wrong = [t for t in group.usable if not method.right(t)]
+    wrong = [t for t in group.usable if not method.is_right(t)]
     known = [method.hindsight(t, group.usable) for t in wrong]
     told = next(("\n".join(k.feedback.values()) for k in known if k.feedback), "")
     return (known[0].demonstration, told) if known and known[0].demonstration is not None else None

@@ -24,9 +24,10 @@ from opd.episodes.tasks import derive_seed
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import Run, build
 from opd.teachers.privileged import in_first_user_message, of_like_task, with_skill
-from opd.trainers.skill_sd.keeper import EPISODES_EACH, gains
+from opd.trainers.skill_sd.config import EPISODES_EACH
 from opd.trainers.skill_sd.makers import Rules, case_of, prompt_text
 from opd.trainers.skill_sd.method import SkillSd
+from opd.trainers.skill_sd.trials import gains
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 SOKOBAN = '{"id": "opd/SokobanPush-v0", "kwargs": {"level": {"size": 6, "boxes": 1, "walls": 1, "pushes": [%d, %d]}}}'

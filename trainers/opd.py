@@ -84,9 +84,9 @@ class Opd(Method):
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         samples = []
-        for trajectory, weight, advantage in self.config.credited(group.usable):
+        for trajectory, weight, advantage in self.config.with_advantages(group.usable):
             for segment in trajectory.segments():
-                view = self.chat.view(trajectory, segment, _as_it_is, **self.config.teacher_chat_template_kwargs)
+                view = self.chat.view(trajectory, segment, _unchanged, **self.config.teacher_chat_template_kwargs)
                 samples.append(
                     to_sample(
                         trajectory,
@@ -101,6 +101,6 @@ class Opd(Method):
         return samples
 
 
-def _as_it_is(turn: int, messages: list[Message]) -> list[Message]:
-    """The teacher reads what the student read."""
+def _unchanged(turn: int, messages: list[Message]) -> list[Message]:
+    """Return the messages: the teacher reads what the student read."""
     return messages

@@ -49,4 +49,4 @@ class Opsd(ShownMethod):
         return config.teacher
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
-        return [self.taught(t, segment) for t in group.usable for segment in t.segments()]
+        return [self.taught_sample(t, segment) for t in group.usable for segment in t.segments()]

@@ -48,9 +48,9 @@ class Sdpo(HindsightMethod):
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         """Right episodes are taught as well, by other right ones; where there is nothing to show, nothing is."""
         return [
-            self.taught(
+            self.taught_sample(
                 trajectory, segment, self.hindsight(trajectory, group.usable), policy=weight, advantage=advantage
             )
-            for trajectory, weight, advantage in self.config.credited(group.usable)
+            for trajectory, weight, advantage in self.config.with_advantages(group.usable)
             for segment in trajectory.segments()
         ]

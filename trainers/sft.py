@@ -1,4 +1,4 @@
-"""SFT: cross-entropy on episodes as they stand: a teacher's, the model's own that were right, or those of a file.
+"""SFT: cross-entropy on episodes as they stand, of a teacher, of the model itself where it was right, or of a file.
 
 `source: own` is rejection fine-tuning (RFT): the model plays, and learns what its environment called right. Every
 assistant's token of every turn is learned, tool results and other prompts are not.

@@ -1,4 +1,4 @@
-"""SRPO: what went right is reinforced by its reward, what went wrong is corrected by a sibling that went right.
+"""SRPO: the reward reinforces right episodes, and a right sibling corrects wrong ones.
 
 Source: SRPO (arXiv 2604.02288), by the paper's text; no code of the authors is public. Each episode goes one way:
 
@@ -26,7 +26,7 @@ from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 
 class SrpoPolicyConfig(PolicyConfig):
-    """As GRPO's, with a higher bound above."""
+    """GRPO's settings, with a higher bound above."""
 
     clip_high: float | None = Field(0.28, gt=0, description="Ratios above 1 + this lose their gradient; null is off.")
 
@@ -68,22 +68,22 @@ class Srpo(HindsightMethod):
         return [
             sample
             for trajectory, advantage in zip(group.usable, advantages, strict=True)
-            for sample in self._routed(trajectory, advantage, group.usable)
+            for sample in self._samples(trajectory, advantage, group.usable)
         ]
 
-    def _routed(self, trajectory: Trajectory, advantage: float, group: list[Trajectory]) -> list[Sample]:
-        """The samples of one episode. One whose teacher's sequence would be too long is left to its reward."""
+    def _samples(self, trajectory: Trajectory, advantage: float, group: list[Trajectory]) -> list[Sample]:
+        """Make the samples of one episode. One whose teacher's sequence would be too long is left to its reward."""
         known = self.hindsight(trajectory, group)
         segments, route = trajectory.segments(), "policy"
-        if not self.right(trajectory) and known.demonstration is not None:
-            corrected = [self.taught(trajectory, segment, known) for segment in segments]
+        if not self.is_right(trajectory) and known.demonstration is not None:
+            corrected = [self.taught_sample(trajectory, segment, known) for segment in segments]
             if all(sample.teacher_view is not None for sample in corrected):
                 return corrected
             route = "too_long"
         return [to_sample(trajectory, part, policy=1.0, advantage=advantage, route=route) for part in segments]
 
     def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
-        """Entropy-aware weights, over their mean on all distilled tokens of the step."""
+        """Weigh distilled tokens by the teacher's entropy, over the mean weight of the step's distilled tokens."""
         if not self.config.entropy_beta:
             return samples
         from opd.trainers.loop.weighting import by_entropy  # late: it needs torch

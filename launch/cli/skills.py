@@ -23,7 +23,7 @@ from rich.text import Text
 
 from opd.errors import ConfigError
 from opd.trainers.skill_sd import file
-from opd.trainers.skill_sd.bank import Lesson, Skill
+from opd.trainers.skill_sd.skill import Lesson, Skill
 from opd.trainers.skill_sd.text import one_line
 
 PARTS = tuple(asdict(Lesson()))

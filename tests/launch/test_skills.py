@@ -6,13 +6,14 @@ import pytest
 
 from opd.launch.cli.main import main
 from opd.trainers.skill_sd import file
-from opd.trainers.skill_sd.bank import Lesson, SkillBank, Source
+from opd.trainers.skill_sd.bank import SkillBank
+from opd.trainers.skill_sd.skill import Lesson, Source
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run's folder with two skills."""
-    bank = SkillBank(capacity=9, per_task=9, max_age=9, explore=1.0, min_likeness=0.2)
+    bank = SkillBank(capacity=9, per_task=9, max_age=9)
     for n, text in enumerate(["look [red]twice[/]", "stop in time"]):
         task = f"train/{n}"
         source = Source(
@@ -24,7 +25,7 @@ def run(tmp_path):
             summariser="rules",
         )
         bank.add(Lesson(workflow=text, mistakes="hurry"), source, pdi=0.5)
-    bank.tried("s00002", {"like": [0.25]})
+    bank.add_trials("s00002", {"like": [0.25]})
     file.write(tmp_path / "data" / "skills.jsonl", bank.skills.values())
     return tmp_path
 

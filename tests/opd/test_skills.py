@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from opd.errors import DataError
 from opd.trainers.skill_sd import file
-from opd.trainers.skill_sd.bank import Lesson, SkillBank, Source, from_row, to_row
+from opd.trainers.skill_sd.bank import SkillBank
+from opd.trainers.skill_sd.finding import Finder
 from opd.trainers.skill_sd.grounding import Index, Proxies, proxies
-from opd.trainers.skill_sd.text import covered, jaccard, likeness, neutral, rarity, structural_tokens
+from opd.trainers.skill_sd.skill import Lesson, Source, from_row, to_row
+from opd.trainers.skill_sd.text import coverage, jaccard, likeness, neutral, rarity, structural_tokens
 
 
 def source(task="train/0", prompt="the task", step=1, member=0):
@@ -28,8 +30,15 @@ def source(task="train/0", prompt="the task", step=1, member=0):
 
 
 def bank(**changes):
-    settings = {"capacity": 10, "per_task": 3, "max_age": 5, "explore": 1.0, "min_likeness": 0.2, "untried": True}
-    return SkillBank(**(settings | changes))
+    return SkillBank(**({"capacity": 10, "per_task": 3, "max_age": 5} | changes))
+
+
+def finder(made, *, untried=True):
+    return Finder(bank=made, explore=1.0, min_likeness=0.2, untried=untried)
+
+
+def find(made, *args, **changes):
+    return finder(made, **changes).find(*args)
 
 
 def filled(*entries, **changes):
@@ -84,7 +93,7 @@ def test_likeness_counts_rare_words_and_not_those_that_all_have():
 def test_shares_of_words():
     assert jaccard("a b c", "B c d") == 0.5
     assert jaccard("", "") == 0.0
-    assert covered("get(person=ann)", {"get", "ann"}) == pytest.approx(2 / 3)
+    assert coverage("get(person=ann)", {"get", "ann"}) == pytest.approx(2 / 3)
 
 
 # -- the bank ------------------------------------------------------------------------------------------
@@ -97,9 +106,9 @@ def test_a_tasks_own_skills_come_first_then_those_of_like_tasks_and_no_others():
         ("stop in time", "train/3", "another thing"),
         ("own one", "train/0", "the hue of zoe"),
     )
-    assert texts(made.find("train/0", "the hue of zoe", 3)) == ["own one", "look for color"]
-    assert texts(made.find("train/9", "the hue of zoe", 1)) == ["own one"]
-    assert made.find("train/9", "unlike", 3) == []
+    assert texts(find(made, "train/0", "the hue of zoe", 3)) == ["own one", "look for color"]
+    assert texts(find(made, "train/9", "the hue of zoe", 1)) == ["own one"]
+    assert find(made, "train/9", "unlike", 3) == []
 
 
 def test_of_like_tasks_the_next_one_speaks_of_what_the_first_did_not():
@@ -109,7 +118,7 @@ def test_of_like_tasks_the_next_one_speaks_of_what_the_first_did_not():
         ("chief means boss", "train/3", "chief"),
         ("x", "train/4", "nothing to do with it"),
     )
-    found = texts(made.find("train/0", "the hue of the chief", 2))
+    found = texts(find(made, "train/0", "the hue of the chief", 2))
     assert "chief means boss" in found
     assert len(found) == 2
 
@@ -118,56 +127,56 @@ def test_of_a_tasks_own_the_unseen_comes_first_and_then_the_upper_confidence_bou
     made = filled(*((name, "train/0", "p") for name in ("one", "two", "three")))
     made.credit(["s00001"], [1.0, 1.0, 1.0, 1.0], step=2)
     made.credit(["s00002"], [0.0, 0.0, 0.0, 0.0], step=2)
-    assert texts(made.find("train/0", "p", 3)) == ["three", "one", "two"]
+    assert texts(find(made, "train/0", "p", 3)) == ["three", "one", "two"]
     made.credit(["s00003"], [0.0], step=2)
     bonus = {n: math.sqrt(math.log(9) / n) for n in (4, 1)}
     assert 0.0 + bonus[1] > 1.0 + bonus[4] - 0.3  # what was seldom shown has nearly caught up
     order = sorted([("one", 1 + bonus[4]), ("two", bonus[4]), ("three", bonus[1])], key=lambda pair: -pair[1])
-    assert texts(made.find("train/0", "p", 3)) == [name for name, _ in order]
+    assert texts(find(made, "train/0", "p", 3)) == [name for name, _ in order]
 
 
 def test_an_untried_skill_is_not_found_unless_a_person_wrote_it():
-    made = filled(("one", "train/0", "p"), untried=False)
-    assert made.find("train/0", "p", 1) == []
-    assert [(s.lesson.workflow, where) for s, where in made.waiting("train/0", "p", 1)] == [("one", "own")]
+    made = filled(("one", "train/0", "p"))
+    assert find(made, "train/0", "p", 1, untried=False) == []
+    assert [(s.lesson.workflow, where) for s, where in finder(made).find_untried("train/0", "p", 1)] == [("one", "own")]
     made.skills["s00001"] = file.edit(made.skills["s00001"], Lesson(workflow="mine"), who="me")
-    assert texts(made.find("train/0", "p", 1)) == ["mine"]
+    assert texts(find(made, "train/0", "p", 1, untried=False)) == ["mine"]
 
 
 def test_a_skill_is_found_where_it_was_tried_and_lifted():
-    made = filled(("the hue", "train/0", "hue"), ("the town", "train/1", "town"), untried=False)
-    assert made.tried("s00001", {"own": [0.2, 0.4]}).lifts == {"own": pytest.approx(0.3)}
-    assert texts(made.find("train/0", "hue", 1)) == ["the hue"]
-    assert made.find("train/9", "hue", 1) == []  # nobody knows whether it helps with another task
-    assert [(s.id, where) for s, where in made.waiting("train/9", "hue", 1)] == [("s00001", "like")]
-    assert made.waiting("train/0", "hue", 1) == []
-    assert made.tried("s00001", {"own": [0.9]}).trials == {"own": 3}
+    made = filled(("the hue", "train/0", "hue"), ("the town", "train/1", "town"))
+    assert made.add_trials("s00001", {"own": [0.2, 0.4]}).lifts == {"own": pytest.approx(0.3)}
+    assert texts(find(made, "train/0", "hue", 1, untried=False)) == ["the hue"]
+    assert find(made, "train/9", "hue", 1, untried=False) == []  # nobody knows whether it helps with another task
+    assert [(s.id, where) for s, where in finder(made).find_untried("train/9", "hue", 1)] == [("s00001", "like")]
+    assert finder(made).find_untried("train/0", "hue", 1) == []
+    assert made.add_trials("s00001", {"own": [0.9]}).trials == {"own": 3}
     assert made.skills["s00001"].lift == pytest.approx(0.5)
-    made.tried("s00001", {"like": [-0.2]})
-    assert made.find("train/9", "hue", 1) == []
-    assert made.waiting("train/9", "hue", 1) == []
-    made.tried("s00001", {"like": [0.4]})
-    assert texts(made.find("train/9", "hue", 1)) == ["the hue"]
+    made.add_trials("s00001", {"like": [-0.2]})
+    assert find(made, "train/9", "hue", 1, untried=False) == []
+    assert finder(made).find_untried("train/9", "hue", 1) == []
+    made.add_trials("s00001", {"like": [0.4]})
+    assert texts(find(made, "train/9", "hue", 1, untried=False)) == ["the hue"]
 
 
 def test_a_skill_that_lifts_nowhere_is_dropped_and_a_persons_is_not():
     made = filled(("one", "train/0", "p"), ("two", "train/1", "p"), ("three", "train/2", "p"), min_lift=0.05)
     made.skills["s00002"] = file.edit(made.skills["s00002"], Lesson(workflow="mine"), who="me")
-    assert made.tried("s00003", {"own": [-0.1], "like": [0.1]}) is not None  # it is still good for like tasks
-    assert made.tried("s00001", {"own": [0.04], "like": [0.04]}) is None
-    assert made.tried("s00002", {"own": [-0.1]}) is not None
+    assert made.add_trials("s00003", {"own": [-0.1], "like": [0.1]}) is not None  # it is still good for like tasks
+    assert made.add_trials("s00001", {"own": [0.04], "like": [0.04]}) is None
+    assert made.add_trials("s00002", {"own": [-0.1]}) is not None
     assert list(made.skills) == ["s00002", "s00003"]
 
 
 def test_the_same_lesson_of_another_task_is_one_skill_of_both():
     made = filled(("look for color", "train/0", "p"), ("look for color", "train/1", "q"), ("look", "train/1", "q"))
     assert [skill.tasks for skill in made.skills.values()] == [("train/0", "train/1"), ("train/1",)]
-    assert texts(made.find("train/1", "q", 1)) == ["look for color"]
+    assert texts(find(made, "train/1", "q", 1)) == ["look for color"]
 
 
 def test_nearly_the_same_lesson_of_a_task_is_a_new_version_and_the_old_text_is_kept():
     made = filled(("get the boss then the hue of it all", "train/0", "p"))
-    made.tried("s00001", {"own": [0.5]})
+    made.add_trials("s00001", {"own": [0.5]})
     renewed = made.add(Lesson(workflow="get the boss then the hue of it"), source(step=9), pdi=0.3)
     assert (renewed.id, renewed.version, renewed.pdi, renewed.source.step) == ("s00001", 2, 0.3, 9)
     assert renewed.history == ("Workflow: get the boss then the hue of it all",)
@@ -185,7 +194,7 @@ def test_the_bank_is_bounded_by_what_lifts_and_forgets_what_is_old():
     made = bank(capacity=3, per_task=2, max_age=5)
     for n in range(6):
         made.add(Lesson(workflow=f"skill number {n} {'abc'[n % 3] * 9}"), source(f"train/{n // 3}"), pdi=0.0)
-        made.tried(f"s{n + 1:05d}", {"own": [n / 10]})
+        made.add_trials(f"s{n + 1:05d}", {"own": [n / 10]})
     assert made.forget(step=2) == 3
     assert list(made.skills) == ["s00003", "s00005", "s00006"]  # two a task, then three in all
     made.credit(["s00005"], [1.0], step=6)
@@ -209,7 +218,7 @@ def test_a_retired_skill_takes_nobodys_room():
         made.take(file.retire(made.skills[id], who="me"))
     made.add(Lesson(workflow="another"), source("train/0"), pdi=0.0)
     assert made.forget(step=1) == 0
-    assert texts(made.find("train/0", "p", 3)) == ["another"]
+    assert texts(find(made, "train/0", "p", 3)) == ["another"]
 
 
 def test_only_training_tasks_may_teach():
@@ -220,7 +229,7 @@ def test_only_training_tasks_may_teach():
 
 def test_a_bank_is_restored_whole_through_json():
     made = filled(("one", "train/0", "p"), ("two", "train/1", "q"), ("two", "train/2", "q"))
-    made.tried("s00001", {"own": [0.25], "like": [0.5]})
+    made.add_trials("s00001", {"own": [0.25], "like": [0.5]})
     made.credit(["s00001"], [1.0, 0.0], step=3)
     made.add(Lesson(workflow="one", mistakes="none"), source(step=4), pdi=0.5)
     again = bank()
@@ -243,7 +252,7 @@ def test_the_index_is_the_papers_and_falls_where_a_skill_repeats_the_last():
     """SPARK's formula by hand: z-scores over what was seen so far, damped for a task's first skill."""
     index = Index()
     seen = [Proxies(1.0, 0.0, 0.0), Proxies(0.5, 0.0, 0.0), Proxies(0.9, 1.0, 0.5)]
-    first = index.of(seen[0], 1)
+    first = index.add(seen[0], 1)
     assert first == 1.0 * 0.5  # a raw difference, and the first of its task
 
     def z(n, values):
@@ -252,14 +261,14 @@ def test_the_index_is_the_papers_and_falls_where_a_skill_repeats_the_last():
         spread = math.sqrt(sum((c - mean) ** 2 for c in column) / len(column))
         return (column[-1] - mean) / spread if spread else 0.0
 
-    second = index.of(seen[1], 1)
+    second = index.add(seen[1], 1)
     assert second == pytest.approx(0.5 * (z(0, seen[:2]) - z(1, seen[:2]) - z(2, seen[:2])))
-    third = index.of(seen[2], 2)
+    third = index.add(seen[2], 2)
     assert third == pytest.approx(z(0, seen) - z(1, seen) - z(2, seen))
     assert third < -0.5
     again = Index()
     again.load_state_dict(json.loads(json.dumps(index.state_dict())))
-    assert again.of(seen[0], 3) == index.of(seen[0], 3)
+    assert again.add(seen[0], 3) == index.add(seen[0], 3)
 
 
 def test_staleness_and_inertia_are_told_apart():
@@ -328,15 +337,15 @@ def test_a_row_with_something_else_in_a_texts_place_is_refused():
 def test_only_what_a_person_changed_is_taken_from_the_file(tmp_path):
     made = filled(("one", "train/0", "p"), ("two", "train/1", "q"))
     path = tmp_path / "skills.jsonl"
-    assert file.by_hand(path, made) == []
+    assert file.read_edits(path, made) == []
     one, two = made.skills.values()
     changed = file.edit(one, Lesson(workflow="better"), who="me")
     by_machine = replace(two, version=7, lesson=Lesson(workflow="newer"))
     file.write(path, [changed, by_machine])
-    assert file.by_hand(path, made) == [changed]
+    assert file.read_edits(path, made) == [changed]
     assert (changed.source, changed.history, changed.edited) == (one.source, ("Workflow: one",), "me")
     made.skills[changed.id] = changed
-    assert file.by_hand(path, made) == []
+    assert file.read_edits(path, made) == []
 
 
 def test_a_persons_change_stands_also_where_the_run_renewed_the_skill_meanwhile(tmp_path):
@@ -346,12 +355,12 @@ def test_a_persons_change_stands_also_where_the_run_renewed_the_skill_meanwhile(
     file.write(path, [file.edit(before, Lesson(workflow="mine"), who="me")])
     made.credit(["s00001"], [1.0, 0.0], step=4)
     assert made.add(Lesson(workflow="get the boss then the hue of it"), source(step=4), pdi=0.3).version == 2
-    [changed] = file.by_hand(path, made)
+    [changed] = file.read_edits(path, made)
     made.take(changed)
     now = made.skills["s00001"]
     assert (now.version, now.lesson.workflow, now.edited) == (3, "mine", "me")
     assert (now.shown, now.reward, now.used) == (2, 1.0, 4)
-    assert file.by_hand(path, made) == []
+    assert file.read_edits(path, made) == []
 
 
 def test_the_number_of_a_skill_that_a_person_changed_is_not_given_to_another_one():
@@ -373,7 +382,7 @@ def test_a_skill_without_text_is_refused_and_one_that_stays_the_same_is_no_new_v
 def test_a_retired_skill_is_neither_shown_nor_made_again():
     made = filled(("look for it here and there", "train/0", "p"))
     made.skills["s00001"] = file.retire(made.skills["s00001"], who="me")
-    assert made.find("train/0", "p", 3) == []
+    assert find(made, "train/0", "p", 3) == []
     assert made.add(Lesson(workflow="look for it here and there!"), source(step=9), pdi=0.0) is None
-    assert made.find("train/0", "p", 3) == []
+    assert find(made, "train/0", "p", 3) == []
     assert made.forget(step=999) == 0

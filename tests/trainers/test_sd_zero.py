@@ -20,7 +20,7 @@ from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.loop.play import Standing
-from opd.trainers.parts.episodes import unsampled
+from opd.trainers.parts.episodes import unsampled_turn
 from opd.trainers.sd_zero.method import Distilling, SdZero, SdZeroConfig
 from opd.trainers.sd_zero.revisions import (
     Collection,
@@ -28,8 +28,8 @@ from opd.trainers.sd_zero.revisions import (
     TraceFile,
     collect,
     summary,
-    supervised,
     to_samples,
+    to_supervised,
 )
 from opd.types import Sample, TeacherView
 
@@ -139,7 +139,7 @@ def test_an_attempt_that_is_too_long_is_dropped_whole_and_counted(play, scripted
 
 
 def test_a_view_that_holds_fewer_tokens_than_were_sampled_is_refused():
-    whole = supervised([unsampled([1, 2], [3, 4, 5])], task(0, split="train"))
+    whole = to_supervised([unsampled_turn([1, 2], [3, 4, 5])], task(0, split="train"))
     with pytest.raises(DataError, match="does not hold the sampled ids"):
         Sample(
             **{f: getattr(whole, f) for f in Sample.__slots__ if f != "teacher_view"},
@@ -150,23 +150,23 @@ def test_a_view_that_holds_fewer_tokens_than_were_sampled_is_refused():
 def test_an_attempt_of_one_turn_is_revised_in_the_same_turn(make_chat):
     chat = make_chat()
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
-    attempt, revision = [unsampled([1, 2], [70, 71, chat.end_id])], [unsampled([8, 8, 8], [72, chat.end_id])]
+    attempt, revision = [unsampled_turn([1, 2], [70, 71, chat.end_id])], [unsampled_turn([8, 8, 8], [72, chat.end_id])]
     [turn] = reviser.generation(attempt, CUE_WRONG, revision)
     doubt = chat.encode(f"\n\n{CUE_WRONG}\n\n")
-    assert turn == unsampled([1, 2], [70, 71, *doubt, 72, chat.end_id])
+    assert turn == unsampled_turn([1, 2], [70, 71, *doubt, 72, chat.end_id])
 
 
 def test_the_cue_stands_in_place_of_the_last_action_of_an_attempt_of_several_turns(make_chat):
     chat = make_chat()
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
-    attempt = [unsampled([1, 2], [70]), unsampled([3], [71])]
-    revision = [unsampled([8, 8], [72]), unsampled([4], [73])]
+    attempt = [unsampled_turn([1, 2], [70]), unsampled_turn([3], [71])]
+    revision = [unsampled_turn([8, 8], [72]), unsampled_turn([4], [73])]
     assert reviser.generation(attempt, CUE_WRONG, revision) == [
-        unsampled([1, 2], [70]),
-        unsampled([3], [*chat.encode(f"{CUE_WRONG}\n\n"), 72]),
-        unsampled([4], [73]),
+        unsampled_turn([1, 2], [70]),
+        unsampled_turn([3], [*chat.encode(f"{CUE_WRONG}\n\n"), 72]),
+        unsampled_turn([4], [73]),
     ]
-    sample = supervised(reviser.generation(attempt, CUE_WRONG, revision), task(0, split="train"), 0.5)
+    sample = to_supervised(reviser.generation(attempt, CUE_WRONG, revision), task(0, split="train"), 0.5)
     assert [w for w, m in zip(sample.ce_weight, sample.completion_mask, strict=True) if m] == [0.5] * sum(
         sample.completion_mask
     )

@@ -29,8 +29,8 @@ from opd.trainers.loop.loop import Loop
 from opd.trainers.loop.play import Player
 from opd.trainers.loop.reading import Models
 from opd.trainers.skill_sd import file
-from opd.trainers.skill_sd.bank import Lesson, Source
 from opd.trainers.skill_sd.method import SkillSd, SkillSdConfig
+from opd.trainers.skill_sd.skill import Lesson, Source
 from opd.types import TrajectoryGroup
 
 SETTINGS = {"skills": {"min_support": 0.0, "min_lift": -100.0}}
@@ -52,7 +52,7 @@ def source(task="train/0", prompt="the task", step=1, **changes):
 
 def knowing(method, text="Hum the tune.", **changes):
     """The method with a skill of train/0 in its bank."""
-    method.keeper.bank.untried = True
+    method.keeper.finder.untried = True
     method.keeper.bank.add(Lesson(workflow=text), source(**changes), pdi=0.0)
     return method
 
@@ -370,7 +370,7 @@ def test_a_trial_measures_what_a_skill_adds_to_right_episodes_above_wrong_ones(
     assert abs(skill.lifts["own"]) > 1e-4
     assert skill.lifts["own"] != pytest.approx((right + right_too) / 2, abs=1e-4)  # likelier alone is not better
     assert skill.trials == {"own": 1}
-    assert skill in method.keeper.bank.find(group.task.id, "", 2)
+    assert skill in method.keeper.finder.find(group.task.id, "", 2)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_without_a_right_and_a_wrong_episode_that_are_not_its_own_a_skill_waits(
     method, _ = tried(world, make_scheduler, scripted_engine, tmp_path, members=members, config={}, by=by)
     skill = method.keeper.bank.skills["s00001"]
     assert (skill.lift, skill.trials) == (None, {}), why
-    assert skill not in method.keeper.bank.find("train/0", "", 4)
+    assert skill not in method.keeper.finder.find("train/0", "", 4)
 
 
 def test_a_skill_is_tried_in_its_own_step_on_episodes_that_it_was_not_made_of(
@@ -431,7 +431,7 @@ def test_a_skill_of_the_right_way_lifts_and_one_of_the_wrong_way_or_of_both_does
 
 
 def test_skills_can_be_shown_untried_where_one_wants_it(make_chat):
-    assert SkillSd(SkillSdConfig(skills={"trials": 0}), make_chat()).keeper.bank.untried
+    assert SkillSd(SkillSdConfig(skills={"trials": 0}), make_chat()).keeper.finder.untried
 
 
 def test_special_tokens_in_an_episode_are_only_text_in_a_skill(make_chat, make_episode, tmp_path):

@@ -105,7 +105,7 @@ class LightningConfig(ImitationConfig, DivergenceConfig):
         return self
 
     def loss(self) -> Distill | SampledDistill:
-        """The component of the last stage."""
+        """Return the component that the last stage trains. Raises ConfigError for a form that there is none for."""
         if self.form == "exact":
             return Distill(divergence=self.divergence)
         if self.form != "sampled":

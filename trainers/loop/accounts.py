@@ -1,4 +1,4 @@
-"""What became of every token that a step sampled: trained, masked, or dropped, and why."""
+"""Accounts for every token that a step sampled: it was trained, masked, or dropped for a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Turn = tuple[str, int, int]
 def account(
     groups: Sequence[TrajectoryGroup], trained: Sequence[Sample], skipped: Sequence[Sample] = ()
 ) -> dict[str, float]:
-    """Counts of tokens, as metrics; every token of `tokens/sampled` is in one of the others, and in one only.
+    """Count tokens, as metrics; every token of `tokens/sampled` is in one of the others, and in one only.
 
     `tokens/trained` have a weight in a sample of an update; `tokens/masked` are in a sample and have none.
     `tokens/dropped/` and a reason are the rest: the kind of failure that ended the episode (`timeout`, ...);
@@ -45,14 +45,14 @@ def account(
 
 
 def _lost(group: TrajectoryGroup, trajectory: Trajectory) -> str | None:
-    """Why a trajectory could not train, if so."""
+    """Return why a trajectory could not train; None for one that could."""
     if trajectory.failed is not None:
         return trajectory.fault or "failed"
     return "small_group" if group.dropped else None
 
 
 def _weighed(samples: Sequence[Sample]) -> dict[_Turn, list[bool]]:
-    """For each sampled token of a turn, whether any loss of any sample weighs it."""
+    """Return a flag for each sampled token of a turn. True: a loss of a sample weighs it."""
     found: dict[_Turn, list[bool]] = {}
     for sample in samples:
         if sample.task is None:

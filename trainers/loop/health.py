@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Health:
-    """What went wrong how often in a row. Every rank sees the same, so that all end a run together."""
+    """Counts how often in a row things went wrong. Every rank sees the same, so that all end a run together."""
 
     give_up_after: int = 3
     """Rounds without a usable episode, or updates that are not finite, after which the run ends; 0: never."""
     streaks: Counter[str] = field(default_factory=Counter)
     first_failure: str | None = None
-    """Why the first episode of the rounds in a row without a usable one failed."""
+    """The failure of the first episode of the rounds in a row without a usable one."""
 
     def played(self, groups: Sequence[TrajectoryGroup]) -> None:
         """Take note of a round of episodes, of all ranks.

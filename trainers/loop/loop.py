@@ -32,16 +32,16 @@ class Loop:
     player: Player
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     dataset: Sequence[Sample] | None = None
-    """What is trained on in place of episodes, once `prepare` has found it."""
+    """The samples that are trained on in place of episodes; `prepare` finds them. None: episodes are played."""
     halfway: bool = False
     """The step at hand has changed the weights already: what is saved now belongs to no step."""
     failed: EngineError | HealthError | None = None
-    """What ended the last step after its last update. That step counts, and no other can follow it."""
+    """The error that ended the last step after its last update. That step counts, and no other can follow it."""
     finite: bool = True
     """The last step's losses and gradient norms were numbers."""
     checks: int = 2
-    """How often the sampler's log-probs are still to be compared with the student's: as the engine was started, and
-    after its first update."""
+    """The comparisons of the sampler's log-probs with the student's that are left: one when the engine has started, and
+    one after its first update."""
 
     @property
     def stage(self) -> Stage:
@@ -167,7 +167,7 @@ class Loop:
         return metrics.of_samples(everyone) | metrics.of_tokens(everyone, known) | accounts
 
     def _count_dropped(self) -> dict[str, float]:
-        """What the method left out on all ranks, by reason."""
+        """Count what the method left out on all ranks, by reason; start again from 0."""
         total: Counter[str] = Counter()
         for own in self.player.ranks.gather(dict(self.method.dropped)):
             total.update(own)

@@ -1,4 +1,4 @@
-"""What a method is: answers to who teaches, what the teacher sees, and which token gets which loss.
+"""The base class of methods: a method answers who teaches, what the teacher sees, and which token gets which loss.
 
 A method's file holds its config, its registration (`registry.register`) and its class, and imports no torch. The loop
 (`loop.py`) calls the hooks below and knows no method by name.
@@ -33,7 +33,7 @@ class Method:
         self.config = config
         self.chat = chat
         self.dropped: Counter[str] = Counter()
-        """What `annotate` left out, by reason, since the loop last asked; a row's `dropped/<reason>`."""
+        """Counts of what `annotate` left out, by reason, since the loop last asked; a row's `dropped/<reason>`."""
 
     # -- known from the settings alone
 
@@ -44,7 +44,7 @@ class Method:
 
     @staticmethod
     def teacher(config: Any) -> TeacherConfig:
-        """Whose weights teach."""
+        """Return the teacher's settings, which name the weights that teach."""
         return LIVE
 
     @staticmethod
@@ -74,7 +74,7 @@ class Method:
 
     @classmethod
     def inputs(cls, config: Any) -> Inputs:
-        """What the method reads ahead of training: by default the teacher's model, if that is another one."""
+        """Name what the method reads ahead of training: by default the teacher's model, if that is another one."""
         model = cls.teacher(config).model
         return Inputs(models={"teacher.model": model} if model else {})
 
@@ -89,11 +89,11 @@ class Method:
         return Prepared()
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
-        """The three questions, for the trajectories of one task."""
+        """Answer the three questions for the trajectories of one task, as samples with weights and teacher's views."""
         raise NotImplementedError
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
-        """What the teacher reads in place of the task's first messages; also how its own success is measured."""
+        """Return what the teacher reads in place of the task's first messages; its own success is measured so, too."""
         return messages
 
     def weigh(self, samples: list[Sample], all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
@@ -112,8 +112,8 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart; JSON-serialisable."""
+        """Return what must survive a restart, JSON-serialisable."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Take up what `state_dict` returned."""

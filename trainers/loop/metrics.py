@@ -82,7 +82,7 @@ def pass_rates(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:
 
 
 def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
-    """What trains, by which route, and what the teachers are shown."""
+    """Count samples by their routes, and by what their teachers are shown."""
     row: dict[str, float] = {}
     for route, count in Counter(s.route for s in samples).items():
         row |= {f"route/{route}": float(count), f"route/{route}_share": count / len(samples)}
@@ -94,7 +94,7 @@ def of_samples(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def of_tokens(samples: Sequence[Sample], facts: Mapping[int, Mapping[str, Tensor]]) -> dict[str, float]:
-    """What the objective found out, over the tokens that train by the component it is about."""
+    """Average the objective's facts, each over the tokens that train by the component it is about."""
     columns = _columns(samples, facts)
     distilled, policy = columns["distill_weight"] != 0, columns["policy_weight"] != 0
     trained = distilled | policy | (columns["ce_weight"] != 0)

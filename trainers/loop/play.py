@@ -29,7 +29,7 @@ from opd.types import Sample, Task, Trajectory, TrajectoryGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a run stands, in plain values."""
+    """The standing of a run, in plain values."""
 
     seed: int
     settings: str
@@ -45,7 +45,7 @@ class Standing:
 
 @dataclass(kw_only=True)
 class Player:
-    """What a method may ask of a run. All ranks ask the same, in the same order.
+    """Answers what a method asks of a run. All ranks ask the same, in the same order.
 
     A method uses `play`, `generate`, `read`, `divergences`, `task`, `ranks`, `stopping`, `standing` and
     `fingerprint`; the rest is for the loop and for whoever runs it.
@@ -82,7 +82,7 @@ class Player:
 
     @property
     def standing(self) -> Standing:
-        """Where the run stands now."""
+        """The standing of the run now."""
         return Standing(
             seed=self.seed,
             settings=self.settings,
@@ -152,14 +152,14 @@ class Player:
         return evaluate_in_batches(self.models, samples, indices, partial(own_scores, self.models, top_k))
 
     def divergences(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """How far the teacher is from the student at each sampled token, without training: nats [tokens] a sample."""
+        """Measure how far the teacher is from the student at each sampled token, without training: nats [N] each."""
         return divergences(self.models, self.stage.losses, samples)
 
     # -- for the loop
 
     @property
     def sampling(self) -> Sampling:
-        """How training rollouts are drawn."""
+        """The sampling settings of training rollouts."""
         return Sampling(temperature=self.rollout.temperature, top_p=self.rollout.top_p, top_k=self.rollout.top_k)
 
     def sync(self) -> None:

@@ -40,7 +40,7 @@ class MethodSpec:
 
     @property
     def address(self) -> str:
-        """Where the class stands: `module:Class`."""
+        """The address of the class, `module:Class`."""
         return f"{self.cls.__module__}:{self.cls.__qualname__}"
 
     def stages(self, config: Any) -> Sequence[Stage]:
@@ -48,7 +48,7 @@ class MethodSpec:
         return self.cls.stages(config)
 
     def inputs(self, config: Any) -> Inputs:
-        """What the method reads ahead of training under these settings of its own."""
+        """Name what the method reads ahead of training under these settings of its own."""
         return self.cls.inputs(config)
 
 

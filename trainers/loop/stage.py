@@ -61,7 +61,7 @@ class Stage:
     stored: bool = False
     """train: the samples carry a teacher's stored scores, and nobody is asked."""
     notes: Callable[[RolloutConfig], list[str]] = _no_notes
-    """What the settings allow and a person may not mean, for the plan."""
+    """Returns notes for the plan: what the settings allow and a person may not mean."""
 
     def __post_init__(self) -> None:
         trained = (self.over, self.losses, self.teacher, self.needs_scores, self.stored)
@@ -91,18 +91,18 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a stage made or found before its first step."""
+    """The numbers and the dataset that a stage made or found before its first step."""
 
     numbers: Mapping[str, float] = field(default_factory=dict)
     """For the row of the stage's first step, and for `Stage.holds`."""
     dataset: Sequence[Sample] | None = None
-    """What the stage trains on in place of episodes, the same on all ranks. A step takes `train.tasks_per_step` of
-    these samples, in an order that is drawn anew for every pass over them."""
+    """The samples that the stage trains on in place of episodes, the same on all ranks. A step takes
+    `train.tasks_per_step` of these samples, in an order that is drawn anew for every pass over them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a method reads ahead of training: names and paths, each by its key in the method's own section."""
+    """Names and paths that a method reads ahead of training, each by its key in the method's own section."""
 
     models: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)

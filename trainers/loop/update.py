@@ -30,7 +30,7 @@ class MicroBatch:
 
     objective: Callable[[], Objective]
     indices: list[int]
-    """Of its samples."""
+    """The indices of its samples."""
     lengths: list[int]
     """Sampled tokens of each of them."""
     last: bool
@@ -51,7 +51,7 @@ class Updated:
     norms: list[float]
     """Gradient norms, one an update; of an update that was skipped, one that is not finite."""
     lr: float
-    """Of the last update."""
+    """The learning rate of the last update."""
     facts: Facts
     skipped: set[int]
     """Indices of the samples whose update was skipped."""
@@ -118,9 +118,9 @@ class _Update(NamedTuple):
     """Holds what became of one update."""
 
     loss: float
-    """Of all ranks."""
+    """The loss, of all ranks."""
     norm: float
-    """Of the gradient; not finite: the backend has skipped the update."""
+    """The gradient's norm; not finite: the backend has skipped the update."""
     lr: float
     facts: Facts
 

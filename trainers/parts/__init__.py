@@ -1,1 +1,1 @@
-"""What several methods use."""
+"""Parts that several methods use."""

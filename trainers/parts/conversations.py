@@ -1,4 +1,4 @@
-"""Conversations from a file, as episodes in token ids: an assistant's messages are completions, all else is prompt."""
+"""Reads a file's conversations as episodes in token ids: an assistant's messages are completions, others are prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def read_conversations(path: Path, chat: ChatFormat) -> list[Trajectory]:
-    """One conversation a line: `{"messages": [...]}` with roles and texts, perhaps `tools` and `success`.
+    """Read one conversation a line: `{"messages": [...]}` with roles and texts, perhaps `tools` and `success`.
 
-    Raises DataError, with the line's number, for what is no conversation with something to learn.
+    Raises DataError, with the line's number, for a line that is no conversation with something to learn.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -33,6 +33,7 @@ def read_conversations(path: Path, chat: ChatFormat) -> list[Trajectory]:
 
 
 def _conversation(row: Any, chat: ChatFormat, number: int) -> Trajectory:
+    """Return the conversation of line `number` as an episode. Raises ValueError where there is nothing to learn."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ValueError('it is no {"messages": [{"role": ..., "content": ...}, ...]}')
@@ -46,12 +47,11 @@ def _conversation(row: Any, chat: ChatFormat, number: int) -> Trajectory:
             continue
         if not new:
             raise ValueError("the assistant speaks first, or twice in a row")
-        forked, prompt_ids = False, []
         if turns:
             prompt = chat.extend(history, new, tools, last_id=chat.end_id)
             prompt_ids, forked = prompt.token_ids, prompt.forked
         else:
-            prompt_ids = chat.start(new, tools)
+            prompt_ids, forked = chat.start(new, tools), False
         ids = [*chat.encode(message["content"]), chat.end_id]
         turns.append(
             Turn(

@@ -1,7 +1,8 @@
-"""Episodes on disk: played once, kept as token ids, learned from later. For methods whose stages hand them on.
+"""Plays episodes into a file of token ids, and reads them back: for methods whose stages hand episodes on.
 
-A file holds one JSON object a line: first who played, and under which settings; then an episode each, with its
-messages to read and the ids and log-probs that were sampled, so that what trains is what was said, to the token.
+A file holds one JSON object a line: the first names the model and the settings that played; each other holds an
+episode, its messages for people, and the ids and log-probs that were sampled, so that what trains is what was said, to
+the token.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
-"""Files in a run's `data/`: of another model, and of the model that trains."""
+"""The files in a run's `data/` with the episodes of another model, and with those of the model that trains."""
 
 
 def playing(config: Any, *, tasks: int, first: int = 0, model: str | None = None) -> Stage:
-    """The stage that plays episodes of so many tasks into a file, as another model or as the run's own."""
+    """Return the stage that plays episodes of so many tasks into a file, as another model or as the run's own."""
     return Stage(
         kind="play",
         make=partial(Playing, config, tasks=tasks, model=model),
@@ -65,20 +66,20 @@ class Appendable(Protocol):
 
 
 class EpisodeFile:
-    """Episodes as rows, appended as they come; the first line says what they depend on."""
+    """A file of episodes, appended as they come; its first line, the header, says what they depend on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def lines(self) -> int:
-        """Whole lines, the header's included; none where there is no file."""
+        """The number of whole lines, the header's included; 0 where there is no file."""
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def open(self, header: Mapping[str, Any], *, wanted: int) -> list[dict[str, Any]]:
-        """The episodes so far, or a new file. Raises DataError for one that was played under another header.
+        """Read the episodes so far, or begin a new file. Raises DataError for a file that has another header.
 
-        Where all that are `wanted` are there, the model is not compared: it may have been trained on them since.
+        Where all `wanted` episodes are there, the model is not compared: it may have been trained on them since.
         """
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +97,9 @@ class EpisodeFile:
         return rows
 
     def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The header and the episodes; a half-written last row is not counted.
+        """Read the header and the episodes, without a half-written last row.
 
-        Raises DataError, with the line's number, for what is damaged.
+        Raises DataError, with the line's number, for a line that is damaged.
         """
         try:
             *whole, _ = self.path.read_bytes().split(b"\n")
@@ -139,10 +140,10 @@ def _line(data: Mapping[str, Any]) -> bytes:
 
 
 def collect(player: Player, chat: ChatFormat, file: EpisodeFile, tasks: int, *, name: str) -> list[dict[str, Any]]:
-    """Episodes of the first `tasks` tasks of the stage, `rollout.group_size` of each, which `file` holds too.
+    """Collect `rollout.group_size` episodes of each of the first `tasks` tasks; return the rows in `file`.
 
-    What the file holds already is not played again, and is played again to the same ids if it is cut there. Ends
-    early, with what there is, once `player.stopping()` is true.
+    What the file holds already is not played again; a file that was cut is completed with the same ids. Ends early,
+    with the rows so far, once `player.stopping()` is true.
     """
     run = player.standing
     header = {"model": player.fingerprint(), **rendering(chat), "settings": run.settings}
@@ -166,8 +167,8 @@ def in_rounds(
 ) -> list[Row]:
     """Go on from `rows` until there is one for each member of each of the stage's first `tasks` tasks.
 
-    As many tasks at a time as there are episodes at once; each round's rows are appended to `file` before the next.
-    Ends early, with what there is, once `player.stopping()` is true. Raises HealthError if every episode failed.
+    A round plays as many tasks as there are episodes at once; its rows are appended to `file` before the next round.
+    Ends early, with the rows so far, once `player.stopping()` is true. Raises HealthError if every episode failed.
 
     Args:
         rows: what the file holds already, the same on all ranks.
@@ -176,7 +177,7 @@ def in_rounds(
     """
     run, size = player.standing, player.standing.rollout.group_size
     at_once = max(1, run.rollout.concurrency // size)
-    rows = without_broken_end(rows, list(map(failure, rows)), at_once=at_once * size, wanted=tasks * size)
+    rows = drop_broken_end(rows, list(map(failure, rows)), at_once=at_once * size, wanted=tasks * size)
     while len(rows) < tasks * size and not player.stopping():
         first = len(rows) // size
         more = play([player.task(i) for i in range(first, min(first + at_once, tasks))])
@@ -186,13 +187,13 @@ def in_rounds(
     return rows
 
 
-def without_broken_end(
+def drop_broken_end(
     rows: list[dict[str, Any]], failures: Sequence[str | None], *, at_once: int, wanted: int
 ) -> list[dict[str, Any]]:
-    """The rows of a collection that stand: whole rounds, unless it is complete.
+    """Return the rows of a collection that need not be played anew: its whole rounds, or all rows if it is complete.
 
-    Rounds at its end that broke as a whole are played anew, where the collection is not complete or holds nothing else:
-    what broke them may be mended.
+    Rounds at its end whose episodes all failed are left out, where the collection is not complete or holds nothing
+    else: what broke them may be mended.
 
     Args:
         failures: why each row's episode failed, or None.
@@ -209,7 +210,7 @@ def without_broken_end(
 
 
 def rendering(chat: ChatFormat) -> dict[str, str]:
-    """Fingerprints of what makes ids of messages."""
+    """Return the fingerprints of the tokenizer and of the chat template, which make ids of messages."""
     from opd.models.identity import template_fingerprint, tokenizer_fingerprint  # late: it needs torch
 
     return {
@@ -219,7 +220,7 @@ def rendering(chat: ChatFormat) -> dict[str, str]:
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """An episode as it stands in the file: outcome first, ids last."""
+    """Return an episode as a row of the file: outcome first, ids last."""
     return {
         "task": trajectory.task.id,
         "seed": trajectory.task.seed,
@@ -244,7 +245,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def read_episode(row: Mapping[str, Any]) -> Trajectory:
-    """The reverse of `to_row`, as far as learning needs it. Raises ValueError for what is no such row."""
+    """Return the episode of a row by `to_row`, as far as learning needs it. Raises ValueError for any other row."""
     try:
         split, index = row["task"].split("/")
         turns = [
@@ -271,8 +272,8 @@ def read_episode(row: Mapping[str, Any]) -> Trajectory:
         raise ValueError(f"it is no episode ({error!r})") from error
 
 
-def unsampled(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
-    """A turn that is learned as it stands: without log-probs, as nobody sampled it from the model that learns."""
+def unsampled_turn(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
+    """Make a turn that is learned as it stands: its log-probs are nan, as the model that learns did not sample it."""
     return Turn(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
@@ -284,14 +285,14 @@ def unsampled(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
 
 
 def segments(rows: Sequence[Mapping[str, Any]], *, only_right: bool = False) -> Iterator[tuple[Trajectory, Segment]]:
-    """The sequences that may train: nothing broke, something was sampled and, if asked, the episode was right."""
+    """Yield the sequences with a sampled token of the episodes that did not fail; `only_right`: and that were right."""
     for trajectory in map(read_episode, rows):
         if trajectory.failed is None and (trajectory.success or not only_right):
             yield from ((trajectory, s) for s in trajectory.segments() if any(turn.completion_ids for turn in s.turns))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What was played, in numbers."""
+    """Count the episodes and their tokens, and the share that was right, as metrics."""
     return {
         "collect/episodes": float(len(rows)),
         "collect/right": sum(row["success"] for row in rows) / max(1, len(rows)),

@@ -1,4 +1,4 @@
-"""How far from a teacher a token is: the settings that methods share, and the loss component that they ask for."""
+"""Settings of the distance from a teacher that methods share, and the loss component that they ask for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from opd.losses import Distill, Divergence, SampledDistill, unknown
 
 
 def _from_kind(value: Any) -> Any:
+    """Return the long form of a bare kind; any other value as it is."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -69,7 +70,7 @@ class FormConfig(DivergenceConfig):
     )
 
     def loss(self, *, coef: float = 1.0) -> Distill | SampledDistill:
-        """The component that these settings ask for. Raises ConfigError for a name that there is no formula for."""
+        """Return the component that these settings ask for. Raises ConfigError for an unknown form."""
         if self.form == "exact":
             return Distill(divergence=self.divergence, max_ratio=self.max_ratio, coef=coef)
         if self.form != "sampled":

@@ -1,7 +1,6 @@
-"""What a teacher knows of an episode that is over: a sibling that succeeded, and what the environment said.
+"""A teacher that looks back on an episode: it is shown a sibling that succeeded, or the environment's feedback.
 
-SDPO and SRPO share this; they differ in which episodes it corrects.
-Nothing of it reaches the student's prompt.
+SDPO and SRPO share it; they differ in which episodes it corrects. The student's prompt holds nothing of it.
 """
 
 from __future__ import annotations
@@ -80,12 +79,12 @@ class HindsightConfig(FormConfig):
 
 @dataclass(frozen=True, slots=True)
 class Hindsight:
-    """What there is to tell a teacher about one episode."""
+    """The texts that a teacher may be shown about one episode."""
 
     demonstration: str | None
-    """A sibling's episode, as text."""
+    """A right sibling's episode, as text; None: there is none."""
     feedback: dict[int, str]
-    """What the environment said about the actions, by turn."""
+    """The environment's feedback on the actions, by turn."""
 
 
 class HindsightMethod(Method):
@@ -107,24 +106,28 @@ class HindsightMethod(Method):
             "whole episode and what it is shown, so long episodes are not distilled (route/too_long counts them)"
         ]
 
-    def right(self, trajectory: Trajectory) -> bool:
+    def is_right(self, trajectory: Trajectory) -> bool:
+        """True if the episode earned `right_from`; if that is None, if the environment calls it solved."""
         least = self.config.right_from
         return trajectory.success if least is None else trajectory.reward >= least
 
     def hindsight(self, trajectory: Trajectory, group: Sequence[Trajectory]) -> Hindsight:
-        """The first *other* episode of the group that is right, and the episode's own feedback if it is wanted."""
-        sibling = next((other for other in group if other is not trajectory and self.right(other)), None)
+        """Return the group's first right episode *other* than this one, and this one's own feedback if it is wanted."""
+        sibling = next((other for other in group if other is not trajectory and self.is_right(other)), None)
         when = self.config.feedback
         wanted = when == "always" or (when == "without_demonstration" and sibling is None)
-        said = {n: turn.feedback for n, turn in enumerate(trajectory.turns) if turn.feedback} if wanted else {}
-        return Hindsight(None if sibling is None else _as_text(sibling), said)
+        feedback = {n: turn.feedback for n, turn in enumerate(trajectory.turns) if turn.feedback} if wanted else {}
+        return Hindsight(None if sibling is None else _demonstration_text(sibling), feedback)
 
-    def taught(
+    def taught_sample(
         self, trajectory: Trajectory, segment: Segment, known: Hindsight, *, policy: float = 0.0, advantage: float = 0.0
     ) -> Sample:
-        """A segment with the teacher's view. Tokens before the first thing that it shows are not distilled: there
-        the teacher knows no more than the student. The route tells whether there is anything, and room for it."""
-        shown = self._shown(segment, known)
+        """Make a sample of a segment, with the teacher's view if there is something to show and room for it.
+
+        Its route says so: distill, untaught (nothing to show) or too_long. Turns before the first thing that is shown
+        are not distilled: there the teacher knows no more than the student.
+        """
+        shown = self._texts(segment, known)
         view = self._view(trajectory, segment, shown) if shown else None
         if view is None or len(view.token_ids) > self.config.max_teacher_tokens:
             route = "untaught" if view is None else "too_long"
@@ -136,15 +139,15 @@ class HindsightMethod(Method):
         weights = [w if turn >= first else 0.0 for w, turn in zip(sample.distill_weight, sample.turn, strict=True)]
         return replace(sample, distill_weight=weights)
 
-    def _shown(self, segment: Segment, known: Hindsight) -> list[tuple[int, str, str]]:
-        """(turn, what it is, the text) of all that is shown in a segment."""
+    def _texts(self, segment: Segment, known: Hindsight) -> list[tuple[int, str, str]]:
+        """Return all that is shown in a segment, each as turn, kind (demonstration or feedback) and text."""
         shown = [] if known.demonstration is None else [(segment.start, "demonstration", known.demonstration)]
         if self.config.feedback_at == "start":
-            told = [(segment.start, "\n".join(known.feedback.values()))] if known.feedback else []
+            feedback = [(segment.start, "\n".join(known.feedback.values()))] if known.feedback else []
         else:
             turns = range(segment.start, segment.start + len(segment.turns))
-            told = [(turn, text) for turn, text in known.feedback.items() if turn in turns]
-        return shown + [(turn, "feedback", text) for turn, text in told]
+            feedback = [(turn, text) for turn, text in known.feedback.items() if turn in turns]
+        return shown + [(turn, "feedback", text) for turn, text in feedback]
 
     def _view(self, trajectory: Trajectory, segment: Segment, shown: list[tuple[int, str, str]]) -> TeacherView:
         config = self.config
@@ -164,8 +167,8 @@ class HindsightMethod(Method):
         return replace(view, shows=tuple(dict.fromkeys(what for _, what, _ in shown)))
 
 
-def _as_text(trajectory: Trajectory) -> str:
-    """An episode as a demonstration: what was done, without the thinking, and what came back."""
+def _demonstration_text(trajectory: Trajectory) -> str:
+    """Write an episode as a demonstration: its actions without the thinking, and what came back."""
     return episode_text(
         {**m, "content": without_thinking(m["content"])} if m["role"] == "assistant" else m for m in trajectory.messages
     )

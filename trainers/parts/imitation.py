@@ -1,4 +1,4 @@
-"""A stage that imitates: cross-entropy on episodes that were played before, or that it plays itself first."""
+"""The stage that imitates: cross-entropy on episodes that were played before, or that it plays itself first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ImitationConfig(Strict):
-    """Which episodes are learned, and how they count."""
+    """Settings of what is learned by imitation: which episodes, and how they count."""
 
     keep: Literal["right", "all"] = Field(
         "right", description="Learn from episodes that the environment called solved, or from all."
@@ -43,7 +43,7 @@ def imitating(
     file: str | None = None,
     over: StageConfig = StageConfig(),  # noqa: B008  (frozen)
 ) -> Stage:
-    """The stage that learns from a teacher's episodes, from own ones of so many tasks, or from those of a file."""
+    """Return the stage that learns from a teacher's episodes, from own ones of so many tasks, or from a file's."""
     return Stage(
         make=partial(Imitating, config, source=source, tasks=tasks, file=file),
         over=over,
@@ -87,12 +87,12 @@ class Imitating(Method):
             if player.stopping():
                 return Prepared(made)
             found = list(segments(rows, only_right=only_right))
-        dataset = self._fitting(found, player.standing.rollout.max_length, where)
+        dataset = self._fitting_samples(found, player.standing.rollout.max_length, where)
         counts = {"collect/kept": float(len(dataset)), "dropped/too_long": float(len(found) - len(dataset))}
         return Prepared(made | counts, dataset)
 
-    def _fitting(self, found: Sequence[tuple[Trajectory, Segment]], most: int, where: Path) -> list[Sample]:
-        """What is not too long. Raises DataError if nothing is left."""
+    def _fitting_samples(self, found: Sequence[tuple[Trajectory, Segment]], most: int, where: Path) -> list[Sample]:
+        """Return the samples of at most `most` tokens. Raises DataError, naming the file `where`, if none is left."""
         samples = [to_sample(trajectory, segment, ce=1.0, route="ce") for trajectory, segment in found]
         kept = [sample for sample in samples if len(sample.token_ids) <= most]
         if not kept:

@@ -1,4 +1,4 @@
-"""The reward's policy gradient: its settings, and its share beside a teacher."""
+"""Settings of the reward's policy gradient, and of its share beside a teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALONE = (
 
 
 class PolicyConfig(Strict):
-    """How the rewards of a group become advantages, and how far one may move a token's probability."""
+    """Settings that make advantages of a group's rewards, and bound how far a token's probability moves."""
 
     scale: Literal["std", "none"] = Field(
         "std", description="Divide advantages by the group's standard deviation, or not (Dr. GRPO)."
@@ -39,13 +39,13 @@ class PolicyConfig(Strict):
     entropy: float = Field(0.0, ge=0, description="Bonus on the student's entropy, per nat.")
 
     def loss(self, *, coef: float = 1.0) -> Policy:
-        """The component that these settings ask for."""
+        """Return the component that these settings ask for."""
         return Policy(
             clip_low=self.clip_low, clip_high=self.clip_high, level=self.ratio, entropy=self.entropy, coef=coef
         )
 
     def advantages(self, group: Sequence[Trajectory]) -> list[float]:
-        """One for each episode of a group, by its reward; none for none."""
+        """Return one advantage for each episode of a group, by its reward; [] for an empty group."""
         from opd.maths.advantage import group_advantage  # late: it needs torch
 
         if not group:
@@ -55,7 +55,7 @@ class PolicyConfig(Strict):
 
 
 class PolicyShareConfig(Strict):
-    """A share of the reward's policy gradient beside a teacher's divergence."""
+    """Settings of a share of the reward's policy gradient beside a teacher's divergence."""
 
     policy_share: float = Field(
         0.0,
@@ -69,11 +69,11 @@ class PolicyShareConfig(Strict):
     )
 
     def policy_loss(self) -> Policy | None:
-        """The policy's component; None where it has no share."""
+        """Return the policy's component; None where it has no share."""
         return self.policy.loss(coef=self.policy_share) if self.policy_share else None
 
-    def credited(self, group: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, float, float]]:
-        """Each episode of a group with the weight of its policy loss and its advantage, both 0 without a share."""
+    def with_advantages(self, group: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, float, float]]:
+        """Yield each episode with the weight of its policy loss and its advantage, both 0 without a share."""
         weight = 1.0 if self.policy_share else 0.0
         for trajectory, advantage in zip(group, self.policy.advantages(group), strict=True):
             yield trajectory, weight, weight * advantage

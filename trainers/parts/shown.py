@@ -15,7 +15,7 @@ from opd.types import Message, Sample, Segment, Trajectory, to_sample
 
 
 class ShownConfig(DivergenceConfig):
-    """Which text the teacher is shown, and how it is put to it."""
+    """Settings of the text that the teacher is shown."""
 
     privileged: str | None = Field(
         "solution",
@@ -35,11 +35,11 @@ class ShownConfig(DivergenceConfig):
 
 
 class ShownMethod(Method):
-    """A method whose teacher sees what `ShownConfig` says."""
+    """A method whose teacher is shown the text that `ShownConfig` names."""
 
     config: ShownConfig
 
-    def taught(self, trajectory: Trajectory, segment: Segment) -> Sample:
+    def taught_sample(self, trajectory: Trajectory, segment: Segment) -> Sample:
         """Make a sample of a segment, with the teacher's view; every sampled token is distilled.
 
         Raises DataError where the environment does not offer the text.

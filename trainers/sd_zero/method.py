@@ -37,7 +37,7 @@ class SdZero(Method):
 
 
 def _distilling(config: SdZeroConfig) -> Stage:
-    """Phase 2."""
+    """Return the stage of phase 2."""
     return Stage(
         make=partial(Distilling, config),
         first_task=config.questions if config.phases == "both" else 0,
@@ -48,7 +48,7 @@ def _distilling(config: SdZeroConfig) -> Stage:
 
 
 class Distilling(Phase):
-    """Phase 2: the reviser, who sees the attempt and how it went, scores the attempt's own tokens."""
+    """Runs phase 2: the reviser, who sees the attempt and its outcome, scores the attempt's own tokens."""
 
     @staticmethod
     def losses(config: SdZeroConfig) -> Losses:

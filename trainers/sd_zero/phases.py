@@ -1,4 +1,4 @@
-"""The phases of SD-Zero: what both share, and the first, in which a model learns to revise."""
+"""The first phase of SD-Zero, in which a model learns to revise, and the base class of both phases."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def revising(config: SdZeroConfig, parts: dict[Part, float], *, collects: bool) -> Stage:
-    """Phase 1, or a half of it; the first half collects the revisions of both."""
+    """Return the stage of phase 1, or of a half of it, that trains `parts`; the first half collects for both."""
     collection = Collection(config.questions, config.revisions, revise_right=config.variant == "paper")
     return Stage(
         make=partial(Revising, config, parts=parts, collection=collection, collects=collects),
         over=config.revising,
         losses=Losses(ce=CrossEntropy()),
-        notes=lambda rollout: [collection.announced(rollout.group_size)] if collects else [],
+        notes=lambda rollout: [collection.note(rollout.group_size)] if collects else [],
     )
 
 
 class Phase(Method):
-    """What both phases share: how an attempt is put before the model."""
+    """A phase, which puts attempts before the model by its `reviser`."""
 
     config: SdZeroConfig
 
@@ -39,7 +39,7 @@ class Phase(Method):
 
 
 class Revising(Phase):
-    """Phase 1, or a half of it: learn from revisions that turned out right."""
+    """Runs phase 1, or a half of it: the model learns from revisions that turned out right."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero/method.py`.
+"""Self-revision: a model tries its task again, given its own attempt and a cue that tells the outcome. For the phases.
 
 An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
-attempt and the cue that tells its outcome. Both are kept as one readable row of JSON for each attempt, with the ids
-that were sampled, so that what trains is what was said, to the token.
+attempt and the cue. Each attempt is kept with its revisions as one readable row of JSON, with the ids that were
+sampled, so that what trains is what was said, to the token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled
+from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled_turn
 from opd.types import End, Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 if TYPE_CHECKING:
@@ -31,20 +31,21 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Reviser:
-    """How an attempt is put before the model that revises it, and before the teacher that scores it."""
+    """Puts an attempt before the model that revises it, and before the teacher that scores it."""
 
     chat: ChatFormat
     cues: tuple[str, str]
-    """For an attempt that was right, and for one that was not."""
+    """The cue for an attempt that was right, and the cue for one that was not."""
     place: Literal["prompt", "reply"]
     """`prompt`: the attempt as text, and the cue, in the first user message. `reply`: as the paper has it for one turn,
     the attempt's own ids and the cue at the beginning of what the model says."""
 
     def cue(self, right: bool) -> str:
+        """Return the cue that tells this outcome."""
         return self.cues[0] if right else self.cues[1]
 
     def opening(self, attempt: Trajectory, segment: Segment) -> list[int]:
-        """The ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
+        """Return the ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
         cue = self.cue(attempt.success)
         if self.place == "prompt":
             text = episode_text(attempt.messages)
@@ -53,10 +54,10 @@ class Reviser:
             )
             return self.chat.start(messages, attempt.tools)
         ids = [i for turn in segment.turns for i in (*turn.prompt_ids, *turn.completion_ids)]
-        return [*self._open_ended(ids), *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}")]
+        return [*self._without_end(ids), *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}")]
 
     def view(self, attempt: Trajectory, segment: Segment) -> TeacherView:
-        """The teacher's ids: what a reviser reads, then the attempt once more, whose tokens are scored."""
+        """Return the teacher's view: what a reviser reads, then the attempt once more, whose tokens are scored."""
         ids = self.opening(attempt, segment)
         rows: list[int] = []
         for number, turn in enumerate(segment.turns):
@@ -66,7 +67,7 @@ class Reviser:
         return TeacherView(token_ids=ids, rows=rows)
 
     def generation(self, attempt: Sequence[Turn], cue: str, revision: Sequence[Turn]) -> list[Turn]:
-        """The plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
+        """Return the plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
 
         An attempt of one turn is answered in the same turn, as in the paper. What ended an episode of several turns
         cannot be taken back there: the cue stands in place of the attempt's last action.
@@ -76,42 +77,45 @@ class Reviser:
         if before:
             doubt = [*self.chat.encode(cue + SEPARATOR), *first.completion_ids]
         else:
-            said = self._open_ended(last.completion_ids)
-            doubt = [*said, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
-        return [*before, unsampled(last.prompt_ids, doubt), *after]
+            answer = self._without_end(last.completion_ids)
+            doubt = [*answer, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
+        return [*before, unsampled_turn(last.prompt_ids, doubt), *after]
 
-    def _open_ended(self, ids: list[int]) -> list[int]:
-        """Without the token that ended the turn."""
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """Return the ids without the token that ended the turn."""
         return ids[:-1] if ids[-1] in self.chat.stop_ids else ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """An attempt, and what became of it."""
+    """An attempt and its revisions."""
 
     task: Task
     cue: str
     attempt: list[Turn]
     learnable: bool
-    """Whether the attempt itself may be learned from, as a revision may: it was right."""
+    """True: the attempt itself may be learned from, as it was right."""
     revisions: list[list[Turn]] = field(default_factory=list)
-    """Those that were right; the others are only in the file."""
+    """The revisions that may be learned from; the others are only in the file."""
 
     def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
-        """What trains on it: each revision by itself, and as the end of what the model might say unasked; or the
-        attempt, if it was right."""
+        """Yield the samples of the parts that `weights` names.
+
+        revision: each revision by itself. generation: each as the end of what the model might say unasked. attempt:
+        the attempt, if it was right.
+        """
         if "attempt" in weights and self.learnable:
-            yield supervised(self.attempt, self.task, weights["attempt"])
+            yield to_supervised(self.attempt, self.task, weights["attempt"])
         for revision in self.revisions:
             if "generation" in weights:
                 sequence = reviser.generation(self.attempt, self.cue, revision)
-                yield supervised(sequence, self.task, weights["generation"])
+                yield to_supervised(sequence, self.task, weights["generation"])
             if "revision" in weights:
-                yield supervised(revision, self.task, weights["revision"])
+                yield to_supervised(revision, self.task, weights["revision"])
 
 
-def dropped(episode: Trajectory, group: TrajectoryGroup) -> str | None:
-    """Why an episode of a group is not learned from; None for one that is."""
+def reason_to_drop(episode: Trajectory, group: TrajectoryGroup) -> str | None:
+    """Return why an episode of a group is not learned from; None for one that is."""
     if episode.failed is not None or group.dropped:
         return "failed" if episode.failed is not None else "another of its group failed"
     if not (episode.success and episode.completion_tokens):
@@ -122,7 +126,7 @@ def dropped(episode: Trajectory, group: TrajectoryGroup) -> str | None:
 def to_row(
     origin: str, cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
 ) -> dict[str, Any]:
-    """One attempt of a group and its revisions, if there are any, as they stand in the file: ids last."""
+    """Return the row of one attempt of a group and of its revisions, if there are any: ids last."""
     revised = [] if revisions is None else [_episode(r, revisions) for r in revisions.trajectories]
     return {
         "task": attempt.task.id,
@@ -139,7 +143,7 @@ def to_row(
 
 def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
     return {
-        "dropped": dropped(trajectory, group),
+        "dropped": reason_to_drop(trajectory, group),
         "success": trajectory.success,
         "end": trajectory.end,
         "failed": trajectory.failed,
@@ -155,7 +159,7 @@ def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
 
 
 def read_trace(row: dict[str, Any]) -> Trace:
-    """The reverse of `to_row`."""
+    """Return the trace of a row that `to_row` made."""
     split, index = row["task"].split("/")
     return Trace(
         task=Task(index=int(index), seed=row["seed"], split=split),
@@ -167,17 +171,18 @@ def read_trace(row: dict[str, Any]) -> Trace:
 
 
 def _turns(episode: dict[str, Any]) -> list[Turn]:
-    return [unsampled(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
+    return [unsampled_turn(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
 
 
 def _seal(row: dict[str, Any]) -> str:
+    """Return a row's checksum: 16 hex digits."""
     return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
 
 
 class TraceFile:
-    """The rows of a run's attempts, in a file to which they are appended as they come.
+    """The file of a run's attempts, to which rows are appended as they come.
 
-    A line ends with a checksum, so that what trains is what was sampled, and not what became of it since.
+    A line ends with a checksum, so that nothing trains that was changed since it was sampled.
     """
 
     def __init__(self, path: Path, origin: str) -> None:
@@ -185,7 +190,7 @@ class TraceFile:
         self.origin = origin
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows so far; a half-written last one is not counted.
+        """Read the rows so far, without a half-written last one.
 
         Raises DataError, with the line's number, for a row that is damaged or was made under other settings.
         """
@@ -203,6 +208,7 @@ class TraceFile:
         return rows
 
     def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        """Read a line. Raises DataError, with its number, where the checksum does not fit."""
         try:
             row = json.loads(line)
             if row.pop("seal") == _seal(row):
@@ -222,16 +228,17 @@ class TraceFile:
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What phase 1 plays: tasks, each attempted `rollout.group_size` times."""
+    """The size of phase 1's collection: tasks, each attempted `rollout.group_size` times, and their revisions."""
 
     questions: int
+    """The number of tasks."""
     revisions: int
-    """Of each attempt."""
+    """The number of revisions of each attempt."""
     revise_right: bool
-    """Or of the wrong attempts only."""
+    """True: right attempts are revised too. False: wrong ones only."""
 
-    def announced(self, group_size: int) -> str:
-        """What is ahead, for the plan."""
+    def note(self, group_size: int) -> str:
+        """Say, for the plan, how much is played before phase 1 trains."""
         attempts = self.questions * group_size
         revisions = f" and up to {attempts * self.revisions:,} revisions" if self.revisions else ""
         return f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"
@@ -240,10 +247,11 @@ class Collection:
 def collect(
     player: Player, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
 ) -> list[dict[str, Any]]:
-    """Attempts at the first tasks of the run, and their revisions: as rows, which `file` holds too.
+    """Collect attempts at the first tasks of the run, and their revisions; return their rows, which `file` holds too.
 
-    As many tasks at a time as there are episodes at once. What the file holds already is not played again, and is
-    played again to the same ids if it is cut there. Ends early, with what there is, once `player.stopping()` is true.
+    As many tasks are played at a time as there are episodes at once. What the file holds already is not played again;
+    a file that was cut is completed with the same ids. Ends early, with the rows so far, once `player.stopping()` is
+    true.
 
     Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
     """
@@ -256,12 +264,12 @@ def collect(
         )
 
     def play(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-        return _attempted(player, tasks, file.origin, reviser, collection)
+        return _play_round(player, tasks, file.origin, reviser, collection)
 
     return in_rounds(player, file, rows, questions, play=play, failure=lambda row: row["attempt"]["failed"])
 
 
-def _attempted(
+def _play_round(
     player: Player, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
 ) -> list[dict[str, Any]]:
     """Play each of these tasks and have its attempts revised; return a row for each attempt."""
@@ -289,7 +297,7 @@ def _attempted(
 def to_samples(
     rows: Sequence[dict[str, Any]], reviser: Reviser, parts: Mapping[Part, float], most_tokens: int, *, where: Path
 ) -> tuple[list[Sample], int]:
-    """What trains on these rows, and how many sequences more were longer than `most_tokens`.
+    """Return the samples of these rows, and how many sequences more were left out as longer than `most_tokens`.
 
     Raises DataError, naming the file `where` they stand, if nothing is left.
     """
@@ -305,7 +313,7 @@ def to_samples(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What was collected, in numbers: attempts and revisions, the share of each that was right, and their tokens.
+    """Count attempts, revisions and their tokens, and the shares that were right, as metrics.
 
     `collect/corrected` is the share of the revisions of wrong attempts that are right: compare it with what attempting
     such tasks once more gives, which is less than `collect/right`.
@@ -326,8 +334,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return numbers
 
 
-def supervised(turns: Sequence[Turn], task: Task, weight: float = 1.0) -> Sample:
-    """A sequence whose completions are learned as they stand."""
+def to_supervised(turns: Sequence[Turn], task: Task, weight: float = 1.0) -> Sample:
+    """Make a sample whose completions are learned as they stand, with this weight."""
     whole = Trajectory(task=task, member=0, turns=list(turns), end=End.FINISHED, success=True)
     [segment] = whole.segments()
     return to_sample(whole, segment, ce=weight, route="ce")

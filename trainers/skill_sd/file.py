@@ -1,7 +1,7 @@
 """`data/skills.jsonl`: the bank as a person may read it and change it, a skill a line.
 
-The run writes it after every step and reads nothing of it but what a person changed (`edited`, `retired`). A file that
-is ahead of the checkpoint which a run goes on from so changes nothing by itself.
+The run writes it after every step, and reads from it only what a person changed (`edited`, `retired`). So a file that
+is ahead of the checkpoint that a run goes on from changes nothing by itself.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.errors import DataError
-from opd.trainers.skill_sd.bank import Lesson, Skill, SkillBank, from_row, to_row
+from opd.trainers.skill_sd.bank import SkillBank
+from opd.trainers.skill_sd.skill import Lesson, Skill, from_row, to_row
 
 NAME = "skills.jsonl"
 _PLACES = {"own": "its task", "like": "like tasks"}
 
 
 def read(path: Path) -> list[Skill]:
-    """The skills of a file. Raises DataError with the line that holds none."""
+    """Read the skills of a file. Raises DataError, with the line's number, for a line that holds none."""
     skills = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -33,7 +34,7 @@ def read(path: Path) -> list[Skill]:
 
 
 def write(path: Path, skills: Iterable[Skill]) -> None:
-    """All of them, so that the file is the old one or the new one, whenever one looks."""
+    """Write all skills anew. Whoever reads the file meanwhile finds it whole, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     text = "".join(f"{json.dumps(to_row(skill), ensure_ascii=False)}\n" for skill in skills)
@@ -41,8 +42,11 @@ def write(path: Path, skills: Iterable[Skill]) -> None:
     os.replace(aside, path)
 
 
-def by_hand(path: Path, bank: SkillBank) -> list[Skill]:
-    """What a person changed in the file since the bank last saw it, also of a skill that the run renewed meanwhile."""
+def read_edits(path: Path, bank: SkillBank) -> list[Skill]:
+    """Read the skills that a person changed in the file and the bank has not taken up; none where there is no file.
+
+    A change counts also where the run has renewed the skill meanwhile. Raises DataError as `read` does.
+    """
     if not path.is_file():
         return []
     changed = ((skill, bank.skills.get(skill.id)) for skill in read(path) if skill.by_hand)
@@ -50,19 +54,22 @@ def by_hand(path: Path, bank: SkillBank) -> list[Skill]:
 
 
 def edit(skill: Skill, lesson: Lesson, *, who: str) -> Skill:
-    """A skill with another text, and where it came from untouched. Raises DataError for no text at all."""
+    """Return the skill's next version with another text, its source untouched; the skill itself for the same text.
+
+    Raises DataError for a lesson without text.
+    """
     if not lesson.text:
         raise DataError(f"skill {skill.id}: a skill without text says nothing; retire it instead")
-    return skill if lesson == skill.lesson else replace(skill.rewritten(lesson), edited=who)
+    return skill if lesson == skill.lesson else replace(skill.next_version(lesson), edited=who)
 
 
 def retire(skill: Skill, *, who: str) -> Skill:
-    """A skill that is not shown any more."""
+    """Return the skill's next version, which is never shown."""
     return replace(skill, version=skill.version + 1, retired=True, edited=who)
 
 
 def markdown(skills: Sequence[Skill]) -> str:
-    """Skills as a page to read: text first, then where it comes from."""
+    """Write skills as a page to read: of each its text first, then its source, its numbers and its earlier texts."""
     parts = []
     for skill in skills:
         source = skill.source

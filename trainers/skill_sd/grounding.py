@@ -1,15 +1,16 @@
-"""How well what happened supports a skill: the Posterior Distillation Index, before it is tried on anything.
+"""The Posterior Distillation Index: how well its episodes support a skill, before it is tried on anything.
 
 Source: SPARK (arXiv 2605.09192) and its code. There an agent reflects after every attempt; here a skill is the
 reflection, the episodes that it was made of are the attempt, and the task's last skill the reflection before:
 
-    exec   share of what was done and said in the episodes that the skill covers
+    exec   share of the episodes' actions and feedback that the skill covers
     plan   likeness of its workflow to the last one's: inertia
     oss    half the likeness of what worked, half that of the mistakes: staleness
     PDI    (z(exec) - z(plan) - z(oss)) * min(1, n / 2), n the number of the task's skill
 
-z is over the skills so far; of the first there is but the raw difference. SPARK's is over the few steps of one episode,
-which is noise; here it is over the run. As a z-score says nothing where all are alike, `exec` has a floor of its own.
+z is over the skills so far; the first skill has the raw difference instead. SPARK's z is over the few steps of one
+episode, which is noise; here it is over the run. As a z-score says nothing where all are alike, `exec` has a floor of
+its own (`skills.min_support`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from opd.trainers.skill_sd.bank import Lesson
-from opd.trainers.skill_sd.text import covered, jaccard, words
+from opd.trainers.skill_sd.skill import Lesson
+from opd.trainers.skill_sd.text import coverage, jaccard, words
 
 LEAST_SPREAD = 0.1
-"""Where all skills are about alike, a small difference means nothing: none counts by a smaller spread."""
+"""The least standard deviation that a z-score divides by: among skills all alike, a small difference means nothing."""
 
 
 class Proxies(NamedTuple):
-    """What the index is made of, each from 0 to 1."""
+    """The parts of the index, each from 0 to 1."""
 
     exec: float
     plan: float
@@ -35,9 +36,9 @@ class Proxies(NamedTuple):
 
 
 def proxies(lesson: Lesson, evidence: Sequence[str], last: Lesson | None) -> Proxies:
-    """Of a lesson, the actions and feedback that it was made of, and the lesson of the same task before it."""
+    """Compare a lesson with the actions and feedback that it was made of, and with the task's last lesson, if any."""
     own = set(words(lesson.text))
-    exec = math.fsum(covered(piece, own) for piece in evidence) / len(evidence) if evidence else 0.0
+    exec = math.fsum(coverage(piece, own) for piece in evidence) / len(evidence) if evidence else 0.0
     if last is None:
         return Proxies(exec, 0.0, 0.0)
     stale = (jaccard(lesson.success, last.success) + jaccard(lesson.mistakes, last.mistakes)) / 2
@@ -46,19 +47,20 @@ def proxies(lesson: Lesson, evidence: Sequence[str], last: Lesson | None) -> Pro
 
 @dataclass
 class Index:
-    """The index over a run's skills: counts, and for each proxy the mean and the sum of squared differences."""
+    """The index over a run's skills: their count, and for each proxy its mean and its sum of squared differences."""
 
     count: int = 0
     means: list[float] = field(default_factory=lambda: [0.0] * 3)
     squares: list[float] = field(default_factory=lambda: [0.0] * 3)
 
-    def of(self, proxies: Proxies, number: int) -> float:
-        """The index of a task's `number`-th skill (from 1), which then counts among those so far."""
-        self._note(proxies)
+    def add(self, proxies: Proxies, number: int) -> float:
+        """Count a task's `number`-th skill (from 1) among those so far, and return its index."""
+        self._count(proxies)
         exec, plan, oss = proxies if self.count < 2 else map(self._z, range(3), proxies)
         return (exec - plan - oss) * min(1.0, number / 2)
 
-    def _note(self, values: Sequence[float]) -> None:
+    def _count(self, values: Sequence[float]) -> None:
+        """Update the means and squares by Welford's rule."""
         self.count += 1
         for n, value in enumerate(values):
             away = value - self.means[n]

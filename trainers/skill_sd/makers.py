@@ -1,13 +1,14 @@
-"""Who makes skills of finished episodes: rules, the policy itself, or a model behind a server.
+"""Summarisers, which make lessons of finished episodes: rules, the policy itself, or a model behind a server.
 
-A case is what there is to learn from one task's episodes; a summariser makes a lesson of each, or nothing. Lessons are
-what a stranger said: `trainers/skill_sd/keeper.py` bounds them, makes them harmless, and asks whether they are true.
+A case holds what can be learned from one task's episodes; a summariser makes a lesson of each, or none. A lesson is a
+stranger's text: `trainers/skill_sd/keeper.py` bounds it, makes it harmless, and checks it against the episodes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from opd.teachers.privileged import episode_text, without_thinking
 from opd.tool_calls import ToolCall, parse_tool_calls
-from opd.trainers.skill_sd.bank import Lesson
+from opd.trainers.skill_sd.config import SkillsConfig
 from opd.trainers.skill_sd.server import ChatServer
-from opd.trainers.skill_sd.text import neutral, one_line, shortened, structural_tokens
+from opd.trainers.skill_sd.skill import Lesson
+from opd.trainers.skill_sd.text import neutral, one_line, shorten, structural_tokens
 from opd.types import Message, Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -28,15 +30,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_WRONG = 3
-"""Failed episodes that a case holds, each with another thing said about it."""
+"""The most failed episodes in a case; no two of them have the same feedback."""
 _ACTION_CHARACTERS = 200
 _EPISODE_CHARACTERS = 4000
 _PROMPT_CHARACTERS = 6 * _EPISODE_CHARACTERS
 _MOST_OBJECTS = 16
-"""Places in an answer where its JSON may begin that are looked at."""
+"""The most places in an answer at which its JSON is looked for."""
 _ASKED_AT_ONCE = 8
 _KEYS = {"golden_workflow": "workflow", "success_analysis": "success", "mistake_analysis": "mistakes"}
-"""The paper's names of a skill's parts."""
+"""The paper's names of a lesson's parts, and ours."""
 
 PROMPT = """\
 An agent tried a task several times. Write down what it should know the next time it meets this task or one like it.
@@ -53,37 +55,46 @@ only what the attempts above show; leave a text empty if they show nothing about
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What there is to learn from the episodes of one task."""
+    """The episodes of one task from which a lesson is made."""
 
     task: Task
     prompt: str
     right: Trajectory | None
-    """The best episode that solved it."""
+    """The best episode that solved it; None: none did."""
     wrong: tuple[Trajectory, ...]
-    """Some that did not."""
+    """At most `MOST_WRONG` episodes that did not."""
     mixed: bool
-    """Whether some solved it and some did not: that is where there is most to learn."""
+    """True: some episodes solved it and some did not, so that there is most to learn."""
 
     @property
     def episodes(self) -> list[Trajectory]:
+        """The episode that solved it, if any, then the others."""
         return [*([self.right] if self.right else []), *self.wrong]
 
     @property
     def evidence(self) -> list[str]:
-        """What was done where it went right, and what the environment said where it did not."""
+        """The actions of the right episode, then the environment's feedback on the wrong ones."""
         done = [action(turn.text) for turn in self.right.turns] if self.right else []
-        return [*done, *(text for episode in self.wrong for text in said(episode))]
+        return [*done, *self.feedback]
+
+    @property
+    def feedback(self) -> list[str]:
+        """The environment's feedback on the wrong episodes."""
+        return [text for episode in self.wrong for text in feedback_on(episode)]
 
 
 def case_of(group: TrajectoryGroup, right_from: float | None) -> Case | None:
-    """A group's case; None where nothing can be learned: nobody solved it, and the environment said nothing."""
+    """Return a group's case; None where no episode solved the task and the environment gave no feedback.
+
+    `right_from` is the reward from which an episode is right; None: the environment says so.
+    """
     solved = [t for t in group.usable if is_right(t, right_from)]
     failed = [t for t in group.usable if not is_right(t, right_from)]
     best = min(solved, key=lambda t: (-t.reward, len(t.turns), t.completion_tokens, t.member), default=None)
     wrong: dict[str, Trajectory] = {}
     for trajectory in failed:
-        if said(trajectory):
-            wrong.setdefault(" ".join(said(trajectory)), trajectory)
+        if feedback := feedback_on(trajectory):
+            wrong.setdefault(" ".join(feedback), trajectory)
     if best is None and not wrong:
         return None
     few = tuple(wrong.values())[:MOST_WRONG] or tuple(failed[:1])
@@ -93,28 +104,28 @@ def case_of(group: TrajectoryGroup, right_from: float | None) -> Case | None:
 
 
 def is_right(trajectory: Trajectory, right_from: float | None) -> bool:
-    """Whether an episode is right: by its reward, or where the environment calls it solved."""
+    """True if the episode earned at least `right_from`; if that is None, if the environment calls it solved."""
     return trajectory.success if right_from is None else trajectory.reward >= right_from
 
 
 def task_text(group: TrajectoryGroup) -> str:
-    """What the first user message says of the task; nothing where nobody came to read it."""
+    """Return the first user message of a group's task; '' where no episode got as far as a turn."""
     first = next((t.turns[0].messages for t in group.trajectories if t.turns), [])
     return prompt_text(first)
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """The first user message."""
+    """Return the first user message; '' where there is none."""
     return next((str(m["content"]) for m in messages if m["role"] == "user"), "")
 
 
-def said(trajectory: Trajectory) -> list[str]:
-    """The environment's feedback on an episode."""
+def feedback_on(trajectory: Trajectory) -> list[str]:
+    """Return the environment's feedback on an episode, a line for each turn that has any."""
     return [one_line(turn.feedback, _ACTION_CHARACTERS) for turn in trajectory.turns if turn.feedback]
 
 
 def action(text: str) -> str:
-    """An action in few words: its tool calls as one would write them in a program, or the beginning of what was said.
+    """Write an action in few words: its tool calls as in a program, or the beginning of its text.
 
     >>> action('<tool_call>{"name": "get", "arguments": {"person": "ann", "field": "boss"}}</tool_call>')
     'get(person=ann, field=boss)'
@@ -127,7 +138,7 @@ def action(text: str) -> str:
 
 
 def by_rules(done: Iterable[str], feedback: Iterable[str]) -> Lesson:
-    """The lesson of a successful episode's actions and of what was said about failed ones, the most frequent first."""
+    """Make a lesson of a right episode's actions and of the feedback on wrong ones, the most frequent first."""
     counts = Counter(feedback)
     return Lesson(
         workflow="; ".join(action(text) for text in done),
@@ -141,25 +152,25 @@ class Summariser(Protocol):
     name: str
 
     def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
-        """One for each case, the same on all ranks; None where none was to be had."""
+        """Return a lesson for each case, the same on all ranks; None where there is none."""
 
 
 class Rules:
-    """No model: the actions of the best episode that went right, and the feedback on those that went wrong, as is.
+    """Copies the actions of the best right episode, and the feedback on wrong ones. It needs no model.
 
-    It understands nothing: what worked here stands there word for word, names and numbers of the task included.
+    It understands nothing: actions stay word for word, names and numbers of the task included.
     """
 
     name = "rules"
 
     def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
         return [
-            by_rules([turn.text for turn in case.right.turns] if case.right else [], _feedback(case)) for case in cases
+            by_rules([turn.text for turn in case.right.turns] if case.right else [], case.feedback) for case in cases
         ]
 
 
 class Policy:
-    """The policy itself, with the weights that it has after the step."""
+    """Asks the policy itself, with the weights that it has after the step."""
 
     name = "policy"
 
@@ -171,15 +182,15 @@ class Policy:
     def summarise(self, cases: Sequence[Case]) -> list[Lesson | None]:
         prompts = []
         for case in cases:
-            asked = neutral(prompt_for(case), self._structure, most=_PROMPT_CHARACTERS)
-            prompts.append(self._chat.start([{"role": "user", "content": asked}]))
+            question = neutral(prompt_for(case), self._structure, most=_PROMPT_CHARACTERS)
+            prompts.append(self._chat.start([{"role": "user", "content": question}]))
         answers = self._player.generate(prompts, max_tokens=self._max_tokens)
         if cases and answers.count(None) == len(cases):
             self._warn()
         return [None if ids is None else parse_lesson(self._chat.text(ids)) for ids in answers]
 
     def _warn(self) -> None:
-        """Once a run, that no case of a step fits: a run without skills is not what anybody asked for."""
+        """Warn, once a run, that no case of a step fits: nobody asked for a run without skills."""
         if not self._warned:
             logger.warning(
                 "no question about a task's episodes fits: with skill_sd.skills.max_tokens = %d for the answer it is "
@@ -191,7 +202,7 @@ class Policy:
 
 
 class Server:
-    """Another model, behind an OpenAI-compatible server: asked by the first rank, for all."""
+    """Asks another model behind an OpenAI-compatible server: the first rank asks, for all."""
 
     name = "server"
 
@@ -211,19 +222,39 @@ class Server:
             return list(pool.map(self._server.ask, [prompt_for(case) for case in cases]))
 
 
+def make_summariser(config: SkillsConfig, player: Player, chat: ChatFormat) -> Summariser:
+    """Return the summariser that the settings name. The server's key is read from the environment."""
+    if config.summariser == "rules":
+        return Rules()
+    if config.summariser == "policy":
+        return Policy(player, chat, max_tokens=config.max_tokens)
+    server = config.server
+    assert server.url
+    assert server.model
+    chat_server = ChatServer(
+        url=server.url,
+        model=server.model,
+        key=os.environ.get(server.api_key_env),
+        timeout=server.timeout,
+        retries=server.retries,
+        max_tokens=config.max_tokens,
+    )
+    return Server(player, chat_server)
+
+
 def prompt_for(case: Case) -> str:
-    """What a language model is asked about a case."""
+    """Write the question that a language model is asked about a case."""
     parts = []
     for number, episode in enumerate(case.episodes, start=1):
         outcome = "succeeded" if episode is case.right else "failed"
-        text = shortened(episode_text(_without_thinking(episode.messages)), _EPISODE_CHARACTERS)
-        told = "".join(f"\nWhat was said about it: {line}" for line in said(episode))
-        parts.append(f"Attempt {number}, which {outcome}:\n{text}{told}")
-    return PROMPT.format(task=shortened(case.prompt, _EPISODE_CHARACTERS), episodes="\n\n".join(parts))
+        text = shorten(episode_text(_without_thinking(episode.messages)), _EPISODE_CHARACTERS)
+        feedback = "".join(f"\nWhat was said about it: {line}" for line in feedback_on(episode))
+        parts.append(f"Attempt {number}, which {outcome}:\n{text}{feedback}")
+    return PROMPT.format(task=shorten(case.prompt, _EPISODE_CHARACTERS), episodes="\n\n".join(parts))
 
 
 def parse_lesson(answer: str) -> Lesson | None:
-    """The lesson in an answer: its first JSON object with the parts that were asked for; None where there is none."""
+    """Return the lesson of an answer's first JSON object with a part that was asked for; None where there is none."""
     text = without_thinking(answer)
     at = -1
     for _ in range(_MOST_OBJECTS):
@@ -240,14 +271,10 @@ def parse_lesson(answer: str) -> Lesson | None:
 
 
 def _sentence(value: Any) -> str:
-    """A part as text: a string, or a list of them."""
+    """Return a part of an answer as text: a string, the strings of a list, or '' for anything else."""
     if isinstance(value, list):
         return " ".join(item for item in value if isinstance(item, str))
     return value if isinstance(value, str) else ""
-
-
-def _feedback(case: Case) -> list[str]:
-    return [text for episode in case.wrong for text in said(episode)]
 
 
 def _without_thinking(messages: Iterable[Message]) -> list[Message]:

@@ -1,7 +1,7 @@
-"""Skill-SD: a teacher that reads skills, made of the agent's own earlier episodes, beside the reward.
+"""Skill-SD: the reward trains, and beside it a teacher that reads skills made of the agent's own earlier episodes.
 
 Source: Skill-SD (arXiv 2604.10674), by its abstract and by notes that quote its equations; no code of the authors is
-public, and what they leave open is said in docs/skills.md. The loss is GRPO's plus `distill` times
+public, and docs/skills.md says how we fill what they leave open. The loss is GRPO's plus `distill` times
 
     mean over sampled tokens of  ratio * (exp(-gap) - 1 + gap),  gap = log student - log teacher of the token,
 
@@ -16,11 +16,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from opd.config import Strict, setting
 from opd.errors import DataError
 from opd.losses import Losses, SampledDistill
 from opd.teachers.config import TeacherConfig
@@ -28,42 +25,14 @@ from opd.teachers.privileged import in_first_user_message, with_skill, with_solu
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
 from opd.trainers.loop.stage import Prepared
-from opd.trainers.parts.policy import PolicyConfig
-from opd.trainers.skill_sd.keeper import SkillKeeper, SkillsConfig
+from opd.trainers.skill_sd.config import SkillSdConfig
+from opd.trainers.skill_sd.keeper import SkillKeeper
 from opd.trainers.skill_sd.makers import prompt_text
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, TrajectoryGroup, to_sample
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
     from opd.trainers.loop.play import Player
-
-
-class SkillSdConfig(Strict):
-    """Settings of `method: skill_sd`."""
-
-    teacher: TeacherConfig = Field(TeacherConfig(weights="live"), description="Who teaches; left out: weights = live.")
-    distill: float = Field(0.001, ge=0, description="The teacher's coefficient beside the reward's 1.")
-    estimator: Literal["weighted_k3", "k3", "k2", "policy_gradient"] = Field(
-        "weighted_k3",
-        description="How the sampled token's gap becomes a loss; k3, the naive one, trains the forward KL.",
-    )
-    max_ratio: float | None = setting(
-        2.0,
-        when={"estimator": ["weighted_k3", "policy_gradient"]},
-        gt=0,
-        description="Bound on the ratio of student to old policy; null: none.",
-    )
-    policy: PolicyConfig = Field(default_factory=PolicyConfig, description="The policy gradient's settings.")
-    skills: SkillsConfig = setting(SkillsConfig(), when={"fixed": [None]})
-    fixed: str | None = Field(
-        None,
-        description="Show the teacher this privileged text of the environment in place of skills (`solution`, ...): "
-        "self-distillation from fixed solutions beside the reward, to compare with.",
-    )
-    right_from: float | None = Field(
-        None, description="Reward from which an episode is right; null: where the environment calls it solved."
-    )
-    max_teacher_tokens: int = Field(18_432, ge=8, description="What would be longer for the teacher is not distilled.")
 
 
 @register("skill_sd", SkillSdConfig)
@@ -98,7 +67,7 @@ class SkillSd(Method):
         ]
 
     def _skills(self, task: str, messages: list[Message]) -> str | None:
-        """What there is to show: skills, or in the comparison the name of a text that the environment has."""
+        """Return the skills for a task; with `fixed`, the name of the environment's text that stands in their place."""
         return self.keeper.text_for(task, prompt_text(messages)) if self.config.fixed is None else self.config.fixed
 
     def _sample(self, trajectory: Trajectory, segment: Segment, advantage: float) -> Sample:
@@ -110,7 +79,7 @@ class SkillSd(Method):
         return plain(view=replace(view, shows=(self.config.fixed or "skill",)), distill=1.0, route="distill")
 
     def _view(self, trajectory: Trajectory, segment: Segment, text: str | None) -> TeacherView | None:
-        """The teacher's side with a text of skills, or without; None where it would be too long."""
+        """Return the teacher's view with a text of skills, or without (None); None where it would be too long."""
 
         def rewrite(turn: int, messages: list[Message]) -> list[Message]:
             return self._with_text(messages, trajectory.privileged, text) if turn == segment.start else messages
@@ -128,7 +97,7 @@ class SkillSd(Method):
         return in_first_user_message(messages, partial(with_solution, solution=privileged[text]))
 
     def teacher_messages(self, messages: list[Message], privileged: dict[str, str]) -> list[Message]:
-        """With the skills of like tasks: which task this is, is not known here."""
+        """Show the skills of like tasks: which task this is, is not known here."""
         return self._with_text(messages, privileged, self._skills("", messages))
 
     def observe(self, groups: list[TrajectoryGroup]) -> None:

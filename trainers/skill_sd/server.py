@@ -1,7 +1,8 @@
-"""A language model behind an OpenAI-compatible endpoint, asked one thing at a time, read as a stranger is.
+"""Asks a language model behind an OpenAI-compatible endpoint, one question at a time, and trusts no answer.
 
-An answer may be late, huge, malformed or none. What may pass (no connection, overload, a broken answer) is asked again
-a few times, then there is no answer; what will not pass (a wrong key, an unknown model) is an error of the settings.
+An answer may be late, huge, malformed or missing. A question that fails for a reason that may pass (no connection,
+overload, a broken answer) is asked again a few times, and then has no answer. A reason that will not pass (a wrong key,
+an unknown model) is an error of the settings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import httpx
 from opd.errors import EngineError
 
 ANSWER_BYTES = 1 << 20
-"""More than a page of text in any encoding."""
+"""The most bytes of an answer: more than a page of text in any encoding."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0
 """Seconds before the second attempt, doubled before each one after it, and at most."""
 _CONNECT_SECONDS = 10.0
@@ -26,25 +27,26 @@ _MAY_PASS = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.CONFLICT, httpx.codes.TOO_
 
 
 class _NoAnswer(Exception):
-    """What may be better at the next attempt; never leaves this module."""
+    """The attempt failed for a reason that may pass. It never leaves this module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatServer:
-    """Where to ask, whom, and for how long. Safe to use from several threads."""
+    """An endpoint, its model, and limits of an answer. Safe to use from several threads."""
 
     url: str
-    """As far as `/v1`; see `checked_url`."""
+    """The address as far as `/v1`; see `checked_url`."""
     model: str
     key: str | None = None
     timeout: float
-    """Seconds for one attempt, all of it."""
+    """Seconds for one whole attempt."""
     retries: int
+    """The most attempts after the first one."""
     max_tokens: int
     temperature: float = 0.0
 
     def ask(self, prompt: str) -> str | None:
-        """What it says to one user message; None where it cannot be had. Raises EngineError where it refuses."""
+        """Return the answer to one user message; None where all attempts failed. Raises EngineError on a refusal."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
@@ -55,6 +57,7 @@ class ChatServer:
         return None
 
     def _once(self, prompt: str) -> str:
+        """Ask once. Raises _NoAnswer for what may pass, EngineError for what will not."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -76,12 +79,15 @@ class ChatServer:
         if status != httpx.codes.OK:
             if status in _MAY_PASS or status >= httpx.codes.INTERNAL_SERVER_ERROR:
                 raise _NoAnswer(f"status {status}")
-            said = raw[:300].decode(errors="replace")
-            raise EngineError(f"{url} refuses to summarise with status {status}: {said}")
+            reason = raw[:300].decode(errors="replace")
+            raise EngineError(f"{url} refuses to summarise with status {status}: {reason}")
         return _content(raw)
 
     def _read(self, response: httpx.Response) -> bytes:
-        """The body, bounded in size and time: a read that always brings one more byte meets no time limit of httpx."""
+        """Read the body, bounded in size and time: httpx has no limit for a body that comes a byte at a time.
+
+        Raises _NoAnswer beyond the bounds.
+        """
         until = time.monotonic() + self.timeout
         raw = bytearray()
         for piece in response.iter_bytes():
@@ -92,7 +98,7 @@ class ChatServer:
 
 
 def checked_url(url: str) -> str:
-    """An address as far as `/v1`. Raises ValueError for what cannot be asked: that must not be found out in a run."""
+    """Return the address, which goes as far as `/v1`. Raises ValueError, before a run, where it cannot be asked."""
     wanted = "it must be like http://127.0.0.1:8000/v1"
     try:
         parsed = httpx.URL(url)
@@ -107,7 +113,7 @@ def checked_url(url: str) -> str:
 
 
 def _content(raw: bytes) -> str:
-    """The text of the first choice of a chat completion."""
+    """Return the text of a chat completion's first choice. Raises _NoAnswer where there is none."""
     try:
         content = json.loads(raw)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
