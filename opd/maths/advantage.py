@@ -144,7 +144,7 @@ def state_baseline(
     return value
 
 
-def _mean_reward(student: Tensor, teacher: Tensor, baseline: Baseline, top_k: int | None) -> Tensor:
+def _mean_reward(student: Tensor, teacher: Tensor, baseline: Literal["top_k", "optimal"], top_k: int | None) -> Tensor:
     """Average `log teacher - log student` of log-probs [..., V] over the entries that the baseline counts: [...]."""
     p = student.exp()
     rewards = torch.where(p > 0, teacher - student, 0)
