@@ -13,8 +13,6 @@ from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch.checks.loading import config_from
 from opd.launch.plan.plan import plan
-from opd.launch.run import build as launch_build
-from opd.launch.settings import config as launch_config
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Divergence, Losses
 from opd.teachers.config import TeacherConfig
@@ -75,10 +73,7 @@ class TwoStages(Method):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    known = {**registry.methods(), "two": MethodSpec("two", TwoStagesConfig, TwoStages, "for tests")}
-    monkeypatch.setattr(registry, "methods", lambda: known)
-    for module in (launch_config, launch_build):
-        monkeypatch.setattr(module, "methods", lambda: known)
+    monkeypatch.setitem(registry._registry, "two", MethodSpec("two", TwoStagesConfig, TwoStages, "for tests"))
 
 
 @pytest.fixture(scope="module")

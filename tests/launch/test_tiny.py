@@ -357,7 +357,7 @@ def test_a_solver_that_changed_makes_a_new_model(name, module, monkeypatch, tmp_
     before = tiny._fingerprint(RECIPES[name], 0, 1)
     changed = tmp_path / "changed.py"
     changed.write_text("another solver")
-    monkeypatch.setattr(sys.modules[f"opd.envs.{module}"], "__file__", str(changed))
+    monkeypatch.setattr(sys.modules[f"opd.envs.worlds.{module}"], "__file__", str(changed))
     assert tiny._fingerprint(RECIPES[name], 0, 1) != before
 
 
@@ -454,7 +454,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("sokoban-skills", "opd.trainers.skill_sd.makers", "MOST_WRONG = ", "MOST_WRONG = 1 + "),
         ("lookup", "opd.envs.worlds.lookup", "one field of one person", "one field"),
         ("arithmetic", "opd.envs.worlds.arithmetic", "Answer with the number only.", "Answer in digits."),
-        ("countdown", "opd.envs.tool_env", '"tool"', '"user"'),
+        ("countdown", "opd.envs.tool_runs", '"tool"', '"user"'),
         ("sokoban", "opd.envs.text_env", "def ", "async def "),
         ("sokoban", "opd.envs.worlds.sokoban_board", "return None", "return 0"),
         ("arithmetic", "opd.teachers.privileged", "Here is a reference solution", "This is a solution"),

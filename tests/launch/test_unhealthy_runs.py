@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 FICKLE = """
 from pathlib import Path
 
-from opd.envs.lookup import LookupEnv
+from opd.envs.worlds.lookup import LookupEnv
 
 class Fickle(LookupEnv):
     \"\"\"Breaks while the file `broken` exists; the file `good` says how many episodes go well before.\"\"\"

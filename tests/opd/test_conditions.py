@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from opd.config import Strict, condition_of, setting
-from opd.launch.schema import walk
+from opd.launch.settings.schema import walk
 
 
 class Section(Strict):

@@ -160,7 +160,7 @@ def test_the_demo_runs_on_two_processes(tmp_path):
 
 
 BROKEN = """
-from opd.envs.lookup import LookupEnv
+from opd.envs.worlds.lookup import LookupEnv
 
 class Broken(LookupEnv):
     def reset(self, *, seed=None, options=None):
