@@ -38,7 +38,8 @@ class OpdConfig(PolicyShareConfig, FormConfig):
         "exact: compare distributions, by `divergence`.",
     )
     divergence: DivergenceSetting = Field(
-        Divergence("reverse_kl", top_k=100, support="student"), description="Of which distributions, and how far."
+        Divergence("reverse_kl", top_k=100, support="student"),
+        description="The divergence of student and teacher: its kind, and the entries that it compares.",
     )
     teacher_chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Laid over rollout.chat_template_kwargs, such as `enable_thinking: true`."

@@ -27,7 +27,7 @@ class OpsdConfig(ShownConfig):
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
     divergence: DivergenceSetting = Field(
         Divergence("forward_kl", clip=0.05),
-        description="Of teacher and student; the authors use the sampling temperature in the loss as well.",
+        description="The divergence of teacher and student; the authors use the sampling temperature in it as well.",
     )
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="Mean over all sampled tokens of the step, or first within each sequence."

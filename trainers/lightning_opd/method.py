@@ -64,7 +64,7 @@ class LightningConfig(ImitationConfig, DivergenceConfig):
     divergence: DivergenceSetting = setting(
         Divergence("reverse_kl", top_k=100, temperature=None),
         when={"form": ["exact"]},
-        description="Of the student and of what is stored: of the teacher's top k, at the sampling temperature.",
+        description="Divergence of student and stored teacher, over the teacher's top k at the sampling temperature.",
     )
     max_advantage: float | None = setting(
         10.0,
@@ -74,7 +74,8 @@ class LightningConfig(ImitationConfig, DivergenceConfig):
     )
     mismatch: Literal["refuse", "allow"] = Field(
         "refuse",
-        description="Where whoever scores is not whoever played for the SFT, or the episodes are another student's.",
+        description="refuse or allow that another model scores than played for the SFT, or that another student played "
+        "the episodes than is trained.",
     )
     shard_tokens: int = Field(
         1 << 18, ge=1, description="Tokens in a shard of the store: the most that a kill can lose."

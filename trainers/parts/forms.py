@@ -45,7 +45,7 @@ class FormConfig(DivergenceConfig):
     divergence: DivergenceSetting = setting(
         Divergence("jsd", top_k=100, support="student"),
         when={"form": ["exact"]},
-        description="Of which distributions, and how far.",
+        description="The divergence of student and teacher: its kind, and the entries that it compares.",
     )
     baseline: Literal["full", "top_k", "optimal"] | None = setting(
         None,

@@ -26,8 +26,10 @@ class SdZeroConfig(Strict):
     revisions: int = Field(
         3, ge=0, description="Phase 1: revisions of each attempt; 0 learns right attempts as they stand (RFT)."
     )
-    generation: float = Field(1.0, ge=0, description="Phase 1: weight of attempt, cue, revision, said unasked; 0: off.")
-    revision: float = Field(1.0, ge=0, description="Phase 1: weight of the revision, given the others; 0 is off.")
+    generation: float = Field(
+        1.0, ge=0, description="Phase 1: weight of attempt, cue and revision as one answer; 0: off."
+    )
+    revision: float = Field(1.0, ge=0, description="Phase 1: weight of the revision, given attempt and cue; 0: off.")
     place: Literal["prompt", "reply"] = Field(
         "prompt",
         description="Where a reviser and the teacher see attempt and cue: as text in the first user message, or, as in "
