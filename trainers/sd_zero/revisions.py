@@ -1,23 +1,21 @@
 """Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero/method.py`.
 
 An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
-attempt and the cue that tells its outcome. Both are kept as one readable row of JSON for each attempt, with the ids
-that were sampled, so that what trains is what was said, to the token.
+attempt and the cue that tells its outcome. A row of the log (`trainers/parts/episodes.py`) is the attempt's, with the
+cue and the rows of its revisions.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled
+from opd.trainers.parts.episodes import read_episode, to_row, unsampled
 from opd.types import End, Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 if TYPE_CHECKING:
@@ -44,26 +42,29 @@ class Reviser:
         return self.cues[0] if right else self.cues[1]
 
     def opening(self, attempt: Trajectory, segment: Segment) -> list[int]:
-        """The ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
-        cue = self.cue(attempt.success)
+        """Return the ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
+        first = segment.turns[0]
         if self.place == "prompt":
-            text = episode_text(attempt.messages)
-            messages = in_first_user_message(
-                segment.turns[0].messages, lambda prompt: with_attempt(prompt, text, cue=cue)
-            )
-            return self.chat.start(messages, attempt.tools)
-        ids = [i for turn in segment.turns for i in (*turn.prompt_ids, *turn.completion_ids)]
-        return [*self._open_ended(ids), *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}")]
+            return self.chat.start(self._told(attempt, first.messages), attempt.tools)
+        return [*first.prompt_ids, *self._begun(attempt, segment)]
 
     def view(self, attempt: Trajectory, segment: Segment) -> TeacherView:
-        """The teacher's ids: what a reviser reads, then the attempt once more, whose tokens are scored."""
-        ids = self.opening(attempt, segment)
-        rows: list[int] = []
-        for number, turn in enumerate(segment.turns):
-            ids += turn.prompt_ids if number else []
-            rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
-            ids += turn.completion_ids
-        return TeacherView(token_ids=ids, rows=rows)
+        """Return the teacher's ids: what a reviser reads, then the attempt once more, whose tokens are scored."""
+        if self.place == "reply":
+            return self.chat.view(attempt, segment, lambda _, messages: messages, opening=self._begun(attempt, segment))
+        first = segment.start
+        return self.chat.view(attempt, segment, lambda n, new: self._told(attempt, new) if n == first else new)
+
+    def _told(self, attempt: Trajectory, messages: list[Message]) -> list[Message]:
+        """Put the attempt as text, and the cue, into the first user message."""
+        text, cue = episode_text(attempt.messages), self.cue(attempt.success)
+        return in_first_user_message(messages, lambda prompt: with_attempt(prompt, text, cue=cue))
+
+    def _begun(self, attempt: Trajectory, segment: Segment) -> list[int]:
+        """Return the ids with which a reply begins: the attempt's own, behind its first prompt, and the cue."""
+        first, *others = segment.turns
+        said = [*first.completion_ids, *(i for turn in others for i in (*turn.prompt_ids, *turn.completion_ids))]
+        return [*self._open_ended(said), *self.chat.encode(f"{SEPARATOR}{self.cue(attempt.success)}{SEPARATOR}")]
 
     def generation(self, attempt: Sequence[Turn], cue: str, revision: Sequence[Turn]) -> list[Turn]:
         """The plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
@@ -82,7 +83,7 @@ class Reviser:
 
     def _open_ended(self, ids: list[int]) -> list[int]:
         """Without the token that ended the turn."""
-        return ids[:-1] if ids[-1] in self.chat.stop_ids else ids
+        return ids[:-1] if ids and ids[-1] in self.chat.stop_ids else ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,105 +120,40 @@ def dropped(episode: Trajectory, group: TrajectoryGroup) -> str | None:
     return "rewritten by the chat template" if len(episode.segments()) > 1 else None
 
 
-def to_row(
-    origin: str, cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
+def to_trace(
+    cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
 ) -> dict[str, Any]:
-    """One attempt of a group and its revisions, if there are any, as they stand in the file: ids last."""
-    revised = [] if revisions is None else [_episode(r, revisions) for r in revisions.trajectories]
+    """Return the row of an attempt of a group: that of its episode, with the cue and the rows of its revisions."""
+    revised = [] if revisions is None else [_with_fate(r, revisions) for r in revisions.trajectories]
     return {
-        "task": attempt.task.id,
-        "seed": attempt.task.seed,
-        "member": attempt.member,
-        "right": attempt.success,
         "cue": cue,
         "kept": sum(revision["dropped"] is None for revision in revised),
-        "attempt": _episode(attempt, group),
+        **_with_fate(attempt, group),
         "revisions": revised,
-        "origin": origin,
     }
 
 
-def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
-    return {
-        "dropped": dropped(trajectory, group),
-        "success": trajectory.success,
-        "end": trajectory.end,
-        "failed": trajectory.failed,
-        "tokens": trajectory.completion_tokens,
-        "messages": trajectory.messages,
-        # The sequence as the model saw it at the end: where the template rewrote the past, only what followed.
-        "turns": [
-            {"prompt_ids": turn.prompt_ids, "completion_ids": turn.completion_ids}
-            for segment in trajectory.segments()[-1:]
-            for turn in segment.turns
-        ],
-    }
+def _with_fate(episode: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
+    return {"dropped": dropped(episode, group), **to_row(episode)}
 
 
-def read_trace(row: dict[str, Any]) -> Trace:
-    """The reverse of `to_row`."""
-    split, index = row["task"].split("/")
+def read_trace(row: Mapping[str, Any]) -> Trace:
+    """Read what `to_trace` wrote. Raises ValueError, KeyError or TypeError for what is no such row."""
+    attempt = read_episode(row)
+    revisions = [(revision["dropped"], read_episode(revision)) for revision in row["revisions"]]
     return Trace(
-        task=Task(index=int(index), seed=row["seed"], split=split),
+        task=attempt.task,
         cue=row["cue"],
-        attempt=_turns(row["attempt"]),
-        learnable=row["attempt"]["dropped"] is None,
-        revisions=[_turns(r) for r in row["revisions"] if r["dropped"] is None],
+        attempt=_as_it_stands(attempt),
+        learnable=row["dropped"] is None,
+        revisions=[_as_it_stands(revision) for reason, revision in revisions if reason is None],
     )
 
 
-def _turns(episode: dict[str, Any]) -> list[Turn]:
-    return [unsampled(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
-
-
-def _seal(row: dict[str, Any]) -> str:
-    return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
-
-
-class TraceFile:
-    """The rows of a run's attempts, in a file to which they are appended as they come.
-
-    A line ends with a checksum, so that what trains is what was sampled, and not what became of it since.
-    """
-
-    def __init__(self, path: Path, origin: str) -> None:
-        self.path = path
-        self.origin = origin
-
-    def read(self) -> list[dict[str, Any]]:
-        """The rows so far; a half-written last one is not counted.
-
-        Raises DataError, with the line's number, for a row that is damaged or was made under other settings.
-        """
-        if not self.path.exists():
-            return []
-        *whole, _ = self.path.read_bytes().split(b"\n")
-        rows = []
-        for number, line in enumerate(whole, start=1):
-            rows.append(self._row(line, number))
-            if rows[-1]["origin"] != self.origin:
-                raise DataError(
-                    f"{self.path}, line {number} was collected under other settings; delete the file, or resume with "
-                    "the settings that it was made with"
-                )
-        return rows
-
-    def _row(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-            if row.pop("seal") == _seal(row):
-                return cast(dict[str, Any], row)
-        except (ValueError, LookupError, AttributeError, TypeError):
-            pass
-        raise DataError(
-            f"{self.path}, line {number} is not as it was written: cut short, or changed since. Delete it and what "
-            "follows; the run then collects that again"
-        )
-
-    def write(self, rows: Sequence[dict[str, Any]], *, after: int) -> None:
-        """Append rows behind the first `after` of those that are there; what else is there is cut."""
-        sealed = (json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n" for row in rows)
-        append_lines(self.path, sealed, after=after)
+def _as_it_stands(episode: Trajectory) -> list[Turn]:
+    """Return the sequence as the model saw it at the end: where the template rewrote the past, only what followed."""
+    last = episode.segments()[-1:]
+    return [unsampled(turn.prompt_ids, turn.completion_ids) for segment in last for turn in segment.turns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,33 +173,7 @@ class Collection:
         return f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"
 
 
-def collect(
-    player: Player, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
-) -> list[dict[str, Any]]:
-    """Attempts at the first tasks of the run, and their revisions: as rows, which `file` holds too.
-
-    As many tasks at a time as there are episodes at once. What the file holds already is not played again, and is
-    played again to the same ids if it is cut there. Ends early, with what there is, once `player.stopping()` is true.
-
-    Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
-    """
-    questions, size = collection.questions, player.standing.rollout.group_size
-    rows = player.ranks.from_first(file.read)
-    if whole and len(rows) < questions * size:
-        raise DataError(
-            f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
-            "trained since. Put the file back, or start afresh (--overwrite)"
-        )
-
-    def play(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-        return _attempted(player, tasks, file.origin, reviser, collection)
-
-    return in_rounds(player, file, rows, questions, play=play, failure=lambda row: row["attempt"]["failed"])
-
-
-def _attempted(
-    player: Player, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
-) -> list[dict[str, Any]]:
+def attempted(player: Player, reviser: Reviser, collection: Collection, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Play each of these tasks and have its attempts revised; return a row for each attempt."""
     run = player.standing
     groups = player.play(tasks, seed=derive_seed("attempts", run.seed))
@@ -280,7 +190,7 @@ def _attempted(
         for group in player.play(list(chosen), seed=seed, group_size=collection.revisions, opening=opening):
             revised[group.task, member] = group
     return [
-        to_row(origin, reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))
+        to_trace(reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))
         for group in groups
         for attempt in group.trajectories
     ]
@@ -311,13 +221,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     such tasks once more gives, which is less than `collect/right`.
     """
     revisions = [revision for row in rows for revision in row["revisions"]]
-    second = [revision["success"] for row in rows if not row["right"] for revision in row["revisions"]]
+    second = [revision["success"] for row in rows if not row["success"] for revision in row["revisions"]]
     numbers = {
         "collect/attempts": float(len(rows)),
-        "collect/right": sum(row["right"] for row in rows) / len(rows),
+        "collect/right": sum(row["success"] for row in rows) / len(rows),
         "collect/revisions": float(len(revisions)),
         "collect/kept": float(sum(row["kept"] for row in rows)),
-        "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *(row["attempt"] for row in rows)))),
+        "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *rows))),
     }
     if revisions:
         numbers["collect/revisions_right"] = sum(revision["success"] for revision in revisions) / len(revisions)
