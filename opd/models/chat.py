@@ -85,6 +85,8 @@ class ChatFormat:
         trajectory: Trajectory,
         segment: Segment,
         rewrite: Callable[[int, list[Message]], list[Message]],
+        *,
+        opening: Sequence[int] = (),
         **template_kwargs: Any,
     ) -> TeacherView:
         """The teacher's sequence for one segment: other prompts, the same sampled ids.
@@ -93,6 +95,8 @@ class ChatFormat:
         first turn of a segment, what the environment added for the others) and returns what the teacher
         reads in their place.
         Without `template_kwargs`, messages that come back unchanged keep the student's ids to the letter.
+        The ids of `opening` stand between the first prompt and the first completion, as if the model had begun its
+        reply with them. They are read, not scored: only the last of them has a row, for the completion's first id.
         """
         ids: list[int] = []
         rows: list[int] = []
@@ -106,6 +110,8 @@ class ChatFormat:
                 placeholder: list[Message] = [{"role": "user", "content": "x"}]
                 glue = self._glue_text(placeholder, messages, trajectory.tools, **template_kwargs)
                 ids += self._after(self.encode(glue), ids[-1])
+            if number == segment.start:
+                ids += opening
             rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)

@@ -281,6 +281,20 @@ def test_a_view_holds_the_sampled_ids_between_the_teachers_own_prompts(make_chat
     )
 
 
+def test_ids_that_a_reply_begins_with_stand_before_its_first_completion_and_are_not_scored(make_chat):
+    chat = make_chat()
+    trajectory = spoken(chat, ([USER], [4, chat.end_id]), ([user("on")], [5]))
+    [segment] = trajectory.segments()
+    first, second = segment.turns
+    view = chat.view(trajectory, segment, lambda _, messages: messages, opening=[8, 9])
+    assert view.token_ids == [*first.prompt_ids, 8, 9, 4, chat.end_id, *second.prompt_ids, 5]
+    assert view.targets == [4, chat.end_id, 5]
+    told = chat.view(trajectory, segment, lambda n, m: whisper(n, m) if n == 0 else m, opening=[8, 9])
+    prompt = chat.start(whisper(0, first.messages))
+    assert told.token_ids == prompt + view.token_ids[len(first.prompt_ids) :]
+    assert told.targets == view.targets
+
+
 def test_tool_results_reach_the_teacher_to_the_letter(make_chat):
     chat = make_chat()
     trajectory = spoken(chat, ([USER], [4, chat.end_id]), ([tool("the result 123")], [5]))

@@ -37,7 +37,7 @@ from opd.tracking import read_rows
 from opd.trainers.lightning_opd.offline import episodes, tokens_of, with_scores
 from opd.trainers.loop.loop import Loop
 from opd.trainers.loop.play import Player
-from opd.trainers.parts.episodes import EpisodeFile
+from opd.trainers.parts.episodes import EpisodeLog, read_episode
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,12 @@ def test_five_stages_write_one_file_of_metrics_and_the_models_before_and_after_a
 
 
 def test_the_student_that_plays_is_the_one_after_the_sft_and_the_last_stage_starts_from_it(whole, models):
-    header, _ = EpisodeFile(whole / "data/episodes-own.jsonl").read()
+    header, _ = EpisodeLog(whole / "data/episodes-own.jsonl", read_episode).read()
     store = open_store(whole / "data/store")
     student, teacher = (
         weights_fingerprint(load(ModelConfig(name=str(name))).model) for name in (whole / "export-stage-2", models[1])
     )
-    assert header["model"] == store.about["student"] == student
+    assert header.model == store.about["student"] == student
     assert store.scorer.teacher == store.about["sft_teacher"] == teacher
 
 
@@ -317,7 +317,7 @@ def test_a_store_that_was_made_under_other_settings_is_refused_by_what_differs(w
     with pytest.raises(DataError, match=r"another top_k \(0 there, 3 here\)"):
         train(settings("top", lightning_opd=own | {"form": "exact", "divergence": {"top_k": 3}}) | base)
     template = settings("template", rollout={"chat_template_kwargs": {"x": 1}}, lightning_opd=own) | base
-    with pytest.raises(DataError, match="was played with another template"):
+    with pytest.raises(DataError, match="was not played with this run's template"):
         train(template)
     with pytest.raises(DataError, match="were played by another model"):
         train(settings("other", lightning_opd=own) | {"model": str(models[0])})

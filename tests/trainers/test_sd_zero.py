@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +21,13 @@ from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.loop.play import Standing
-from opd.trainers.parts.episodes import unsampled_turn
+from opd.trainers.parts.episodes import EpisodeLog, collect, unsampled
 from opd.trainers.sd_zero.method import Distilling, SdZero, SdZeroConfig
 from opd.trainers.sd_zero.revisions import (
     Collection,
     Reviser,
-    TraceFile,
-    collect,
+    attempted,
+    read_trace,
     summary,
     to_samples,
     to_supervised,
@@ -139,7 +140,7 @@ def test_an_attempt_that_is_too_long_is_dropped_whole_and_counted(play, scripted
 
 
 def test_a_view_that_holds_fewer_tokens_than_were_sampled_is_refused():
-    whole = to_supervised([unsampled_turn([1, 2], [3, 4, 5])], task(0, split="train"))
+    whole = to_supervised([unsampled([1, 2], [3, 4, 5])], task(0, split="train"))
     with pytest.raises(DataError, match="does not hold the sampled ids"):
         Sample(
             **{f: getattr(whole, f) for f in Sample.__slots__ if f != "teacher_view"},
@@ -150,21 +151,21 @@ def test_a_view_that_holds_fewer_tokens_than_were_sampled_is_refused():
 def test_an_attempt_of_one_turn_is_revised_in_the_same_turn(make_chat):
     chat = make_chat()
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
-    attempt, revision = [unsampled_turn([1, 2], [70, 71, chat.end_id])], [unsampled_turn([8, 8, 8], [72, chat.end_id])]
+    attempt, revision = [unsampled([1, 2], [70, 71, chat.end_id])], [unsampled([8, 8, 8], [72, chat.end_id])]
     [turn] = reviser.generation(attempt, CUE_WRONG, revision)
     doubt = chat.encode(f"\n\n{CUE_WRONG}\n\n")
-    assert turn == unsampled_turn([1, 2], [70, 71, *doubt, 72, chat.end_id])
+    assert turn == unsampled([1, 2], [70, 71, *doubt, 72, chat.end_id])
 
 
 def test_the_cue_stands_in_place_of_the_last_action_of_an_attempt_of_several_turns(make_chat):
     chat = make_chat()
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), "prompt")
-    attempt = [unsampled_turn([1, 2], [70]), unsampled_turn([3], [71])]
-    revision = [unsampled_turn([8, 8], [72]), unsampled_turn([4], [73])]
+    attempt = [unsampled([1, 2], [70]), unsampled([3], [71])]
+    revision = [unsampled([8, 8], [72]), unsampled([4], [73])]
     assert reviser.generation(attempt, CUE_WRONG, revision) == [
-        unsampled_turn([1, 2], [70]),
-        unsampled_turn([3], [*chat.encode(f"{CUE_WRONG}\n\n"), 72]),
-        unsampled_turn([4], [73]),
+        unsampled([1, 2], [70]),
+        unsampled([3], [*chat.encode(f"{CUE_WRONG}\n\n"), 72]),
+        unsampled([4], [73]),
     ]
     sample = to_supervised(reviser.generation(attempt, CUE_WRONG, revision), task(0, split="train"), 0.5)
     assert [w for w, m in zip(sample.ce_weight, sample.completion_mask, strict=True) if m] == [0.5] * sum(
@@ -220,7 +221,7 @@ def make_player(make_scheduler, scripted_env, make_chat, make_model):
             steps=0,
             updates=0,
         )
-        player = SimpleNamespace(standing=standing, ranks=Ranks(), rounds=0)
+        player = SimpleNamespace(standing=standing, ranks=Ranks(), rounds=0, fingerprint=lambda: "as it began")
 
         def play(tasks, *, seed, group_size=None, opening=None):
             player.rounds += 1
@@ -242,7 +243,8 @@ def make_player(make_scheduler, scripted_env, make_chat, make_model):
 def gather(player, chat, path, *, revisions=2, revise_right=True, place="prompt", whole=False):
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
     collection = Collection(5, revisions, revise_right=revise_right)
-    return collect(player, TraceFile(path, player.standing.settings), reviser, collection, whole=whole)
+    play = partial(attempted, player, reviser, collection)
+    return collect(player, chat, EpisodeLog(path, read_trace), collection.questions, whole=whole, play=play)
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
@@ -252,23 +254,24 @@ def test_revisions_are_sampled_behind_the_attempt_and_only_those_that_are_right_
     assert [(row["task"], row["member"]) for row in rows] == [(f"train/{n}", m) for n in range(5) for m in range(2)]
     for row in rows:
         right = row["seed"] % 2 == 0
-        assert row["right"] == right
+        assert row["success"] == right
         assert row["cue"] == (CUE_RIGHT if right else CUE_WRONG)
         assert row["kept"] == (2 if right else 0)
         assert [r["dropped"] for r in row["revisions"]] == [None if right else "wrong"] * 2
-        assert row["attempt"]["messages"][0]["content"] == f"Question {row['seed']}"
+        assert row["messages"][0]["content"] == f"Question {row['seed']}"
         for revision in row["revisions"]:
             shown = chat.tokenizer.decode(revision["turns"][0]["prompt_ids"])
             assert row["cue"] in shown
-            assert row["attempt"]["messages"][1]["content"] in shown
-    written = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+            assert row["messages"][1]["content"] in shown
+    header, *written = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert (header["name"], header["model"], header["settings"]) == ("the run's model", "as it began", "abc")
     assert [{key: value for key, value in row.items() if key != "seal"} for row in written] == rows
 
 
 def test_with_right_attempts_left_alone_only_the_wrong_ones_are_revised(make_player, tmp_path):
     player, chat = make_player()
     for row in gather(player, chat, tmp_path / "r.jsonl", revise_right=False):
-        assert len(row["revisions"]) == (0 if row["right"] else 2)
+        assert len(row["revisions"]) == (0 if row["success"] else 2)
 
 
 def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_player, tmp_path):
@@ -291,7 +294,7 @@ def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_player, 
         lambda line: line[:-20],
         lambda line: "",
         lambda line: "[1]",
-        lambda line: line.replace('"right": true', '"right": false'),
+        lambda line: line.replace('"success": true', '"success": false', 1),
         lambda line: line.replace('"seed"', '"sed"'),
         lambda line: line.replace('"completion_ids": [', '"completion_ids": [7, ', 1),
     ],
@@ -300,12 +303,12 @@ def test_a_row_that_is_not_as_it_was_written_is_named(make_player, tmp_path, cha
     path = tmp_path / "r.jsonl"
     gather(*make_player(), path)
     whole = path.read_bytes()
-    first, second, *rest = path.read_text().splitlines()
+    header, first, second, *rest = path.read_text().splitlines()
     assert change(second) != second
-    path.write_text("\n".join([first, change(second), *rest]) + "\n")
-    with pytest.raises(DataError, match="line 2 is not as it was written"):
+    path.write_text("\n".join([header, first, change(second), *rest]) + "\n")
+    with pytest.raises(DataError, match="line 3 is not as it was written"):
         gather(*make_player(), path)
-    path.write_text(first + "\n")  # as the message says
+    path.write_text(f"{header}\n{first}\n")  # as the message says
     gather(*make_player(), path)
     assert path.read_bytes() == whole
 
@@ -314,7 +317,7 @@ def test_rows_of_other_settings_are_refused(make_player, tmp_path):
     player, chat = make_player()
     gather(player, chat, tmp_path / "r.jsonl")
     player.standing = replace(player.standing, settings="abd")
-    with pytest.raises(DataError, match="line 1 was collected under other settings"):
+    with pytest.raises(DataError, match="was not played with this run's settings; delete the file"):
         gather(player, chat, tmp_path / "r.jsonl")
 
 
@@ -323,8 +326,8 @@ def test_what_is_lost_after_training_is_not_collected_again_by_other_weights(mak
     gather(*make_player(), path)
     player, chat = make_player()
     assert len(gather(player, chat, path, whole=True)) == 10
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
-    with pytest.raises(DataError, match="8 of 10 attempts, and the weights that made them have trained since"):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+    with pytest.raises(DataError, match="8 of 10 episodes, and the weights that played them have trained since"):
         gather(player, chat, path, whole=True)
     assert player.rounds == 0
 
@@ -335,7 +338,7 @@ def test_without_revisions_the_attempts_that_were_right_are_learned_from_as_they
     [stage] = SdZero.stages(SdZeroConfig(revisions=0, phases="revision", generation=0.5))
     rejecting = stage.make(chat)
     samples, _ = to_samples(rows, rejecting.reviser, rejecting.parts, 10_000, where=tmp_path)
-    right = [turns for row in rows if row["right"] for turns in [row["attempt"]["turns"]]]
+    right = [turns for row in rows if row["success"] for turns in [row["turns"]]]
     assert [s.completion_ids for s in samples] == [[i for t in turns for i in t["completion_ids"]] for turns in right]
     assert [s.token_ids for s in samples] == [
         [i for t in turns for i in (*t["prompt_ids"], *t["completion_ids"])] for turns in right
@@ -349,7 +352,7 @@ def test_without_revisions_the_attempts_that_were_right_are_learned_from_as_they
 def test_the_summary_tells_how_often_a_wrong_attempt_is_put_right():
     def row(right, *revisions):
         episodes = [{"success": s, "tokens": 3} for s in revisions]
-        return {"right": right, "kept": sum(revisions), "attempt": {"tokens": 2}, "revisions": episodes}
+        return {"success": right, "kept": sum(revisions), "tokens": 2, "revisions": episodes}
 
     numbers = summary([row(True, True), row(False, True, False), row(False, False, False), row(False)])
     assert numbers["collect/corrected"] == 1 / 4
@@ -370,4 +373,4 @@ def test_what_trains_is_what_was_said_and_what_is_too_long_is_counted(make_playe
     assert len(some) + dropped == len(samples)
     assert dropped > 0
     with pytest.raises(DataError, match="holds nothing to learn from"):
-        to_samples([row for row in rows if not row["right"]], reviser, {"revision": 1.0}, 10_000, where=tmp_path)
+        to_samples([row for row in rows if not row["success"]], reviser, {"revision": 1.0}, 10_000, where=tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from opd.launch.run.build import build
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.parts.conversations import read_conversations
-from opd.trainers.parts.episodes import EpisodeFile, read_episode, segments, to_row
+from opd.trainers.parts.episodes import EpisodeLog, Header, read_episode, segments, to_row
 from opd.types import to_sample
 
 
@@ -61,11 +62,11 @@ def completions(row):
 
 def test_the_teacher_plays_first_and_the_student_learns_what_it_said(settings, models):
     out = train(settings()).out
-    header, rows = EpisodeFile(out / "data/episodes-teacher.jsonl").read()
-    assert header["name"] == str(models[1])
+    header, rows = EpisodeLog(out / "data/episodes-teacher.jsonl", read_episode).read()
+    assert header.name == str(models[1])
     # The same episodes as the teacher would play by itself.
     own = settings("itself", source="own", train={"steps": 1}) | {"model": str(models[1])}
-    _, alone = EpisodeFile(train(own).out / "data/episodes-own.jsonl").read()
+    _, alone = EpisodeLog(train(own).out / "data/episodes-own.jsonl", read_episode).read()
     assert [completions(row) for row in rows] == [completions(row) for row in alone]
     assert [row["task"] for row in rows] == [f"train/{n}" for n in range(5)]
     first = read_rows(out / "metrics.jsonl")[0]
@@ -81,7 +82,7 @@ def test_what_trains_is_each_sampled_token_of_each_turn_and_nothing_else(setting
         dataset = run.loop.dataset
     finally:
         run.close()
-    _, rows = EpisodeFile(_folder(run) / "episodes-own.jsonl").read()
+    _, rows = EpisodeLog(_folder(run) / "episodes-own.jsonl", read_episode).read()
     assert len(dataset) == len(rows) == 5
     assert any(len(row["turns"]) > 1 for row in rows)
     for sample, row in zip(dataset, rows, strict=True):
@@ -150,26 +151,95 @@ def test_an_episode_is_read_as_it_was_played(play, scripted_env, turns_then_end,
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda line: line[:-20], "line 3 is damaged"),
-        (lambda line: "[1]", "line 3 is damaged"),
-        (lambda line: line.replace('"turns"', '"turn"'), "line 3 is damaged"),
+        lambda line: line[:-30],
+        lambda line: "[1]",
+        lambda line: line.replace('"turns"', '"turn"'),
+        lambda line: line.replace('"completion_ids": [', '"completion_ids": [7, ', 1),
     ],
 )
-def test_a_damaged_row_is_named(settings, change, message):
+def test_a_damaged_row_is_named(settings, change):
     path = train(settings(train={"steps": 1})).out / "data/episodes-teacher.jsonl"
     lines = path.read_text().splitlines()
+    assert change(lines[2]) != lines[2]
     path.write_text("\n".join([*lines[:2], change(lines[2]), *lines[3:]]) + "\n")
-    with pytest.raises(DataError, match=message):
-        EpisodeFile(path).read()
+    with pytest.raises(DataError, match=r"line 3 is not as it was written.*Delete it and what follows"):
+        EpisodeLog(path, read_episode).read()
+
+
+HEADER = Header(name="a model", model="m", tokenizer="t", template="x", settings="s")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "[1]",
+        json.dumps(asdict(HEADER)),  # as files of episodes began before
+        '{"task": "train/0", "right": true, "attempt": {}, "revisions": [], "origin": "s", "seal": "01"}',  # SD-Zero
+    ],
+)
+def test_a_file_that_does_not_begin_as_a_log_is_to_be_deleted(tmp_path, first):
+    log = EpisodeLog(tmp_path / "e.jsonl", read_episode)
+    log.path.write_text(first + "\n")
+    for read in (log.read, lambda: log.open(HEADER, wanted=0)):
+        with pytest.raises(DataError, match=r"line 1 does not say who played: .* an older version.*Delete the file"):
+            read()
+
+
+def test_a_row_whose_form_is_another_is_named_though_its_checksum_is_right(tmp_path):
+    log = EpisodeLog(tmp_path / "e.jsonl", read_episode)
+    log.open(HEADER, wanted=1)
+    log.write([{"task": "train/0"}], after=0)
+    with pytest.raises(DataError, match=r"line 2 is not as it was written: .*it is no episode"):
+        log.read()
+
+
+def test_a_log_that_was_killed_before_its_first_line_was_whole_is_begun_anew(tmp_path):
+    log = EpisodeLog(tmp_path / "data/e.jsonl", read_episode)
+    assert log.open(HEADER, wanted=1) == []
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole[:-5])
+    assert log.open(HEADER, wanted=1) == []
+    assert log.path.read_bytes() == whole
+    assert log.read() == (HEADER, [])
+
+
+def test_the_model_may_have_moved_on_from_a_log_only_where_it_is_complete(tmp_path):
+    log = EpisodeLog(tmp_path / "e.jsonl", dict)
+    log.open(HEADER, wanted=2)
+    rows = [{"n": 0}, {"n": 1}]
+    moved = replace(HEADER, model="trained")
+    log.write(rows[:1], after=0)
+    with pytest.raises(DataError, match="was not played with this run's model; delete"):
+        log.open(moved, wanted=2)
+    with pytest.raises(DataError, match="holds 1 of 2 episodes, and the weights that played them have trained since"):
+        log.open(moved, wanted=2, whole=True)
+    log.write(rows[1:], after=1)
+    assert log.open(moved, wanted=2) == log.open(moved, wanted=2, whole=True) == rows
+    with pytest.raises(DataError, match="was not played with this run's model and settings; delete"):
+        log.open(replace(moved, settings="other"), wanted=3)
+    log.path.unlink()
+    with pytest.raises(DataError, match="holds 0 of 2 episodes"):
+        log.open(moved, wanted=2, whole=True)
+    assert not log.path.exists()
+
+
+def test_own_episodes_that_are_lost_are_not_played_again_by_weights_that_trained_on_them(settings):
+    data = settings(source="own", train={"save_every": 1, "keep_last": 9})
+    out = train(data).out
+    shutil.rmtree(out / "checkpoints/step-3")
+    (out / "data/episodes-own.jsonl").unlink()
+    with pytest.raises(DataError, match="holds 0 of 5 episodes, and the weights that played them have trained since"):
+        train(data, resume=True)
 
 
 def test_episodes_of_other_settings_are_refused_by_what_differs(settings):
     out = train(settings(train={"steps": 1})).out
-    header, _ = EpisodeFile(out / "data/episodes-teacher.jsonl").read()
-    with pytest.raises(DataError, match="was played with another template; delete the file"):
-        EpisodeFile(out / "data/episodes-teacher.jsonl").open(header | {"template": "x"}, wanted=5)
+    header, _ = EpisodeLog(out / "data/episodes-teacher.jsonl", read_episode).read()
+    with pytest.raises(DataError, match="was not played with this run's template; delete the file"):
+        EpisodeLog(out / "data/episodes-teacher.jsonl", read_episode).open(replace(header, template="x"), wanted=5)
 
 
 CALL = {"role": "assistant", "content": "ab the 1"}

@@ -19,7 +19,7 @@ from opd.losses import Losses
 from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
-from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, rendering, segments
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeLog, Header, read_episode, rendering, segments
 from opd.types import Sample, to_sample
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Scoring(Method):
             top_k=self.terms.top_k,
         )
         sft_teacher = ranks.from_first(partial(_sft, folder))
-        about = {"name": self.model, "student": header["model"], "sft_teacher": sft_teacher}
+        about = {"name": self.model, "student": header.model, "sft_teacher": sft_teacher}
         mismatch = sft_teacher not in (None, scorer.teacher)
         if mismatch:
             _object(
@@ -105,7 +105,7 @@ class Offline(Method):
                 f"episodes of the SFT ({sft_teacher})",
                 allow=self.terms.allow_mismatch,
             )
-        mismatch |= self._is_another_student(player, header["model"])
+        mismatch |= self._is_another_student(player, header.model)
         dataset = ranks.agree(lambda: with_scores(samples, store))
         return Prepared(summary(store, samples) | {"store/mismatch": float(mismatch)}, dataset)
 
@@ -138,18 +138,15 @@ def _object(problem: str, *, allow: bool) -> None:
 def _sft(folder: Path) -> str | None:
     """Return the fingerprint of who played the episodes that the SFT learned from; None where there was none."""
     path = folder / TEACHERS
-    return str(EpisodeFile(path).read()[0]["model"]) if path.exists() else None
+    return EpisodeLog(path, read_episode).read()[0].model if path.exists() else None
 
 
-def episodes(path: Path, chat: ChatFormat) -> tuple[dict[str, Any], list[Sample]]:
+def episodes(path: Path, chat: ChatFormat) -> tuple[Header, list[Sample]]:
     """Read a file of episodes: return its header, which says who played, and their sequences, all to be distilled.
 
     Raises DataError where they were rendered by another tokenizer or template than this run's.
     """
-    header, rows = EpisodeFile(path).read()
-    for name, value in rendering(chat).items():
-        if header.get(name) != value:
-            raise DataError(f"{path} was played with another {name} ({header.get(name)!r} there, {value!r} here)")
+    header, rows = EpisodeLog(path, read_episode).read(rendering(chat))
     samples = [to_sample(trajectory, segment, distill=1.0, route="distill") for trajectory, segment in segments(rows)]
     if not samples:
         raise DataError(f"{path} holds nothing that could be scored: {len(rows)} episodes were played, and all broke")

@@ -1,8 +1,8 @@
-"""Plays episodes into a file of token ids, and reads them back: for methods whose stages hand episodes on.
+"""Episodes on disk: played once, kept as token ids, learned from later. For methods whose stages hand them on.
 
-A file holds one JSON object a line: the first names the model and the settings that played; each other holds an
-episode, its messages for people, and the ids and log-probs that were sampled, so that what trains is what was said, to
-the token.
+A log holds one JSON object a line: first who played, and under which settings; then an episode each, with its
+messages to read and the ids and log-probs that were sampled, so that what trains is what was said, to the token. A
+method may put more into a row (SD-Zero: how the episode was revised).
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TEACHERS, OWN = "episodes-teacher.jsonl", "episodes-own.jsonl"
-"""The files in a run's `data/` with the episodes of another model, and with those of the model that trains."""
+"""Files in a run's `data/`: of another model, and of the model that trains."""
 
 
 def playing(config: Any, *, tasks: int, first: int = 0, model: str | None = None) -> Stage:
-    """Return the stage that plays episodes of so many tasks into a file, as another model or as the run's own."""
+    """The stage that plays episodes of so many tasks into a file, as another model or as the run's own."""
     return Stage(
         kind="play",
         make=partial(Playing, config, tasks=tasks, model=model),
@@ -43,7 +45,7 @@ def playing(config: Any, *, tasks: int, first: int = 0, model: str | None = None
 
 
 def _holds_episodes(name: str, folder: Path, made: Mapping[str, float]) -> bool:
-    return EpisodeFile(folder / name).lines > made["collect/episodes"]
+    return EpisodeLog(folder / name, read_episode).lines > made["collect/episodes"]
 
 
 class Playing(Method):
@@ -54,151 +56,194 @@ class Playing(Method):
         self.tasks, self.model = tasks, model
 
     def prepare(self, player: Player, folder: Path) -> Prepared:
-        file = EpisodeFile(folder / (TEACHERS if self.model else OWN))
-        return Prepared(summary(collect(player, self.chat, file, self.tasks, name=self.model or "the run's model")))
+        log = EpisodeLog(folder / (TEACHERS if self.model else OWN), read_episode)
+        return Prepared(summary(collect(player, self.chat, log, self.tasks, whole=False, name=self.model)))
 
 
-class Appendable(Protocol):
-    """A file of rows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The first line of a log: who played, and under which settings. All but `name` are fingerprints."""
 
-    def write(self, rows: Sequence[Row], *, after: int) -> None:
-        """Append rows behind the first `after` of those that are there; what else is there is cut."""
+    name: str
+    """Of the model that played, for a person."""
+    model: str
+    """Its weights."""
+    tokenizer: str
+    template: str
+    settings: str
+    """All settings of the run that stored data depends on."""
 
 
-class EpisodeFile:
-    """A file of episodes, appended as they come; its first line, the header, says what they depend on."""
+class EpisodeLog:
+    """A file of played episodes, a row each, to which rows are appended as they come; the first line is the header.
 
-    def __init__(self, path: Path) -> None:
+    Every line ends with a checksum, so that what trains is what was sampled, and not what became of it since.
+
+    Args:
+        read_row: turns a row into data; it raises ValueError, KeyError or TypeError for what is no such row.
+    """
+
+    def __init__(self, path: Path, read_row: Callable[[Row], object]) -> None:
         self.path = path
+        self.read_row = read_row
 
     @property
     def lines(self) -> int:
         """The number of whole lines, the header's included; 0 where there is no file."""
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
-    def open(self, header: Mapping[str, Any], *, wanted: int) -> list[dict[str, Any]]:
-        """Read the episodes so far, or begin a new file. Raises DataError for a file that has another header.
+    def open(self, header: Header, *, wanted: int, whole: bool = False) -> list[Row]:
+        """Return the rows so far, or begin a new file where none holds a whole line.
 
-        Where all `wanted` episodes are there, the model is not compared: it may have been trained on them since.
+        A file that lacks some of the `wanted` rows must come from the header's model. One that has them need not: the
+        model may have trained on them since.
+
+        Args:
+            whole: the model has trained on the file, so what the file lacks cannot be played by it any more.
+
+        Raises DataError for a file that was made under another header, or that should be whole and is not.
         """
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(_line(header))
-            return []
-        known, rows = self.read()
-        differing = [key for key in header if known.get(key) != header[key]]
-        if len(rows) >= wanted and "model" in differing:
-            differing.remove("model")
-        if differing:
+        rows: list[Row] = []
+        if self.lines:
+            like = asdict(header)
+            if whole or self.lines > wanted:
+                del like["model"]
+            _, rows = self.read(like)
+        if whole and len(rows) < wanted:
             raise DataError(
-                f"{self.path} was played with another {' and '.join(differing)}; delete the file, or go on with what "
-                "it was made with"
+                f"{self.path} holds {len(rows)} of {wanted} episodes, and the weights that played them have trained "
+                "since. Put the file back, or start afresh (--overwrite)"
             )
+        if not self.lines:
+            self._append([asdict(header)], after=0)
         return rows
 
-    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Read the header and the episodes, without a half-written last row.
+    def read(self, like: Mapping[str, str] | None = None) -> tuple[Header, list[Row]]:
+        """Return the header and the rows; a half-written last row is not counted.
 
-        Raises DataError, with the line's number, for a line that is damaged.
+        Raises DataError, with the line's number, for what is damaged, and for a header that differs from `like`, which
+        gives the wanted values of some of its fields by name.
         """
         try:
-            *whole, _ = self.path.read_bytes().split(b"\n")
+            first, *rest = self.path.read_bytes().split(b"\n")[:-1] or [b""]
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
-        found = []
-        for number, line in enumerate(whole, start=1):
-            try:
-                found.append(json.loads(line))
-                if number > 1:
-                    read_episode(found[-1])
-                elif not all(isinstance(found[0][name], str) for name in ("model", "tokenizer", "template")):
-                    raise ValueError("it does not say who played")
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file") from error
-        if not found:
-            raise DataError(f"{self.path} is empty; delete the file")
-        return found[0], found[1:]
+        header = self._header(first)
+        differing = [name for name, value in (like or {}).items() if getattr(header, name) != value]
+        if differing:
+            raise DataError(
+                f"{self.path} was not played with this run's {' and '.join(differing)}; delete the file, or go on with "
+                "what it was made with"
+            )
+        return header, [self._row(line, number) for number, line in enumerate(rest, start=2)]
 
-    def write(self, rows: Sequence[Mapping[str, Any]], *, after: int) -> None:
-        """Append rows behind the first `after` episodes that are there; what else is there is cut."""
-        append_lines(self.path, map(_line, rows), after=after + 1)
+    def write(self, rows: Sequence[Row], *, after: int) -> None:
+        """Append rows behind the first `after` of those that are there; what else is there is cut."""
+        self._append(rows, after=after + 1)
 
+    def _header(self, line: bytes) -> Header:
+        try:
+            header = Header(**_unsealed(line))
+            if all(isinstance(value, str) for value in asdict(header).values()):
+                return header
+        except (ValueError, TypeError):
+            pass
+        raise DataError(
+            f"{self.path}, line 1 does not say who played: it is damaged, or an older version wrote it. Delete the "
+            "file; its episodes are then played again"
+        )
 
-def append_lines(path: Path, lines: Iterable[bytes], *, after: int) -> None:
-    """Append lines to a file, which is made if need be, behind its first `after` lines; what else is there is cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    before = path.read_bytes().split(b"\n")[:after]
-    with path.open("r+b") as file:
-        file.truncate(sum(len(line) + 1 for line in before))
-        file.seek(0, os.SEEK_END)
-        file.write(b"".join(lines))
+    def _row(self, line: bytes, number: int) -> Row:
+        try:
+            row = _unsealed(line)
+            self.read_row(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path}, line {number} is not as it was written: cut short, or changed since ({error}). Delete "
+                "it and what follows; the run then plays that again"
+            ) from error
+        return row
 
-
-def _line(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, default=str).encode() + b"\n"
-
-
-def collect(player: Player, chat: ChatFormat, file: EpisodeFile, tasks: int, *, name: str) -> list[dict[str, Any]]:
-    """Collect `rollout.group_size` episodes of each of the first `tasks` tasks; return the rows in `file`.
-
-    What the file holds already is not played again; a file that was cut is completed with the same ids. Ends early,
-    with the rows so far, once `player.stopping()` is true.
-    """
-    run = player.standing
-    header = {"model": player.fingerprint(), **rendering(chat), "settings": run.settings}
-    rows = player.ranks.from_first(lambda: file.open(header | {"name": name}, wanted=tasks * run.rollout.group_size))
-
-    def play(goals: Sequence[Task]) -> list[Row]:
-        groups = player.play(goals, seed=derive_seed("episodes", run.seed))
-        return [to_row(trajectory) for group in groups for trajectory in group.trajectories]
-
-    return in_rounds(player, file, rows, tasks, play=play, failure=lambda row: row["failed"])
+    def _append(self, rows: Sequence[Row], *, after: int) -> None:
+        """Append lines behind the first `after` of the file, which is made if need be; what else is there is cut."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        before = self.path.read_bytes().split(b"\n")[:after]
+        with self.path.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in before))
+            file.seek(0, os.SEEK_END)
+            file.write(b"".join(map(_sealed, rows)))
 
 
-def in_rounds(
+def _sealed(row: Row) -> bytes:
+    """Write a row as a line that ends with the row's checksum."""
+    return json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n"
+
+
+def _unsealed(line: bytes) -> Row:
+    """Read a line that `_sealed` wrote. Raises ValueError where it is not as it was."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.pop("seal", None) != _seal(row):
+        raise ValueError("its checksum is another")
+    return row
+
+
+def _seal(row: Row) -> str:
+    return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
+
+
+def collect(
     player: Player,
-    file: Appendable,
-    rows: list[Row],
+    chat: ChatFormat,
+    log: EpisodeLog,
     tasks: int,
     *,
-    play: Callable[[Sequence[Task]], list[Row]],
-    failure: Callable[[Row], str | None],
+    whole: bool,
+    name: str | None = None,
+    play: Callable[[Sequence[Task]], list[Row]] | None = None,
 ) -> list[Row]:
-    """Go on from `rows` until there is one for each member of each of the stage's first `tasks` tasks.
+    """Play the stage's first `tasks` tasks, `rollout.group_size` times each; return a row for each, as `log` holds it.
 
-    A round plays as many tasks as there are episodes at once; its rows are appended to `file` before the next round.
-    Ends early, with the rows so far, once `player.stopping()` is true. Raises HealthError if every episode failed.
+    As many tasks are played at a time as there are episodes at once, and each round's rows are appended before the
+    next. What the log holds is not played again; what was cut there is played again to the same ids. Ends early, with
+    what there is, once `player.stopping()` is true. Raises DataError where the log cannot be gone on with, and
+    HealthError if every episode failed.
 
     Args:
-        rows: what the file holds already, the same on all ranks.
-        play: the rows of a round, from its tasks, in their order.
-        failure: why a row's episode failed, or None.
+        whole: the log must hold all of it, as the weights that played have trained since.
+        name: of the model that plays, for the log's header, where it is not the run's own.
+        play: plays tasks and returns their rows, in order; by default plain episodes.
     """
     run, size = player.standing, player.standing.rollout.group_size
+    header = Header(
+        name=name or "the run's model", model=player.fingerprint(), **rendering(chat), settings=run.settings
+    )
+    rows = player.ranks.from_first(lambda: log.open(header, wanted=tasks * size, whole=whole))
     at_once = max(1, run.rollout.concurrency // size)
-    rows = drop_broken_end(rows, list(map(failure, rows)), at_once=at_once * size, wanted=tasks * size)
+    rows = drop_broken_end(rows, at_once=at_once * size, wanted=tasks * size)
     while len(rows) < tasks * size and not player.stopping():
         first = len(rows) // size
-        more = play([player.task(i) for i in range(first, min(first + at_once, tasks))])
-        player.ranks.from_first(partial(file.write, more, after=len(rows)))
+        goals = [player.task(i) for i in range(first, min(first + at_once, tasks))]
+        more = play(goals) if play is not None else _played(player, goals)
+        player.ranks.from_first(partial(log.write, more, after=len(rows)))
         rows += more
-    check_collected(list(map(failure, rows)), run.give_up_after)
+    check_collected([row["failed"] for row in rows], run.give_up_after)
     return rows
 
 
-def drop_broken_end(
-    rows: list[dict[str, Any]], failures: Sequence[str | None], *, at_once: int, wanted: int
-) -> list[dict[str, Any]]:
-    """Return the rows of a collection that need not be played anew: its whole rounds, or all rows if it is complete.
+def _played(player: Player, tasks: Sequence[Task]) -> list[Row]:
+    """Play plain episodes of these tasks; return their rows."""
+    groups = player.play(tasks, seed=derive_seed("episodes", player.standing.seed))
+    return [to_row(trajectory) for group in groups for trajectory in group.trajectories]
 
-    Rounds at its end whose episodes all failed are left out, where the collection is not complete or holds nothing
-    else: what broke them may be mended.
 
-    Args:
-        failures: why each row's episode failed, or None.
-        at_once: rows in a round.
+def drop_broken_end(rows: list[Row], *, at_once: int, wanted: int) -> list[Row]:
+    """Return the rows of a collection that stand: whole rounds of `at_once` rows, unless it is complete.
+
+    Rounds at its end that broke as a whole are played anew, where the collection is not complete or holds nothing else:
+    what broke them may be mended.
     """
+    failures = [row["failed"] for row in rows]
     kept = len(rows)
     if kept == wanted and None in failures:
         return rows
@@ -210,7 +255,7 @@ def drop_broken_end(
 
 
 def rendering(chat: ChatFormat) -> dict[str, str]:
-    """Return the fingerprints of the tokenizer and of the chat template, which make ids of messages."""
+    """Fingerprints of what makes ids of messages."""
     from opd.models.identity import template_fingerprint, tokenizer_fingerprint  # late: it needs torch
 
     return {
@@ -220,7 +265,7 @@ def rendering(chat: ChatFormat) -> dict[str, str]:
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """Return an episode as a row of the file: outcome first, ids last."""
+    """An episode as it stands in the file: outcome first, ids last."""
     return {
         "task": trajectory.task.id,
         "seed": trajectory.task.seed,
@@ -245,7 +290,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def read_episode(row: Mapping[str, Any]) -> Trajectory:
-    """Return the episode of a row by `to_row`, as far as learning needs it. Raises ValueError for any other row."""
+    """The reverse of `to_row`, as far as learning needs it. Raises ValueError for what is no such row."""
     try:
         split, index = row["task"].split("/")
         turns = [
@@ -272,8 +317,8 @@ def read_episode(row: Mapping[str, Any]) -> Trajectory:
         raise ValueError(f"it is no episode ({error!r})") from error
 
 
-def unsampled_turn(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
-    """Make a turn that is learned as it stands: its log-probs are nan, as the model that learns did not sample it."""
+def unsampled(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
+    """A turn that is learned as it stands: without log-probs, as nobody sampled it from the model that learns."""
     return Turn(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
@@ -285,14 +330,14 @@ def unsampled_turn(prompt_ids: list[int], completion_ids: list[int]) -> Turn:
 
 
 def segments(rows: Sequence[Mapping[str, Any]], *, only_right: bool = False) -> Iterator[tuple[Trajectory, Segment]]:
-    """Yield the sequences with a sampled token of the episodes that did not fail; `only_right`: and that were right."""
+    """The sequences that may train: nothing broke, something was sampled and, if asked, the episode was right."""
     for trajectory in map(read_episode, rows):
         if trajectory.failed is None and (trajectory.success or not only_right):
             yield from ((trajectory, s) for s in trajectory.segments() if any(turn.completion_ids for turn in s.turns))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Count the episodes and their tokens, and the share that was right, as metrics."""
+    """What was played, in numbers."""
     return {
         "collect/episodes": float(len(rows)),
         "collect/right": sum(row["success"] for row in rows) / max(1, len(rows)),

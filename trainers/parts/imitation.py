@@ -16,7 +16,7 @@ from opd.losses import CrossEntropy, Losses
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
 from opd.trainers.parts.conversations import read_conversations
-from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeFile, collect, segments, summary
+from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeLog, collect, read_episode, segments, summary
 from opd.types import Sample, Segment, Trajectory, to_sample
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class Imitating(Method):
             read = player.ranks.from_first(lambda: read_conversations(where, self.chat))
             found = [(t, s) for t in read if t.success or not only_right for s in t.segments()]
         else:
-            file = EpisodeFile(where)
+            log = EpisodeLog(where, read_episode)
             if self.source == "own":
                 assert self.tasks is not None
-                rows = collect(player, self.chat, file, self.tasks, name="the run's model")
+                rows = collect(player, self.chat, log, self.tasks, whole=player.standing.updates > 0)
                 made = summary(rows)
             else:
-                rows = player.ranks.from_first(lambda: file.read()[1])
+                rows = player.ranks.from_first(lambda: log.read()[1])
             if player.stopping():
                 return Prepared(made)
             found = list(segments(rows, only_right=only_right))

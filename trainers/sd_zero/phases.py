@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from opd.losses import CrossEntropy, Losses
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
+from opd.trainers.parts.episodes import EpisodeLog, collect
 from opd.trainers.sd_zero.config import SdZeroConfig
-from opd.trainers.sd_zero.revisions import Collection, Part, Reviser, TraceFile, collect, summary, to_samples
+from opd.trainers.sd_zero.revisions import Collection, Part, Reviser, attempted, read_trace, summary, to_samples
 
 if TYPE_CHECKING:
     from opd.models.chat import ChatFormat
@@ -55,10 +56,11 @@ class Revising(Phase):
 
     def prepare(self, player: Player, folder: Path) -> Prepared:
         config, run = self.config, player.standing
-        file = TraceFile(folder / "revisions.jsonl", run.settings)
-        rows = collect(player, file, self.reviser, self.collection, whole=run.steps > 0)
+        log = EpisodeLog(folder / "revisions.jsonl", read_trace)
+        play = partial(attempted, player, self.reviser, self.collection)
+        rows = collect(player, self.chat, log, self.collection.questions, whole=run.steps > 0, play=play)
         if player.stopping():
             return Prepared()
-        dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=file.path)
+        dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=log.path)
         numbers = {"dropped/too_long": float(too_long)} | (summary(rows) if self.collects else {})
         return Prepared(numbers, dataset)

@@ -1,23 +1,21 @@
-"""Self-revision: a model tries its task again, given its own attempt and a cue that tells the outcome. For the phases.
+"""Self-revision: what a model makes of its own attempt once it is told how that went. For `trainers/sd_zero/method.py`.
 
 An attempt is a finished episode, and a revision another one of the same task, whose first prompt also holds the
-attempt and the cue. Each attempt is kept with its revisions as one readable row of JSON, with the ids that were
-sampled, so that what trains is what was said, to the token.
+attempt and the cue that tells its outcome. A row of the log (`trainers/parts/episodes.py`) is the attempt's, with the
+cue and the rows of its revisions.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
 from opd.teachers.privileged import episode_text, in_first_user_message, with_attempt
-from opd.trainers.parts.episodes import append_lines, in_rounds, unsampled_turn
+from opd.trainers.parts.episodes import read_episode, to_row, unsampled
 from opd.types import End, Message, Sample, Segment, Task, TeacherView, Trajectory, TrajectoryGroup, Turn, to_sample
 
 if TYPE_CHECKING:
@@ -31,43 +29,45 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Reviser:
-    """Puts an attempt before the model that revises it, and before the teacher that scores it."""
+    """How an attempt is put before the model that revises it, and before the teacher that scores it."""
 
     chat: ChatFormat
     cues: tuple[str, str]
-    """The cue for an attempt that was right, and the cue for one that was not."""
+    """For an attempt that was right, and for one that was not."""
     place: Literal["prompt", "reply"]
     """`prompt`: the attempt as text, and the cue, in the first user message. `reply`: as the paper has it for one turn,
     the attempt's own ids and the cue at the beginning of what the model says."""
 
     def cue(self, right: bool) -> str:
-        """Return the cue that tells this outcome."""
         return self.cues[0] if right else self.cues[1]
 
     def opening(self, attempt: Trajectory, segment: Segment) -> list[int]:
         """Return the ids that come before a revision: the task, the attempt with what tools answered, and the cue."""
-        cue = self.cue(attempt.success)
+        first = segment.turns[0]
         if self.place == "prompt":
-            text = episode_text(attempt.messages)
-            messages = in_first_user_message(
-                segment.turns[0].messages, lambda prompt: with_attempt(prompt, text, cue=cue)
-            )
-            return self.chat.start(messages, attempt.tools)
-        ids = [i for turn in segment.turns for i in (*turn.prompt_ids, *turn.completion_ids)]
-        return [*self._without_end(ids), *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}")]
+            return self.chat.start(self._told(attempt, first.messages), attempt.tools)
+        return [*first.prompt_ids, *self._begun(attempt, segment)]
 
     def view(self, attempt: Trajectory, segment: Segment) -> TeacherView:
-        """Return the teacher's view: what a reviser reads, then the attempt once more, whose tokens are scored."""
-        ids = self.opening(attempt, segment)
-        rows: list[int] = []
-        for number, turn in enumerate(segment.turns):
-            ids += turn.prompt_ids if number else []
-            rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
-            ids += turn.completion_ids
-        return TeacherView(token_ids=ids, rows=rows)
+        """Return the teacher's ids: what a reviser reads, then the attempt once more, whose tokens are scored."""
+        if self.place == "reply":
+            return self.chat.view(attempt, segment, lambda _, messages: messages, opening=self._begun(attempt, segment))
+        first = segment.start
+        return self.chat.view(attempt, segment, lambda n, new: self._told(attempt, new) if n == first else new)
+
+    def _told(self, attempt: Trajectory, messages: list[Message]) -> list[Message]:
+        """Put the attempt as text, and the cue, into the first user message."""
+        text, cue = episode_text(attempt.messages), self.cue(attempt.success)
+        return in_first_user_message(messages, lambda prompt: with_attempt(prompt, text, cue=cue))
+
+    def _begun(self, attempt: Trajectory, segment: Segment) -> list[int]:
+        """Return the ids with which a reply begins: the attempt's own, behind its first prompt, and the cue."""
+        first, *others = segment.turns
+        said = [*first.completion_ids, *(i for turn in others for i in (*turn.prompt_ids, *turn.completion_ids))]
+        return [*self._without_end(said), *self.chat.encode(f"{SEPARATOR}{self.cue(attempt.success)}{SEPARATOR}")]
 
     def generation(self, attempt: Sequence[Turn], cue: str, revision: Sequence[Turn]) -> list[Turn]:
-        """Return the plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
+        """The plain task, the attempt, the cue and the revision, as if the model had said it all by itself.
 
         An attempt of one turn is answered in the same turn, as in the paper. What ended an episode of several turns
         cannot be taken back there: the cue stands in place of the attempt's last action.
@@ -77,33 +77,30 @@ class Reviser:
         if before:
             doubt = [*self.chat.encode(cue + SEPARATOR), *first.completion_ids]
         else:
-            answer = self._without_end(last.completion_ids)
-            doubt = [*answer, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
-        return [*before, unsampled_turn(last.prompt_ids, doubt), *after]
+            said = self._without_end(last.completion_ids)
+            doubt = [*said, *self.chat.encode(f"{SEPARATOR}{cue}{SEPARATOR}"), *first.completion_ids]
+        return [*before, unsampled(last.prompt_ids, doubt), *after]
 
     def _without_end(self, ids: list[int]) -> list[int]:
-        """Return the ids without the token that ended the turn."""
-        return ids[:-1] if ids[-1] in self.chat.stop_ids else ids
+        """Without the token that ended the turn."""
+        return ids[:-1] if ids and ids[-1] in self.chat.stop_ids else ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """An attempt and its revisions."""
+    """An attempt, and what became of it."""
 
     task: Task
     cue: str
     attempt: list[Turn]
     learnable: bool
-    """True: the attempt itself may be learned from, as it was right."""
+    """Whether the attempt itself may be learned from, as a revision may: it was right."""
     revisions: list[list[Turn]] = field(default_factory=list)
-    """The revisions that may be learned from; the others are only in the file."""
+    """Those that were right; the others are only in the file."""
 
     def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
-        """Yield the samples of the parts that `weights` names.
-
-        revision: each revision by itself. generation: each as the end of what the model might say unasked. attempt:
-        the attempt, if it was right.
-        """
+        """What trains on it: each revision by itself, and as the end of what the model might say unasked; or the
+        attempt, if it was right."""
         if "attempt" in weights and self.learnable:
             yield to_supervised(self.attempt, self.task, weights["attempt"])
         for revision in self.revisions:
@@ -115,7 +112,7 @@ class Trace:
 
 
 def reason_to_drop(episode: Trajectory, group: TrajectoryGroup) -> str | None:
-    """Return why an episode of a group is not learned from; None for one that is."""
+    """Why an episode of a group is not learned from; None for one that is."""
     if episode.failed is not None or group.dropped:
         return "failed" if episode.failed is not None else "another of its group failed"
     if not (episode.success and episode.completion_tokens):
@@ -123,155 +120,60 @@ def reason_to_drop(episode: Trajectory, group: TrajectoryGroup) -> str | None:
     return "rewritten by the chat template" if len(episode.segments()) > 1 else None
 
 
-def to_row(
-    origin: str, cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
+def to_trace(
+    cue: str, attempt: Trajectory, group: TrajectoryGroup, revisions: TrajectoryGroup | None
 ) -> dict[str, Any]:
-    """Return the row of one attempt of a group and of its revisions, if there are any: ids last."""
-    revised = [] if revisions is None else [_episode(r, revisions) for r in revisions.trajectories]
+    """Return the row of an attempt of a group: that of its episode, with the cue and the rows of its revisions."""
+    revised = [] if revisions is None else [_with_fate(r, revisions) for r in revisions.trajectories]
     return {
-        "task": attempt.task.id,
-        "seed": attempt.task.seed,
-        "member": attempt.member,
-        "right": attempt.success,
         "cue": cue,
         "kept": sum(revision["dropped"] is None for revision in revised),
-        "attempt": _episode(attempt, group),
+        **_with_fate(attempt, group),
         "revisions": revised,
-        "origin": origin,
     }
 
 
-def _episode(trajectory: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
-    return {
-        "dropped": reason_to_drop(trajectory, group),
-        "success": trajectory.success,
-        "end": trajectory.end,
-        "failed": trajectory.failed,
-        "tokens": trajectory.completion_tokens,
-        "messages": trajectory.messages,
-        # The sequence as the model saw it at the end: where the template rewrote the past, only what followed.
-        "turns": [
-            {"prompt_ids": turn.prompt_ids, "completion_ids": turn.completion_ids}
-            for segment in trajectory.segments()[-1:]
-            for turn in segment.turns
-        ],
-    }
+def _with_fate(episode: Trajectory, group: TrajectoryGroup) -> dict[str, Any]:
+    return {"dropped": reason_to_drop(episode, group), **to_row(episode)}
 
 
-def read_trace(row: dict[str, Any]) -> Trace:
-    """Return the trace of a row that `to_row` made."""
-    split, index = row["task"].split("/")
+def read_trace(row: Mapping[str, Any]) -> Trace:
+    """Read what `to_trace` wrote. Raises ValueError, KeyError or TypeError for what is no such row."""
+    attempt = read_episode(row)
+    revisions = [(revision["dropped"], read_episode(revision)) for revision in row["revisions"]]
     return Trace(
-        task=Task(index=int(index), seed=row["seed"], split=split),
+        task=attempt.task,
         cue=row["cue"],
-        attempt=_turns(row["attempt"]),
-        learnable=row["attempt"]["dropped"] is None,
-        revisions=[_turns(r) for r in row["revisions"] if r["dropped"] is None],
+        attempt=_as_it_stands(attempt),
+        learnable=row["dropped"] is None,
+        revisions=[_as_it_stands(revision) for reason, revision in revisions if reason is None],
     )
 
 
-def _turns(episode: dict[str, Any]) -> list[Turn]:
-    return [unsampled_turn(turn["prompt_ids"], turn["completion_ids"]) for turn in episode["turns"]]
-
-
-def _seal(row: dict[str, Any]) -> str:
-    """Return a row's checksum: 16 hex digits."""
-    return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
-
-
-class TraceFile:
-    """The file of a run's attempts, to which rows are appended as they come.
-
-    A line ends with a checksum, so that nothing trains that was changed since it was sampled.
-    """
-
-    def __init__(self, path: Path, origin: str) -> None:
-        self.path = path
-        self.origin = origin
-
-    def read(self) -> list[dict[str, Any]]:
-        """Read the rows so far, without a half-written last one.
-
-        Raises DataError, with the line's number, for a row that is damaged or was made under other settings.
-        """
-        if not self.path.exists():
-            return []
-        *whole, _ = self.path.read_bytes().split(b"\n")
-        rows = []
-        for number, line in enumerate(whole, start=1):
-            rows.append(self._row(line, number))
-            if rows[-1]["origin"] != self.origin:
-                raise DataError(
-                    f"{self.path}, line {number} was collected under other settings; delete the file, or resume with "
-                    "the settings that it was made with"
-                )
-        return rows
-
-    def _row(self, line: bytes, number: int) -> dict[str, Any]:
-        """Read a line. Raises DataError, with its number, where the checksum does not fit."""
-        try:
-            row = json.loads(line)
-            if row.pop("seal") == _seal(row):
-                return cast(dict[str, Any], row)
-        except (ValueError, LookupError, AttributeError, TypeError):
-            pass
-        raise DataError(
-            f"{self.path}, line {number} is not as it was written: cut short, or changed since. Delete it and what "
-            "follows; the run then collects that again"
-        )
-
-    def write(self, rows: Sequence[dict[str, Any]], *, after: int) -> None:
-        """Append rows behind the first `after` of those that are there; what else is there is cut."""
-        sealed = (json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n" for row in rows)
-        append_lines(self.path, sealed, after=after)
+def _as_it_stands(episode: Trajectory) -> list[Turn]:
+    """Return the sequence as the model saw it at the end: where the template rewrote the past, only what followed."""
+    last = episode.segments()[-1:]
+    return [unsampled(turn.prompt_ids, turn.completion_ids) for segment in last for turn in segment.turns]
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """The size of phase 1's collection: tasks, each attempted `rollout.group_size` times, and their revisions."""
+    """What phase 1 plays: tasks, each attempted `rollout.group_size` times."""
 
     questions: int
-    """The number of tasks."""
     revisions: int
-    """The number of revisions of each attempt."""
+    """Of each attempt."""
     revise_right: bool
-    """True: right attempts are revised too. False: wrong ones only."""
+    """Or of the wrong attempts only."""
 
     def note(self, group_size: int) -> str:
-        """Say, for the plan, how much is played before phase 1 trains."""
+        """What is ahead, for the plan."""
         attempts = self.questions * group_size
         revisions = f" and up to {attempts * self.revisions:,} revisions" if self.revisions else ""
         return f"phase 1 begins with {attempts:,} attempts{revisions}; its steps train on those that are right"
 
 
-def collect(
-    player: Player, file: TraceFile, reviser: Reviser, collection: Collection, *, whole: bool
-) -> list[dict[str, Any]]:
-    """Collect attempts at the first tasks of the run, and their revisions; return their rows, which `file` holds too.
-
-    As many tasks are played at a time as there are episodes at once. What the file holds already is not played again;
-    a file that was cut is completed with the same ids. Ends early, with the rows so far, once `player.stopping()` is
-    true.
-
-    Raises DataError where the file must be `whole`, because the weights that attempt have trained since, and is not.
-    """
-    questions, size = collection.questions, player.standing.rollout.group_size
-    rows = player.ranks.from_first(file.read)
-    if whole and len(rows) < questions * size:
-        raise DataError(
-            f"{file.path} holds {len(rows)} of {questions * size} attempts, and the weights that made them have "
-            "trained since. Put the file back, or start afresh (--overwrite)"
-        )
-
-    def play(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-        return _play_round(player, tasks, file.origin, reviser, collection)
-
-    return in_rounds(player, file, rows, questions, play=play, failure=lambda row: row["attempt"]["failed"])
-
-
-def _play_round(
-    player: Player, tasks: Sequence[Task], origin: str, reviser: Reviser, collection: Collection
-) -> list[dict[str, Any]]:
+def attempted(player: Player, reviser: Reviser, collection: Collection, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Play each of these tasks and have its attempts revised; return a row for each attempt."""
     run = player.standing
     groups = player.play(tasks, seed=derive_seed("attempts", run.seed))
@@ -288,7 +190,7 @@ def _play_round(
         for group in player.play(list(chosen), seed=seed, group_size=collection.revisions, opening=opening):
             revised[group.task, member] = group
     return [
-        to_row(origin, reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))
+        to_trace(reviser.cue(attempt.success), attempt, group, revised.get((group.task, attempt.member)))
         for group in groups
         for attempt in group.trajectories
     ]
@@ -297,7 +199,7 @@ def _play_round(
 def to_samples(
     rows: Sequence[dict[str, Any]], reviser: Reviser, parts: Mapping[Part, float], most_tokens: int, *, where: Path
 ) -> tuple[list[Sample], int]:
-    """Return the samples of these rows, and how many sequences more were left out as longer than `most_tokens`.
+    """What trains on these rows, and how many sequences more were longer than `most_tokens`.
 
     Raises DataError, naming the file `where` they stand, if nothing is left.
     """
@@ -313,19 +215,19 @@ def to_samples(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Count attempts, revisions and their tokens, and the shares that were right, as metrics.
+    """What was collected, in numbers: attempts and revisions, the share of each that was right, and their tokens.
 
     `collect/corrected` is the share of the revisions of wrong attempts that are right: compare it with what attempting
     such tasks once more gives, which is less than `collect/right`.
     """
     revisions = [revision for row in rows for revision in row["revisions"]]
-    second = [revision["success"] for row in rows if not row["right"] for revision in row["revisions"]]
+    second = [revision["success"] for row in rows if not row["success"] for revision in row["revisions"]]
     numbers = {
         "collect/attempts": float(len(rows)),
-        "collect/right": sum(row["right"] for row in rows) / len(rows),
+        "collect/right": sum(row["success"] for row in rows) / len(rows),
         "collect/revisions": float(len(revisions)),
         "collect/kept": float(sum(row["kept"] for row in rows)),
-        "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *(row["attempt"] for row in rows)))),
+        "tokens/collected": float(sum(e["tokens"] for e in (*revisions, *rows))),
     }
     if revisions:
         numbers["collect/revisions_right"] = sum(revision["success"] for revision in revisions) / len(revisions)
@@ -335,7 +237,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def to_supervised(turns: Sequence[Turn], task: Task, weight: float = 1.0) -> Sample:
-    """Make a sample whose completions are learned as they stand, with this weight."""
+    """A sequence whose completions are learned as they stand."""
     whole = Trajectory(task=task, member=0, turns=list(turns), end=End.FINISHED, success=True)
     [segment] = whole.segments()
     return to_sample(whole, segment, ce=weight, route="ce")
