@@ -172,3 +172,11 @@ def mixed_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float
     value = times_log_ratio(p, student, teacher).mul_(beta)
     slope = value.add(p, alpha=beta).sub_(q, alpha=1 - beta)
     return value.add_(times_log_ratio(q, teacher, student).mul_(1 - beta)), slope
+
+
+@formula(beta=0.1, ends=(forward_kl, None))
+def skew_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """KL(teacher || beta * teacher + (1 - beta) * student) (DistiLLM, arXiv 2402.03898)."""
+    mix = p.lerp(q, beta)
+    value = times_log_ratio(q, teacher, mix.log())
+    return value, mix.reciprocal_().mul_(q).mul_(p).mul_(beta - 1).masked_fill_(p == 0, 0)

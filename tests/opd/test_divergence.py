@@ -57,6 +57,7 @@ REFERENCE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": lambda p, q, beta: kl(q, p),
     "reverse_kl": lambda p, q, beta: kl(p, q),
     "jsd": lambda p, q, beta: beta * kl(q, beta * q + (1 - beta) * p) + (1 - beta) * kl(p, beta * q + (1 - beta) * p),
+    "skew_kl": lambda p, q, beta: kl(q, beta * q + (1 - beta) * p),
     "mixed_kl": lambda p, q, beta: (1 - beta) * kl(q, p) + beta * kl(p, q),
 }
 
