@@ -26,7 +26,7 @@ from opd.launch.train import train
 from opd.models.config import ModelConfig
 from opd.models.loading import load
 from opd.tracking import read_rows
-from opd.trainers.loop.registry import METHODS, methods
+from opd.trainers.loop.registry import METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,8 +35,6 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests/zero/worker.py"
-COIN = "coin_env:CoinEnv"
-"""Beside the worker: of its episodes about half are right, whatever the model knows."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,40 +148,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(settings, models, dtype)
     assert off < 0.1 * way
 
 
-LITTLE = {
-    "rollout.max_tokens": 12,
-    "rollout.max_length": 512,
-    "train.steps": 1,
-    "train.tasks_per_step": 4,
-    "eval.tasks": 2,
-    "tracking.wandb": "disabled",
-    "tracking.console": False,
-    "tracking.plot": False,
-}
-OWN = {
-    "sft": {"sft.tasks": 5, "sft.keep": "all"},
-    "lightning_opd": {"lightning_opd.sft_tasks": 4, "lightning_opd.tasks": 6},
-    "sd_zero": {"env": COIN, "sd_zero.questions": 8, "sd_zero.revisions": 2},
-    "skill_sd": {
-        "env": COIN,
-        "rollout.group_size": 4,
-        "skill_sd.distill": 1.0,
-        "skill_sd.skills": {"min_support": 0.0, "min_lift": -100.0, "min_pdi": -100.0, "trials": 2},
-    },
-    **{name: {"env": COIN, "rollout.group_size": 4} for name in ("grpo", "sdpo", "srpo")},
-}
-"""What else a model that can do nothing needs, to be trained at all."""
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_the_example_of_a_method_trains(name, models, tmp_path):
-    example = ROOT / f"examples/{name}.yaml"
-    changes = {**LITTLE, "out": str(tmp_path / "run"), "model": models[0], **OWN.get(name, {})}
-    if f"{name}:" in example.read_text() and "model: tiny:lookup-expert" in example.read_text():
-        changes[f"{name}.teacher.model"] = models[1]
-    if methods()[name].config.model_fields.get("skills"):
-        changes["train.steps"] = 2  # the first step makes them
-    result = train(load_config(example, changes))
+def test_the_example_of_a_method_trains(name, small_example, models, tmp_path):
+    student, teacher = models
+    result = train(load_config(*small_example(name, tmp_path / "run", student=student, teacher=teacher)))
     rows = steps(result.out)
     assert result.steps == rows[-1]["step"] == len(rows) > 0
     for row in rows:

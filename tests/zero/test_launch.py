@@ -143,22 +143,6 @@ def test_a_mistake_that_all_processes_share_is_said_once_and_before_a_model_load
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.long
-def test_the_demo_runs_on_two_processes(tmp_path):
-    log = tmp_path / "log"
-    options = ["--steps", 2, "--eval.tasks", 4, "--out", tmp_path / "run", "--tracking.wandb", "disabled"]
-    example = ROOT / "examples" / "opsd_zero3.yaml"
-    process = started(
-        [*DEEPSPEED, "--master_port", free_port(), "--module", "opd.launch.train", example, *options], log, tmp_path
-    )
-    try:
-        wait_for(lambda: process.poll() is not None, 1500, [log])
-    finally:
-        stopped([process])
-    assert process.returncode == 0, log.read_text()[-4000:]
-    assert "held-out tasks" in log.read_text()
-
-
 BROKEN = """
 from opd.envs.worlds.lookup import LookupEnv
 
