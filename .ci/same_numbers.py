@@ -199,6 +199,7 @@ def numbers_of(run: Path, kept: Path) -> dict[str, Any]:
     No number depends on where the run was: paths, times and the spelling of the settings are left out.
     """
     tensors = exported(run)
+    stored = [row for path in sorted(run.glob("data/*.jsonl")) for row in rows_of(path)]
     kept.mkdir()
     for path in sorted(run.glob("export*/*.safetensors")):
         (kept / path.parent.name).mkdir(exist_ok=True)
@@ -211,7 +212,7 @@ def numbers_of(run: Path, kept: Path) -> dict[str, Any]:
         "episodes": digest(
             [[row.get(name) for name in EPISODE] for row in rows_of(run / "rollouts.jsonl")],
         ),
-        "token ids": digest([list(ids_in(row)) for path in sorted(run.glob("data/*.jsonl")) for row in rows_of(path)]),
+        "token ids": digest([ids for row in stored if (ids := list(ids_in(row)))]),  # a header has none
         "weights": {name: digest_of(tensor) for name, tensor in tensors.items()},
     }
 

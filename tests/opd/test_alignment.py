@@ -130,7 +130,7 @@ def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_forc
     trajectories = [t for group in groups for t in group.trajectories]
     assert [t.failed for t in trajectories] == [None] * len(episodes)
     assert [[turn.completion_ids for turn in t.turns] for t in trajectories] == said
-    method = Opsd(OpsdConfig(divergence=kind, clip=None), chat)
+    method = Opsd(OpsdConfig(divergence={"kind": kind, "clip": None}), chat)
     samples = [sample for group in groups for sample in method.annotate(group)]
     assert [i for s in samples for i in s.completion_ids] == [i for turns in said for ids in turns for i in ids]
     rest = iter(samples)
