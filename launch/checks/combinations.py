@@ -31,6 +31,7 @@ def check_combinations(config: Config) -> list[Problem]:
             )
         )
     problems += _problems_without_teacher(config) + _problems_of_served_teacher(config)
+    problems += _problems_of_own_weightings(config)
     problems += check_vllm(config)
     return problems + check_backend(config)
 
@@ -50,6 +51,26 @@ def _problems_without_teacher(config: Config) -> list[Problem]:
     text = f"has no effect: method = {config.method} distils no token. Remove it, or choose a method with a teacher."
     mends = {"weighting.pass_rate": " To weigh what rewards teach, set weighting.pass_rate.on: all."}
     return [Problem((key,), f"{key} {text}{mends.get(key, '')}") for key, value in asked.items() if value]
+
+
+def _problems_of_own_weightings(config: Config) -> list[Problem]:
+    """Return a problem for each weighting of the user's own that multiplies nothing which the method trains."""
+    losses = [stage.losses for stage in config.stages]
+    fed = {
+        "policy_weight": any(loss.policy for loss in losses),
+        "distill_weight": any(loss.distill for loss in losses),
+        "ce_weight": any(loss.ce for loss in losses),
+    }
+    return [
+        Problem(
+            ("weighting.functions", "method"),
+            f"weighting.functions: {function.name} multiplies {', '.join(function.found.streams)}, and method = "
+            f"{config.method} trains {', '.join(name for name, used in fed.items() if used)} alone. Remove it, or name "
+            "such a stream where the function is registered.",
+        )
+        for function in config.weighting.functions
+        if not any(fed[stream] for stream in function.found.streams)
+    ]
 
 
 def _problems_of_served_teacher(config: Config) -> list[Problem]:

@@ -154,6 +154,10 @@ def test_a_package_whose_method_cannot_be_imported_is_left_out_with_one_warning(
         ({"nudge": {"divergence": "nudge:fade"}}, "divergence.kind: 'nudge:fade' is a Weighting and no divergence"),
         ({"opsd": {}}, "opsd is the section of another method, but method = nudge:Nudge"),
         ({"weighting": {"functions": [{"name": "nudge:symmetric_kl"}]}}, "is a Formula and no weighting"),
+        (
+            {"method": "grpo", "weighting": {"functions": [{"name": "nudge:fade"}]}},
+            "nudge:fade multiplies distill_weight, and method = grpo trains policy_weight alone",
+        ),
         ({"weighting": {"functions": [{"name": "nudge:fade", "kwargs": {"a": 1}}]}}, "fade: got an unexpected keyword"),
     ],
 )
