@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
@@ -55,6 +56,7 @@ def load(address: str, *, setting: str) -> Any:
         raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+@cache  # it reads what every installed package says of itself, which takes a while
 def installed(group: str) -> dict[str, str]:
     """Return the addresses that installed packages offer under an entry-point group, by their short names.
 
