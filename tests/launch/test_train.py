@@ -294,7 +294,7 @@ def test_a_correction_of_the_embedded_engine_finds_nothing_to_correct(settings):
         ),
         ({"method": "grpo", "weighting": {"entropy": 1.0}}, "weighting.entropy has no effect: method = grpo"),
         ({"method": "grpo", "train": {"variance_every": 5}}, "train.variance_every has no effect"),
-        ({"method": "grpo", "grpo": {"length": 5}}, "nothing else uses one"),
+        ({"method": "grpo", "grpo": {"length": 5}}, "grpo.length is used by reduction = sequence_sum alone"),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused_before_the_model_loads(settings, changed, message):

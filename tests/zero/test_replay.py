@@ -115,7 +115,7 @@ def recorded(tmp_path_factory, zero_settings):
 
         lost = [n for n in range(12, 18) if n % 2] + list(range(18, 24))
         # Rewards of this model are all 0: with others there is something to reinforce.
-        groups = [_with_rewards(broken(g) if n in lost else g) for n, g in enumerate(groups)]
+        groups = [broken(_with_rewards(g)) if n in lost else _with_rewards(g) for n, g in enumerate(groups)]
         path = folder / f"{group_size}.pickle"
         path.write_bytes(pickle.dumps(groups))
         return path

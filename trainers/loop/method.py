@@ -29,6 +29,9 @@ class Method:
     The static hooks answer from the method's settings alone, before a tokenizer is loaded. An object runs one stage.
     """
 
+    name = ""
+    """The key of the method's section, for messages; `register` sets it. Empty for the class of a single stage."""
+
     def __init__(self, config: Any, chat: ChatFormat) -> None:
         self.config = config
         self.chat = chat

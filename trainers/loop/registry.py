@@ -76,6 +76,7 @@ def register(name: str, config: type[Strict]) -> Callable[[M], M]:
         if not name.isidentifier() or name in _TAKEN:
             raise ConfigError(f"a method cannot be called {name!r}: its settings stand under that key. Rename it")
         _registry[name] = spec
+        cls.name = name
         return cls
 
     return add

@@ -58,7 +58,8 @@ class ShownMethod(Method):
             return messages
         if name not in privileged:
             raise DataError(
-                f"privileged = {name!r}, but the environment offers {sorted(privileged) or 'no privileged text'}"
+                f"{self.name}.privileged = {name!r}, but the environment offers "
+                f"{sorted(privileged) or 'no privileged text'}"
             )
         return in_first_user_message(
             messages, lambda prompt: with_solution(prompt, privileged[name], template=self.config.template)
