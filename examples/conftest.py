@@ -1,9 +1,24 @@
-"""Tests of examples train: `make quick` leaves them out."""
+"""Tests of examples train, so that `make quick` leaves them out, and what they register is forgotten after each."""
+
+import sys
 
 import pytest
+
+from opd.maths import formulas
+from opd.trainers.loop import registry
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "examples" in item.path.parts:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    known = set(sys.modules)
+    monkeypatch.setattr(formulas, "_TABLE", dict(formulas._TABLE))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    yield
+    for name in {"nudge"} - known:
+        sys.modules.pop(name, None)

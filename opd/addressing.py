@@ -7,8 +7,8 @@ looks whether that has changed.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ from typing import Any
 
 from opd.errors import ConfigError
 
+_STANDARD = Path(ast.__file__).parent
+"""Where Python's own modules lie."""
 _ADDRESS = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
 
 
@@ -45,15 +47,17 @@ def load(address: str, *, setting: str) -> Any:
             "PYTHONPATH, or the package installed?"
         )
     try:
-        return pkgutil.resolve_name(address)
+        module = importlib.import_module(named["module"])
+    except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
+        raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(module, named["name"])
     except AttributeError:
-        near = get_close_matches(named["name"], vars(sys.modules[named["module"]]), n=1)
+        near = get_close_matches(named["name"], vars(module), n=1)
         hint = f'. Did you mean "{near[0]}"?' if near else ""
         raise ConfigError(
             f"{setting}: {address!r}: the module {named['module']!r} defines no {named['name']!r}{hint}"
         ) from None
-    except Exception as error:  # a stranger's module may raise anything while it is imported
-        raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 @cache  # it reads what every installed package says of itself, which takes a while
@@ -65,7 +69,7 @@ def installed(group: str) -> dict[str, str]:
         [project.entry-points."opd.methods"]
         nudge = "my_package.my_module:Nudge"
     """
-    return {entry.name: entry.value for entry in entry_points(group=group)}
+    return {entry.name: f"{entry.module}:{entry.attr}" for entry in entry_points(group=group)}
 
 
 def find_module(name: str) -> ModuleSpec | None:
@@ -90,7 +94,8 @@ class Origin:
     address: str
     file: str
     sha256: str
-    """Hex, over the module's source and every module of its top-level package that it imports, directly or not."""
+    """Hex, over the module's source and every module that it imports, directly or not, from its own top-level package
+    or from beside that; not of other installed packages."""
 
 
 def origin(address: str) -> Origin:
@@ -111,9 +116,11 @@ def origin(address: str) -> Origin:
 def _sources(module: str) -> Iterator[tuple[str, Path]]:
     """Yield the files of a module and of those that it imports from its own top-level package, each once."""
     package, seen, todo = module.partition(".")[0], set[str](), [module]
+    beside = _folder_of(package)
     while todo:
         name = todo.pop()
-        if name in seen or name.partition(".")[0] != package:
+        top = name.partition(".")[0]
+        if name in seen or (top != package and (beside is None or _folder_of(top) != beside)):
             continue
         seen.add(name)
         spec = find_module(name)
@@ -123,6 +130,17 @@ def _sources(module: str) -> Iterator[tuple[str, Path]]:
         yield name, path
         inside = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
         todo += [*_imported(path, inside), *_parents(name)]
+
+
+def _folder_of(package: str) -> Path | None:
+    """Return the folder that a top-level package or module lies in, if that is somebody's own: files beside it belong
+    together. None where packages are installed, of built-in modules, and of those that are not there."""
+    spec = find_module(package) if package and package not in sys.builtin_module_names else None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    path = Path(spec.origin)
+    folder = path.parent.parent if spec.submodule_search_locations is not None else path.parent
+    return None if {"site-packages", "dist-packages"} & set(folder.parts) or folder == _STANDARD else folder
 
 
 def _parents(name: str) -> list[str]:

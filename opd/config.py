@@ -95,6 +95,14 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Refuse a condition on a setting that the section does not have. Raises TypeError."""
+        for name in cls.model_fields:
+            condition = condition_of(cls, name)
+            if condition and (unknown := [other for other in condition.when if other not in cls.model_fields]):
+                raise TypeError(f"{cls.__name__}.{name} has a condition on {unknown[0]}, which is no setting there")
+
     @model_validator(mode="after")
     def _conditions_hold(self) -> Self:
         """Raises ValidationError, at the fields themselves, for what is unused or missing (`setting`)."""

@@ -4,7 +4,6 @@ from functools import partial
 
 from pydantic import Field
 
-from opd.config import Strict
 from opd.envs.worlds.lookup import LookupEnv
 from opd.losses import Distill, Divergence, Losses
 from opd.maths.formulas import formula, times_log_ratio
@@ -12,7 +11,7 @@ from opd.objective.weightings import weighting
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import in_first_user_message
 from opd.trainers import Method, register, to_sample
-from opd.trainers.parts.forms import DivergenceSetting
+from opd.trainers.parts.forms import DivergenceConfig, DivergenceSetting
 
 
 class ShortLookup(LookupEnv):
@@ -40,7 +39,7 @@ def fade(samples, *, half_life=4.0):
     return [[0.5 ** (turn / half_life) for turn in sample.turn] for sample in samples]
 
 
-class NudgeConfig(Strict):
+class NudgeConfig(DivergenceConfig):
     """Settings of the method nudge."""
 
     hint: str = Field("{prompt}\n\nBegin with {first}.", description="What the teacher reads: {prompt} and {first}.")

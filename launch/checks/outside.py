@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from opd.addressing import Origin, installed, is_address, origin
+from opd.config import Strict
 from opd.errors import CheckpointError, ConfigError
 from opd.launch.settings.config import Config
+from opd.losses import Divergence
 
 logger = logging.getLogger(__name__)
 NAME = "outside.json"
@@ -50,16 +52,18 @@ def _addresses(config: Config) -> Iterator[tuple[str, str]]:
     for key, value in _kinds(config.section, config.spec.name):
         yield key, offered.get(value, value)
     offered = installed("opd.weightings")
-    for function in config.weighting.functions:
-        yield "weighting.functions.name", offered.get(function.name, function.name)
+    for number, function in enumerate(config.weighting.functions):
+        yield f"weighting.functions.{number}.name", offered.get(function.name, function.name)
 
 
 def _kinds(section: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield the divergences that a method's section names by where they stand, with their keys."""
-    divergence = getattr(section, "divergence", None)
-    kind = getattr(divergence, "kind", None)
-    if isinstance(kind, str) and (is_address(kind) or kind in installed("opd.divergences")):
-        yield f"{key}.divergence.kind", kind
+    """Yield the divergences that a section and those below it name by where they stand, with their keys."""
+    if isinstance(section, Divergence):
+        if is_address(section.kind) or section.kind in installed("opd.divergences"):
+            yield f"{key}.kind", section.kind
+    elif isinstance(section, Strict):
+        for name, value in section:
+            yield from _kinds(value, f"{key}.{name}")
 
 
 def write_taken(config: Config, folder: Path) -> None:

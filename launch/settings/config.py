@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
-from opd.addressing import is_address
+from opd.addressing import installed, is_address
 from opd.backends import deepspeed_json
 from opd.backends.config import EvalConfig, TrainConfig
 from opd.config import Strict
@@ -179,7 +179,7 @@ def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Proble
     settings = all_settings()
     values, found = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
     problems += found
-    if "method" in values and own is None and not problems:
+    if "method" in values and own is None and not is_address(method):
         problems.append(bad_value(settings["method"], method))
     for name in foreign:
         text = f"{name} is the section of another method, but method = {method}. Remove it, or set method: {name}."
@@ -192,7 +192,7 @@ def _method_of(data: Mapping[str, Any]) -> tuple[str, str | None, list[Problem]]
     method = str(data.get("method"))
     if method in methods():
         return method, method, []
-    if not is_address(method):
+    if not is_address(method) and method not in installed("opd.methods"):
         return method, None, []
     try:
         return method, find_method(method).name, []

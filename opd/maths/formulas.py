@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from opd.addressing import installed, load
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +68,16 @@ class Formula:
         self, student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float | None
     ) -> tuple[Tensor, Tensor]:
         """The entries' summands and the derivatives of their sum by the student's log-probs (see `function`)."""
-        if self.beta is None:
-            return self.function(student, teacher, p, q)
-        return self.function(student, teacher, p, q, beta)
+        given = (student, teacher, p, q)
+        found = self.function(*given) if self.beta is None else self.function(*given, beta)
+        parts = found if isinstance(found, tuple) and len(found) == 2 else ()
+        shapes = [(getattr(part, "shape", None), getattr(part, "dtype", None)) for part in parts]
+        if shapes != [(p.shape, p.dtype)] * 2 or any(part is one for part in parts for one in given):
+            raise DataError(
+                f"the divergence {self.name} must return two new tensors, summands and slopes, of the shape and type "
+                f"of its arguments ({list(p.shape)}, {p.dtype}); it returned {_described(found)}"
+            )
+        return parts
 
 
 def formula(
@@ -92,14 +99,23 @@ def formula(
         if known is not None and _place(known) != _place(row):  # the same place: its module is imported anew
             raise ConfigError(f"there is a divergence {row.name} already, in {known.function.__module__}; rename yours")
         wanted = ["student", "teacher", "p", "q"] + ["beta"] * (beta is not None)
-        if (takes := len(inspect.signature(function).parameters)) != len(wanted):
-            raise ConfigError(f"the divergence {row.name} takes {takes} arguments, not {', '.join(wanted)}")
+        takes = list(inspect.signature(function).parameters)
+        if takes != wanted or _keyword_only(function):
+            raise ConfigError(f"the divergence {row.name} takes ({', '.join(takes)}), not ({', '.join(wanted)})")
+        if not (isinstance(ends, tuple) and len(ends) == 2 and all(e is None or isinstance(e, Formula) for e in ends)):
+            raise ConfigError(f"the divergence {row.name} has ends = {ends!r}: two formulas, or None for itself")
+        if beta is None and ends != (None, None):
+            raise ConfigError(f"the divergence {row.name} has ends, but no beta: give it one, or remove them")
         if beta is not None and not 0 <= beta <= 1:
             raise ConfigError(f"the divergence {row.name} has beta = {beta}: must be between 0 and 1")
         _TABLE[row.name] = row
         return row
 
     return add
+
+
+def _keyword_only(function: Function) -> bool:
+    return any(p.kind is p.KEYWORD_ONLY for p in inspect.signature(function).parameters.values())
 
 
 def formula_of(kind: str) -> Formula:
@@ -131,6 +147,13 @@ def kinds() -> dict[str, str]:
 def with_beta() -> list[str]:
     """The names of those that have a beta."""
     return [name for name, row in _TABLE.items() if row.beta is not None]
+
+
+def _described(found: object) -> str:
+    if isinstance(found, tuple):
+        return f"({', '.join(map(_described, found))})"
+    shape = getattr(found, "shape", None)
+    return type(found).__name__ if shape is None else f"{list(shape)} of {getattr(found, 'dtype', None)}"
 
 
 def _place(row: Formula) -> tuple[str, str]:

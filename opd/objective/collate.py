@@ -76,6 +76,15 @@ class Batch:
         return replace(self, **tensors)
 
 
+def check_fed(samples: Sequence[Sample], losses: Losses, *, of: str) -> None:
+    """Raise DataError if samples `of` a method carry weights for a component that its losses lack."""
+    components = {"policy_weight": losses.policy, "distill_weight": losses.distill, "ce_weight": losses.ce}
+    for name, component in components.items():
+        if component is None and any(any(getattr(sample, name)) for sample in samples):
+            have = ", ".join(other for other, one in components.items() if one is not None) or "none"
+            raise DataError(f"{of} makes samples with {name}, but its losses have no such component: they read {have}")
+
+
 def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
     """Divide every weight by its component's denominator, taken over all ranks through `all_sum`.
 

@@ -45,13 +45,16 @@ class Weighting:
 
     def factors(self, samples: Sequence[Sample], kwargs: Mapping[str, Any]) -> list[list[float]]:
         """Return the factors, [T] a sample. Raises DataError where the function gives anything else."""
-        found = [list(row) for row in self.function(samples, **kwargs)]
-        name = self.function.__name__
+        name = f"{self.function.__module__}:{self.function.__qualname__}"
+        try:
+            found = [[float(value) for value in row] for row in self.function(samples, **kwargs)]
+        except Exception as error:  # a stranger's function may do anything
+            raise DataError(f"weighting.functions: {name} failed: {type(error).__name__}: {error}") from error
         if [len(row) for row in found] != [len(sample.token_ids) for sample in samples]:
             sizes = [len(row) for row in found], [len(sample.token_ids) for sample in samples]
-            raise DataError(f"the weighting {name} gave {sizes[0]} factors for samples of {sizes[1]} tokens")
+            raise DataError(f"weighting.functions: {name} gave {sizes[0]} factors for samples of {sizes[1]} tokens")
         if bad := [value for row in found for value in row if not 0 <= value < float("inf")]:
-            raise DataError(f"the weighting {name} gave the factor {bad[0]}: it must be a number of at least 0")
+            raise DataError(f"weighting.functions: {name} gave the factor {bad[0]}: it must be a number of at least 0")
         return found
 
 
@@ -59,6 +62,8 @@ def weighting(
     *, streams: Sequence[str] = ("distill_weight",), needs_scores: bool = False
 ) -> Callable[[Function], Weighting]:
     """Make a weighting of a function (see `Weighting`). Raises ConfigError for an unknown stream."""
+    if isinstance(streams, str):
+        raise ConfigError(f"streams = {streams!r} is a text; write streams=({streams!r},)")
     if unknown := [name for name in streams if name not in WEIGHTS]:
         raise ConfigError(f"a weighting of {unknown[0]!r} is unknown. Allowed streams: {', '.join(WEIGHTS)}")
     return lambda function: Weighting(function, tuple(streams), needs_scores)

@@ -13,8 +13,10 @@ import pytest
 
 from opd import addressing
 from opd.addressing import is_address, load, origin
-from opd.errors import ConfigError
+from opd.config import Strict
+from opd.errors import ConfigError, DataError
 from opd.launch.checks.loading import config_from
+from opd.maths import formulas
 from opd.objective.weightings import find_weighting, weighting
 from opd.tracking import read_rows
 from opd.trainers import Method, register
@@ -37,6 +39,7 @@ def elsewhere(tmp_path):
 def module(elsewhere, monkeypatch):
     """The copy can be imported here, and is forgotten afterwards."""
     monkeypatch.syspath_prepend(str(elsewhere))
+    monkeypatch.setattr(formulas, "_TABLE", dict(formulas._TABLE))
     yield elsewhere
     registry._registry.pop("nudge", None)
     sys.modules.pop("nudge", None)
@@ -85,7 +88,7 @@ def test_an_outside_package_is_trained_killed_resumed_evaluated_and_explained(ti
         "method": "nudge:Nudge",
         "env.id": "nudge:ShortLookup",
         "nudge.divergence.kind": "nudge:symmetric_kl",
-        "weighting.functions.name": "nudge:fade",
+        "weighting.functions.0.name": "nudge:fade",
     }
     assert {row["file"] for row in taken.values()} == {str(elsewhere / "nudge.py")}
 
@@ -168,18 +171,82 @@ def test_what_is_wrong_with_a_name_from_outside_is_said_by_its_setting(module, o
     assert message in str(error.value)
 
 
-def test_a_module_that_fails_while_it_is_imported_is_told_with_its_own_words(module):
-    (module / "broken.py").write_text("raise RuntimeError('no licence')")
-    with pytest.raises(ConfigError, match="method: 'broken:Any' cannot be imported: RuntimeError: no licence"):
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        ("import os; os.nothing", "AttributeError: module 'os' has no attribute 'nothing'"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_fails_while_it_is_imported_is_told_with_its_own_words(module, source, said):
+    (module / "broken.py").write_text(source)
+    with pytest.raises(ConfigError, match=f"method: 'broken:Any' cannot be imported: {said}"):
         load("broken:Any", setting="method")
+
+
+@pytest.mark.parametrize("address", ["no_such_package:Lost", "no.colon", "hint"])
+def test_an_entry_point_that_leads_nowhere_takes_no_other_method_along(monkeypatch, caplog, address):
+    monkeypatch.setattr("opd.trainers.loop.registry.installed", lambda _: {"hint": address})
+    registry._warned.discard("hint")
+    assert list(registry.methods()) == list(registry.METHODS)
+    assert "the method hint of an installed package is left out" in caplog.text
+
+
+def test_a_package_may_offer_a_method_by_another_name_than_its_section(module, monkeypatch):
+    monkeypatch.setattr("opd.trainers.loop.registry.installed", lambda _: {"push": "nudge:Nudge"})
+    monkeypatch.setattr("opd.launch.settings.config.installed", lambda _: {"push": "nudge:Nudge"})
+    data = {
+        "method": "push",
+        "model": "m",
+        "env": "opd/Lookup-v0",
+        "nudge": {"divergence": {"beta": 0.3, "kind": "jsd"}},
+    }
+    assert config_from(data, check_machine=False).section.divergence.beta == 0.3
 
 
 def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module):
     load("nudge:Nudge", setting="method")
     with pytest.raises(ConfigError, match="there is a method 'nudge' already, nudge:Nudge"):
-        register("nudge", object)(type("Other", (Method,), {}))
+        register("nudge", Strict)(type("Other", (Method,), {}))
     with pytest.raises(ConfigError, match="a method cannot be called 'train'"):
-        register("train", object)(type("Other", (Method,), {}))
+        register("train", Strict)(type("Other", (Method,), {}))
+    with pytest.raises(ConfigError, match="Nudge is the method 'nudge' already; register a subclass as 'again'"):
+        register("again", Strict)(sys.modules["nudge"].Nudge)
+    with pytest.raises(
+        ConfigError, match=r"has the settings <class 'dict'>: they must be a subclass of opd.config.Str"
+    ):
+        register("other", dict)(type("Other", (Method,), {}))
+    with pytest.raises(ConfigError, match=r"it must be a subclass of opd.trainers.Method"):
+        register("other", Strict)(object)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("losses = staticmethod(lambda config: Losses())", "the method bad has no annotate"),
+        ("annotate = lambda self, group: []", r"the method bad \(bad:Bad\) cannot say its stages: NotImplementedError"),
+        (
+            "annotate = lambda self, group: []\n    losses = lambda self: 1",
+            "losses must return Losses and teacher a TeacherConfig, not int",
+        ),
+        (
+            "annotate = lambda self, group: []\n    losses = staticmethod(lambda config: {})",
+            "losses must return Losses and teacher a TeacherConfig, not dict and TeacherConfig",
+        ),
+    ],
+)
+def test_a_class_that_cannot_train_is_refused_with_its_address(tmp_path, monkeypatch, body, message):
+    source = "from opd.config import Strict\nfrom opd.losses import Losses\nfrom opd.trainers import Method, register\n"
+    (tmp_path / "bad.py").write_text(f"{source}\n\n@register('bad', Strict)\nclass Bad(Method):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        with pytest.raises(ConfigError, match=message):
+            config_from({"method": "bad:Bad", "model": "m", "env": "opd/Lookup-v0"}, check_machine=False)
+    finally:
+        registry._registry.pop("bad", None)
+        sys.modules.pop("bad", None)
 
 
 def sample(turns):
@@ -192,9 +259,16 @@ def sample(turns):
 def test_a_weighting_gives_a_factor_for_each_token_or_is_refused(module):
     fade = find_weighting("nudge:fade")
     assert fade.factors([sample([0, 0, 1, 2])], {"half_life": 1}) == [[1.0, 1.0, 0.5, 0.25]]
-    for wrong, message in [([[1.0]], "gave .* factors for samples"), ([[1.0, -1.0, 1.0, 1.0]], "the factor -1.0")]:
-        with pytest.raises(Exception, match=message):
+    for wrong, message in [
+        ([[1.0]], "weighting.functions: .* gave .* factors for samples"),
+        ([[1.0, -1.0, 1.0, 1.0]], "the factor -1.0"),
+        (None, "failed: TypeError"),
+        ([None], "failed: TypeError"),
+    ]:
+        with pytest.raises(DataError, match=message):
             weighting()(lambda samples, wrong=wrong: wrong).factors([sample([0, 0, 1, 2])], {})
+    with pytest.raises(ConfigError, match="streams = 'ce_weight' is a text"):
+        weighting(streams="ce_weight")
     with pytest.raises(ConfigError, match="a weighting of 'reward' is unknown"):
         weighting(streams=("reward",))
 
@@ -218,6 +292,15 @@ def test_the_digest_follows_the_packages_own_imports_and_nothing_else(tmp_path, 
         (package / name).write_text(changed)
         assert origin("mine.method:M").sha256 != last
     assert "mine" not in sys.modules
+
+
+def test_the_digest_follows_files_that_lie_beside_a_module(tmp_path, monkeypatch):
+    (tmp_path / "lone.py").write_text("import json\nfrom beside import W\n")
+    (tmp_path / "beside.py").write_text("W = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = origin("lone:M")
+    (tmp_path / "beside.py").write_text("W = 7\n")
+    assert origin("lone:M") != first
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError
 from opd.launch.checks.loading import config_from
 from opd.losses import Divergence
 from opd.maths import formulas
@@ -100,12 +100,38 @@ def forward_kl(student, teacher, p, q):
 def test_a_name_that_is_taken_and_a_function_of_other_arguments_are_refused():
     with pytest.raises(ConfigError, match=r"there is a divergence forward_kl already, in opd\.maths\.formulas; rename"):
         formula()(forward_kl)
-    with pytest.raises(ConfigError, match=r"takes 2 arguments, not student, teacher, p, q$"):
+    with pytest.raises(ConfigError, match=r"takes \(student, teacher\), not \(student, teacher, p, q\)$"):
         formula()(lambda student, teacher: None)
-    with pytest.raises(ConfigError, match="takes 4 arguments, not student, teacher, p, q, beta"):
+    with pytest.raises(ConfigError, match=r"takes \(student, teacher, p, q\), not \(student, teacher, p, q, beta\)"):
         formula(beta=0.1)(lambda student, teacher, p, q: None)
     with pytest.raises(ConfigError, match="beta = 2: must be between 0 and 1"):
         formula(beta=2)(lambda student, teacher, p, q, beta: None)
+    with pytest.raises(ConfigError, match=r"takes \(teacher, student, q, p\), not"):
+        formula()(lambda teacher, student, q, p: None)
+    with pytest.raises(ConfigError, match=r"has ends = \('forward_kl', None\): two formulas"):
+        formula(beta=0.1, ends=("forward_kl", None))(lambda student, teacher, p, q, beta: None)
+    with pytest.raises(ConfigError, match="has ends, but no beta"):
+        formula(ends=(forward_kl, None))(lambda student, teacher, p, q: None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda s, t, p, q: None, "it returned NoneType"),
+        (lambda s, t, p, q: -q, r"it returned \[2, 5\] of torch.float64"),
+        (lambda s, t, p, q: (-q.sum(-1), -q), r"it returned \(\[2\] of torch.float64, \[2, 5\] of"),
+        (lambda s, t, p, q: (-q.half(), -q), r"it returned \(\[2, 5\] of torch.float16"),
+        (lambda s, t, p, q: (-q, q), "must return two new tensors"),
+    ],
+)
+def test_a_divergence_that_returns_anything_but_two_new_tensors_is_named(returned, said):
+    @formula()
+    def astray(student, teacher, p, q):
+        return returned(student, teacher, p, q)
+
+    logits = torch.randn(2, 5, dtype=torch.float64)
+    with pytest.raises(DataError, match=f"the divergence astray must return .*{said}|{said}"):
+        token_divergence(logits, logits + 1, Divergence("astray"))
 
 
 @pytest.mark.parametrize(

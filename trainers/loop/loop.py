@@ -10,7 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opd.errors import EngineError, HealthError
+from opd.errors import DataError, EngineError, HealthError
+from opd.losses import Losses
+from opd.objective.collate import check_fed
 from opd.objective.config import WeightingConfig
 from opd.trainers.loop import metrics
 from opd.trainers.loop.accounts import account
@@ -95,7 +97,7 @@ class Loop:
         if self.dataset is not None:
             drawn = draw(self.dataset, number, self.player.train.tasks_per_step, self.player.seed)
             return ranks.share(drawn), list(dict.fromkeys(sample.task for sample in drawn))
-        samples = [sample for group in ranks.share(groups) for sample in self.method.annotate(group)]
+        samples = ranks.agree(lambda: annotated(self.method, ranks.share(groups), self.stage.losses))
         if self.checks and check_sampler(self.models, samples, self.player.sampling, self.player.rollout):
             self.checks -= 1
         return samples, [group.task for group in groups]
@@ -173,3 +175,15 @@ class Loop:
             total.update(own)
         self.method.dropped.clear()
         return {f"dropped/{reason}": float(count) for reason, count in total.items()}
+
+
+def annotated(method: Method, groups: Sequence[TrajectoryGroup], losses: Losses) -> list[Sample]:
+    """Return the method's samples of these groups. Raises DataError for weights that no component of `losses` reads."""
+    samples: list[Sample] = []
+    for group in groups:
+        made = method.annotate(group)
+        if not isinstance(made, list):
+            raise DataError(f"annotate of {type(method).__name__} returned {type(made).__name__}, not a list")
+        samples += made
+    check_fed(samples, losses, of=type(method).__name__)
+    return samples

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.episodes.config import RolloutConfig
+from opd.errors import ConfigError
 from opd.losses import Losses
 from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.stage import LIVE, Inputs, Prepared, Stage
@@ -66,6 +67,8 @@ class Method:
 
         A method of several stages answers with this hook alone, and names the class that runs each of them.
         """
+        if cls.annotate is Method.annotate and cls.prepare is Method.prepare:
+            raise ConfigError(f"the method {cls.name or cls.__name__} has no annotate, so that nothing makes samples")
         stage = Stage(
             make=partial(cls, config),
             losses=cls.losses(config),

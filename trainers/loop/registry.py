@@ -17,6 +17,8 @@ import opd.trainers
 from opd.addressing import installed, is_address, load
 from opd.config import Strict
 from opd.errors import ConfigError
+from opd.losses import Losses
+from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Inputs, Stage
 
@@ -44,8 +46,27 @@ class MethodSpec:
         return f"{self.cls.__module__}:{self.cls.__qualname__}"
 
     def stages(self, config: Any) -> Sequence[Stage]:
-        """The method's stages under these settings of its own."""
-        return self.cls.stages(config)
+        """The method's stages under these settings of its own.
+
+        Raises ConfigError, with the method's address, where the class cannot tell them.
+        """
+        try:
+            stages = self.cls.stages(config)
+        except ConfigError:
+            raise
+        except Exception as error:  # a stranger's class may do anything
+            text = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ConfigError(
+                f"the method {self.name} ({self.address}) cannot say its stages: {text}. losses and teacher are static "
+                "methods of the settings, as opd/trainers/loop/method.py has them"
+            ) from error
+        for stage in stages:
+            if not isinstance(stage.losses, Losses) or not isinstance(stage.teacher, TeacherConfig):
+                raise ConfigError(
+                    f"the method {self.name} ({self.address}): losses must return Losses and teacher a TeacherConfig, "
+                    f"not {type(stage.losses).__name__} and {type(stage.teacher).__name__}"
+                )
+        return stages
 
     def inputs(self, config: Any) -> Inputs:
         """Name what the method reads ahead of training under these settings of its own."""
@@ -68,6 +89,14 @@ def register(name: str, config: type[Strict]) -> Callable[[M], M]:
     """
 
     def add(cls: M) -> M:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise ConfigError(f"the method {name!r} is {cls!r}: it must be a subclass of opd.trainers.Method")
+        if not (isinstance(config, type) and issubclass(config, Strict)):
+            raise ConfigError(
+                f"the method {name!r} has the settings {config!r}: they must be a subclass of opd.config.Strict"
+            )
+        if vars(cls).get("name", name) != name:
+            raise ConfigError(f"{cls.__name__} is the method {cls.name!r} already; register a subclass as {name!r}")
         summary = (cls.__doc__ or "").strip().split("\n")[0]
         spec = MethodSpec(name=name, config=config, cls=cls, summary=summary)
         known = _registry.get(name)
@@ -89,7 +118,7 @@ def methods() -> dict[str, MethodSpec]:
         importlib.import_module(f"opd.trainers.{name}")
     for name, address in installed("opd.methods").items():
         try:
-            find_method(address)
+            _method_at(address)
         except ConfigError as error:
             if name not in _warned:
                 logger.warning("the method %s of an installed package is left out: %s", name, error)
@@ -102,11 +131,17 @@ def find_method(name: str) -> MethodSpec:
 
     Raises ConfigError where there is none, or where what stands there is no registered method.
     """
-    if not is_address(name):
-        if (known := methods().get(name)) is None:
-            raise ConfigError(f"method = {name!r} is unknown. Allowed: {', '.join(methods())}")
+    if is_address(name):
+        return _method_at(name)
+    if (known := methods().get(name)) is not None:
         return known
-    cls = load(name, setting="method")
+    if name in installed("opd.methods"):  # the package gives it another name than it is registered under
+        return _method_at(installed("opd.methods")[name])
+    raise ConfigError(f"method = {name!r} is unknown. Allowed: {', '.join(methods())}")
+
+
+def _method_at(address: str) -> MethodSpec:
+    name, cls = address, load(address, setting="method")
     spec = next((spec for spec in _registry.values() if spec.cls is cls), None)
     if spec is None:
         what = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"

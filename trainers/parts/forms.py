@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from opd.config import Strict, setting
 from opd.losses import Distill, Divergence, SampledDistill, unknown
@@ -27,11 +27,15 @@ class DivergenceConfig(Strict):
 
     divergence: DivergenceSetting
 
-    @field_validator("divergence", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _complete(cls, value: Any) -> Any:
-        given, default = _from_kind(value), cls.model_fields["divergence"].default
-        return default.completed(given) if isinstance(given, dict) and isinstance(default, Divergence) else given
+    def _complete(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        default = cls.model_fields[info.field_name].get_default(call_default_factory=True, validated_data={})
+        if not isinstance(default, Divergence):
+            return value
+        given = _from_kind(value)
+        return default.completed(given) if isinstance(given, dict) else given
 
 
 class FormConfig(DivergenceConfig):
