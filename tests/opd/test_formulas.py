@@ -111,7 +111,7 @@ def test_a_name_that_is_taken_and_a_function_of_other_arguments_are_refused():
     with pytest.raises(ConfigError, match=r"has ends = \('forward_kl', None\): two formulas"):
         formula(beta=0.1, ends=("forward_kl", None))(lambda student, teacher, p, q, beta: None)
     with pytest.raises(ConfigError, match="has ends, but no beta"):
-        formula(ends=(forward_kl, None))(lambda student, teacher, p, q: None)
+        formula(ends=(formulas.forward_kl, None))(lambda student, teacher, p, q: None)
 
 
 @pytest.mark.parametrize(
