@@ -59,7 +59,7 @@ def settings(seed: int, run: str, *, model: Path | str, out: Path) -> dict[str, 
         # So small a model gains little from a second thread, and loses much beside any other busy process.
         "train": {"steps": STEPS, "tasks_per_step": 32, "lr": 1e-3, "threads": 1},
         "eval": {"tasks": TASKS},
-        "opsd": {"privileged": TEACHERS[run], "clip": None},
+        "opsd": {"privileged": TEACHERS[run], "divergence": {"clip": None}},
     }
 
 
