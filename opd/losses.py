@@ -133,6 +133,11 @@ class Divergence:
             )
         if self.beta is not None and not 0 <= self.beta <= 1:
             raise ConfigError(f"divergence.beta = {self.beta}: must be between 0 and 1")
+        if self.beta is not None and self.beta == formula.zero_at:
+            raise ConfigError(
+                f"divergence.beta = {self.beta:g}: {self.kind} is 0 there whatever the student does, so nothing is "
+                "learned; set another"
+            )
         if self.temperature is not None and not 0 < self.temperature < inf:
             raise ConfigError(f"divergence.temperature = {self.temperature}: must be positive")
         if self.clip is not None and not self.clip > 0:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd.losses import Distill, Divergence, Losses
+from opd.losses import Divergence
 from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.registry import register
 from opd.trainers.parts.forms import DivergenceSetting
@@ -43,14 +43,6 @@ class Sdft(ShownMethod):
     """Self-distillation from an average of the model that sees a demonstration (SDFT)."""
 
     config: SdftConfig
-
-    @staticmethod
-    def losses(config: SdftConfig) -> Losses:
-        return Losses(distill=Distill(divergence=config.divergence), reduction=config.reduction)
-
-    @staticmethod
-    def teacher(config: SdftConfig) -> TeacherConfig:
-        return config.teacher
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         return [self._without_first(self.taught_sample(t, segment)) for t in group.usable for segment in t.segments()]

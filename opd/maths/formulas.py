@@ -49,6 +49,8 @@ class Formula:
     """Its beta where none is given, between 0 and 1; None: it has none."""
     ends: tuple[Formula | None, Formula | None]
     """What stands in its place at beta 0 and at beta 1, where the formula itself would give 0; None: itself."""
+    zero_at: float | None = None
+    """The beta at which it is 0 for every teacher and student, so that nothing would be learned; it is refused."""
 
     @property
     def name(self) -> str:
@@ -81,20 +83,23 @@ class Formula:
 
 
 def formula(
-    *, beta: float | None = None, ends: tuple[Formula | None, Formula | None] = (None, None)
+    *,
+    beta: float | None = None,
+    ends: tuple[Formula | None, Formula | None] = (None, None),
+    zero_at: float | None = None,
 ) -> Callable[[Function], Formula]:
     """Add a function to the table, under its own name.
 
     Args:
         beta: its beta where none is given; a function without one takes four tensors, one with it a number more.
-        ends: see `Formula.ends`.
+        ends, zero_at: see `Formula`.
 
     Raises:
         ConfigError: the name is another function's, or the function takes other arguments.
     """
 
     def add(function: Function) -> Formula:
-        row = Formula(function, beta, ends)
+        row = Formula(function, beta, ends, zero_at)
         known = _TABLE.get(row.name)
         if known is not None and _place(known) != _place(row):  # the same place: its module is imported anew
             raise ConfigError(f"there is a divergence {row.name} already, in {known.function.__module__}; rename yours")
@@ -197,7 +202,7 @@ def mixed_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float
     return value.add_(times_log_ratio(q, teacher, student).mul_(1 - beta)), slope
 
 
-@formula(beta=0.1, ends=(forward_kl, None))
+@formula(beta=0.1, ends=(forward_kl, None), zero_at=1)
 def skew_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """KL(teacher || beta * teacher + (1 - beta) * student) (DistiLLM, arXiv 2402.03898)."""
     mix = p.lerp(q, beta)

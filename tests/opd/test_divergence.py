@@ -376,6 +376,7 @@ def test_any_leading_shape_is_kept():
         ),
         ({"beta": -0.1}, "divergence.beta = -0.1: must be between 0 and 1"),
         ({"beta": torch.nan}, "divergence.beta = nan"),
+        ({"kind": "skew_kl", "beta": 1.0}, "divergence.beta = 1: skew_kl is 0 there whatever the student does"),
         ({"kind": "reverse_kl", "beta": 0.5}, "divergence.beta is used by kind = .* but kind = reverse_kl"),
         ({"temperature": 0}, "divergence.temperature = 0: must be positive"),
         ({"temperature": torch.inf}, "divergence.temperature = inf"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from opd.errors import DataError
+from opd.losses import Distill, Losses
+from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
 from opd.trainers.loop.method import Method
 from opd.trainers.parts.forms import DivergenceConfig
@@ -17,6 +19,10 @@ from opd.types import Message, Sample, Segment, Trajectory, to_sample
 class ShownConfig(DivergenceConfig):
     """Settings of the text that the teacher is shown."""
 
+    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="Mean over all sampled tokens of the step, or first within each sequence."
+    )
     privileged: str | None = Field(
         "solution",
         description="Which of the environment's privileged texts the teacher sees; null shows it nothing "
@@ -38,6 +44,14 @@ class ShownMethod(Method):
     """A method whose teacher is shown the text that `ShownConfig` names."""
 
     config: ShownConfig
+
+    @staticmethod
+    def losses(config: ShownConfig) -> Losses:
+        return Losses(distill=Distill(divergence=config.divergence), reduction=config.reduction)
+
+    @staticmethod
+    def teacher(config: ShownConfig) -> TeacherConfig:
+        return config.teacher
 
     def taught_sample(self, trajectory: Trajectory, segment: Segment) -> Sample:
         """Make a sample of a segment, with the teacher's view; every sampled token is distilled.
