@@ -23,6 +23,8 @@ from typing import Any
 
 from opd.errors import ConfigError
 
+SCRIPT = "__main__"
+"""The module of a script that is run, or of a notebook, which has no file."""
 _STANDARD = Path(ast.__file__).parent
 """Where Python's own modules lie."""
 _ADDRESS = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
@@ -123,23 +125,30 @@ def _sources(module: str) -> Iterator[tuple[str, Path]]:
         if name in seen or (top != package and (beside is None or _folder_of(top) != beside)):
             continue
         seen.add(name)
-        spec = find_module(name)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        path = _file_of(name)
+        if path is None:
             continue
-        path = Path(spec.origin)
         yield name, path
-        inside = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
         todo += [*_imported(path, inside), *_parents(name)]
+
+
+def _file_of(module: str) -> Path | None:
+    """Return the source file of a module; None where it has none. A script that is run has a file, but no spec."""
+    if module == SCRIPT:
+        file = getattr(sys.modules[SCRIPT], "__file__", None)
+        return Path(file).resolve() if file else None
+    spec = find_module(module)
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
 def _folder_of(package: str) -> Path | None:
     """Return the folder that a top-level package or module lies in, if that is somebody's own: files beside it belong
     together. None where packages are installed, of built-in modules, and of those that are not there."""
-    spec = find_module(package) if package and package not in sys.builtin_module_names else None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+    path = _file_of(package) if package and package not in sys.builtin_module_names else None
+    if path is None:
         return None
-    path = Path(spec.origin)
-    folder = path.parent.parent if spec.submodule_search_locations is not None else path.parent
+    folder = path.parent.parent if path.name == "__init__.py" else path.parent
     return None if {"site-packages", "dist-packages"} & set(folder.parts) or folder == _STANDARD else folder
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.addressing import Origin, installed, is_address, origin
+from opd.addressing import SCRIPT, Origin, installed, is_address, origin
 from opd.config import Strict
 from opd.errors import CheckpointError, ConfigError
 from opd.launch.settings.config import Config
@@ -34,10 +35,11 @@ def taken_by(config: Config) -> list[Taken]:
     Raises ConfigError where a module is not there any more.
     """
     own = __name__.partition(".")[0]
+    scripted = getattr(sys.modules[SCRIPT], "__file__", None) is not None
     return [
         Taken(setting, origin(address))
         for setting, address in _addresses(config)
-        if address.partition(":")[0].partition(".")[0] != own
+        if address.partition(":")[0].partition(".")[0] != own and (scripted or not address.startswith(f"{SCRIPT}:"))
     ]
 
 

@@ -125,6 +125,50 @@ def test_an_outside_package_is_trained_killed_resumed_evaluated_and_explained(ti
     assert out.splitlines()[-1].endswith("told where to begin. [nudge:Nudge]")
 
 
+SCRIPT = """
+import sys
+import opd
+from opd.config import Strict
+from opd.losses import CrossEntropy, Losses
+from opd.trainers import Method, register, to_sample
+
+
+@register("mine", Strict)
+class Mine(Method):
+    losses = staticmethod(lambda config: Losses(ce=CrossEntropy()))
+
+    def annotate(self, group):
+        return [to_sample(t, s, ce=1.0, route="ce") for t in group.usable for s in t.segments()]
+
+
+settings = {
+    "method": "mine",
+    "model": sys.argv[1],
+    "env": "opd/Lookup-v0",
+    "out": "run",
+    "rollout": {"max_tokens": 24, "max_length": 256},
+    "train": {"steps": 1, "tasks_per_step": 2, "threads": 1},
+    "tracking": {"wandb": "disabled", "console": False, "plot": False},
+}
+print(opd.train(settings).steps)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["script", "typed in"])
+def test_a_method_that_a_script_defines_trains_and_its_file_is_written_down(tiny, tmp_path, how):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = ["script.py"] if how == "script" else ["-c", SCRIPT]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command, str(tiny)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-1:] == ["1"], done.stderr
+    files = tmp_path / "run" / "outside.json"
+    assert files.exists() == (how == "script")
+    if how == "script":
+        assert json.loads(files.read_text())["method"]["file"] == str(tmp_path / "script.py")
+
+
 def test_a_method_of_an_installed_package_is_known_by_its_short_name(module, monkeypatch):
     offered = {"opd.methods": {"nudge": "nudge:Nudge"}, "opd.divergences": {"both": "nudge:symmetric_kl"}}
     offered["opd.weightings"] = {"fade": "nudge:fade"}
