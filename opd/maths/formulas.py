@@ -17,7 +17,7 @@ is known under the function's name as soon as its module is imported; a setting 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -69,15 +69,30 @@ class Formula:
     def summands(
         self, student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float | None
     ) -> tuple[Tensor, Tensor]:
-        """The entries' summands and the derivatives of their sum by the student's log-probs (see `function`)."""
+        """The entries' summands and the derivatives of their sum by the student's log-probs (see `function`).
+
+        Raises DataError where somebody's own function does not keep to what `function` says.
+        """
         given = (student, teacher, p, q)
-        found = self.function(*given) if self.beta is None else self.function(*given, beta)
+        arguments = given if self.beta is None else (*given, beta)
+        if self.function.__module__ == __name__:
+            return self.function(*arguments)
+        versions = [one._version for one in given]
+        found = self.function(*arguments)
+        if [one._version for one in given] != versions:
+            raise DataError(f"the divergence {self.name} writes into its arguments; it must make new tensors")
         parts = found if isinstance(found, tuple) and len(found) == 2 else ()
         shapes = [(getattr(part, "shape", None), getattr(part, "dtype", None)) for part in parts]
-        if shapes != [(p.shape, p.dtype)] * 2 or any(part is one for part in parts for one in given):
+        if shapes != [(p.shape, p.dtype)] * 2 or _share_memory([*parts, *given], new=2):
             raise DataError(
                 f"the divergence {self.name} must return two new tensors, summands and slopes, of the shape and type "
                 f"of its arguments ({list(p.shape)}, {p.dtype}); it returned {_described(found)}"
+            )
+        # A nan of the logits fills its row of log-probs, and is not the formula's.
+        if any((part.isnan() & ~(student.isnan() | teacher.isnan())).any() for part in parts):
+            raise DataError(
+                f"the divergence {self.name} gives nan for log-probs that are none. Is a log-prob of -inf multiplied "
+                "by a probability of 0? opd.maths.formulas.times_log_ratio gives 0 there"
             )
         return parts
 
@@ -161,6 +176,12 @@ def _described(found: object) -> str:
     return type(found).__name__ if shape is None else f"{list(shape)} of {getattr(found, 'dtype', None)}"
 
 
+def _share_memory(tensors: Sequence[Tensor], *, new: int) -> bool:
+    """True if one of the first `new` tensors lies where another one does; what is empty lies nowhere."""
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()]
+    return any(place in places[:n] + places[n + 1 :] for n, place in enumerate(places[:new]))
+
+
 def _place(row: Formula) -> tuple[str, str]:
     return row.function.__module__, row.function.__qualname__
 
@@ -189,9 +210,11 @@ def jsd(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float) -> 
 
     At beta 0 and 1, where that is 0, it is by convention the forward and the reverse KL (as in OPSD, SDPO and TRL).
     """
-    mix = p.lerp(q, beta).log_()
-    slope = times_log_ratio(p, student, mix).mul_(1 - beta)
-    return times_log_ratio(q, teacher, mix).mul_(beta).add_(slope), slope
+    mix = p.lerp(q, beta)
+    none = mix == 0  # the mix of two probabilities, the smallest that there are, may be rounded to 0
+    mix.log_()
+    slope = times_log_ratio(p, student, mix).mul_(1 - beta).masked_fill_(none, 0)
+    return times_log_ratio(q, teacher, mix).mul_(beta).masked_fill_(none, 0).add_(slope), slope
 
 
 @formula(beta=0.5, ends=(forward_kl, reverse_kl))
@@ -206,5 +229,7 @@ def mixed_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float
 def skew_kl(student: Tensor, teacher: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """KL(teacher || beta * teacher + (1 - beta) * student) (DistiLLM, arXiv 2402.03898)."""
     mix = p.lerp(q, beta)
-    value = times_log_ratio(q, teacher, mix.log())
-    return value, mix.reciprocal_().mul_(q).mul_(p).mul_(beta - 1).masked_fill_(p == 0, 0)
+    none = mix == 0  # as in `jsd`
+    value = times_log_ratio(q, teacher, mix.log()).masked_fill_(none, 0)
+    # The ratio is at most 1 / beta, whereas the reciprocal of the smallest numbers is infinite.
+    return value, (q / mix).mul_(p).mul_(beta - 1).masked_fill_(none, 0)

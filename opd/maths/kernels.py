@@ -202,9 +202,11 @@ def _summands(s, t, p, q, beta, KIND: tl.constexpr):
         slope = reverse + beta * p - (1 - beta) * q
     else:
         tl.static_assert(KIND == "jsd", "the kernel has no formula for this divergence")
-        mix = tl.log((1 - beta) * p + beta * q)
-        slope = (1 - beta) * _times(p, s - mix)
-        value = slope + beta * _times(q, t - mix)
+        mix = (1 - beta) * p + beta * q
+        # The mix of two probabilities, the smallest that there are, may be rounded to 0.
+        log_mix = tl.where(mix == 0, 0.0, tl.log(mix))
+        slope = tl.where(mix == 0, 0.0, (1 - beta) * _times(p, s - log_mix))
+        value = tl.where(mix == 0, 0.0, slope + beta * _times(q, t - log_mix))
     return value, slope
 
 

@@ -15,7 +15,8 @@ from opd.launch.checks.loading import config_from
 from opd.losses import Divergence
 from opd.maths import formulas
 from opd.maths.divergence import token_divergence
-from opd.maths.formulas import formula, formula_of, kinds, times_log_ratio, with_beta
+from opd.maths.formulas import formula, kinds, times_log_ratio, with_beta
+from opd.trainers.loop import registry
 
 OWN = '''
 from opd.maths.formulas import formula, times_log_ratio
@@ -30,6 +31,7 @@ def undecorated(student, teacher, p, q):
     return -q, -q
 '''
 PAGE = (Path(__file__).parents[2] / "docs" / "divergences.md").read_text(encoding="utf-8")
+OWN_PACKAGE = Path(__file__).parents[2] / "examples" / "own_package"
 RUN = {"method": "opsd", "model": "tiny:lookup", "env": "opd/Lookup-v0"}
 
 
@@ -80,14 +82,32 @@ def test_what_the_page_shows_runs_and_adds_the_divergence_that_it_says():
     names = {"__name__": "page"}
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, names)
+    check_is_both_kls(Divergence("my_divergence"))
+
+
+def test_the_divergence_of_the_example_has_the_value_and_gradient_that_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(OWN_PACKAGE))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    try:
+        check_is_both_kls(Divergence("nudge:symmetric_kl"))
+    finally:
+        sys.modules.pop("nudge", None)
+
+
+def check_is_both_kls(divergence):
+    """It is the sum of both KLs, in value and, as autograd has it of the dense formula, in gradient."""
     student, teacher = torch.randn(2, 5, 9, dtype=torch.float64)
-    values = [token_divergence(student, teacher, Divergence(k)) for k in ("my_divergence", "forward_kl", "reverse_kl")]
-    torch.testing.assert_close(values[0], values[1] + values[2])
+    student.requires_grad_()
+    ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)
+    expected = ((ours.exp() - theirs.exp()) * (ours - theirs)).sum(-1)
+    found = token_divergence(student, teacher, divergence)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(values.sum(), student)[0] for values in (found, expected)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_the_table_says_who_has_a_beta_and_what_stands_at_its_ends():
-    assert with_beta() == [kind for kind in kinds() if formula_of(kind).beta is not None]
-    assert "forward_kl" not in with_beta()
+    assert with_beta() == ["jsd", "mixed_kl", "skew_kl"]
     for kind in ("jsd", "mixed_kl"):
         names = [Divergence(kind, beta=beta).formula.name for beta in (0, 0.5, 1)]
         assert names == ["forward_kl", kind, "reverse_kl"]
@@ -122,6 +142,13 @@ def test_a_name_that_is_taken_and_a_function_of_other_arguments_are_refused():
         (lambda s, t, p, q: (-q.sum(-1), -q), r"it returned \(\[2\] of torch.float64, \[2, 5\] of"),
         (lambda s, t, p, q: (-q.half(), -q), r"it returned \(\[2, 5\] of torch.float16"),
         (lambda s, t, p, q: (-q, q), "must return two new tensors"),
+        (lambda s, t, p, q: (-q, q.detach()), "must return two new tensors"),
+        (lambda s, t, p, q: (p.view_as(p), -q), "must return two new tensors"),
+        (lambda s, t, p, q: (x := -q, x), "must return two new tensors"),
+        (lambda s, t, p, q: (x := -q, x.view_as(x)), "must return two new tensors"),
+        (lambda s, t, p, q: (p.mul_(s), -q), "the divergence astray writes into its arguments"),
+        (lambda s, t, p, q: (q * (t.log() - s), -q), "the divergence astray gives nan for log-probs that are none"),
+        (lambda s, t, p, q: (q * (t - s), -q * t.log()), "the divergence astray gives nan"),
     ],
 )
 def test_a_divergence_that_returns_anything_but_two_new_tensors_is_named(returned, said):
@@ -131,7 +158,17 @@ def test_a_divergence_that_returns_anything_but_two_new_tensors_is_named(returne
 
     logits = torch.randn(2, 5, dtype=torch.float64)
     with pytest.raises(DataError, match=f"the divergence astray must return .*{said}|{said}"):
-        token_divergence(logits, logits + 1, Divergence("astray"))
+        token_divergence(logits, logits.flip(0), Divergence("astray"))
+
+
+def test_a_nan_of_the_logits_and_no_token_at_all_are_not_a_formulas_fault():
+    @formula()
+    def own(student, teacher, p, q):
+        return times_log_ratio(q, teacher, student), -q
+
+    broken = torch.full((2, 5), torch.nan)
+    assert token_divergence(broken, torch.zeros(2, 5), Divergence("own")).isnan().all()
+    assert token_divergence(broken[:0], broken[:0], Divergence("own")).shape == (0,)
 
 
 @pytest.mark.parametrize(

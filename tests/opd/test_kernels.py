@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test of this file starts")
 
-KINDS = [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.3), ("mixed_kl", 0.3)]
-every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
+EVERY_KIND = [("forward_kl", None), ("reverse_kl", None), ("jsd", 0.3), ("mixed_kl", 0.3)]
+every_kind = pytest.mark.parametrize(("kind", "beta"), EVERY_KIND)
 every_clip = pytest.mark.parametrize("clip", [None, 0.02])
 
 N, V, BLOCK = 4, 37, 16
@@ -120,7 +120,7 @@ def test_equal_sides_give_neither_value_nor_gradient(kernel, kind, beta, clip):
 
 
 @inside
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "mixed_kl"])
 def test_what_is_not_finite_is_seen(kernel, kind):
     student, teacher = normal(N, V, seed=0), normal(N, V, seed=1)
     student[0, 3] = torch.nan
@@ -131,7 +131,25 @@ def test_what_is_not_finite_is_seen(kernel, kind):
     gradient = kernel(Divergence(kind), student, teacher, torch.ones(N), torch.float32, *columns)
     assert columns[0, :2].isnan().all()
     assert gradient[:2].isnan().any(-1).all()
-    assert columns[0].isinf().tolist() == [False, False, kind == "forward_kl", kind == "reverse_kl"]
+    assert columns[0].isinf().tolist() == [
+        *(False, False),
+        kind in ("forward_kl", "mixed_kl"),
+        kind in ("reverse_kl", "mixed_kl"),
+    ]
+
+
+@inside
+@every_kind
+@every_clip
+def test_the_smallest_probabilities_that_there_are_give_next_to_no_value_and_gradient(kernel, kind, beta, clip):
+    tiny = torch.tensor([-88.0, -95.0, -103.0, -103.5, -104.0, -120.0])
+    pairs = torch.cartesian_prod(tiny, tiny)
+    student, teacher = (torch.stack([torch.zeros(len(pairs)), column], -1) for column in pairs.T)
+    columns = torch.zeros(4, len(pairs))
+    rule = Divergence(kind, beta=beta, clip=clip)
+    gradient = kernel(rule, student.contiguous(), teacher.contiguous(), torch.ones(len(pairs)), torch.float32, *columns)
+    assert columns[0].abs().max() < 1e-30
+    assert gradient.abs().max() < 1e-30
 
 
 @inside
@@ -205,6 +223,7 @@ def test_the_launcher_refuses_a_kind_that_it_does_not_know(unheard_of):
     from opd.maths.kernels import KINDS, divergence_rows
 
     assert set(KINDS) <= set(formulas.kinds())
+    assert set(KINDS) == {kind for kind, _ in EVERY_KIND}
     known = ", ".join(KINDS)
     with pytest.raises(ConfigError, match=rf"kernel = 'unheard_of' is unknown\. Allowed: {known}"):
         divergence_rows(unheard_of, *rows()[:2], None, torch.float32, *torch.zeros(4, N))
