@@ -13,6 +13,7 @@ the authors' wording of the teacher's prompt (`template`).
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field
@@ -35,7 +36,7 @@ class SdftConfig(ShownConfig):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "sequence_mean", description="Mean within each sequence first, or over all sampled tokens of the step."
     )
-    skip: int = Field(3, ge=0, description="Sampled tokens at the beginning of a sequence that are not distilled.")
+    skip: int = Field(3, ge=0, description="Tokens at the beginning of the first answer that are not distilled.")
 
 
 @register("sdft", SdftConfig)
@@ -48,7 +49,10 @@ class Sdft(ShownMethod):
         return [self._without_first(self.taught_sample(t, segment)) for t in group.usable for segment in t.segments()]
 
     def _without_first(self, sample: Sample) -> Sample:
-        """Take the weight of the first `skip` sampled tokens away; the loss then has no term for them."""
-        sampled = [place for place, mask in enumerate(sample.completion_mask) if mask][: self.config.skip]
-        weights = [0.0 if place in sampled else weight for place, weight in enumerate(sample.distill_weight)]
+        """Take the weight of the first `skip` tokens of the first answer away; the loss then has no term for them."""
+        weights = list(sample.distill_weight)
+        sampled_of_turn = zip(sample.completion_mask, sample.turn, strict=True)
+        first_answer = (place for place, (sampled, turn) in enumerate(sampled_of_turn) if sampled and turn == 0)
+        for place in islice(first_answer, self.config.skip):
+            weights[place] = 0.0
         return replace(sample, distill_weight=weights)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from opd.config import Strict, setting
 from opd.losses import Distill, Divergence, SampledDistill, unknown
+from opd.teachers.config import TeacherConfig
 
 
 def _from_kind(value: Any) -> Any:
@@ -36,6 +37,20 @@ class DivergenceConfig(Strict):
             return value
         given = _from_kind(value)
         return default.completed(given) if isinstance(given, dict) else given
+
+
+class OwnTeacherConfig(Strict):
+    """Settings of a teacher that the method chooses by itself: in its section, a rate alone is that one's rate."""
+
+    teacher: TeacherConfig
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _what_is_left_out_stays(cls, teacher: Any) -> Any:
+        if not isinstance(teacher, dict) or "weights" in teacher:
+            return teacher
+        default = cls.model_fields["teacher"].get_default(call_default_factory=True, validated_data={})
+        return {**default.model_dump(), **teacher}
 
 
 class FormConfig(DivergenceConfig):

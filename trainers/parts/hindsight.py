@@ -25,17 +25,16 @@ from opd.teachers.privileged import (
     without_thinking,
 )
 from opd.trainers.loop.method import Method
-from opd.trainers.parts.forms import FormConfig
+from opd.trainers.parts.forms import FormConfig, OwnTeacherConfig
 from opd.types import Message, Sample, Segment, TeacherView, Trajectory, to_sample
 
 When = Literal["without_demonstration", "always", "never"]
-_TEACHER = TeacherConfig(weights="ema", rate=0.05)
 
 
-class HindsightConfig(FormConfig):
+class HindsightConfig(OwnTeacherConfig, FormConfig):
     """Settings that `sdpo` and `srpo` share; their defaults are SDPO's without rich feedback."""
 
-    teacher: TeacherConfig = _TEACHER
+    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="ema", rate=0.05))
     right_from: float | None = Field(
         None, description="Reward from which an episode is right; null: where the environment calls it solved."
     )
@@ -55,14 +54,6 @@ class HindsightConfig(FormConfig):
     max_teacher_tokens: int = Field(
         18_432, ge=1, description="Where the teacher's sequence would be longer, the episode is not distilled."
     )
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _what_is_left_out_stays(cls, teacher: Any) -> Any:
-        """A rate alone is the default teacher's rate."""
-        if isinstance(teacher, dict) and "weights" not in teacher:
-            return {**_TEACHER.model_dump(), **teacher}
-        return teacher
 
     @field_validator("demonstration_template")
     @classmethod

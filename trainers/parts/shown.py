@@ -12,11 +12,11 @@ from opd.losses import Distill, Losses
 from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import SOLUTION, in_first_user_message, with_solution
 from opd.trainers.loop.method import Method
-from opd.trainers.parts.forms import DivergenceConfig
+from opd.trainers.parts.forms import DivergenceConfig, OwnTeacherConfig
 from opd.types import Message, Sample, Segment, Trajectory, to_sample
 
 
-class ShownConfig(DivergenceConfig):
+class ShownConfig(OwnTeacherConfig, DivergenceConfig):
     """Settings of the text that the teacher is shown."""
 
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig(weights="frozen", rate=None))
