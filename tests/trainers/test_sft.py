@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,36 @@ def test_a_log_that_was_killed_before_its_first_line_was_whole_is_begun_anew(tmp
     assert log.open(HEADER, wanted=1) == []
     assert log.path.read_bytes() == whole
     assert log.read() == (HEADER, [])
+
+
+def test_a_log_is_read_once_and_each_row_that_comes_costs_what_it_weighs(tmp_path, monkeypatch):
+    log = EpisodeLog(tmp_path / "e.jsonl", dict)
+    reads = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    log.open(HEADER, wanted=4)
+    for n in range(4):
+        log.write([{"n": n}], after=n)
+    assert reads == []
+    again = EpisodeLog(log.path, dict)
+    assert again.open(HEADER, wanted=4) == [{"n": n} for n in range(4)]
+    again.write([{"n": 7}, {"n": 8}], after=1)
+    assert again.header() == HEADER
+    assert len(reads) == 1
+    assert again.read()[1] == [{"n": 0}, {"n": 7}, {"n": 8}]
+    fresh = EpisodeLog(log.path, dict)
+    fresh.write([{"n": 9}], after=2)
+    assert fresh.read()[1] == [{"n": 0}, {"n": 7}, {"n": 9}]
+
+
+def test_a_line_of_a_log_is_a_row_and_the_checksum_of_its_text(tmp_path):
+    """As earlier versions wrote it, whose files are read."""
+    row = {"text": 'a "seal": "é', "n": [1, 2.5, math.nan]}
+    log = EpisodeLog(tmp_path / "e.jsonl", dict)
+    log.open(HEADER, wanted=1)
+    log.write([row], after=0)
+    seal = sha256(json.dumps(row).encode()).hexdigest()[:16]
+    assert log.path.read_text().splitlines()[1] == json.dumps({**row, "seal": seal})
 
 
 def test_the_model_may_have_moved_on_from_a_log_only_where_it_is_complete(tmp_path):

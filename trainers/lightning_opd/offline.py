@@ -97,7 +97,7 @@ class Offline(Method):
         folder = folder if self.data is None else Path(self.data).expanduser()
         header, samples = ranks.agree(lambda: episodes(folder / OWN, self.chat))
         store = ranks.agree(lambda: self._store(folder / STORE, temperature))
-        sft_teacher = _sft(folder) or store.about["sft_teacher"]
+        sft_teacher = ranks.from_first(partial(_sft, folder)) or store.about["sft_teacher"]
         mismatch = sft_teacher not in (None, store.scorer.teacher)
         if mismatch and self.data is not None:
             _object(
@@ -138,7 +138,7 @@ def _object(problem: str, *, allow: bool) -> None:
 def _sft(folder: Path) -> str | None:
     """Return the fingerprint of who played the episodes that the SFT learned from; None where there was none."""
     path = folder / TEACHERS
-    return EpisodeLog(path, read_episode).read()[0].model if path.exists() else None
+    return EpisodeLog(path, read_episode).header().model if path.exists() else None
 
 
 def episodes(path: Path, chat: ChatFormat) -> tuple[Header, list[Sample]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,8 @@ class EpisodeLog:
     def __init__(self, path: Path, read_row: Callable[[Row], object]) -> None:
         self.path = path
         self.read_row = read_row
+        self._ends = [0]
+        """Where each line ends that was read or written last, before them where the first one begins."""
 
     @property
     def lines(self) -> int:
@@ -104,17 +108,18 @@ class EpisodeLog:
         Raises DataError for a file that was made under another header, or that should be whole and is not.
         """
         rows: list[Row] = []
-        if self.lines:
+        lines = self._lines() if self.path.exists() else []
+        if lines:
             like = asdict(header)
-            if whole or self.lines > wanted:
+            if whole or len(lines) > wanted:
                 del like["model"]
-            _, rows = self.read(like)
+            _, rows = self._parsed(lines, like)
         if whole and len(rows) < wanted:
             raise DataError(
                 f"{self.path} holds {len(rows)} of {wanted} episodes, and the weights that played them have trained "
                 "since. Put the file back, or start afresh (--overwrite)"
             )
-        if not self.lines:
+        if not lines:
             self._append([asdict(header)], after=0)
         return rows
 
@@ -124,10 +129,33 @@ class EpisodeLog:
         Raises DataError, with the line's number, for what is damaged, and for a header that differs from `like`, which
         gives the wanted values of some of its fields by name.
         """
+        return self._parsed(self._lines(), like)
+
+    def header(self) -> Header:
+        """Return the header, and read no more than that. Raises DataError as `read` does."""
         try:
-            first, *rest = self.path.read_bytes().split(b"\n")[:-1] or [b""]
+            with self.path.open("rb") as file:
+                line = file.readline()
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
+        return self._header(line[:-1] if line.endswith(b"\n") else b"")
+
+    def write(self, rows: Sequence[Row], *, after: int) -> None:
+        """Append rows behind the first `after` of those that are there; what else is there is cut."""
+        self._append(rows, after=after + 1)
+
+    def _lines(self) -> list[bytes]:
+        """Return the whole lines of the file, and note where each ends. Raises DataError where it cannot be read."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+        self._ends = [0, *accumulate(len(line) + 1 for line in lines)]
+        return lines
+
+    def _parsed(self, lines: Sequence[bytes], like: Mapping[str, str] | None) -> tuple[Header, list[Row]]:
+        """Return what `read` does, of the lines of a file."""
+        first, *rest = lines or [b""]
         header = self._header(first)
         differing = [name for name, value in (like or {}).items() if getattr(header, name) != value]
         if differing:
@@ -137,21 +165,17 @@ class EpisodeLog:
             )
         return header, [self._row(line, number) for number, line in enumerate(rest, start=2)]
 
-    def write(self, rows: Sequence[Row], *, after: int) -> None:
-        """Append rows behind the first `after` of those that are there; what else is there is cut."""
-        self._append(rows, after=after + 1)
-
     def _header(self, line: bytes) -> Header:
         try:
             header = Header(**_unsealed(line))
-            if all(isinstance(value, str) for value in asdict(header).values()):
-                return header
-        except (ValueError, TypeError):
-            pass
-        raise DataError(
-            f"{self.path}, line 1 does not say who played: it is damaged, or an older version wrote it. Delete the "
-            "file; its episodes are then played again"
-        )
+            if not all(isinstance(value, str) for value in asdict(header).values()):
+                raise ValueError("it holds what is no text")
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{self.path}, line 1 does not say who played: it is damaged, or an older version wrote it. Delete the "
+                "file; its episodes are then played again"
+            ) from error
+        return header
 
     def _row(self, line: bytes, number: int) -> Row:
         try:
@@ -168,28 +192,39 @@ class EpisodeLog:
         """Append lines behind the first `after` of the file, which is made if need be; what else is there is cut."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        before = self.path.read_bytes().split(b"\n")[:after]
+        if after >= len(self._ends) or self._ends[-1] > self.path.stat().st_size:  # somebody else has written since
+            self._lines()
+        del self._ends[after + 1 :]
+        lines = [_sealed(row) for row in rows]
         with self.path.open("r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in before))
+            file.truncate(self._ends[-1])
             file.seek(0, os.SEEK_END)
-            file.write(b"".join(map(_sealed, rows)))
+            file.write(b"".join(lines))
+        self._ends += [*accumulate(map(len, lines), initial=self._ends[-1])][1:]
+
+
+_SEAL = re.compile(rb',? ?"seal": "([0-9a-f]{16})"}$')
+"""What a line ends with: the checksum of all before it, with the brace that this took."""
 
 
 def _sealed(row: Row) -> bytes:
     """Write a row as a line that ends with the row's checksum."""
-    return json.dumps({**row, "seal": _seal(row)}, default=str).encode() + b"\n"
+    text = json.dumps(row, default=str).encode()
+    return text[:-1] + b'%s"seal": "%s"}\n' % (b", " if row else b"", _seal(text))
 
 
 def _unsealed(line: bytes) -> Row:
     """Read a line that `_sealed` wrote. Raises ValueError where it is not as it was."""
-    row = json.loads(line)
-    if not isinstance(row, dict) or row.pop("seal", None) != _seal(row):
+    end = _SEAL.search(line[-64:])
+    text = b"" if end is None else line[: len(line) - len(end[0])] + b"}"
+    if end is None or _seal(text) != end[1]:
         raise ValueError("its checksum is another")
+    row: Row = json.loads(text)
     return row
 
 
-def _seal(row: Row) -> str:
-    return sha256(json.dumps(row, default=str).encode()).hexdigest()[:16]
+def _seal(text: bytes) -> bytes:
+    return sha256(text).hexdigest()[:16].encode()
 
 
 def collect(
