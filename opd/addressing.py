@@ -43,7 +43,7 @@ def load(address: str, *, setting: str) -> Any:
     named = _ADDRESS.fullmatch(address)
     if named is None:
         raise ConfigError(f"{setting} = {address!r} is no address; write my_package.my_module:name")
-    if find_module(named["module"]) is None:
+    if named["module"] not in sys.modules and find_module(named["module"]) is None:
         raise ConfigError(
             f"{setting}: {address!r} names the module {named['module']!r}, which cannot be found. Is its folder on "
             "PYTHONPATH, or the package installed?"
@@ -51,7 +51,7 @@ def load(address: str, *, setting: str) -> Any:
     try:
         module = importlib.import_module(named["module"])
     except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
-        raise ConfigError(f"{setting}: {address!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{setting}: {address!r} cannot be imported: {_told(error)}") from error
     try:
         return getattr(module, named["name"])
     except AttributeError:
@@ -60,6 +60,13 @@ def load(address: str, *, setting: str) -> Any:
         raise ConfigError(
             f"{setting}: {address!r}: the module {named['module']!r} defines no {named['name']!r}{hint}"
         ) from None
+
+
+def _told(error: BaseException) -> str:
+    """Say what went wrong; of a mistake in the writing also where, as Python's own text names the file alone."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    return f"{type(error).__name__}: {error}"
 
 
 @cache  # it reads what every installed package says of itself, which takes a while
@@ -75,8 +82,11 @@ def installed(group: str) -> dict[str, str]:
 
 
 def find_module(name: str) -> ModuleSpec | None:
-    """Find a module's spec without importing its parents, as `importlib.util.find_spec` would; None: there is none."""
+    """Find a module's spec without importing its parents, as `importlib.util.find_spec` would; None: there is none, as
+    of a script that is run."""
     parent, _, _ = name.rpartition(".")
+    if name in sys.modules and getattr(sys.modules[name], "__spec__", None) is None:
+        return None
     if name in sys.modules or not parent:
         return importlib.util.find_spec(name)
     found = find_module(parent)

@@ -77,23 +77,26 @@ class Batch:
 
 
 def check_fed(samples: Sequence[Sample], losses: Losses, *, of: str) -> None:
-    """Raise DataError if samples `of` a method carry weights for a component that its losses lack."""
+    """Raise DataError if samples `of` a method carry weights for a component that its losses lack, or for a token to
+    distil that no teacher sees. Such weights must be found before ranks add theirs up (`normalise`)."""
     components = {"policy_weight": losses.policy, "distill_weight": losses.distill, "ce_weight": losses.ce}
     for name, component in components.items():
         if component is None and any(any(getattr(sample, name)) for sample in samples):
             have = ", ".join(other for other, one in components.items() if one is not None) or "none"
             raise DataError(f"{of} makes samples with {name}, but its losses have no such component: they read {have}")
+    for sample in samples:
+        if sample.teacher_view is None and sample.teacher_logprobs is None and any(sample.distill_weight):
+            raise DataError(
+                f"{of} makes samples whose distill_weight is non-zero, but no teacher sees the sample, or has scored it"
+            )
 
 
 def normalise(samples: Sequence[Sample], losses: Losses, all_sum: Callable[[list[float]], list[float]]) -> list[Sample]:
     """Divide every weight by its component's denominator, taken over all ranks through `all_sum`.
 
     After this, summing weight times loss over any micro-batches, on any ranks, gives the step's loss.
-    Raises DataError for a token to distil that no teacher sees.
+    `check_fed` says which weights there may be.
     """
-    for sample in samples if losses.distill else []:
-        if sample.teacher_view is None and sample.teacher_logprobs is None and any(sample.distill_weight):
-            raise DataError("sample.distill_weight is non-zero, but no teacher sees the sample, or has scored it")
     by_sequence = losses.reduction != "token_mean"
     counts = [[sum(w != 0 for w in getattr(s, name)) for s in samples] for name in WEIGHTS]
     local = [float(sum(n > 0 for n in c) if by_sequence else sum(c)) for c in counts]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from opd.addressing import installed, load
@@ -44,10 +44,13 @@ class Weighting:
             raise ConfigError(f"weighting.functions.kwargs: {self.function.__name__}: {error}") from None
 
     def factors(self, samples: Sequence[Sample], kwargs: Mapping[str, Any]) -> list[list[float]]:
-        """Return the factors, [T] a sample. Raises DataError where the function gives anything else."""
+        """Return the factors, [T] a sample. Raises DataError where the function gives anything else.
+
+        The function is handed copies: what it writes into a sample trains nothing.
+        """
         name = f"{self.function.__module__}:{self.function.__qualname__}"
         try:
-            found = [[float(value) for value in row] for row in self.function(samples, **kwargs)]
+            found = [[float(value) for value in row] for row in self.function([*map(_copied, samples)], **kwargs)]
         except Exception as error:  # a stranger's function may do anything
             raise DataError(f"weighting.functions: {name} failed: {type(error).__name__}: {error}") from error
         if [len(row) for row in found] != [len(sample.token_ids) for sample in samples]:
@@ -56,6 +59,18 @@ class Weighting:
         if bad := [value for row in found for value in row if not 0 <= value < float("inf")]:
             raise DataError(f"weighting.functions: {name} gave the factor {bad[0]}: it must be a number of at least 0")
         return found
+
+
+def _copied(sample: Sample) -> Sample:
+    """A sample that shares no list with the given one."""
+    lists: dict[str, Any] = {
+        field.name: [list(row) if isinstance(row, list) else row for row in value]
+        for field in fields(sample)
+        if isinstance(value := getattr(sample, field.name), list)
+    }
+    view = sample.teacher_view
+    own = None if view is None else replace(view, token_ids=list(view.token_ids), rows=list(view.rows))
+    return replace(sample, **lists, teacher_view=own)
 
 
 def weighting(

@@ -16,6 +16,7 @@ from opd.addressing import is_address, load, origin
 from opd.config import Strict
 from opd.errors import ConfigError, DataError
 from opd.launch.checks.loading import config_from
+from opd.launch.settings.config import Config
 from opd.maths import formulas
 from opd.objective.weightings import find_weighting, weighting
 from opd.tracking import read_rows
@@ -45,17 +46,19 @@ def module(elsewhere, monkeypatch):
     sys.modules.pop("nudge", None)
 
 
-def opd(*arguments, path=None, cwd=None, wait=True):
-    """`opd ARGUMENTS` in a process of its own, which finds the modules in `path`."""
+def command(*arguments, path=None):
+    """`opd ARGUMENTS`, and an environment in which it finds the modules in `path`."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(path)} if path else {}
-    command = [sys.executable, "-m", "opd.launch.cli", *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
-    process = subprocess.Popen(command, env=environment, **streams)
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
+    return {"args": [sys.executable, "-m", "opd.launch.cli", *map(str, arguments)], "env": environment}
+
+
+def opd(*arguments, path=None, cwd=None):
+    """`opd ARGUMENTS` in a process of its own: its exit status, output and errors."""
+    done = subprocess.run(
+        **command(*arguments, path=path), cwd=cwd, capture_output=True, text=True, check=False, timeout=900
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.slow
@@ -74,14 +77,20 @@ def test_an_outside_package_is_trained_killed_resumed_evaluated_and_explained(ti
     }
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(data))
-    process = opd("train", file, path=elsewhere, cwd=tmp_path, wait=False)
-    until = time.monotonic() + 600
-    while not list(run.glob("checkpoints/step-2")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    process.kill()
-    process.communicate()
+    said = tmp_path / "said"
+    with said.open("w") as told:
+        process = subprocess.Popen(
+            **command("train", file, path=elsewhere), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=told
+        )
+    try:
+        until = time.monotonic() + 600
+        while not list(run.glob("checkpoints/step-2")):
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
     trained = max(int(folder.name.removeprefix("step-")) for folder in run.glob("checkpoints/step-*"))
     taken = json.loads((run / "outside.json").read_text())
     assert {name: row["address"] for name, row in taken.items()} == {
@@ -158,15 +167,72 @@ print(opd.train(settings).steps)
 @pytest.mark.parametrize("how", ["script", "typed in"])
 def test_a_method_that_a_script_defines_trains_and_its_file_is_written_down(tiny, tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = ["script.py"] if how == "script" else ["-c", SCRIPT]
+    code = ["script.py"] if how == "script" else ["-c", SCRIPT]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command, str(tiny)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", *code, str(tiny)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.stdout.split()[-1:] == ["1"], done.stderr
     files = tmp_path / "run" / "outside.json"
     assert files.exists() == (how == "script")
     if how == "script":
         assert json.loads(files.read_text())["method"]["file"] == str(tmp_path / "script.py")
+
+
+ALL_IN_ONE = """
+from opd.config import Strict
+from opd.launch.checks.loading import config_from
+from opd.launch.checks.outside import taken_by
+from opd.losses import Distill, Divergence, Losses
+from opd.maths.formulas import formula, times_log_ratio
+from opd.objective.weightings import weighting
+from opd.trainers import Method, register
+from opd.trainers.parts.forms import DivergenceConfig, DivergenceSetting
+
+
+@formula()
+def far(student, teacher, p, q):
+    return times_log_ratio(q, teacher, student), -q
+
+
+@weighting()
+def fade(samples):
+    return [[1.0] * len(sample.token_ids) for sample in samples]
+
+
+class MineConfig(DivergenceConfig):
+    divergence: DivergenceSetting = Divergence("far")
+
+
+@register("mine", MineConfig)
+class Mine(Method):
+    losses = staticmethod(lambda config: Losses(distill=Distill(divergence=config.divergence)))
+    annotate = lambda self, group: []
+
+
+config = config_from(
+    {
+        "method": "__main__:Mine",
+        "model": "m",
+        "env": "opd/Lookup-v0",
+        "mine": {"divergence": "__main__:far"},
+        "weighting": {"functions": [{"name": "__main__:fade"}]},
+    },
+    check_machine=False,
+)
+print(*sorted({taken.origin.file for taken in taken_by(config)}), len(taken_by(config)))
+"""
+
+
+def test_an_address_may_name_what_the_script_that_runs_defines(tmp_path):
+    (tmp_path / "script.py").write_text(ALL_IN_ONE)
+    command = [sys.executable, "-W", "ignore", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.split() == [str(tmp_path / "script.py"), "3"], done.stderr
 
 
 def test_a_method_of_an_installed_package_is_known_by_its_short_name(module, monkeypatch):
@@ -185,8 +251,11 @@ def test_a_method_of_an_installed_package_is_known_by_its_short_name(module, mon
 def test_a_package_whose_method_cannot_be_imported_is_left_out_with_one_warning(monkeypatch, caplog):
     monkeypatch.setattr("opd.trainers.loop.registry.installed", lambda _: {"lost": "no_such_package:Lost"})
     registry._warned.discard("lost")
+    looks = []
+    monkeypatch.setattr("opd.trainers.loop.registry.load", lambda *a, **k: looks.append(a) or load(*a, **k))
     assert list(registry.methods()) == list(registry.METHODS)
     registry.methods()
+    assert len(looks) == 1
     assert [r.getMessage().count("the method lost of an installed package is left out") for r in caplog.records] == [1]
 
 
@@ -221,7 +290,7 @@ def test_what_is_wrong_with_a_name_from_outside_is_said_by_its_setting(module, o
         ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
         ("import os; os.nothing", "AttributeError: module 'os' has no attribute 'nothing'"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
-        ("def f(:", "SyntaxError: invalid syntax"),
+        ("def f(:", r"SyntaxError: invalid syntax \(.*elsewhere/broken\.py, line 1\)"),
     ],
 )
 def test_a_module_that_fails_while_it_is_imported_is_told_with_its_own_words(module, source, said):
@@ -250,6 +319,10 @@ def test_a_package_may_offer_a_method_by_another_name_than_its_section(module, m
     assert config_from(data, check_machine=False).section.divergence.beta == 0.3
 
 
+def test_a_method_may_be_called_anything_but_a_key_of_a_runs_file():
+    assert set(registry._TAKEN) == set(Config.model_fields)
+
+
 def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module):
     load("nudge:Nudge", setting="method")
     with pytest.raises(ConfigError, match="there is a method 'nudge' already, nudge:Nudge"):
@@ -266,6 +339,9 @@ def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module
         register("other", Strict)(object)
 
 
+TRAINS = "annotate = lambda self, group: []; losses = staticmethod(lambda config: Losses())"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -279,6 +355,12 @@ def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module
             "annotate = lambda self, group: []\n    losses = staticmethod(lambda config: {})",
             "losses must return Losses and teacher a TeacherConfig, not dict and TeacherConfig",
         ),
+        ("stages = classmethod(lambda cls, config: None)", r"bad:Bad\): stages must return one Stage or more.*None"),
+        ("stages = classmethod(lambda cls, config: ())", "stages must return one Stage or more.*tuple of 0"),
+        ("stages = classmethod(lambda cls, config: (cls,))", "stages must return one Stage or more.*tuple of 1"),
+        ("stages = classmethod(lambda cls, config: (n for n in ()))", "stages must return one Stage .*<generator"),
+        (f"{TRAINS}\n    inputs = classmethod(lambda cls, config: 1 / 0)", "cannot say its inputs: ZeroDivisionError"),
+        (f"{TRAINS}\n    inputs = classmethod(lambda cls, config: {{}})", "inputs must return Inputs, not {}"),
     ],
 )
 def test_a_class_that_cannot_train_is_refused_with_its_address(tmp_path, monkeypatch, body, message):
@@ -287,7 +369,8 @@ def test_a_class_that_cannot_train_is_refused_with_its_address(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         with pytest.raises(ConfigError, match=message):
-            config_from({"method": "bad:Bad", "model": "m", "env": "opd/Lookup-v0"}, check_machine=False)
+            read = config_from({"method": "bad:Bad", "model": "m", "env": "opd/Lookup-v0"}, check_machine=False)
+            assert (read.stages, read.inputs) == "refused by now"
     finally:
         registry._registry.pop("bad", None)
         sys.modules.pop("bad", None)
@@ -311,6 +394,16 @@ def test_a_weighting_gives_a_factor_for_each_token_or_is_refused(module):
     ]:
         with pytest.raises(DataError, match=message):
             weighting()(lambda samples, wrong=wrong: wrong).factors([sample([0, 0, 1, 2])], {})
+
+    def careless(samples):
+        for one in samples:
+            one.distill_weight[1] = one.token_ids[0] = 9
+        return [one.distill_weight for one in samples]
+
+    untouched = sample([0, 0])
+    assert weighting()(careless).factors([untouched], {}) == [[0.0, 9.0]]
+    assert untouched.token_ids == [1, 1]
+    assert untouched.distill_weight == [0.0, 0.0]
     with pytest.raises(ConfigError, match="streams = 'ce_weight' is a text"):
         weighting(streams="ce_weight")
     with pytest.raises(ConfigError, match="a weighting of 'reward' is unknown"):

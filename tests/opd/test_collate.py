@@ -9,7 +9,7 @@ import torch
 
 from opd.errors import DataError
 from opd.losses import CrossEntropy, Distill, Divergence, Losses
-from opd.objective.collate import collate, microbatches, normalise
+from opd.objective.collate import check_fed, collate, microbatches, normalise
 from opd.types import Sample, TeacherView
 
 
@@ -228,7 +228,8 @@ def test_a_rank_without_samples_still_takes_part_in_the_sum():
 
 def test_a_distilled_token_that_no_teacher_sees_is_an_error():
     unseen = sample([1], [2])
-    with pytest.raises(DataError, match="no teacher sees the sample"):
-        normalise([unseen], Losses(distill=DISTILL), local)
+    with pytest.raises(DataError, match="Mine makes samples whose distill_weight is non-zero, but no teacher sees"):
+        check_fed([unseen], Losses(distill=DISTILL), of="Mine")
     known = replace(unseen, teacher_logprobs=[math.nan, -1.0])
+    check_fed([known], Losses(distill=DISTILL), of="Mine")
     assert normalise([known], Losses(distill=DISTILL), local)[0].distill_weight == [0.0, 1.0]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,21 @@ def sample(turns, *, task=0, member=0, distill=1.0, policy=0.0, entropy=None, ga
         task=TASKS[task],
         member=member,
     )
+
+
+def test_a_function_of_ones_own_runs_where_ranks_agree_and_no_other_weighting_does():
+    """An error of one rank must reach the others, which else wait for it in the next exchange."""
+    agreed = []
+
+    def agree(work):
+        agreed.append(work)
+        return [[3.0, 3.0]]
+
+    own = SimpleNamespace(found=SimpleNamespace(factors=lambda *_: 1 / 0, streams=("distill_weight",)), kwargs={})
+    config = SimpleNamespace(entropy=1.0, steps=None, pass_rate=None, turns=None, functions=[own])
+    [weighed] = weigh([sample([0], entropy=[1.0])], config, {}, one_rank, agree)
+    assert weighed.distill_weight == [0.0, 3.0]
+    assert len(agreed) == 1
 
 
 def test_entropy_weights_have_mean_one_over_all_distilled_tokens_of_the_step():

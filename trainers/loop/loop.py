@@ -113,9 +113,10 @@ class Loop:
         if self.stage.needs_scores or self.weighting.needs_scores:
             with timer("teacher"):
                 samples, taught = with_teacher_scores(self.models, samples)
-        all_sum = self.player.ranks.sum
-        samples = self.method.weigh(samples, all_sum)
-        return weigh(samples, self.weighting, metrics.pass_rates(groups), all_sum), taught
+        ranks = self.player.ranks
+        samples = self.method.weigh(samples, ranks.sum)
+        ranks.agree(lambda: check_fed(samples, self.stage.losses, of=type(self.method).__name__))
+        return weigh(samples, self.weighting, metrics.pass_rates(groups), ranks.sum, ranks.agree), taught
 
     def _update(
         self,
@@ -178,7 +179,7 @@ class Loop:
 
 
 def annotated(method: Method, groups: Sequence[TrajectoryGroup], losses: Losses) -> list[Sample]:
-    """Return the method's samples of these groups. Raises DataError for weights that no component of `losses` reads."""
+    """Return the method's samples of these groups. Raises DataError for weights that cannot train (`check_fed`)."""
     samples: list[Sample] = []
     for group in groups:
         made = method.annotate(group)

@@ -109,7 +109,8 @@ def check_sampler(models: Models, samples: Sequence[Sample], sampling: Sampling,
     ranks = models.backend.ranks
     if not ranks.any(bool(samples)):
         return False
-    dtype = None if rollout.engine == "transformers" else getattr(torch, rollout.vllm.dtype, None)  # "auto": None
+    of_the_model = rollout.engine == "transformers" or rollout.vllm.dtype == "auto"
+    dtype = None if of_the_model else getattr(torch, rollout.vllm.dtype)
     batch = models.batch(sorted(samples, key=lambda s: len(s.token_ids))[:4])
     ranks.agree(lambda: models.backend.look(lambda: sampler_gap(models.student, batch, sampling, engine_dtype=dtype)))
     return True

@@ -50,16 +50,13 @@ class MethodSpec:
 
         Raises ConfigError, with the method's address, where the class cannot tell them.
         """
-        try:
-            stages = self.cls.stages(config)
-        except ConfigError:
-            raise
-        except Exception as error:  # a stranger's class may do anything
-            text = f"{type(error).__name__}: {error}".rstrip(": ")
+        stages = self._ask("stages", self.cls.stages, config)
+        if not (isinstance(stages, list | tuple) and stages and all(isinstance(stage, Stage) for stage in stages)):
+            found = f"{type(stages).__name__} of {len(stages)}" if isinstance(stages, list | tuple) else repr(stages)
             raise ConfigError(
-                f"the method {self.name} ({self.address}) cannot say its stages: {text}. losses and teacher are static "
-                "methods of the settings, as opd/trainers/loop/method.py has them"
-            ) from error
+                f"the method {self.name} ({self.address}): stages must return one Stage or more, in a list or a tuple; "
+                f"it returned {found}"
+            )
         for stage in stages:
             if not isinstance(stage.losses, Losses) or not isinstance(stage.teacher, TeacherConfig):
                 raise ConfigError(
@@ -69,8 +66,27 @@ class MethodSpec:
         return stages
 
     def inputs(self, config: Any) -> Inputs:
-        """Name what the method reads ahead of training under these settings of its own."""
-        return self.cls.inputs(config)
+        """Name what the method reads ahead of training under these settings of its own.
+
+        Raises ConfigError, with the method's address, where the class cannot tell it.
+        """
+        found = self._ask("inputs", self.cls.inputs, config)
+        if not isinstance(found, Inputs):
+            raise ConfigError(f"the method {self.name} ({self.address}): inputs must return Inputs, not {found!r}")
+        return found
+
+    def _ask(self, what: str, hook: Callable[[Any], Any], config: Any) -> Any:
+        """What a hook of the class answers. Raises ConfigError where it raises anything."""
+        try:
+            return hook(config)
+        except ConfigError:
+            raise
+        except Exception as error:  # a stranger's class may do anything
+            text = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ConfigError(
+                f"the method {self.name} ({self.address}) cannot say its {what}: {text}. losses and teacher are static "
+                "methods of the settings, as opd/trainers/loop/method.py has them"
+            ) from error
 
 
 _registry: dict[str, MethodSpec] = {}
@@ -117,11 +133,12 @@ def methods() -> dict[str, MethodSpec]:
     for name in METHODS:
         importlib.import_module(f"opd.trainers.{name}")
     for name, address in installed("opd.methods").items():
+        if name in _warned:  # it is not imported anew at each look
+            continue
         try:
             _method_at(address)
         except ConfigError as error:
-            if name not in _warned:
-                logger.warning("the method %s of an installed package is left out: %s", name, error)
+            logger.warning("the method %s of an installed package is left out: %s", name, error)
             _warned.add(name)
     return {name: _registry[name] for name in METHODS} | _registry
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,14 +19,20 @@ from opd.objective.config import WeightingConfig
 from opd.types import WEIGHTS, Sample
 
 AllSum = Callable[[list[float]], list[float]]
+Work = Callable[[], list[list[float]]]
 
 
 def weigh(
-    samples: Sequence[Sample], config: WeightingConfig, pass_rates: Mapping[str, float], all_sum: AllSum
+    samples: Sequence[Sample],
+    config: WeightingConfig,
+    pass_rates: Mapping[str, float],
+    all_sum: AllSum,
+    agree: Callable[[Work], list[list[float]]] = lambda work: work(),
 ) -> list[Sample]:
     """Every weighting that the settings ask for, one after the other.
 
-    `pass_rates` is the share of solved episodes by task id.
+    `pass_rates` is the share of solved episodes by task id. `agree` runs somebody's own function, so that an error of
+    one rank is raised on all (`opd.ranks.ranks.Ranks.agree`).
     """
     weighed = list(samples)
     if config.entropy is not None:
@@ -42,7 +49,7 @@ def weigh(
     if config.turns is not None:
         weighed = by_turn(weighed, config.turns)
     for own in config.functions:
-        weighed = _times(weighed, own.found.factors(weighed, own.kwargs), own.found.streams)
+        weighed = _times(weighed, agree(partial(own.found.factors, weighed, own.kwargs)), own.found.streams)
     return weighed
 
 
