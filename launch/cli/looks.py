@@ -142,7 +142,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         nargs="?",
         const="",
-        help="what a setting is for; none: all of them; with a FILE, also those of the method that it names",
+        help="what a setting is for; none: all of them; with a FILE, also those of the method that it names; KEY may "
+        "begin with a method's address, my_package.my_module:MyMethod.divergence",
     )
 
 
@@ -159,8 +160,10 @@ def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> in
         key = arguments.explain
         if arguments.file is not None:
             find_method(str(read_settings(file_of(arguments.file)).get("method")))
-        if is_address(key):
-            key = find_method(key).name
+        module, _, rest = key.partition(":")
+        name, dot, below = rest.partition(".")
+        if is_address(f"{module}:{name}"):
+            key = f"{find_method(f'{module}:{name}').name}{dot}{below}"
         settings = explain(key) if key else list(all_settings().values())
         print("\n".join(setting.explanation() for setting in settings))
     else:

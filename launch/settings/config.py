@@ -158,11 +158,18 @@ def all_settings() -> dict[str, Setting]:
     return by_key
 
 
+def without_other_methods(settings: Mapping[str, Setting], section: str | None) -> dict[str, Setting]:
+    """Return the settings that may stand beside a section: those of other methods are left out, if it is a method's."""
+    foreign = set(methods()) - {section} if section in methods() else set()
+    return {key: setting for key, setting in settings.items() if key.partition(".")[0] not in foreign}
+
+
 def explain(key: str) -> list[Setting]:
     """Return a setting, or a section and what it holds. Raises ConfigError naming the nearest for an unknown key."""
     settings = all_settings()
     if key not in settings:
-        raise ConfigError(f"{key} is unknown.{did_you_mean(nearest_key(key, settings))} Without a key, all are listed.")
+        near = nearest_key(key, without_other_methods(settings, key.partition(".")[0]))
+        raise ConfigError(f"{key} is unknown.{did_you_mean(near)} Without a key, all are listed.")
     return [setting for name, setting in settings.items() if is_within(name, key)]
 
 
@@ -175,8 +182,8 @@ def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Proble
         data = {**data, own: {}}  # its section may be left out, but not what its section requires
     types: dict[str, Any] = {name: Annotated[f.annotation, f] for name, f in Config.model_fields.items()}
     del types["section"]
-    types |= {name: spec.config for name, spec in known.items()}
-    settings = all_settings()
+    types |= {name: spec.config for name, spec in known.items() if own is None or name == own}
+    settings = without_other_methods(all_settings(), own)
     values, found = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
     problems += found
     if "method" in values and own is None and not is_address(method):

@@ -12,6 +12,7 @@ from typing import Any
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
+from opd.launch.settings.config import without_other_methods
 from opd.launch.settings.problems import did_you_mean, nearest_key, show
 from opd.launch.settings.reader import parse_yaml
 from opd.launch.settings.schema import Setting
@@ -21,6 +22,8 @@ FILES = {"deepspeed": deepspeed_json.read}
 
 SHORTHAND = {"model": "name", "env": "id", "METHOD.divergence": "kind"}
 """Sections that may be written as one word, and the setting which that word is."""
+REPLACED = "METHOD.divergence"
+"""The one of them of which the word is all: what else the section holds, such as another kind's beta, goes with it."""
 
 
 def split(
@@ -65,12 +68,17 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """Return the settings of a file with those of the command line laid over them; neither is changed.
 
     `model` and `env` stay what they are short for: over `model: {name: a, lora: {r: 4}}`, `--model b` keeps
-    the adapters, and over `model: a`, `--model.lora.r 8` keeps the name.
+    the adapters, and over `model: a`, `--model.lora.r 8` keeps the name. A divergence's kind takes the place of the
+    whole section; what else of it the command line gives, before it or after it, is laid over that.
     """
     merged = copy.deepcopy(dict(data))
-    for key, value in overrides.items():
+    kinds_first = sorted(overrides.items(), key=lambda override: _general(override[0]) != REPLACED)
+    for key, value in kinds_first:
         if (word := _shorthand(key)) and not isinstance(value, dict):
-            key = f"{key}.{word}"
+            if _general(key) == REPLACED and isinstance(value, str):
+                value = {word: value}
+            else:
+                key = f"{key}.{word}"
         *sections, name = key.split(".")
         place = merged
         for n, section in enumerate(sections):
@@ -81,8 +89,13 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 
 def _shorthand(key: str) -> str | None:
     """The setting that a section's one word is, if it may be written as one."""
+    return SHORTHAND.get(_general(key))
+
+
+def _general(key: str) -> str:
+    """A key as `SHORTHAND` has it."""
     _, *rest = key.split(".")
-    return SHORTHAND.get("METHOD.divergence" if rest == ["divergence"] else key)
+    return "METHOD.divergence" if rest == ["divergence"] else key
 
 
 def _enter(place: dict[str, Any], section: str, key: str) -> dict[str, Any]:
@@ -106,7 +119,8 @@ def _check_key(key: str, *, options: Collection[str], settings: Mapping[str, Set
     parents = (".".join(parts[:n]) for n in range(1, len(parts)))
     if key in settings or any(p in settings and settings[p].free for p in parents):
         return
-    found = nearest_key(key, [*settings, *(option.removeprefix("--") for option in options)])
+    near = without_other_methods(settings, parts[0])
+    found = nearest_key(key, [*near, *(option.removeprefix("--") for option in options)])
     raise ConfigError(
         f"command line: --{key} is unknown.{did_you_mean(found and f'--{found}')}"
         " `opd config --explain KEY` tells what a key is for."

@@ -261,6 +261,8 @@ def test_config_explains_one_setting_a_section_or_all(capsys):
     assert sum(not line.startswith(" ") for line in lines) == len(all_settings())
     assert main(["config", "--explain", "rollout.topk"]) == 2
     assert 'rollout.topk is unknown. Did you mean "rollout.top_k"?' in capsys.readouterr().err
+    assert main(["config", "--explain", "opd.trainers.opsd:Opsd.teacher.rate"]) == 0
+    assert capsys.readouterr().out.startswith("opsd.teacher.rate = null")
 
 
 @pytest.mark.parametrize(

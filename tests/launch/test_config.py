@@ -41,6 +41,10 @@ def problems_of(text: str, **options: Any) -> list[str]:
     return str(caught.value).splitlines()
 
 
+LIGHTNING = (
+    GOOD.replace("opsd", "lightning_opd")
+    + "lightning_opd: {form: exact, teacher: {weights: external, model: tiny:lookup}, "
+)
 WRONG = {
     "an unknown section": (
         GOOD + "rolout: {}",
@@ -126,6 +130,26 @@ WRONG = {
     "a rate without an average": (
         GOOD + "opsd: {teacher: {rate: 0.1}}",
         "opsd.teacher.rate is used by weights = ema or trust_region alone, but weights = frozen; remove it",
+    ),
+    "a form of before": (
+        GOOD.replace("opsd", "sdpo") + "sdpo: {form: full}",
+        "sdpo.form: full is now form: exact with divergence.top_k: null",
+    ),
+    "another form of before": (
+        GOOD.replace("opsd", "sdpo") + "sdpo: {form: top_k}",
+        "sdpo.form: top_k is now form: exact, with divergence.top_k entries",
+    ),
+    "a clip of what is stored": (
+        LIGHTNING + "divergence: {clip: 0.1}}",
+        "lightning_opd: divergence.clip = 0.1 is for the whole vocabulary, but the teacher's top k alone are stored",
+    ),
+    "a support that is not stored": (
+        LIGHTNING + "divergence: {support: student}}",
+        "lightning_opd: divergence.support = student, but the teacher's top k alone are stored",
+    ),
+    "a setting that another method has": (
+        GOOD.replace("opsd", "sd_zero") + "sd_zero: {divergence: jsd}",
+        'sd_zero.divergence is unknown. Did you mean "sd_zero.variant"? Allowed: ',
     ),
     "an unknown divergence": (
         GOOD + "opsd: {divergence: jds}",

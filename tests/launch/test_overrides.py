@@ -89,6 +89,7 @@ def test_values_are_read_as_in_the_file(arguments, value):
         (["--resum", "x.yaml"], r'--resum is unknown\. Did you mean "--resume"\?'),
         (["--model.lora.rank", "1"], r"--model\.lora\.rank is unknown\."),
         (["--section.clip", "1"], r"--section\.clip is unknown"),
+        (["--sd_zero.divergence", "jsd"], r'--sd_zero\.divergence is unknown\. Did you mean "--sd_zero\.'),
         (["--train.lr"], r"--train\.lr needs a value: a number above 0$"),
         (["--train.lr", "--seed", "1"], r"--train\.lr needs a value: a number above 0$"),
         (["--env.kwargs.x"], r"--env\.kwargs\.x needs a value: any value$"),
@@ -120,8 +121,14 @@ def test_a_short_option_beside_its_setting_is_given_twice():
         (
             {"opsd": {"divergence": {"clip": None}}},
             {"opsd.divergence": "jsd"},
-            {"opsd": {"divergence": {"clip": None, "kind": "jsd"}}},
+            {"opsd": {"divergence": {"kind": "jsd"}}},
         ),
+        (
+            {"opsd": {"divergence": {"kind": "jsd", "beta": 0.1, "clip": None}}},
+            {"opsd.divergence.clip": 0.1, "opsd.divergence": "reverse_kl"},
+            {"opsd": {"divergence": {"kind": "reverse_kl", "clip": 0.1}}},
+        ),
+        ({}, {"opsd.divergence": None}, {"opsd": {"divergence": {"kind": None}}}),
         ({}, {"env.kwargs.divergence": "x"}, {"env": {"kwargs": {"divergence": "x"}}}),
         ({"model": {"name": "a", "lora": {"r": 4}}}, {"model": "b"}, {"model": {"name": "b", "lora": {"r": 4}}}),
         ({"model": {"name": "a", "lora": {"r": 4}}}, {"model": {"name": "b"}}, {"model": {"name": "b"}}),

@@ -97,12 +97,15 @@ class LightningConfig(ImitationConfig, DivergenceConfig):
                 f"sft_teacher = {self.sft_teacher} is not the one that scores ({self.teacher.model}), which moves the "
                 "fixed point. Remove it, or set mismatch: allow and sft_tasks to see that"
             )
-        rule = self.divergence
-        if rule.top_k is None or rule.support != "teacher" or rule.temperature is not None:
-            raise ValueError(
-                f"divergence.top_k = {rule.top_k}, support = {rule.support}, temperature = {rule.temperature}: the "
-                "teacher's top k alone are stored, at the sampling temperature. Set top_k, and remove the others"
-            )
+        rule, stored = self.divergence, "the teacher's top k alone are stored, at the sampling temperature"
+        if rule.clip is not None:
+            raise ValueError(f"divergence.clip = {rule.clip} is for the whole vocabulary, but {stored}; remove it")
+        if rule.top_k is None:
+            raise ValueError(f"divergence.top_k = null is the whole vocabulary, but {stored}; set how many")
+        if rule.support != "teacher":
+            raise ValueError(f"divergence.support = {rule.support}, but {stored}; remove it")
+        if rule.temperature is not None:
+            raise ValueError(f"divergence.temperature = {rule.temperature}, but {stored}; remove it")
         return self
 
     def loss(self) -> Distill | SampledDistill:

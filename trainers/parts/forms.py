@@ -53,6 +53,10 @@ class OwnTeacherConfig(Strict):
         return {**default.model_dump(), **teacher}
 
 
+_FORMER = {"full": "form: exact with divergence.top_k: null", "top_k": "form: exact, with divergence.top_k entries"}
+"""Forms of earlier versions, and what they are now."""
+
+
 class FormConfig(DivergenceConfig):
     """The form of a divergence from the teacher; the defaults are SDPO's without rich feedback."""
 
@@ -87,6 +91,13 @@ class FormConfig(DivergenceConfig):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="Mean over the step's tokens, or first within each sequence."
     )
+
+    @field_validator("form", mode="before")
+    @classmethod
+    def _is_no_former_one(cls, form: Any) -> Any:
+        if isinstance(form, str) and form in _FORMER:
+            raise ValueError(f"{form} is now {_FORMER[form]}")
+        return form
 
     def loss(self, *, coef: float = 1.0) -> Distill | SampledDistill:
         """Return the component that these settings ask for. Raises ConfigError for an unknown form."""
