@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from opd.losses import Divergence
-from opd.maths import divergence, head
+from opd.maths import divergence_tiles, head
 from opd.maths.divergence import chunked_divergence
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="on a GPU, no kernel for the work on a tile")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    divergence.KERNEL = not options.plain
+    divergence_tiles.KERNEL = not options.plain
     if options.cell:
         print(json.dumps(cpu_cell(options.cell[0], int(options.cell[1]), options)))
     else:
