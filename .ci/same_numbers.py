@@ -42,7 +42,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 DONE = "same-numbers: "
 """Begins a line in which a worker says which case is over."""
-EPISODE = ("step", "task", "seed", "member", "reward", "success", "tokens", "messages")
+EPISODE = ("step", "task", "seed", "member", "reward", "success", "end", "tokens", "messages")
 """The fields of rollouts.jsonl that are compared."""
 KINDS = {"train/loss": "loss", "train/grad_norm": "norm"}
 GONE = "gone"

@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "opsd, no clip": opsd(divergence={"clip": None}),
     "opsd, jsd": opsd(divergence={"kind": "jsd", "beta": 0.1, "clip": None}),
     "opsd, jsd, clip": opsd(divergence="jsd"),
+    "opsd, skew": opsd(divergence={"kind": "skew_kl", "clip": None}),
     "opsd, reverse": opsd(
         divergence={"kind": "reverse_kl", "clip": None, "temperature": 0.7}, reduction="sequence_mean"
     ),
@@ -96,6 +97,8 @@ CASES: dict[str, dict[str, Any]] = {
     "opsd, steps": opsd() | {"weighting": {"steps": {}}},
     "opsd, turns": opsd() | {"weighting": {"turns": [0.5, 1.0, 0.0]}},
     "opsd, pass rate": opsd() | GROUPS | {"weighting": {"pass_rate": {"alpha": 0.5}}},
+    "sdft": opsd(name="sdft"),
+    "sdft, reverse": opsd(name="sdft", divergence="reverse_kl", teacher=EMA, reduction="token_mean", skip=1),
     "sdpo": sdpo(),
     "sdpo, full jsd": sdpo(divergence={"top_k": None, "beta": 0.3}),
     "sdpo, full forward": sdpo(divergence={"kind": "forward_kl", "top_k": None}),
@@ -139,7 +142,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """On one process, by name: the settings of a run as plain data."""
 
-ZERO = ("grpo", "opsd", "sdpo", "srpo", "opd", "vopd", "sft", "sd_zero", "sd_zero, code", "lightning_opd", "skill_sd")
+ZERO = (
+    *("grpo", "opsd", "sdft", "sdpo", "srpo", "opd", "vopd", "sft", "sd_zero", "sd_zero, code"),
+    *("lightning_opd", "skill_sd"),
+)
 """The cases that are also run with ZeRO-3 on two processes."""
 ZERO_3: dict[str, Any] = {
     "backend": "deepspeed",

@@ -29,7 +29,11 @@ GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
     *("ranks", "sandbox"),
 )
-"""Plain data, text and processes: what every room may use, environments and rewards too."""
+"""Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
+PLAIN = {
+    *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "sandbox", "formats"),
+}
+"""What of it environments and rewards import: data, errors, texts, the sandbox, limits of time and clocks."""
 STREETS = {
     "ground": {"ground"},
     "tracking": {"ground", "tracking"},
@@ -137,13 +141,31 @@ def test_methods_ask_a_player_for_what_it_offers_them_and_nothing_else():
     names = set(re.findall(r"`(\w+)`", offered.group(1)))
     assert all(hasattr(Player, name) for name in names)
     used = {
-        (path.name, attribute)
+        (path.name, node.attr)
         for path in sources("trainers")
         if room_of(module_of(path)) != "trainers.loop"
-        for attribute in re.findall(r"player\.(\w+)", path.read_text())
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and _is_player(node.value)
     }
     assert {entry for entry in used if entry[1] not in names} == set()
     assert {attribute for _, attribute in used} == names
+
+
+def _is_player(node: ast.expr) -> bool:
+    """True for `player`, and for the `player` or `_player` that something holds."""
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name.removeprefix("_") == "player"
+
+
+def test_environments_and_rewards_import_plain_data_of_the_core_alone():
+    """The ground has more, such as settings and ranks, which an environment must not depend on."""
+    wrong = [
+        f"{module} imports {other}"
+        for module, found in IMPORTS.items()
+        for other in found
+        if room_of(module) in ("envs", "rewards") and room_of(other) == "ground" and other.split(".")[1] not in PLAIN
+    ]
+    assert wrong == []
 
 
 def test_a_methods_folder_is_imported_by_nobody_else():

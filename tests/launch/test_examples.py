@@ -70,7 +70,9 @@ def in_two_processes(path, changes, folder):
         finally:
             launcher.terminate()  # which ends the ranks too
             launcher.wait(timeout=120)
-    assert code == 0, (folder / "log").read_text()[-6000:]
+    said = (folder / "log").read_text()
+    assert code == 0, said[-6000:]
+    assert "held-out tasks" in said
 
 
 def as_word(value):

@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from opd.launch.checks.loading import config_from
 from opd.launch.plan.plan import plan
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Divergence, Losses
+from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
 from opd.tracking import read_rows
 from opd.trainers.loop import registry
+from opd.trainers.loop.loop import Loop
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.play import draw
 from opd.trainers.loop.registry import MethodSpec
@@ -200,7 +203,18 @@ def test_a_pass_over_stored_samples_takes_each_once_and_the_next_in_another_orde
     drawn = [sample for step in range(5) for sample in draw(dataset, step, 4, seed=0)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == dataset
     assert drawn[:10] != drawn[10:]
-    assert drawn[4:8] == draw(dataset, 1, 4, seed=0)
+    assert draw(dataset, 1, 4, seed=1) != drawn[4:8]
+
+
+def test_a_step_on_stored_samples_takes_as_many_as_the_settings_say_in_the_order_of_the_runs_seed():
+    dataset = [SimpleNamespace(task=n) for n in range(10)]
+    for rank in range(2):
+        player = SimpleNamespace(ranks=Ranks(rank=rank, world_size=2), train=TrainConfig(tasks_per_step=4), seed=7)
+        for step in range(3):
+            own, order = Loop(method=None, player=player, dataset=dataset)._samples(step, [])
+            expected = draw(dataset, step, 4, seed=7)
+            assert order == list(dict.fromkeys(sample.task for sample in expected))
+            assert own == expected[rank::2]
 
 
 def test_the_plan_counts_the_updates_and_evaluations_of_every_stage(settings, tmp_path):

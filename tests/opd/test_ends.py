@@ -1,5 +1,6 @@
 """Why episodes end: each reason, by scripted environments on the real engine with a random model."""
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -81,8 +82,7 @@ def test_an_environment_that_could_not_read_the_action_says_so(play, hosts):
 def test_an_unreadable_action_that_ends_nothing_breaks_the_contract(play, scripted_env, flags, unreadable, reason):
     [episode] = flat(play(lambda: scripted_env(over(*flags, unreadable=unreadable)), tasks=1))
     assert (episode.end, episode.fault) == (End.BROKEN, Fault.INVALID)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(episode.failed)
+    assert re.search(reason, episode.failed)
 
 
 def test_a_reply_that_ends_nothing_cannot_be_unreadable():

@@ -16,12 +16,13 @@ from opd.errors import ConfigError
 from opd.losses import Correction, Divergence, Losses, Policy, SampledDistill
 from opd.maths import advantage, divergence, estimators
 from opd.maths.advantage import group_advantage, state_baseline
-from opd.maths.divergence import token_divergence
+from opd.maths.divergence import chunked_divergence, stored_divergence, token_divergence, weighted_divergence
 from opd.maths.estimators import estimate, estimator_loss
+from opd.maths.formulas import kinds
 from opd.maths.policy import importance_weights, policy_loss
 
 NEW = "new"
-N, V = 3, 7
+N, V, H = 3, 7, 4
 
 
 def normal(*shape, seed=0):
@@ -65,6 +66,41 @@ NAMED = {
 def test_what_a_method_asks_for_is_refused_where_it_is_unknown(setting, make):
     with pytest.raises(ConfigError, match=rf"{setting} = 'new' is unknown\. Allowed: "):
         make()
+
+
+def unheard_of(**options):
+    """A divergence of a kind that there is no formula for, as it would be if it were not checked when it is made."""
+    made = Divergence("jsd", **options)
+    object.__setattr__(made, "kind", NEW)
+    return made
+
+
+def hidden():
+    return normal(N, H, seed=0), normal(V, H, seed=1), normal(N, H, seed=2), normal(V, H, seed=3)
+
+
+def stored():
+    top = torch.arange(3).repeat(N, 1), torch.full((N, 3), -1.5)
+    return stored_divergence(normal(N, H), normal(V, H), *top, unheard_of(top_k=3), weights=torch.ones(N))
+
+
+PATHS = {
+    "made": lambda: Divergence(NEW),
+    "token": lambda: token_divergence(*logits(), unheard_of()),
+    "token, top k": lambda: token_divergence(*logits(), unheard_of(top_k=2)),
+    "token, end of jsd": lambda: token_divergence(*logits(), unheard_of(beta=0.0)),
+    "chunked": lambda: chunked_divergence(*hidden(), unheard_of()),
+    "chunked, top k": lambda: chunked_divergence(*hidden(), unheard_of(top_k=2)),
+    "weighted": lambda: weighted_divergence(*hidden(), unheard_of(), weights=torch.ones(N)),
+    "weighted, clip": lambda: weighted_divergence(*hidden(), unheard_of(clip=0.1), weights=torch.ones(N)),
+    "stored": stored,
+}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_divergence_without_a_formula_is_refused_on_every_path(path):
+    with pytest.raises(ConfigError, match=rf"divergence\.kind = 'new' is unknown\. Allowed: {', '.join(kinds())}"):
+        path()
 
 
 def correction(**changed):
