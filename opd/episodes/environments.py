@@ -17,7 +17,7 @@ from opd.episodes.episode import Episode
 from opd.episodes.faults import explain
 from opd.episodes.hosts import Host, Local
 from opd.episodes.processes import Processes, Remote
-from opd.episodes.workers import Limits, Workers
+from opd.episodes.workers import TimeLimits, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,6 @@ class Environments:
             limits = replace(limits, call=left, name="rollout.episode_timeout")
         self._workers.start(episode.number, call, limits=limits, give_up=self._lent[episode.number].kill)
 
-    def _limits(self, name: _Limit) -> Limits:
+    def _limits(self, name: _Limit) -> TimeLimits:
         config = self._config
-        return Limits(call=getattr(config, name), grading=config.grading_timeout, name=f"rollout.{name}")
+        return TimeLimits(call=getattr(config, name), grading=config.grading_timeout, name=f"rollout.{name}")

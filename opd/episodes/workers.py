@@ -19,7 +19,7 @@ _POLL = 0.2  # seconds between looks for calls that overran
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class TimeLimits:
     """Holds the seconds that a call may take; what it spends on grading (`opd.grading`) counts apart."""
 
     call: float
@@ -34,7 +34,7 @@ class _Job:
 
     key: int
     call: Callable[[], Any]
-    limits: Limits
+    limits: TimeLimits
     give_up: Callable[[], None]
     since: float = 0.0
     grades: bool = False
@@ -90,7 +90,7 @@ class Workers:
             del taken, job, result  # an idle thread must not keep the last environment alive
 
     def start(
-        self, key: int, call: Callable[[], Any], *, limits: Limits, give_up: Callable[[], None] = lambda: None
+        self, key: int, call: Callable[[], Any], *, limits: TimeLimits, give_up: Callable[[], None] = lambda: None
     ) -> None:
         """Queue a call. Its result, or the exception it raised, comes out of `finished` under `key`.
 

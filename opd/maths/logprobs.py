@@ -12,7 +12,7 @@ from opd.errors import ConfigError, DataError
 from opd.maths.head import Head, Projection, Projector, per_token, row_block, tiles, weighted_sum
 
 
-class Scored(NamedTuple):
+class TokenScores(NamedTuple):
     """Holds what a distribution says of a token, and how sure it is."""
 
     logprobs: Tensor
@@ -53,11 +53,11 @@ def chunked_scores(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-) -> Scored:
+) -> TokenScores:
     """Compute `chunked_logprobs` and the entropies, which the same softmaxes give for next to nothing."""
     projection = _projection(hidden, head, token_ids, temperature, chunk_size)
     entropy = torch.empty(len(hidden), dtype=projection.dtype, device=hidden.device)
-    return Scored(per_token(hidden, projection, partial(_LogProbTile, token_ids, entropy)), entropy)
+    return TokenScores(per_token(hidden, projection, partial(_LogProbTile, token_ids, entropy)), entropy)
 
 
 @torch.no_grad()

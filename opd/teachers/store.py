@@ -52,7 +52,7 @@ class Scorer:
     """The number of likeliest ids stored at each position; 0 for none."""
 
 
-class Scored(NamedTuple):
+class StoredScores(NamedTuple):
     """A teacher's scores of one sequence with N sampled tokens."""
 
     logprobs: Sequence[float]
@@ -147,7 +147,7 @@ class Store:
         for place in self._places.values():
             yield Tokens(*(self._read(place, name, place.tokens) for name in _PER_TOKEN))
 
-    def get(self, sequence: Tokens) -> Scored:
+    def get(self, sequence: Tokens) -> StoredScores:
         """The scores of a sequence. Raises DataError where it has none."""
         place = self._places.get(sequence.key)
         if place is None:
@@ -155,9 +155,9 @@ class Store:
                 f"the store {self.folder} holds no scores of a sequence of {len(sequence.token_ids)} tokens; score it "
                 "first (opd precompute)"
             )
-        return Scored(*(self._read(place, name, place.positions) for name in _PER_POSITION))
+        return StoredScores(*(self._read(place, name, place.positions) for name in _PER_POSITION))
 
-    def append(self, scored: Sequence[tuple[Tokens, Scored]]) -> None:
+    def append(self, scored: Sequence[tuple[Tokens, StoredScores]]) -> None:
         """Add a shard of sequences, none of which may be there yet, whole or not at all.
 
         Raises DataError, with what was there before untouched, when the disk is full or not writable.
@@ -263,7 +263,9 @@ def _check_entries(shard: Path, columns: Mapping[str, NDArray[Any]]) -> None:
         raise DataError(f"{shard} holds log-probs that are not finite")
 
 
-def _columns(scored: Sequence[tuple[Tokens, Scored]], keys: Sequence[bytes], top_k: int) -> dict[str, NDArray[Any]]:
+def _columns(
+    scored: Sequence[tuple[Tokens, StoredScores]], keys: Sequence[bytes], top_k: int
+) -> dict[str, NDArray[Any]]:
     """Pack entries into a shard's tensors: one entry after the other, with their lengths.
 
     Raises DataError for scores that do not fit their sequence.

@@ -10,7 +10,7 @@ import pytest
 
 from opd.errors import DataError
 from opd.teachers import store as store_module
-from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store, verify
+from opd.teachers.store import Scorer, Store, StoredScores, Tokens, count, open_store, verify
 
 SCORER = Scorer(teacher="t", tokenizer="k", template="c", temperature=0.8, top_k=2)
 ABOUT = {"name": "a teacher", "student": "s", "sft_teacher": None}
@@ -26,7 +26,7 @@ def scores(tokens, top_k=2):
     count = sum(tokens.mask)
     values = [round(-tokens.token_ids[0] - n / 8, 3) for n in range(count)]
     ids = [[n + k for k in range(top_k)] for n in range(count)]
-    return Scored(values, [0.5] * count, ids, [[value - k for k in range(top_k)] for value in values])
+    return StoredScores(values, [0.5] * count, ids, [[value - k for k in range(top_k)] for value in values])
 
 
 def entries(*numbers, **options):
@@ -45,7 +45,7 @@ def test_what_was_stored_comes_back_sequence_by_sequence_also_from_a_store_that_
         assert (len(again), again.positions, again.about) == (3, 15, ABOUT)
         for tokens, expected in entries(1, 2) + entries(3, turns=1):
             assert tokens in again
-            assert again.get(tokens) == Scored(*(list(values) for values in expected))
+            assert again.get(tokens) == StoredScores(*(list(values) for values in expected))
         assert [tuple(map(tuple, tokens)) for tokens in again.sequences()] == [
             tuple(sequence(1)),
             tuple(sequence(2)),
@@ -184,7 +184,7 @@ def test_scores_that_do_not_fit_their_sequence_are_refused(store, wrong):
 def test_a_store_of_sampled_ids_alone_holds_no_top_k_and_is_small(tmp_path):
     store = Store(tmp_path, replace(SCORER, top_k=0), about=ABOUT)
     long = Tokens(tuple(range(4000)), (0,) + (1,) * 3999)
-    store.append([(long, Scored([-1.0] * 3999, [0.5] * 3999, [[]] * 3999, [[]] * 3999))])
+    store.append([(long, StoredScores([-1.0] * 3999, [0.5] * 3999, [[]] * 3999, [[]] * 3999))])
     assert store.get(long).top_ids == [[]] * 3999
     assert store.bytes < 14 * 4000  # an id, a mask, a log-prob and an entropy
     assert np.float32(-1.0) == store.get(long).logprobs[0]

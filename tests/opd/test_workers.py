@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from opd.episodes.workers import Limits, Workers
+from opd.episodes.workers import TimeLimits, Workers
 from opd.grading import grading
 
 
@@ -18,7 +18,7 @@ class Limited(Workers):
 
     def __init__(self, size, *, time_limit):
         super().__init__(size)
-        self.limits = Limits(call=time_limit, grading=time_limit)
+        self.limits = TimeLimits(call=time_limit, grading=time_limit)
 
     def start(self, key, call, **options):
         super().start(key, call, **{"limits": self.limits, **options})
@@ -164,9 +164,9 @@ def test_closing_lets_every_thread_go(pool):
 def test_a_hung_call_does_not_keep_the_process_alive():
     program = (
         "import time\n"
-        "from opd.episodes.workers import Limits, Workers\n"
+        "from opd.episodes.workers import TimeLimits, Workers\n"
         "workers = Workers(2)\n"
-        "workers.start(1, lambda: time.sleep(600), limits=Limits(call=0.1, grading=1.0))\n"
+        "workers.start(1, lambda: time.sleep(600), limits=TimeLimits(call=0.1, grading=1.0))\n"
         "print(type(workers.finished(wait='all')[0][1]).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
@@ -213,7 +213,7 @@ def test_grading_stops_the_clock_of_the_call_and_starts_its_own(pool):
             time.sleep(graded)
         time.sleep(after)
 
-    limits = Limits(call=1.0, grading=2.0, name="rollout.step_timeout")
+    limits = TimeLimits(call=1.0, grading=2.0, name="rollout.step_timeout")
     for key, parts in enumerate([(0.1, 1.4, 0.1), (0.0, 20.0, 0.0), (0.8, 0.1, 0.9)]):
         workers.start(key, lambda parts=parts: works(*parts), limits=limits)
     answers = dict(workers.finished(wait="all"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opd.backends.config import StageConfig
 from opd.errors import DataError
 from opd.losses import Losses
-from opd.teachers.store import Scored, Scorer, Store, Tokens, count, open_store
+from opd.teachers.store import Scorer, Store, StoredScores, Tokens, count, open_store
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
 from opd.trainers.parts.episodes import OWN, TEACHERS, EpisodeLog, Header, read_episode, rendering, segments
@@ -174,11 +174,11 @@ def score(
     missing = ranks.from_first(
         lambda: [n for n, s in enumerate(unique) if store is not None and tokens_of(s) not in store]
     )
-    pending: list[tuple[Tokens, Scored]] = []
+    pending: list[tuple[Tokens, StoredScores]] = []
     scored = 0
     for part, columns in player.read(unique, ranks.share(missing), top_k=scorer.top_k):
         found = [
-            (tokens_of(unique[n]), Scored(*(values.tolist() for values in scores)))
+            (tokens_of(unique[n]), StoredScores(*(values.tolist() for values in scores)))
             for n, *scores in zip(part, *columns, strict=True)
         ]
         pending += [entry for share in ranks.to_first(found) for entry in share]
@@ -190,7 +190,7 @@ def score(
     return int(ranks.sum([scored])[0]), ranks.agree(lambda: open_store(folder) if store is None else store)
 
 
-def _write(store: Store | None, pending: list[tuple[Tokens, Scored]], *, least: int) -> None:
+def _write(store: Store | None, pending: list[tuple[Tokens, StoredScores]], *, least: int) -> None:
     """Move what is pending into the store if it holds `least` tokens or more."""
     if store is not None and pending and sum(len(tokens.token_ids) for tokens, _ in pending) >= least:
         store.append(pending)

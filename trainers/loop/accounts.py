@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from opd.types import WEIGHTS, Sample, Trajectory, TrajectoryGroup
 
-_Turn = tuple[str, int, int]
-"""A turn by its task, its group's member, and its number."""
+
+class TurnKey(NamedTuple):
+    """Says which turn of a step it is."""
+
+    task: str
+    """The task's id."""
+    member: int
+    """Which of its group the trajectory is."""
+    number: int
+    """Which of the trajectory's turns it is, from 0."""
 
 
 def account(
@@ -32,7 +41,7 @@ def account(
         for trajectory in group.trajectories:
             lost = _lost(group, trajectory)
             for number, turn in enumerate(trajectory.turns):
-                key, size = (group.task.id, trajectory.member, number), len(turn.completion_ids)
+                key, size = TurnKey(group.task.id, trajectory.member, number), len(turn.completion_ids)
                 if lost is not None:
                     fates[f"dropped/{lost}"] += size
                 elif key in updated:
@@ -51,9 +60,9 @@ def _lost(group: TrajectoryGroup, trajectory: Trajectory) -> str | None:
     return "small_group" if group.dropped else None
 
 
-def _weighed(samples: Sequence[Sample]) -> dict[_Turn, list[bool]]:
+def _weighed(samples: Sequence[Sample]) -> dict[TurnKey, list[bool]]:
     """Return a flag for each sampled token of a turn. True: a loss of a sample weighs it."""
-    found: dict[_Turn, list[bool]] = {}
+    found: dict[TurnKey, list[bool]] = {}
     for sample in samples:
         if sample.task is None:
             continue
@@ -63,6 +72,6 @@ def _weighed(samples: Sequence[Sample]) -> dict[_Turn, list[bool]]:
             if sampled:
                 turns.setdefault(turn, []).append(any(weighs))
         for turn, flags in turns.items():
-            key = (sample.task.id, sample.member, turn)
+            key = TurnKey(sample.task.id, sample.member, turn)
             found[key] = [a or b for a, b in zip(flags, found.get(key, flags), strict=True)]
     return found
