@@ -339,6 +339,11 @@ def test_two_methods_of_one_name_and_a_name_that_is_a_setting_are_refused(module
         register("other", Strict)(object)
 
 
+def stages_and_inputs(method):
+    config = config_from({"method": method, "model": "m", "env": "opd/Lookup-v0"}, check_machine=False)
+    return config.stages, config.inputs
+
+
 TRAINS = "annotate = lambda self, group: []; losses = staticmethod(lambda config: Losses())"
 
 
@@ -369,8 +374,7 @@ def test_a_class_that_cannot_train_is_refused_with_its_address(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         with pytest.raises(ConfigError, match=message):
-            read = config_from({"method": "bad:Bad", "model": "m", "env": "opd/Lookup-v0"}, check_machine=False)
-            assert (read.stages, read.inputs) == "refused by now"
+            stages_and_inputs("bad:Bad")
     finally:
         registry._registry.pop("bad", None)
         sys.modules.pop("bad", None)

@@ -1,10 +1,18 @@
 """A setting of a method whose type grew by a name that nothing computes: refused by name, never taken for another."""
 
+from types import SimpleNamespace
+from typing import get_args
+
 import pytest
 
+from opd.engines.config import VllmConfig
+from opd.episodes.config import RolloutConfig
 from opd.errors import ConfigError
 from opd.objective.config import PassRateWeighting, WeightingConfig
+from opd.ranks.ranks import Ranks
 from opd.teachers.config import TeacherConfig
+from opd.trainers.loop import reading
+from opd.trainers.loop.reading import check_sampler
 from opd.trainers.loop.registry import methods
 from opd.trainers.loop.weighting import weigh
 from opd.trainers.opd import OpdConfig
@@ -51,6 +59,15 @@ def test_a_method_with_such_a_name_has_no_losses(name, settings, message):
 def test_a_variant_of_sd_zero_is_not_taken_for_that_of_the_code():
     with pytest.raises(ConfigError, match=r"sd_zero\.variant = 'new' is unknown\. Allowed: paper, code"):
         Distilling.losses(grown(SdZeroConfig(), variant="new"))
+
+
+def test_a_type_of_the_engine_that_is_not_known_is_not_taken_for_the_models():
+    rollout = grown(RolloutConfig(engine="vllm"), vllm=grown(VllmConfig(), dtype="float8"))
+    with pytest.raises(
+        ConfigError, match=r"rollout\.vllm\.dtype = 'float8' is unknown\. Allowed: auto, float32, bfloat16"
+    ):
+        check_sampler(SimpleNamespace(backend=SimpleNamespace(ranks=Ranks())), [], None, rollout)
+    assert reading._TYPES.keys() == set(get_args(VllmConfig.model_fields["dtype"].annotation))
 
 
 def test_a_weighting_is_not_laid_on_tokens_that_it_does_not_name():

@@ -13,12 +13,15 @@ from opd.backends.base import Backend
 from opd.engines.base import Sampling
 from opd.engines.preflight import sampler_gap
 from opd.episodes.config import RolloutConfig
-from opd.losses import Sampler
+from opd.losses import Sampler, check_known
 from opd.maths.logprobs import chunked_logprobs, chunked_scores, chunked_top_k
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch, collate, empty_batch, microbatches
 from opd.teachers.teacher import Teacher
 from opd.types import Sample
+
+_TYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of an engine's weights, by their names in the settings; None: that of the model that trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +107,14 @@ def own_scores(models: Models, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
 def check_sampler(models: Models, samples: Sequence[Sample], sampling: Sampling, rollout: RolloutConfig) -> bool:
     """Compare the log-probs of the four shortest samples with the student's (`opd.engines.preflight.sampler_gap`).
 
-    Returns False where no rank has a sample to compare. Raises ModelError, on all ranks, if they differ.
+    Returns False where no rank has a sample to compare. Raises ModelError, on all ranks, if they differ, and
+    ConfigError for an engine's type that is not known.
     """
+    check_known("rollout.vllm.dtype", rollout.vllm.dtype, _TYPES)
     ranks = models.backend.ranks
     if not ranks.any(bool(samples)):
         return False
-    of_the_model = rollout.engine == "transformers" or rollout.vllm.dtype == "auto"
-    dtype = None if of_the_model else getattr(torch, rollout.vllm.dtype)
+    dtype = None if rollout.engine == "transformers" else _TYPES[rollout.vllm.dtype]
     batch = models.batch(sorted(samples, key=lambda s: len(s.token_ids))[:4])
     ranks.agree(lambda: models.backend.look(lambda: sampler_gap(models.student, batch, sampling, engine_dtype=dtype)))
     return True
