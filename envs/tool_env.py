@@ -18,7 +18,8 @@ from opd.envs.text_env import Reply, Start, TextEnv
 from opd.envs.tool_runs import CallRunner, running_call
 from opd.envs.tools import Tool, ToolError, marked_tools, tool
 from opd.errors import ConfigError, EnvError
-from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolFormat, parse_tool_calls
+from opd.formats import read_reply
+from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolFormat
 
 __all__ = ["ToolEnv", "ToolError", "tool"]
 
@@ -37,7 +38,8 @@ class ToolEnv(TextEnv):
 
     Args:
         tools: functions to offer beside the marked methods.
-        tool_format: how the model writes calls (see `opd.tool_calls`): auto, hermes, llama, mistral or json.
+        tool_format: how the model writes calls, a name of `opd.tool_calls.TOOL_FORMATS`. With auto a trainer says
+            which it is (`read_calls_as`); where nobody does, the first markup that is found decides.
         starts_thinking: the model's template opens a thought before the model speaks, so that a text without
             `</think>` is all thought and calls nothing.
         call_timeout: seconds that a call of an async tool may take. A plain function has only the limit of the
@@ -59,10 +61,7 @@ class ToolEnv(TextEnv):
         max_steps: int | None = None,
     ) -> None:
         super().__init__(max_steps=max_steps)
-        if tool_format not in TOOL_FORMATS:
-            near = get_close_matches(str(tool_format), TOOL_FORMATS, n=1)
-            hint = f' Did you mean "{near[0]}"?' if near else ""
-            raise ConfigError(f"tool_format = {tool_format!r} is unknown. Allowed: {', '.join(TOOL_FORMATS)}.{hint}")
+        _check_format(tool_format)
         for name, value in (
             ("call_timeout", call_timeout),
             ("max_result_chars", max_result_chars),
@@ -72,6 +71,7 @@ class ToolEnv(TextEnv):
                 raise ConfigError(f"{name} = {value!r} must be more than 0")
         self.tool_format: ToolFormat = tool_format
         self.starts_thinking = starts_thinking
+        self._given = (tool_format, starts_thinking)
         self.call_timeout = call_timeout
         self.max_result_chars = max_result_chars
         self.max_calls = max_calls
@@ -89,12 +89,25 @@ class ToolEnv(TextEnv):
     def no_call(self, action: str) -> Reply:
         """Reply to an action that calls no tool; by default the turn is used up and the model reminded.
 
+        `action` is what the model says: its text without thoughts and without the markup of its format.
         A subclass that ends the episode for it returns `Reply(terminated=True, unreadable=True)`, so that the logs tell
         such an end from a finished task; one that takes the text for the answer does not.
         """
-        form = "" if self.tool_format == "auto" else f", in the form {FORMS[self.tool_format]}"
+        set_here, _ = self._given  # what the template has told the model need not be told again
+        form = "" if set_here == "auto" else f", in the form {FORMS[set_here]}"
         text = f"Call a tool{form}. The tools are: {', '.join(self._tools)}."
         return Reply(messages=[{"role": "user", "content": text}], feedback=text)
+
+    def read_calls_as(self, tool_format: ToolFormat, *, starts_thinking: bool) -> None:
+        """Say how the model that plays writes its replies; for the trainer, before the first episode.
+
+        A `tool_format` that the environment was made with stays. The model starts in a thought if either says so.
+        Raises ConfigError for an unknown format.
+        """
+        _check_format(tool_format)
+        own_format, own_thinking = self._given
+        self.tool_format = tool_format if own_format == "auto" else own_format
+        self.starts_thinking = own_thinking or starts_thinking
 
     def finish(
         self,
@@ -125,9 +138,10 @@ class ToolEnv(TextEnv):
         super().close()
 
     def respond(self, action: str) -> Reply:
-        calls = parse_tool_calls(action, self.tool_format, starts_thinking=self.starts_thinking)
+        read = read_reply(action, self.tool_format, starts_thinking=self.starts_thinking, names=self._tools)
+        calls = read.calls
         if not calls:
-            return self.no_call(action)
+            return self.no_call(read.content)
         if len(calls) > self.max_calls:
             calls[self.max_calls :] = [MalformedCall(error=f"only {self.max_calls} calls are run in one turn")]
         runner = CallRunner(
@@ -138,3 +152,11 @@ class ToolEnv(TextEnv):
         errors = "\n".join(run.text for run in runs if run.failed)
         feedback = errors or None if reply.feedback is None else reply.feedback
         return replace(reply, messages=[run.message() for run in runs], feedback=feedback)
+
+
+def _check_format(name: str) -> None:
+    """Raise ConfigError for a format that there is none of."""
+    if name not in TOOL_FORMATS:
+        near = get_close_matches(str(name), TOOL_FORMATS, n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise ConfigError(f"tool_format = {name!r} is unknown. Allowed: {', '.join(TOOL_FORMATS)}.{hint}")

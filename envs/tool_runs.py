@@ -38,8 +38,13 @@ class CallRun:
     """True once the call has returned or was given up: nothing that it does later counts."""
 
     def message(self) -> Message:
-        name = {} if self.tool is None else {"name": self.tool.name}
-        return {"role": "tool", **name, "content": self.text}
+        """Return the result as a message; some templates ask for the name that was called, and for the call's id."""
+        message: Message = {"role": "tool", "content": self.text}
+        if isinstance(self.call, ToolCall):
+            message["name"] = self.call.name
+            if self.call.id is not None:
+                message["tool_call_id"] = self.call.id
+        return message
 
 
 _RUNNING: ContextVar[CallRun | None] = ContextVar("opd_running_call", default=None)

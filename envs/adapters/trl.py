@@ -107,6 +107,7 @@ class TrlEnv(ToolEnv):
         return replace(scored, messages=reply.messages, truncated=True, success=False, feedback=reply.feedback)
 
     def no_call(self, action: str) -> Reply:
+        self._said[-1] = {"role": "assistant", "content": action}  # the answer is scored, not the thought before it
         return replace(self._score(), terminated=True)
 
     def close(self) -> None:

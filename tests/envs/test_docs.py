@@ -93,7 +93,6 @@ def test_every_format_on_the_page_is_read_as_it_is_shown():
         assert forms
         for form in forms:
             marked = f"[TOOL_CALLS]{form}" if name == "mistral" else form
-            marked = f"<tool_call>{form}</tool_call>" if form.startswith("<function") else marked
             for tool_format in (name, "auto"):
                 [call] = parse_tool_calls(marked, tool_format)
                 assert (call.name, {key: int(value) for key, value in call.arguments.items()}) == (

@@ -1,16 +1,18 @@
 """Tool calls are read from any text in each format, and what cannot be read says why.
 
-Not covered: formats of other families (Gemma, GLM, gpt-oss, DeepSeek), which are not read.
+`tests/opd/test_formats.py` covers each family's own form, and what is left of a reply beside its calls.
 """
 
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from opd.formats import FORMATS
 from opd.tool_calls import (
     FORMS,
     TOOL_FORMATS,
@@ -63,9 +65,11 @@ def test_several_calls_are_read_in_order():
     ],
 )
 def test_each_form_is_read_by_its_own_name_and_by_auto_and_by_no_other(text, tool_format):
-    assert parse_tool_calls(text, tool_format) == parse_tool_calls(text, "auto") == [GET]
+    for name in (tool_format, "auto"):
+        assert [replace(call, id=None) for call in parse_tool_calls(text, name)] == [GET]
     bare = text.lstrip().startswith(("{", "[{"))
-    for other in set(TOOL_FORMATS) - {"auto", tool_format, *(("llama", "json") if bare else ())}:
+    shared = {name for name, form in FORMATS.items() if any(opener in text for opener in form.openers)}
+    for other in FORMATS.keys() - shared - {tool_format, *(("llama", "json") if bare else ())}:
         assert parse_tool_calls(text, other) == []
 
 
@@ -86,7 +90,25 @@ def test_each_form_holds_parallel_calls(text):
 
 def test_a_call_without_arguments_has_none():
     for text in ('{"name": "get"}', '<tool_call>{"name": "get"}</tool_call>', "[TOOL_CALLS]get{}"):
-        assert parse_tool_calls(text) == [ToolCall(name="get", arguments={})]
+        assert parse_tool_calls(text, names=("get",)) == [ToolCall(name="get", arguments={})]
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"answer": 42}', '{"name": "Alice", "age": 3}', '[{"a": 1}]', '{"name": "get"}', '{"name": "get"']
+)
+def test_a_final_answer_in_json_calls_nothing(answer):
+    for tool_format in ("auto", "llama", "json"):
+        assert parse_tool_calls(answer, tool_format, names=("put",)) == []
+
+
+def test_a_call_after_an_answer_in_json_is_read():
+    assert parse_tool_calls('{"text": "<tool_call>{}</tool_call>"} ' + GOOD) == [GET]
+
+
+def test_arguments_may_be_a_string_that_holds_an_object_and_strings_may_hold_line_breaks():
+    assert parse_tool_calls('{"name": "get", "arguments": "{\\"key\\": \\"a\\"}"}') == [GET]
+    [call] = parse_tool_calls('<tool_call>{"name": "get", "arguments": {"key": "a\n\tb"}}</tool_call>')
+    assert call.arguments == {"key": "a\n\tb"}
 
 
 def test_the_values_of_qwen_coders_form_are_the_text_between_its_tags():
@@ -124,12 +146,12 @@ def test_text_that_calls_nothing_gives_nothing(text):
         ("<tool_call>{'name': 'get'}</tool_call>", "not valid JSON"),
         ('<tool_call>{name: "get"}</tool_call>', "not valid JSON"),
         ('<tool_call>{"name": "get"} // look</tool_call>', "there is more after the object"),
-        ('<tool_call>{"name": "get", "arguments": {"key": "a\nb"}}</tool_call>', "control character"),
         (f"<tool_call>{{}} {GOOD[11:]}", "there is more after the object"),
-        ('{"name": "get"', "not valid JSON"),
-        ('{"name": "get"} trailing', "there is more after the call"),
-        ('{"name": "get"}}', "there is more after the call"),
-        ('{"name": "get"};', "not a JSON object"),
+        ('{"name": "get", "arguments": {"key": "a"', "not valid JSON"),
+        ("{'name': 'get', 'arguments': {'key': 'a'}}", "not valid JSON"),
+        ('{"name": "get", "arguments": {}} trailing', "there is more after the call"),
+        ('{"name": "get", "arguments": {}}}', "there is more after the call"),
+        ('{"name": "get", "arguments": {}};', "not a JSON object"),
         ('<tool_call>{"name": "get", "arguments": {"x": NaN}}</tool_call>', "NaN is not JSON"),
         ('<tool_call>{"name": "get", "arguments": {"x": 1e999}}</tool_call>', "1e999 is out of range"),
         (f'<tool_call>{{"name": "get", "arguments": {{"x": {"9" * 5000}}}}}</tool_call>', "not valid JSON"),
@@ -141,10 +163,11 @@ def test_text_that_calls_nothing_gives_nothing(text):
         ('<tool_call>{"name": "get", "argument": {"key": "a"}}</tool_call>', "unknown key 'argument'"),
         ('{"name": "get", "arguments": {}, "parameters": {}}', 'both "arguments" and "parameters"'),
         ('<tool_call>{"name": "get", "arguments": []}</tool_call>', '"arguments" must be a JSON object'),
-        ('<tool_call>{"name": "get", "arguments": "{}"}</tool_call>', '"arguments" must be a JSON object'),
+        ('<tool_call>{"name": "get", "arguments": "[]"}</tool_call>', '"arguments" must be a JSON object'),
+        ('<tool_call>{"name": "get", "arguments": "{} {}"}</tool_call>', '"arguments" must be a JSON object'),
         ('{"name": "get", "parameters": null}', '"parameters" must be a JSON object'),
         (f'<tool_call>{{"a": {"[" * 100_000}</tool_call>', "nested too deeply"),
-        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"name": "get", "arguments": ' + '{"a":' * 100_000, "nested too deeply"),
         ("<|python_tag|>print(1)", "not a JSON object"),
         ('<|python_tag|>brave_search.call(query="x")<|eom_id|>', "not a JSON object"),
         ("[TOOL_CALLS]", "cannot be read; write [TOOL_CALLS]name{...}"),
@@ -170,7 +193,8 @@ def test_a_malformed_call_says_why(text, reason):
 )
 def test_tags_quotes_braces_and_any_character_in_a_string_do_not_end_a_call(tool_format, value):
     text = format_call("put", {"text": value}, tool_format)
-    assert parse_tool_calls(text) == [ToolCall(name="put", arguments={"text": value})]
+    [call] = parse_tool_calls(text, names=("put",))
+    assert (call.name, call.arguments) == ("put", {"text": value})
 
 
 def test_good_calls_around_a_bad_one_are_read():
@@ -199,7 +223,7 @@ def test_a_call_inside_a_malformed_one_is_not_run(text):
 
 def test_a_call_inside_a_string_of_another_format_is_not_run():
     for text in (format_call("put", {"text": GOOD}, name) for name in FORMS):
-        assert [call.name for call in parse_tool_calls(text)] == ["put"]
+        assert [call.name for call in parse_tool_calls(text, names=("put",))] == ["put"]
 
 
 # -- thoughts -------------------------------------------------------------------------------------------
@@ -226,7 +250,7 @@ def test_a_call_inside_a_string_of_another_format_is_not_run():
     ],
 )
 def test_a_thought_calls_nothing(text, names):
-    assert [call.name for call in parse_tool_calls(text)] == names
+    assert [call.name for call in parse_tool_calls(text, names=("get", "put"))] == names
 
 
 def test_a_text_that_starts_in_a_thought_calls_nothing_before_its_end():
@@ -239,7 +263,8 @@ def test_a_text_that_starts_in_a_thought_calls_nothing_before_its_end():
 def test_the_tag_of_a_thought_in_an_argument_is_text(tool_format):
     arguments = {"text": "<think> a </think> b"}
     text = format_call("put", arguments, tool_format)
-    assert parse_tool_calls(text, tool_format) == [ToolCall(name="put", arguments=arguments)]
+    [call] = parse_tool_calls(text, tool_format)
+    assert (call.name, call.arguments) == ("put", arguments)
 
 
 # -- properties -----------------------------------------------------------------------------------------
@@ -253,14 +278,16 @@ _json = st.recursive(
     max_leaves=8,
 )
 _names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.:-]{0,30}", fullmatch=True)
-_formats = st.sampled_from(sorted(FORMS))
+_formats = st.sampled_from(["cohere", "deepseek", "harmony", "hermes", "json", "kimi", "llama", "mistral", "phi"])
+"""Those that write arguments in JSON, and so can hold any."""
 
 
 @given(_names, st.dictionaries(_texts, _json, max_size=4), _formats, st.sampled_from(["", "\n", "<|im_end|>", " </s>"]))
 def test_a_call_that_is_written_is_read_back_in_its_format_and_by_auto(name, arguments, tool_format, end):
     text = format_call(name, arguments, tool_format)
-    expected = [ToolCall(name=name, arguments=arguments)]
-    assert parse_tool_calls(text + end, tool_format) == parse_tool_calls(text + end) == expected
+    for form in (tool_format, "auto"):
+        [call] = parse_tool_calls(text + end, form)
+        assert (call.name, call.arguments, call.as_text) == (name, arguments, False)
 
 
 _SAFE = st.text(st.characters(codec="utf-8", exclude_characters="<"))
@@ -342,7 +369,8 @@ def test_a_megabyte_of_anything_is_read_in_linear_time(unit):
 def test_the_form_of_an_error_text_is_one_that_can_be_read(tool_format):
     text = FORMS[tool_format].replace("{...}", "{}").replace("...", "get")
     [call] = parse_tool_calls(text, tool_format)
-    assert (type(call), call.arguments) == (ToolCall, {})
+    assert type(call) is ToolCall
+    assert call.arguments in ({}, {"key": "value"})
 
 
 def test_the_plain_format_that_a_template_without_tools_is_given_is_one_that_is_read(make_chat):
@@ -350,7 +378,7 @@ def test_the_plain_format_that_a_template_without_tools_is_given_is_one_that_is_
     chat = make_chat("no_tools")
     prompt = chat.tokenizer.decode(chat.start([{"role": "user", "content": "Go."}], [schema]))
     [form] = re.findall(r"in the form (.*?):\n", prompt)
-    [call] = parse_tool_calls(form.replace("{...}", "{}").replace("...", '"get"'))
+    [call] = parse_tool_calls(form.replace("{...}", "{}").replace("...", "get"))
     assert call == ToolCall(name="get")
 
 

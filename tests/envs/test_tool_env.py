@@ -146,9 +146,51 @@ def test_a_failed_call_becomes_a_message_and_the_turns_feedback(env, action, rea
     assert len(obs) < 300
 
 
-def test_a_name_that_the_model_made_up_is_no_tools_name(env):
-    *_, info = env.step(call("made_up") + call("refuse"))
-    assert [message.get("name") for message in info["messages"]] == [None, "refuse"]
+def test_a_result_names_the_tool_that_was_called_even_one_that_there_is_none_of(env):
+    *_, info = env.step(call("made_up") + call("refuse") + "<tool_call>oops</tool_call>")
+    assert [message.get("name") for message in info["messages"]] == ["made_up", "refuse", None]
+    assert all("tool_call_id" not in message for message in info["messages"])
+
+
+def test_a_result_carries_the_id_of_its_call(env):
+    *_, info = env.step("[TOOL_CALLS]refuse[CALL_ID]a1b2c3d4e[ARGS]{}")
+    assert [message.get("tool_call_id") for message in info["messages"]] == ["a1b2c3d4e"]
+
+
+def test_a_trainer_says_how_calls_are_read_where_nobody_else_has():
+    env, own = SafeEnv(), SafeEnv(tool_format="hermes", starts_thinking=True)
+    for made in (env, own):
+        made.read_calls_as("pythonic", starts_thinking=False)
+        made.reset(seed=0)
+    assert (env.tool_format, env.starts_thinking, own.tool_format, own.starts_thinking) == (
+        *("pythonic", False, "hermes", True),
+    )
+    assert env.step("[peek(digit=0)]")[0] == str(env.code)[0]
+    env.read_calls_as("hermes", starts_thinking=True)
+    assert (env.tool_format, env.starts_thinking) == ("hermes", True)
+    with pytest.raises(ConfigError, match="tool_format = 'hermse' is unknown"):
+        env.read_calls_as("hermse", starts_thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "action"),
+    [
+        ("hermes", "<think>\nIs it 1?\n</think>\n\nIt is 2.<|im_end|>"),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>Is it 1?<|end|><|start|>assistant<|channel|>final<|message|>It is 2.",
+        ),
+        ("auto", "<think>Is it 1?</think>It is 2."),
+    ],
+)
+def test_an_action_without_a_call_is_taken_by_what_it_says(tool_format, action):
+    class Answers(SafeEnv):
+        def no_call(self, action):
+            return Reply(terminated=True, reward=float(action == "It is 2."))
+
+    env = Answers(tool_format=tool_format)
+    env.reset(seed=0)
+    assert env.step(action)[1] == 1.0
 
 
 def test_only_the_failed_calls_of_an_action_are_feedback(env):
