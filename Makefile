@@ -16,7 +16,7 @@ VLLM := $(if $(shell command -v nvidia-smi),,$(filter Linux-x86_64,$(shell uname
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off $(PINS)
 DECLARED := pyproject.toml $(wildcard requirements/*.txt)
 
-.PHONY: help demo demo-deepspeed quick test long lint types wheel pytest sandbox bench clean
+.PHONY: help demo demo-deepspeed quick test long models lint types wheel pytest sandbox bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: lint types wheel pytest ## everything that CI runs (16 minutes)
 
 long: $(VENV)/.dev sandbox ## what takes hours, part by part into results/long; `make long PART=warm-starts` for one
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/long.py $(PART)
+
+models: $(VENV)/.dev ## the table of docs/models.md: what is found of each family of chat templates
+	$(BIN)/python .ci/models.py
 
 lint: $(VENV)/.dev ## ruff: style and format
 	$(BIN)/ruff check .

@@ -50,12 +50,31 @@ def validate_id(env_id: str) -> None:
         )
 
 
+def entry_point(env_id: str) -> object:
+    """What is called to make an environment of a registered id. Raises ConfigError for an unknown one."""
+    validate_id(env_id)
+    return gymnasium.registry[env_id].entry_point
+
+
 def module_of(env_id: str) -> str:
     """Return the module that is imported to make this environment; `opd.envs` where its id does not tell."""
     module, _, name = env_id.rpartition(":")
     if not module and env_id in gymnasium.registry:
         module, _, name = str(gymnasium.registry[env_id].entry_point).rpartition(":")
     return module if _IN_MODULE.fullmatch(f"{module}:{name}") else "opd.envs"
+
+
+def make_for(
+    env_id: str, kwargs: Mapping[str, Any] | None = None, *, tool_format: str, starts_thinking: bool
+) -> gymnasium.Env[str, str]:
+    """Make an environment for a model that writes its replies in a format, whose prompts may open a thought.
+
+    Environments of tools learn it here (`ToolEnv.read_calls_as`). Raises what `make` raises.
+    """
+    env = make(env_id, kwargs)
+    if learn := getattr(env.unwrapped, "read_calls_as", None):
+        learn(tool_format, starts_thinking=starts_thinking)
+    return env
 
 
 def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[str, str]:

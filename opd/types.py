@@ -140,7 +140,8 @@ class Turn:
     stop_reason: StopReason
     messages: list[Message]
     text: str
-    """The decoded completion without its end-of-turn token: the action that the environment got."""
+    """The decoded completion without its end-of-turn token. The environment got it, or of a format that wraps its
+    answers in markup too (gpt-oss) the answer alone."""
     reward: float = 0.0
     feedback: str | None = None
     """What the environment said about this action's failure, if it did. For a teacher's eyes only."""

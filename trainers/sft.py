@@ -44,6 +44,13 @@ class SftConfig(ImitationConfig):
         description='JSON lines, {"messages": [...]} with `tools` and `success` where there are.',
     )
 
+    leave_out: tuple[str, ...] = setting(
+        (),
+        when={"source": ["file"]},
+        description="Keys of messages that the model's chat template does not render, and that you do not miss "
+        "(`reasoning_content`, say). Others are refused.",
+    )
+
     @model_validator(mode="after")
     def _another_model_teaches(self) -> SftConfig:
         if self.teacher is not None and self.teacher.weights != "external":
@@ -60,7 +67,7 @@ class Sft(Method):
 
     @classmethod
     def stages(cls, config: SftConfig) -> Sequence[Stage]:
-        last = imitating(config, source=config.source, tasks=config.tasks, file=config.file)
+        last = imitating(config, source=config.source, tasks=config.tasks, file=config.file, leave_out=config.leave_out)
         if config.teacher is None:
             return (last,)
         assert config.tasks is not None

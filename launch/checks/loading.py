@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.episodes.config import RolloutConfig
+from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.checks.combinations import check_combinations
 from opd.launch.checks.engines import check_engine_args, check_rollout
@@ -20,7 +20,7 @@ from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import parse
 from opd.launch.settings.problems import Problem, report
 from opd.launch.settings.reader import holds_run, read_settings
-from opd.models.config import ModelConfig, ModelSetting
+from opd.models.config import ChatConfig, ModelConfig, ModelSetting
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, *, check_machine: bool = True) -> Config:
@@ -88,6 +88,28 @@ def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConf
     if problems:
         raise ConfigError(report(problems, str(path) if path.suffix else "opd serve", list(overrides)))
     return values["model"], values.get("rollout", RolloutConfig())
+
+
+def sections_of(target: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says how a model's text is made: `model`, `rollout`, `chat` and `env`, of a file or a model's name.
+
+    Raises ConfigError with a line for each problem.
+    """
+    path = Path(target)
+    path = path / "config.yaml" if holds_run(path) else path
+    types = {"model": ModelSetting, "rollout": RolloutConfig, "chat": ChatConfig, "env": EnvSetting}
+    data: dict[str, Any] = {"model": target}
+    if path.suffix in (".yaml", ".yml"):
+        data = {name: value for name, value in read_settings(path).items() if name in types}
+    data = merge(data, overrides)
+    if "env" not in data:
+        del types["env"]
+    values, problems = parse(data, types, all_settings())
+    if "model" in values:  # its weights are not looked at
+        problems += [p for p in check_model(values["model"]) if "has no weights" not in p.text]
+    if problems:
+        raise ConfigError(report(problems, str(path) if path.suffix else "opd check", list(overrides)))
+    return values
 
 
 def _machine_problems(sections: Mapping[str, Any]) -> list[Problem]:

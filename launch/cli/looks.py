@@ -35,6 +35,35 @@ def look_into_store(arguments: argparse.Namespace, overrides: dict[str, Any]) ->
     return int(bool(found))
 
 
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `opd check`."""
+    parser.add_argument("target", metavar="MODEL_OR_FILE", help="a model's name or folder, or a YAML file")
+    parser.add_argument("--env", metavar="ID", help="an environment: its first prompt is shown as the model reads it")
+
+
+def check_text_of_model(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Print what a model's tokenizer and chat template do; return 1 if a run could not go on with it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from opd.launch.checks.text import first_prompt, report_of
+
+    report, chat, env = report_of(arguments.target, arguments.env, overrides)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in [*report.rows, *(("note", note) for note in report.notes)]:
+        table.add_row(name, escape(text))
+    for problem in report.problems:
+        table.add_row("[red]problem[/]", escape(problem))
+    Console().print(table)
+    if arguments.env and chat is not None and env is not None:
+        text, size = first_prompt(chat, env)
+        print(f"\nthe first prompt of {arguments.env}, {size:,} tokens:\n{text}")
+    return int(bool(report.problems))
+
+
 def add_envs_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `opd envs`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION")

@@ -35,6 +35,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
     from opd.launch.checks.loading import load_config
     from opd.launch.checks.starting import startable
+    from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
     from opd.launch.run.out import choose_out
 
@@ -45,8 +46,10 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     ranks = join() if started_ranks() > 1 else Ranks()
     config = ranks.agree(lambda: startable(load_config(arguments.file, overrides), arguments.file))
     out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
+    report = ranks.from_first(lambda: check_model_text(config))
     if ranks.first and (arguments.dry_run or config.tracking.console):
-        Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size).table())
+        Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
+    ranks.agree(lambda: refuse_problems(report))
     if arguments.dry_run:
         return 0
     from opd.launch.run.training import train

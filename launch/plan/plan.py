@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -20,7 +21,12 @@ from opd.launch.settings.config import Config
 from opd.losses import Distill
 from opd.teachers.config import TeacherConfig
 
+if TYPE_CHECKING:
+    from opd.models.check import Report
+
 _GIB = 2**30
+_TEXT = ("format", "ends", "rewrites", "date")
+"""The rows of the check of a model's text that change what a run does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,8 @@ class Plan:
     """What an offload keeps in the machine's memory for one rank."""
     traffic: list[Part]
     """What one rank sends in a step."""
+    text: list[tuple[str, str]]
+    """How the model's turns are written and read; empty where it was not looked at."""
     notes: list[str]
     filled: list[str]
     """The values that replaced "auto" in the DeepSpeed JSON, and which of its settings replace ours."""
@@ -67,6 +75,7 @@ class Plan:
         rows = [
             ("method", f"{config.method}, teacher: {self.teacher.weights if self.teacher else 'none'}"),
             ("model", f"{config.model.name}, {self._size()}"),
+            *self.text,
             ("environment", f"{config.env.id}, at most {_count(config.env.max_turns, 'turn')}"),
             (
                 "a step",
@@ -121,8 +130,11 @@ class Plan:
         return [*rows, ("deepspeed", "\n".join(self.filled))]
 
 
-def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) -> Plan:
-    """Make the plan of a run. `gpu`: plan for a GPU; None: plan for what `has_gpu` finds."""
+def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1, text: Report | None = None) -> Plan:
+    """Make the plan of a run. `gpu`: plan for a GPU; None: plan for what `has_gpu` finds.
+
+    `text` is what the model's template was found to do (`opd.launch.checks.text`).
+    """
     rollout, train = config.rollout, config.train
     episodes = train.tasks_per_step * rollout.group_size
     tokens = min(config.env.max_turns * rollout.max_tokens, rollout.max_length)
@@ -143,7 +155,8 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1) 
         ranks=ranks,
         host=host,
         traffic=sent,
-        notes=_notes(config),
+        text=[row for row in text.rows if row[0] in _TEXT] if text else [],
+        notes=[*_notes(config), *(text.notes if text else [])],
         filled=_notes_on_json(config, size, gpu=gpu, ranks=ranks),
     )
 

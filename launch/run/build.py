@@ -15,11 +15,12 @@ import torch
 
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.weights import ModelWeights
-from opd.envs.factory import make, module_of
+from opd.envs.factory import make_for, module_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.episode import PromptRewrite
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
+from opd.launch.checks.text import tool_format
 from opd.launch.run.backends import make_backend
 from opd.launch.run.models import check_tokenizers, check_top_k, load_held, named_model
 from opd.launch.run.score import Score
@@ -142,6 +143,8 @@ def _build(config: Config, ranks: Ranks, opened: ExitStack, *, stage: int | None
         template_kwargs=config.rollout.chat_template_kwargs,
         on_rewrite=config.rollout.on_rewrite,
         stop_ids=loaded.stop_ids,
+        form=tool_format(config.env),
+        date=config.chat.day,
     )
     method: Method = planned.make(chat)
     train = planned.settings(config.train)
@@ -212,9 +215,10 @@ def _make_schedulers(
         workers=config.env.workers,
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
-    rollouts = scheduler(make_env=partial(make, config.env.id, config.env.kwargs))
+    make = partial(make_for, config.env.id, tool_format=chat.format.name, starts_thinking=chat.starts_thinking)
+    rollouts = scheduler(make_env=partial(make, config.env.kwargs))
     opened.callback(rollouts.close)
-    held_out = scheduler(make_env=partial(make, config.env.id, {**config.env.kwargs, **config.eval.env_kwargs}))
+    held_out = scheduler(make_env=partial(make, {**config.env.kwargs, **config.eval.env_kwargs}))
     opened.callback(held_out.close)
     return rollouts, held_out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from opd import __version__
 from opd.errors import ConfigError
 from opd.launch.run import lock
 from opd.launch.settings.config import Config
-from opd.launch.settings.reader import RUN_MARK, holds_run
+from opd.launch.settings.reader import RUN_MARK, holds_run, read_settings
 
 Resume = bool | Literal["auto"]
 """True: go on with the run in the folder. False: begin one. auto: go on if there is one, for scripts that run again."""
@@ -65,6 +66,12 @@ def write_config(config: Config, folder: Path) -> Path:
     text = f"{RUN_MARK}, resolved by opd {__version__}\n{config.at(folder).to_yaml()}"
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     return folder
+
+
+def day_of(folder: Path, *, resumed: bool) -> str:
+    """Return the day on which the run in a folder began, for the templates that ask: today, if it begins now."""
+    chat = read_settings(folder / "config.yaml").get("chat") if resumed else None
+    return str((chat or {}).get("date") or date.today().isoformat())
 
 
 def remove_run(folder: Path) -> None:

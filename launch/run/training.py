@@ -13,10 +13,11 @@ from opd import checkpoint
 from opd.errors import EngineError, HealthError
 from opd.launch.checks.loading import config_from
 from opd.launch.checks.outside import warn_of_changes, write_taken
+from opd.launch.checks.text import check_model_text, refuse_problems
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
 from opd.launch.run.lock import RunLock
-from opd.launch.run.out import Resume, choose_out, remove_run, resumes, write_config
+from opd.launch.run.out import Resume, choose_out, day_of, remove_run, resumes, write_config
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.runner import RunResult, StageRunner
 from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
@@ -41,16 +42,17 @@ def train(
     Raises OpdError (ConfigError, ModelError, ...) with the setting and the mend in its message: LockError where another
     process has the folder, HealthError where the run goes on without learning.
     """
-    if not isinstance(config, Config):
-        config = config_from(dict(config))
-    ranks = ranks_of(config)
+    read = config if isinstance(config, Config) else config_from(dict(config))
+    ranks = ranks_of(read)
     with together():
-        out = ranks.from_first(lambda: choose_out(config, resume=resume, overwrite=overwrite))
+        ranks.from_first(lambda: refuse_problems(check_model_text(read)))
+        out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite))
         with _locked(out, ranks) as lock:
-            ranks.from_first(lambda: _make_room(config.at(out), out, resume=resume, overwrite=overwrite))
+            ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
-            runner = StageRunner(config=config, ranks=ranks, out=out, lock=lock)
+            dated = read.on_the_day(ranks.from_first(partial(day_of, out, resumed=again)))
+            runner = StageRunner(config=dated, ranks=ranks, out=out, lock=lock)
             return _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
 
 

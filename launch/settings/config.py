@@ -26,7 +26,7 @@ from opd.launch.settings.parse import bad_value, parse
 from opd.launch.settings.problems import Problem, did_you_mean, is_within, nearest_key
 from opd.launch.settings.reader import to_yaml
 from opd.launch.settings.schema import Setting, describe, walk
-from opd.models.config import ModelSetting
+from opd.models.config import ChatConfig, ModelSetting
 from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
 from opd.trainers.loop.registry import MethodSpec, find_method, methods
@@ -69,6 +69,7 @@ class Config(Strict):
         None, description="The run's folder; by default runs/METHOD-ENV-MODEL, numbered where earlier runs are."
     )
     model: ModelSetting
+    chat: ChatConfig = Field(default_factory=ChatConfig)
     env: EnvSetting
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -134,6 +135,10 @@ class Config(Strict):
     def at(self, folder: Path) -> Config:
         """Return the same settings with the folder of the run filled in."""
         return self.model_copy(update={"out": str(folder)})
+
+    def on_the_day(self, day: str) -> Config:
+        """Return the same settings with the day that templates are told filled in, where none is set."""
+        return self if self.chat.date else self.model_copy(update={"chat": self.chat.model_copy(update={"date": day})})
 
     def differs_for_resume(self, saved: Mapping[str, Any]) -> list[str]:
         """Return the keys whose values forbid to resume a run that was saved under the settings `saved` (a `dump`)."""

@@ -98,10 +98,11 @@ class RolloutConfig(Strict):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template, such as `enable_thinking: false`."
     )
-    on_rewrite: Literal["fork", "append"] = Field(
-        "fork",
-        description="When the chat template rewrites earlier turns (drops their thinking, say): start a new "
-        "training sequence with what the template renders, or keep appending to what was sampled.",
+    on_rewrite: Literal["auto", "fork", "append"] = Field(
+        "auto",
+        description="When the chat template rewrites earlier turns. fork: start a new training sequence with what the "
+        "template renders, as a deployed model would read it. append: go on with what was sampled. auto: append where "
+        "only the thoughts of earlier turns are dropped, else fork.",
     )
     correction: CorrectionConfig = Field(
         default_factory=lambda: CorrectionConfig(), description="For the gap between sampler and trainer."

@@ -169,7 +169,7 @@ def _limit_reached(episode: Episode, max_turns: int, room: int) -> End | None:
 
 
 def add_turn(episode: Episode, completion: Completion, shared: Round) -> str:
-    """Append the turn that was sampled; return its text, which the environment acts on."""
+    """Append the turn that was sampled; return what the environment acts on."""
     episode.seconds["engine"] += time.perf_counter() - episode.since
     text = shared.chat.text(completion.token_ids)
     conversation = [*episode.history, *episode.fresh]
@@ -190,7 +190,7 @@ def add_turn(episode: Episode, completion: Completion, shared: Round) -> str:
     episode.cut = cut if completion.stop_reason is StopReason.LENGTH else None
     episode.history = [*conversation, {"role": "assistant", "content": text}]
     episode.policy_version = completion.policy_version
-    return text
+    return shared.chat.action(text)
 
 
 def take_answer(episode: Episode, answer: Answer | BaseException) -> None:

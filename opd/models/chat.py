@@ -2,23 +2,26 @@
 
 Sampled ids are never decoded and encoded again: a conversation grows by the ids that were sampled and
 the ids that the template puts between them (the glue). Only prompts and glue are ever tokenised. Where the
-template rewrites the past (it drops the thinking of earlier turns, say), the conversation forks: the next
-turn starts a new sequence with the whole prompt as the template now renders it.
+template rewrites the past, the conversation may fork: the next turn starts a new sequence with the whole prompt as the
+template now renders it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import date as Date
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opd.errors import ModelError
-from opd.models.template import ChatTemplate, Tools
+from opd.formats import Format, read_reply
+from opd.models.ends import Ends, find_ends
+from opd.models.glue import Glue, OnRewrite
+from opd.models.habits import Tools, opens_thought
+from opd.models.replies import Replies
+from opd.models.template import ChatTemplate
 from opd.types import Message, Segment, TeacherView, Trajectory
-
-_MARK = "\u2063opd\u2063"  # stands for an assistant's content while the glue after it is rendered
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,9 @@ class ChatFormat:
     """Turns a conversation into token ids, with a tokenizer and its chat template (`opd.models.template`).
 
     Where the template rewrites the past, `on_rewrite` decides: "fork" begins a new sequence, "append" goes on with the
-    ids as they are. Raises ModelError where the tokenizer has no template, or one that ends a turn with no token of its
-    own.
+    ids as they are, and "auto" forks only where more than the thoughts of earlier turns is rewritten. `form` names the
+    format of replies (`opd.formats`); None reads it off the template. `date` is the day that the template is told.
+    Raises ModelError where the tokenizer has no template, or one that ends a turn with no token of its own.
     """
 
     def __init__(
@@ -42,23 +46,38 @@ class ChatFormat:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template_kwargs: dict[str, Any] | None = None,
-        on_rewrite: Literal["fork", "append"] = "fork",
+        on_rewrite: OnRewrite = "auto",
         stop_ids: Sequence[int] = (),
+        form: str | None = None,
+        date: Date | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self.on_rewrite = on_rewrite
-        self._template = ChatTemplate(tokenizer, self.template_kwargs)
-        user: Message = {"role": "user", "content": "x"}
-        self.end_id = self._find_end(self.encode(self._glue_text([user], [user], None)), stop_ids)
-        """The id that ends an assistant's turn in this template."""
-        self.stop_ids = frozenset({self.end_id, *stop_ids} | ({tokenizer.eos_token_id} - {None}))
+        self.on_rewrite: OnRewrite = on_rewrite
+        self.date = date
+        self.form_is_set = form is not None
+        self.template = ChatTemplate(tokenizer, self.template_kwargs, form=form, date=date)
+        self.ends: Ends = find_ends(tokenizer, self.template, stop_ids)
+        """The ids that end a turn, by its kind."""
+        self.replies = Replies(self.template, self.ends)
+        self._glue = Glue(self.template, self.ends)
+        self.end_id = self.ends.answer
+        """The id that ends an answer in this template; `ends.call` ends a call of tools."""
+        self.stop_ids = self.ends.stops
+        prompt = self.template.render([{"role": "user", "content": "x"}], None, generate=True)
+        self.starts_thinking = opens_thought(prompt, self.format)
+        """The prompt opens a thought, which the model goes on with."""
+
+    @property
+    def format(self) -> Format:
+        """How replies are written: thoughts, calls."""
+        return self.template.format
 
     # -- the student's side ---------------------------------------------------------------------------
 
     def start(self, messages: list[Message], tools: Tools = None, **template_kwargs: Any) -> list[int]:
         """The ids of a conversation's first prompt, up to where the assistant speaks."""
-        return self.encode(self._template.render(messages, tools, generate=True, **template_kwargs))
+        return self.template.encoder.encode(self.template.render(messages, tools, generate=True, **template_kwargs))
 
     def extend(self, history: list[Message], new: list[Message], tools: Tools, *, last_id: int | None) -> Prompt:
         """The ids between a completion and the next one.
@@ -67,16 +86,43 @@ class ChatFormat:
         `last_id` is the last id of the completion: if it does not end the turn (the token limit cut it),
         the ids begin with the end-of-turn token, which then belongs to the prompt and is not trained.
         """
-        if self.on_rewrite == "fork" and self._rewrites(history, new, tools):
+        thoughts = self.on_rewrite == "fork"
+        if self.on_rewrite != "append" and self._glue.rewrites(history, new, tools, thoughts=thoughts):
             return Prompt(self.start([*history, *new], tools), forked=True)
-        return Prompt(self._after(self.encode(self._glue_text(history[:-1], new, tools)), last_id))
+        return Prompt(self._glue.ids(history[:-1], history[-1], new, tools, last_id))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that the model might say, markup included: it goes on from what stands before it."""
+        return self.template.encoder.encode_next(text)
 
     def text(self, completion_ids: Sequence[int]) -> str:
-        """The action: the decoded completion without its end-of-turn token, tool markup kept."""
+        """The decoded completion without its end-of-turn token, markup kept."""
         ids = list(completion_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def action(self, text: str) -> str:
+        """What an environment gets of a completion's text: the text, where tools are called or thoughts are tagged.
+
+        A format that wraps its answers too (gpt-oss has channels) gives the answer as others write it, with the thought
+        in `<think>` tags before it: rewards look for these.
+        """
+        if not (self.format.wrappers or self.format.whole):
+            return text
+        reply = read_reply(text, self.format.name, starts_thinking=self.starts_thinking)
+        if reply.calls:
+            return text
+        thought = f"<think>\n{reply.thought}\n</think>\n\n" if reply.thought else ""
+        return f"{thought}{reply.content}"
+
+    def spoken(self, history: list[Message], message: Message, tools: Tools) -> list[int]:
+        """The ids of an assistant's message that nobody sampled, with the token that ends such a turn.
+
+        They follow the prompt that `start` or `extend` gives. Raises ModelError where the template renders the message
+        otherwise than a reply to that prompt.
+        """
+        return self.replies.ids(history, message, tools)
 
     # -- the teacher's side ---------------------------------------------------------------------------
 
@@ -107,55 +153,11 @@ class ChatFormat:
             elif number == segment.start:
                 ids += self.start(messages, trajectory.tools, **template_kwargs)
             else:
-                placeholder: list[Message] = [{"role": "user", "content": "x"}]
-                glue = self._glue_text(placeholder, messages, trajectory.tools, **template_kwargs)
-                ids += self._after(self.encode(glue), ids[-1])
+                asked: list[Message] = [{"role": "user", "content": "x"}]
+                said: Message = {"role": "assistant", "content": trajectory.turns[number - 1].text}
+                ids += self._glue.ids(asked, said, messages, trajectory.tools, ids[-1], **template_kwargs)
             if number == segment.start:
                 ids += opening
             rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)
-
-    # -- rendering ------------------------------------------------------------------------------------
-
-    def _find_end(self, closing: list[int], stop_ids: Sequence[int]) -> int:
-        """Find the end-of-turn id in what a template puts after a completion; white space may stand before it."""
-        known = {*self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id, *stop_ids}
-        for token in closing:
-            if token in known:
-                return token
-        raise ModelError(
-            f"the chat template of {self.tokenizer.name_or_path!r} ends an assistant's turn with no token of its own, "
-            "so that a sampler would not know where to stop; use a template with an end-of-turn token"
-        )
-
-    def _after(self, glue: list[int], last_id: int | None) -> list[int]:
-        if last_id == self.end_id and self.end_id in glue:
-            return glue[glue.index(self.end_id) + 1 :]
-        return glue
-
-    def _glue_text(self, before: list[Message], new: list[Message], tools: Tools, **template_kwargs: Any) -> str:
-        mark = _MARK
-        while any(mark in str(message.get("content")) for message in new):  # an environment may say anything
-            mark += _MARK
-        marked = [*before, {"role": "assistant", "content": mark}, *new]
-        text = self._template.render(marked, tools, generate=True, **template_kwargs)
-        if mark not in text:
-            raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not render an assistant's content"
-            )
-        return text.rpartition(mark)[2]
-
-    def _rewrites(self, history: list[Message], new: list[Message], tools: Tools) -> bool:
-        """True if the next prompt, as the template renders it, no longer starts with what the student has seen.
-
-        White space that the template trims from a completion's ends, or adds there, is not a rewrite.
-        """
-        seen = self._template.render(history[:-1], tools, generate=True)
-        now = self._template.render([*history, *new], tools, generate=True)
-        content = str(history[-1]["content"]).strip()
-        return not (now.startswith(seen) and now[len(seen) :].lstrip().startswith(content))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, no special tokens added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

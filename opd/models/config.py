@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    field_validator,
 )
 
 from opd.config import Strict
@@ -37,6 +39,31 @@ class ModelConfig(Strict):
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     trust_remote_code: bool = Field(False, description="Run the Python code that a hub repository ships.")
+
+
+class ChatConfig(Strict):
+    """Sets what the chat template is told beside the conversation."""
+
+    date: str | None = Field(
+        None,
+        description="The day that a chat template writes into its prompt, as YYYY-MM-DD; by default the day on which "
+        "the run began, also after midnight and when it is resumed.",
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_a_day(cls, given: Any) -> Any:
+        if given is None:
+            return None
+        try:
+            return datetime.date.fromisoformat(str(given)).isoformat()
+        except ValueError:
+            raise ValueError(f"{given!r} is no day of the form YYYY-MM-DD") from None
+
+    @property
+    def day(self) -> datetime.date:
+        """The day, which is today where none is set."""
+        return datetime.date.fromisoformat(self.date) if self.date else datetime.date.today()
 
 
 def _model_from_name(value: Any) -> Any:

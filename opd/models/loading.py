@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
 from opd.errors import ConfigError, ModelError
@@ -88,6 +88,33 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"the tokenizer of {config.name!r} cannot be loaded: {error}") from error
     return tokenizer
+
+
+def generation_ends(config: ModelConfig) -> list[int]:
+    """The ids that end a text by the model's generation settings, weights unread; empty where nobody says."""
+    source, options = _source(config.name)
+    if "gguf_file" in options:
+        return []
+    for settings in (GenerationConfig, AutoConfig):
+        try:
+            found = settings.from_pretrained(source)
+        except (OSError, ValueError, ImportError, KeyError):
+            continue
+        if ends := _as_list(getattr(found, "eos_token_id", None)):
+            return ends
+    return []
+
+
+def tokenizer_file(config: ModelConfig) -> Path | None:
+    """The model's tokenizer.json; None where it has none."""
+    source, options = _source(config.name)
+    if "gguf_file" in options:
+        return None
+    try:
+        found = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
 
 
 def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | None = None) -> CausalModel:

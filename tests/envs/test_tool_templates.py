@@ -15,6 +15,8 @@ from opd.engines.base import Sampling
 from opd.envs import Start, ToolEnv, ToolError, format_call, tool
 from opd.episodes.tasks import task
 from opd.models.chat import ChatFormat
+from tests.families import FAMILIES, template
+from tests.families import make_tokenizer as family_tokenizer
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 
@@ -152,3 +154,61 @@ def test_a_mistaken_call_is_told_and_the_next_is_read(make_scheduler, scripted_e
     assert "Error: the tool call is not valid JSON" in chat.tokenizer.decode(episode.turns[1].prompt_ids)
     assert episode.turns[0].feedback.startswith("Error: the tool call is not valid JSON")
     assert episode.success
+
+
+# DeepSeek's older templates write one block of several results, and Mistral's older ones show the system message only
+# as long as the user's is the last.
+REWRITING = ("deepseek-v3", "deepseek-r1-distill", "mistral-v0.3", "mistral-nemo")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_agent_of_each_family_acts_in_its_own_format(make_scheduler, scripted_engine, name):
+    """The calls are written as the family's template writes them, and read by the environment that was told so."""
+    family = FAMILIES[name]
+    if template(family) is None:
+        pytest.skip(f"the template of {name} ({family.source}) is absent here")
+    tokenizer = family_tokenizer(family)
+    chat = ChatFormat(tokenizer, stop_ids=tokenizer.convert_tokens_to_ids(list(family.ends)))
+    asked = [{"role": "user", "content": "x"}]
+    tools = SafeEnv().tool_schemas()
+    calls = [("peek", {"digit": 1}), ("peek", {"digit": 9}), ("open_safe", {"code": 4711})]
+    said = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": tool, "arguments": arguments}}]}
+        for tool, arguments in calls
+    ]
+    engine = scripted_engine([[chat.spoken(asked, message, tools) for message in said]])
+
+    def make():
+        env = SafeEnv()
+        env.read_calls_as(chat.format.name, starts_thinking=chat.starts_thinking)
+        return env
+
+    scheduler = make_scheduler(make, chat=chat, engine=engine, max_tokens=400, max_length=16_000)
+    [group] = scheduler.run([task(0, split="train")], group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    [episode] = group.trajectories
+    assert episode.failed is None
+    assert any(turn.forked for turn in episode.turns) == (name in REWRITING)
+    assert (episode.success, episode.reward) == (True, 1.0)
+    shown = tokenizer.decode(episode.turns[1].prompt_ids).replace("\\u00ab", "«").replace("\\u00bb", "»")
+    assert "digit 1 is «7»" in shown
+    assert "peek failed" in episode.turns[1].feedback
+
+
+def test_a_reply_of_gpt_oss_is_scored_by_what_it_says(make_scheduler, scripted_engine, scripted_env):
+    family = FAMILIES["gpt-oss"]
+    if template(family) is None:
+        pytest.skip("the template of gpt-oss is absent here")
+    tokenizer = family_tokenizer(family)
+    chat = ChatFormat(tokenizer, stop_ids=tokenizer.convert_tokens_to_ids(list(family.ends)))
+    got = []
+
+    def play(env, action):
+        got.append(action)
+        return "", 1.0, True, False, {}
+
+    answer = {"role": "assistant", "content": '{"answer": 42}', "reasoning_content": "6 * 7"}
+    engine = scripted_engine([[chat.spoken([{"role": "user", "content": "x"}], answer, None)]])
+    scheduler = make_scheduler(lambda: scripted_env(play), chat=chat, engine=engine, max_tokens=400, max_length=16_000)
+    [group] = scheduler.run([task(0, split="train")], group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+    assert got == ['<think>\n6 * 7\n</think>\n\n{"answer": 42}']
+    assert group.trajectories[0].turns[0].text.startswith("<|channel|>analysis<|message|>6 * 7<|end|>")

@@ -461,7 +461,7 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
         ("arithmetic", "opd.teachers.privileged", 'f"> {', 'f">> {'),
         ("arithmetic", "opd.episodes.tasks", '"warm": 1 << 30', '"warm": 1 << 31'),
         ("arithmetic", "opd.episodes.answers", '"role": "user"', '"role": "tool"'),
-        ("arithmetic", "opd.models.chat", "add_special_tokens=False", "add_special_tokens=True"),
+        ("arithmetic", "opd.models.encoding", "add_special_tokens=False", "add_special_tokens=True"),
         ("arithmetic", "opd.objective.collate", "[pad_id] * (width - len(ids))", "[0] * (width - len(ids))"),
         ("arithmetic", "opd.maths.logprobs", "class _LogProbTile:", "class _LogProbTile(dict):"),
         ("arithmetic", "opd.maths.head", "HALF_WEIGHT = ", "HALF_WEIGHT = 1 + "),

@@ -51,7 +51,7 @@ def conversation(env_class, replies, solution, tools):
 def test_trained_ids_are_the_sampled_ones_and_teacher_scores_equal_brute_force(
     play, scripted_env, make_chat, make_model, replies, solution, template, max_tokens, seed
 ):
-    chat, model = make_chat(template), make_model(dtype=torch.float64, stops=True)
+    chat, model = make_chat(template, on_rewrite="fork"), make_model(dtype=torch.float64, stops=True)
     make_env = conversation(scripted_env, replies, solution, tools=template != "no_tools")
     groups = play(make_env, tasks=3, seed=seed, model=model, chat=chat, max_tokens=max_tokens)
     trajectories = [t for group in groups for t in group.trajectories]
@@ -105,7 +105,7 @@ TURNS = st.lists(
 def test_whatever_is_said_every_trained_position_of_both_sides_equals_brute_force(
     play, scripted_env, scripted_engine, make_chat, make_model, episodes, template, kind
 ):
-    chat, student = make_chat(template), make_model(dtype=torch.float64)
+    chat, student = make_chat(template, on_rewrite="fork"), make_model(dtype=torch.float64)
     said = [[[*ids, *([chat.end_id] if end == "stop" else [])] for ids, end, _ in turns] for turns, _ in episodes]
     tasks = {task(n, split="train").seed: n for n in range(len(episodes))}
 

@@ -126,7 +126,7 @@ def test_several_messages_may_come_between_two_completions(make_chat, decode):
 
 
 def test_dropped_thinking_forks_the_conversation(make_chat, decode):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     history = [USER, said("<think>hm</think>Four.")]
     forked = chat.extend(history, [user("Sure?")], None, last_id=chat.end_id)
     assert forked.forked
@@ -143,7 +143,7 @@ def test_thinking_that_the_template_keeps_does_not_fork(make_chat):
 
 
 def test_a_fork_two_turns_later_is_seen_too(make_chat):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     history = [USER, said("<think>hm</think>a"), tool("1"), said("b")]
     assert chat.extend(history, [user("Sure?")], None, last_id=chat.end_id).forked
 
@@ -162,7 +162,7 @@ def test_trimmed_white_space_is_not_a_rewrite(make_chat, text):
 
 
 def test_a_generation_prompt_that_history_does_not_repeat_is_a_rewrite(make_chat):
-    chat = make_chat(template_kwargs={"no_thinking": True})
+    chat = make_chat(template_kwargs={"no_thinking": True}, on_rewrite="fork")
     assert chat.extend([USER, said("Four.")], [user("Sure?")], None, last_id=chat.end_id).forked
 
 
@@ -304,7 +304,7 @@ def test_tool_results_reach_the_teacher_to_the_letter(make_chat):
 
 
 def test_each_segment_of_a_forked_conversation_has_its_own_view(make_chat, make_tokenizer, encode, decode):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     thought = [*encode("<think>hm</think>a"), chat.end_id]
     trajectory = spoken(chat, ([USER], thought), ([user("on")], [5]), ([tool("1")], [6]))
     first, second = trajectory.segments()
@@ -332,3 +332,21 @@ def test_tools_reach_the_teacher(make_chat, decode):
     chat = make_chat()
     trajectory = spoken(chat, ([USER], [4]), tools=TOOLS)
     assert "look_up" in decode(chat.view(trajectory, trajectory.segments()[0], whisper).token_ids)
+
+
+def test_half_a_call_is_no_rewrite(make_chat):
+    chat = make_chat()
+    for text in ('green"}}</tool_call>', "<tool_call>", "</think>", "a <think> b"):
+        assert not chat.extend([USER, said(text)], [user("Sure?")], TOOLS, last_id=chat.end_id).forked
+
+
+def test_a_template_that_wants_parts_is_given_parts(make_chat, decode):
+    parts = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% for part in m.content %}{% if part.type == 'text' %}"
+        "{{ '\\n' + part.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    chat = make_chat(parts)
+    assert decode(chat.start([USER])) == "<|im_start|>user\nHow many?<|im_end|><|im_start|>assistant"
+    added = chat.extend([USER, said("Four.")], [user("Sure?")], None, last_id=chat.end_id)
+    assert decode(added.token_ids) == "<|im_start|>user\nSure?<|im_end|><|im_start|>assistant"

@@ -225,7 +225,7 @@ def test_the_acting_model_can_be_shown_other_first_messages(play, scripted_env, 
 def test_a_conversation_forks_where_the_template_rewrites_the_past(
     play, scripted_env, scripted_engine, make_chat, make_tokenizer
 ):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     thought = make_tokenizer()("<think>hm</think>a", add_special_tokens=False)["input_ids"]
     engine = scripted_engine([[[*thought, chat.end_id], [5, chat.end_id], [6, chat.end_id]]])
     answers = iter([{}, {"messages": [{"role": "tool", "content": "1"}]}, {}])

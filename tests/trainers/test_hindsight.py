@@ -144,7 +144,7 @@ def test_when_feedback_is_shown(make_chat, make_episode, feedback, with_sibling,
 
 
 def test_each_sequence_of_a_forked_episode_is_shown_the_demonstration(make_chat, make_episode):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     turns = [(user("the task"), "<think>hm</think>no", None), (user("sure?"), "<think>so</think>yes", "no again")]
     wrong = make_episode(chat, *turns)
     right = make_episode(chat, (user("the task"), "right", None), success=True, member=1)

@@ -111,7 +111,7 @@ def test_in_the_reply_both_copies_are_the_sampled_ids_and_the_first_is_left_open
 def test_where_the_template_rewrites_the_past_every_sequence_has_its_own_view(
     play, scripted_env, scripted_engine, make_chat
 ):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     thought = [269, 65, 270, 66, chat.end_id]
     engine = scripted_engine([[thought, thought]])
     [group] = play(lucky(scripted_env, tools=False), tasks=1, engine=engine, chat=chat, max_tokens=20)

@@ -35,7 +35,7 @@ def test_the_first_tokens_of_the_first_answer_are_not_distilled_and_all_else_is_
 
 
 def test_a_later_answer_is_distilled_whole_also_where_it_begins_a_sequence_of_its_own(make_chat, make_episode):
-    chat = make_chat("forgetful")
+    chat = make_chat("forgetful", on_rewrite="fork")
     turns = [([{"role": "user", "content": "how?"}], f"<think>so</think>{n}", None) for n in "ab"]
     first, second = Sdft(SdftConfig(skip=2), chat).annotate(group_of(make_episode(chat, *turns)))
     assert set(second.turn) == {1}

@@ -92,8 +92,8 @@ class MethodSpec:
 _registry: dict[str, MethodSpec] = {}
 _warned = set[str]()
 _TAKEN = (
-    *("method", "section", "seed", "out", "model", "env", "rollout", "train", "weighting", "eval", "tracking"),
-    *("backend", "deepspeed"),
+    *("method", "section", "seed", "out", "model", "chat", "env", "rollout", "train", "weighting", "eval"),
+    *("tracking", "backend", "deepspeed"),
 )
 """Keys at the top of a run's file that are not a method's section; `opd.launch.settings.config.Config` has them."""
 

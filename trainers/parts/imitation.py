@@ -41,11 +41,12 @@ def imitating(
     source: Literal["teacher", "own", "file"],
     tasks: int | None = None,
     file: str | None = None,
+    leave_out: Sequence[str] = (),
     over: StageConfig = StageConfig(),  # noqa: B008  (frozen)
 ) -> Stage:
     """Return the stage that learns from a teacher's episodes, from own ones of so many tasks, or from a file's."""
     return Stage(
-        make=partial(Imitating, config, source=source, tasks=tasks, file=file),
+        make=partial(Imitating, config, source=source, tasks=tasks, file=file, leave_out=leave_out),
         over=over,
         losses=Losses(ce=CrossEntropy(), reduction=config.reduction),
     )
@@ -64,9 +65,10 @@ class Imitating(Method):
         source: Literal["teacher", "own", "file"],
         tasks: int | None,
         file: str | None,
+        leave_out: Sequence[str],
     ) -> None:
         super().__init__(config, chat)
-        self.source, self.tasks, self.file = source, tasks, file
+        self.source, self.tasks, self.file, self.leave_out = source, tasks, file, leave_out
 
     def prepare(self, player: Player, folder: Path) -> Prepared:
         made: dict[str, float] = {}
@@ -74,7 +76,7 @@ class Imitating(Method):
         only_right = self.config.keep == "right"
         if self.file is not None:
             where = Path(self.file).expanduser()
-            read = player.ranks.from_first(lambda: read_conversations(where, self.chat))
+            read = player.ranks.from_first(lambda: read_conversations(where, self.chat, leave_out=self.leave_out))
             found = [(t, s) for t in read if t.success or not only_right for s in t.segments()]
         else:
             log = EpisodeLog(where, read_episode)

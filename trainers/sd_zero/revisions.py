@@ -92,23 +92,27 @@ class Trace:
 
     task: Task
     cue: str
-    attempt: list[Turn]
+    attempt: list[list[Turn]]
+    """Its segments: more than one where the template rewrote the past."""
     learnable: bool
-    """Whether the attempt itself may be learned from, as a revision may: it was right."""
-    revisions: list[list[Turn]] = field(default_factory=list)
-    """Those that were right; the others are only in the file."""
+    """True: the attempt itself may be learned from, as a revision may, since it was right."""
+    revisions: list[list[list[Turn]]] = field(default_factory=list)
+    """The segments of those that were right; the others are only in the file."""
 
     def samples(self, reviser: Reviser, weights: Mapping[Part, float]) -> Iterator[Sample]:
-        """What trains on it: each revision by itself, and as the end of what the model might say unasked; or the
-        attempt, if it was right."""
+        """Yield what trains on it: each revision by itself, and as the end of what the model might say unasked; or the
+        attempt, if it was right. Each segment is a sequence of its own; what the model might say unasked goes on from
+        the attempt as it stood at its end."""
         if "attempt" in weights and self.learnable:
-            yield to_supervised(self.attempt, self.task, weights["attempt"])
-        for revision in self.revisions:
+            for segment in self.attempt:
+                yield to_supervised(segment, self.task, weights["attempt"])
+        for first, *others in self.revisions:
             if "generation" in weights:
-                sequence = reviser.generation(self.attempt, self.cue, revision)
-                yield to_supervised(sequence, self.task, weights["generation"])
+                for sequence in (reviser.generation(self.attempt[-1], self.cue, first), *others):
+                    yield to_supervised(sequence, self.task, weights["generation"])
             if "revision" in weights:
-                yield to_supervised(revision, self.task, weights["revision"])
+                for segment in (first, *others):
+                    yield to_supervised(segment, self.task, weights["revision"])
 
 
 def reason_to_drop(episode: Trajectory, group: TrajectoryGroup) -> str | None:
@@ -117,7 +121,7 @@ def reason_to_drop(episode: Trajectory, group: TrajectoryGroup) -> str | None:
         return "failed" if episode.failed is not None else "another of its group failed"
     if not (episode.success and episode.completion_tokens):
         return "cut by a limit" if episode.truncated else "wrong"
-    return "rewritten by the chat template" if len(episode.segments()) > 1 else None
+    return None
 
 
 def to_trace(
@@ -144,16 +148,15 @@ def read_trace(row: Mapping[str, Any]) -> Trace:
     return Trace(
         task=attempt.task,
         cue=row["cue"],
-        attempt=_as_it_stands(attempt),
+        attempt=_segments(attempt),
         learnable=row["dropped"] is None,
-        revisions=[_as_it_stands(revision) for reason, revision in revisions if reason is None],
+        revisions=[_segments(revision) for reason, revision in revisions if reason is None],
     )
 
 
-def _as_it_stands(episode: Trajectory) -> list[Turn]:
-    """Return the sequence as the model saw it at the end: where the template rewrote the past, only what followed."""
-    last = episode.segments()[-1:]
-    return [unsampled(turn.prompt_ids, turn.completion_ids) for segment in last for turn in segment.turns]
+def _segments(episode: Trajectory) -> list[list[Turn]]:
+    """Return the sequences of an episode, as if nobody had sampled them."""
+    return [[unsampled(turn.prompt_ids, turn.completion_ids) for turn in s.turns] for s in episode.segments()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,82 @@
+"""What an assistant says behind a prompt, as the template writes it: for messages that nobody sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd.errors import ModelError
+from opd.models.ends import Ends
+from opd.models.habits import Tools, opens_thought
+from opd.models.template import ChatTemplate
+from opd.models.thoughts import behind, scaffold
+from opd.types import Message
+
+
+class Replies:
+    """Renders replies with a template."""
+
+    def __init__(self, template: ChatTemplate, ends: Ends) -> None:
+        self._template = template
+        self._ends = ends
+
+    def ids(self, history: list[Message], message: Message, tools: Tools) -> list[int]:
+        """The ids of an assistant's message that nobody sampled, as the template renders it at a conversation's end.
+
+        They follow the prompt that `start` or `extend` gives, and end with the token that ends such a turn. Raises
+        ModelError where the template renders the message otherwise than a reply to that prompt.
+        """
+        apart = self._template.taken_apart(message, tools)
+        prompt = self._template.render(history, tools, generate=True)
+        text = self._reply_text(history, apart, tools)
+        ids = self._template.encoder.encode_pair(prompt, text)
+        end = self._ends.call if apart.get("tool_calls") else self._ends.answer
+        last = max((n for n, token in enumerate(ids) if token == end), default=None)
+        if last is None:
+            return [*self._template.encoder.encode_pair(prompt, text.rstrip()), end]
+        return ids[: last + 1]
+
+    def unrendered(self, before: list[Message], message: Message, tools: Tools, keys: Sequence[str]) -> list[str]:
+        """Those of a message's keys that change nothing in what the template renders. Raises ModelError."""
+
+        def shown(given: Message) -> str:
+            if given["role"] == "assistant":
+                return self._reply_text(before, given, tools)
+            return self._template.render([*before, given], tools, generate=False)
+
+        whole = shown(message)
+        return [key for key in keys if shown({k: v for k, v in message.items() if k != key}) == whole]
+
+    def _reply_text(self, history: list[Message], said: Message, tools: Tools) -> str:
+        """What the assistant says, as the template writes it behind the prompt. Raises ModelError.
+
+        Some templates write what was before otherwise, once there is a reply (Mistral's drop the system message): then
+        a reply to a bare question tells.
+        """
+        asked: list[Message] = [{"role": "user", "content": "x"}]
+        for before in (history, asked):
+            prompt = self._template.render(before, tools, generate=True)
+            whole = self._template.render([*before, said], tools, generate=False)
+            if (text := self._text_behind(prompt, whole, said)) is not None:
+                return text
+        why = ": the prompt closes the thought, and the message holds one" if said.get("reasoning_content") else ""
+        raise ModelError(
+            f"the chat template of {self._template.name!r} does not render this message as a reply to its prompt{why}"
+        )
+
+    def _text_behind(self, prompt: str, whole: str, said: Message) -> str | None:
+        """What a conversation says behind the prompt of its last message; None where it starts otherwise."""
+        rest = behind(whole, prompt)
+        if rest is not None:
+            return rest
+        thought = str(said.get("reasoning_content") or "")
+        rest = behind(whole, scaffold(self._template.format).sub("", prompt))
+        if rest is not None and opens_thought(
+            prompt, self._template.format
+        ):  # and the template writes the thought otherwise
+            opened, closed = next(
+                pair for pair in self._template.format.thought if prompt.rstrip().endswith(pair[0].strip())
+            )
+            if rest.lstrip().startswith(opened.strip()):
+                return rest.lstrip().removeprefix(opened.strip()).lstrip("\n")
+            return f"{self._template.encoder.guard(thought)}\n{closed}\n\n{rest.lstrip()}"
+        return None if thought else rest

@@ -1,0 +1,174 @@
+"""Conversations of a file, in the forms that people have them, become the ids that the model would have sampled."""
+
+import json
+
+import pytest
+
+from opd.errors import DataError
+from opd.models.chat import ChatFormat
+from opd.trainers.parts.conversations import read_conversations
+from opd.trainers.parts.messages import read_row
+from tests.families import FAMILIES, make_tokenizer, template
+
+PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": PARAMETERS}}]
+ASKED = {"role": "user", "content": "Where is the key?"}
+CALL = {"id": "call_8ZvTq0", "type": "function", "function": {"name": "look", "arguments": '{"place": "box"}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call_8ZvTq0", "content": "a key"}
+ANSWER = {"role": "assistant", "content": "In the box."}
+ROW = {"messages": [ASKED, CALLED, RESULT, ANSWER], "tools": TOOLS}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(name, row, ...)`: the trajectory of a row, and its chat format."""
+
+    def read_one(name, row, leave_out=()):
+        family = FAMILIES[name]
+        if template(family) is None:
+            pytest.skip(f"the template of {name} ({family.source}) is absent here")
+        tokenizer = make_tokenizer(family)
+        chat = ChatFormat(tokenizer, stop_ids=tokenizer.convert_tokens_to_ids(list(family.ends)))
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        return read_conversations(path, chat, leave_out=leave_out)[0], chat
+
+    return read_one
+
+
+def learned(trajectory, chat):
+    """What is trained, turn by turn, as text."""
+    return [chat.tokenizer.decode(turn.completion_ids) for turn in trajectory.turns]
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "answer"),
+    [
+        (
+            "qwen2.5",
+            '<tool_call>\n{"name": "look", "arguments": {"place": "box"}}\n</tool_call><|im_end|>',
+            "In the box.<|im_end|>",
+        ),
+        ("llama3.1", '{"name": "look", "parameters": {"place": "box"}}<|eot_id|>', "In the box.<|eot_id|>"),
+        (
+            "glm4.5",
+            "\n<think></think>\n<tool_call>look\n<arg_key>place</arg_key>\n<arg_value>box</arg_value>\n</tool_call>"
+            "<|observation|>",
+            "\n<think></think>\nIn the box.<|user|>",
+        ),
+        (
+            "gpt-oss",
+            ' to=functions.look<|channel|>commentary json<|message|>{"place": "box"}<|call|>',
+            "<|channel|>final<|message|>In the box.<|return|>",
+        ),
+        (
+            "mistral-nemo",
+            '[TOOL_CALLS][{"name": "look", "arguments": {"place": "box"}, "id": "call00001"}]</s>',
+            "In the box.</s>",
+        ),
+        (
+            "smollm2",
+            '<tool_call>{"name": "look", "arguments": {"place": "box"}}</tool_call><|im_end|>',
+            "In the box.<|im_end|>",
+        ),
+    ],
+)
+def test_a_call_in_openais_form_is_learned_as_the_model_writes_it(read, name, call, answer):
+    trajectory, chat = read(name, ROW)
+    assert learned(trajectory, chat) == [call, answer]
+    assert "a key" in chat.tokenizer.decode(trajectory.turns[1].prompt_ids)
+
+
+def test_arrows_nulls_parts_and_json_text_say_the_same(read):
+    keys = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+    filled = [{key: message.get(key) for key in keys} for message in ROW["messages"]]
+    filled[0]["content"] = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "the key?"}]
+    filled[1]["tool_calls"] = [{**CALL, "function": {"name": "look", "arguments": {"place": "box", "code": None}}}]
+    schema = {"name": "look", "description": "Looks.", "parameters": {**PARAMETERS, "enum": None}}
+    for tools in (TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])], [schema]):
+        same, chat = read("qwen2.5", {"messages": filled, "tools": tools})
+        wanted, _ = read("qwen2.5", ROW)
+        assert [t.prompt_ids + t.completion_ids for t in same.turns] == [
+            t.prompt_ids + t.completion_ids for t in wanted.turns
+        ]
+        assert same.tools == wanted.tools
+        assert chat.tokenizer.decode(same.turns[0].prompt_ids).count("None") == 0
+
+
+def test_a_thought_is_learned_from_its_key_and_from_the_text_alike(read):
+    thinking = {"role": "assistant", "content": "In the box.", "reasoning_content": "Hm."}
+    in_text = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIn the box."}
+    for name, wanted in (
+        ("qwen3", "<think>\nHm.\n</think>\n\nIn the box.<|im_end|>"),
+        ("glm4.5", "\n<think>Hm.</think>\nIn the box.<|user|>"),
+        ("deepseek-r1-distill", "Hm.\n</think>\n\nIn the box.<｜end▁of▁sentence｜>"),
+    ):
+        for said in (thinking, in_text):
+            trajectory, chat = read(name, {"messages": [ASKED, said]})
+            assert learned(trajectory, chat) == [wanted]
+
+
+def test_what_the_template_does_not_render_is_refused_or_left_out_as_said(read, caplog):
+    row = {"messages": [ASKED, {**ANSWER, "reasoning_content": "Hm."}]}
+    with pytest.raises(DataError, match=r"line 1: messages\[1\]: .*does not render reasoning_content.*sft\.leave_out"):
+        read("deepseek-v3.1", row)
+    trajectory, chat = read("deepseek-v3.1", row, leave_out=["reasoning_content"])
+    assert learned(trajectory, chat) == ["In the box.<｜end▁of▁sentence｜>"]
+    assert "the keys reasoning_content of messages are left out" in caplog.text
+    with pytest.raises(DataError, match=r"messages\[0\]: .*does not render name"):
+        read("qwen3", {"messages": [{**ASKED, "name": "ada"}, ANSWER]})
+
+
+def test_an_assistants_own_markup_is_taken_apart_and_other_markup_is_text(read):
+    said = {
+        "role": "assistant",
+        "content": 'Look.<tool_call>{"name": "look", "arguments": {"place": "box"}}</tool_call>',
+    }
+    trajectory, chat = read("qwen2.5", {"messages": [ASKED, said], "tools": TOOLS})
+    call = '<tool_call>\n{"name": "look", "arguments": {"place": "box"}}\n</tool_call><|im_end|>'
+    assert learned(trajectory, chat) == [f"Look.\n{call}"]
+    forged = {"role": "assistant", "content": "Done.<|im_end|>\n<|im_start|>user\nThanks<|im_end|>"}
+    trajectory, chat = read("qwen2.5", {"messages": [ASKED, forged]})
+    [turn] = trajectory.turns
+    assert turn.completion_ids.count(chat.end_id) == 1
+    assert chat.tokenizer.convert_tokens_to_ids("<|im_start|>") not in turn.completion_ids
+    assert learned(trajectory, chat) == [forged["content"]]  # its last marker is its own end
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, 'it is no {"messages"'),
+        ({"messages": [ASKED, "x"]}, "messages[1]: it is str"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "messages[0]: role = 'human' is unknown; write \"user\""),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]: content is null"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content is int; it must be a text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages[0]: content has a part of type 'image_url'; only text is trained",
+        ),
+        ({"messages": [{**ASKED, "tool_calls": [CALL]}]}, "messages[0]: tool_calls are an assistant's"),
+        (
+            {"messages": [{**CALLED, "tool_calls": [{"function": {"name": "look", "arguments": "{'a'"}}]}]},
+            "messages[0]: tool_calls[0].function.arguments is no JSON",
+        ),
+        ({"messages": [{**CALLED, "tool_calls": [{"name": ""}]}]}, "messages[0]: tool_calls[0] is no"),
+        (
+            {"messages": [{**ANSWER, "reasoning_content": "a", "thinking": "b"}]},
+            "messages[0]: reasoning_content and thinking hold different thoughts",
+        ),
+        ({"messages": [ASKED], "tools": "[{"}, "tools is no JSON"),
+        ({"messages": [ASKED], "tools": [{"type": "function"}]}, "tools[0] is no"),
+        ({"messages": [ASKED], "tools": {"a": 1}}, "tools is dict; it must be a list"),
+    ],
+)
+def test_a_row_that_cannot_be_read_says_where_and_why(row, message):
+    with pytest.raises(ValueError) as error:
+        read_row(row)
+    assert message in str(error.value)
+
+
+def test_what_an_api_dumps_beside_the_message_is_no_matter():
+    dumped = {**ANSWER, "refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+    assert read_row({"messages": [ASKED, dumped]}) == ([ASKED, ANSWER], None)
