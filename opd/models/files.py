@@ -62,7 +62,7 @@ def check_weights(name: str, folder: Path) -> list[str]:
     for file in [] if files else folder.glob("pytorch_model*.bin"):
         if _starts_as_pointer(file):
             raise ModelError(f"model.name = {name!r}: {file.name} is a pointer of Git LFS. Fetch it: git lfs pull.")
-    tensors = {tensor: entry for file in files for tensor, entry in _header(name, file).items()}
+    tensors = _entries(name, files)
     packed = [
         f"{tensor} ({entry['dtype']})"
         for tensor, entry in tensors.items()
@@ -71,6 +71,15 @@ def check_weights(name: str, folder: Path) -> list[str]:
     if packed:
         raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {name_few(packed)}. {UNQUANTISED}.")
     return list(tensors)
+
+
+def tensors_of(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return type, shape and place of each tensor in the safetensors of a folder. Raises ModelError as above."""
+    return _entries(name, _weight_files(name, folder))
+
+
+def _entries(name: str, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {tensor: entry for file in files for tensor, entry in _header(name, file).items()}
 
 
 def adapters_error(name: str) -> ModelError:

@@ -6,11 +6,10 @@ environment. What a checkpoint or an export holds is written here too.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
+from opd.models.export import Base, try_export, write_export
 from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.whole import check_finite, load_whole
 
@@ -41,6 +41,8 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     """The ids that end a turn by the model's own generation settings."""
+    base: Base = field(default_factory=Base)
+    """What it was loaded from, for its export."""
 
     @property
     def pad_id(self) -> int:
@@ -49,11 +51,11 @@ class Loaded:
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
 
-def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Loaded:
+def load(config: ModelConfig, *, device: str | torch.device | None = None, exports: bool = True) -> Loaded:
     """Load the model that `config.name` names, in evaluation mode, on `device` (a GPU if there is one).
 
     Raises ModelError when it cannot be loaded whole: its weights are quantised, missing, of another size, not finite,
-    or have no place in it; and when its tokenizer does not fit.
+    or have no place in it; when its tokenizer does not fit; and, if it `exports`, when an export of it would fail.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
@@ -70,12 +72,14 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None) -> Lo
     _check_vocabulary(model, tokenizer)
     model.to(device)
     check_finite(config.name, model)
-    model.generation_config.do_sample = True  # a saved folder with top_p and greedy decoding does not load cleanly
+    base = Base(folder, tokenizer, {}, config.trust_remote_code)
+    if exports:
+        try_export(config.name, model, tokenizer, base)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _with_lora(model, config)
     stops = model.generation_config.eos_token_id
-    return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops))
+    return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops), base)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -126,7 +130,7 @@ def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | Non
     plain = ModelConfig.model_validate(
         {"name": config.name, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
     )
-    teacher = load(plain, device=device).model
+    teacher = load(plain, device=device, exports=False).model
     if teacher.vocabulary < student.vocabulary:
         raise ModelError(
             f"the teacher {config.name!r} has {teacher.vocabulary} rows in its head, the student "
@@ -215,13 +219,8 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 
 
 def export(loaded: Loaded, folder: Path) -> None:
-    """Write a plain Hugging Face folder; adapters are merged into a copy, the training model stays as it is."""
-    model: Any = loaded.model.model
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    loaded.tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    """Write a plain Hugging Face folder, in place of what stands there; the training model stays as it is.
+
+    Raises ModelError where what was written is not the model.
+    """
+    write_export(loaded.model.model, loaded.tokenizer, loaded.base, folder)

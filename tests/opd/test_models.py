@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opd.errors import ConfigError, ModelError
 from opd.models.config import LoraConfig, ModelConfig
@@ -179,7 +179,7 @@ def test_an_export_that_fails_leaves_the_one_before(folder, tmp_path, monkeypatc
     def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(loaded.tokenizer), "save_pretrained", fails)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails)
     with pytest.raises(OSError, match="No space left"):
-        export(Loaded(loaded.model, loaded.tokenizer, []), tmp_path / "export")
+        export(loaded, tmp_path / "export")
     assert isinstance(load(ModelConfig(name=str(tmp_path / "export"))), Loaded)
