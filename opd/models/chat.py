@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.formats import Format, read_reply
 from opd.models.ends import Ends, find_ends
 from opd.models.glue import Glue, OnRewrite
-from opd.models.habits import Tools, opens_thought
+from opd.models.habits import Tools
 from opd.models.replies import Replies
 from opd.models.template import ChatTemplate
 from opd.types import Message, Segment, TeacherView, Trajectory
@@ -64,8 +64,7 @@ class ChatFormat:
         self.end_id = self.ends.answer
         """The id that ends an answer in this template; `ends.call` ends a call of tools."""
         self.stop_ids = self.ends.stops
-        prompt = self.template.render([{"role": "user", "content": "x"}], None, generate=True)
-        self.starts_thinking = opens_thought(prompt, self.format)
+        self.starts_thinking = self.template.habits.opens
         """The prompt opens a thought, which the model goes on with."""
 
     @property
@@ -146,6 +145,8 @@ class ChatFormat:
         """
         ids: list[int] = []
         rows: list[int] = []
+        before: list[Message] = []
+        said: Message = {}
         for number, turn in enumerate(segment.turns, start=segment.start):
             messages = rewrite(number, turn.messages)
             if messages == turn.messages and not template_kwargs:
@@ -153,11 +154,13 @@ class ChatFormat:
             elif number == segment.start:
                 ids += self.start(messages, trajectory.tools, **template_kwargs)
             else:
-                asked: list[Message] = [{"role": "user", "content": "x"}]
-                said: Message = {"role": "assistant", "content": trajectory.turns[number - 1].text}
-                ids += self._glue.ids(asked, said, messages, trajectory.tools, ids[-1], **template_kwargs)
+                ids += self._glue.ids(before, said, messages, trajectory.tools, ids[-1], **template_kwargs)
             if number == segment.start:
                 ids += opening
+                before = list(turn.messages)
+            else:
+                before += [said, *turn.messages]
+            said = {"role": "assistant", "content": turn.text}
             rows += range(len(ids) - 1, len(ids) - 1 + len(turn.completion_ids))
             ids += turn.completion_ids
         return TeacherView(token_ids=ids, rows=rows)

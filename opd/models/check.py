@@ -6,13 +6,15 @@ a row for a person for each question, and a sentence for each answer that a run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from opd.errors import ModelError
 from opd.formats import MalformedCall, read_reply
@@ -70,12 +72,7 @@ def check_text(
         report.facts |= {"renders": False}
         return report
     report.facts["renders"] = True
-    for key in chat.template_kwargs:
-        if key not in chat.template.source:
-            report.problems.append(
-                f"rollout.chat_template_kwargs.{key}: the chat template of {tokenizer.name_or_path!r} does not look at "
-                f"it, so that it would change nothing. Remove it, or see what the template names it"
-            )
+    _check_settings(report, chat)
     _check_calls(report, chat, tools=tools)
     _check_ends(report, chat, own_ends)
     _check_thoughts(report, chat)
@@ -84,6 +81,27 @@ def check_text(
     if chat.template.habits.dated:
         report.add("date", f"the template writes the day: {chat.date or 'by the clock'} (chat.date)")
     return report
+
+
+def _check_settings(report: Report, chat: ChatFormat) -> None:
+    """Check that the template looks at each setting that is passed to it."""
+    for key, value in chat.template_kwargs.items():
+        named = f"rollout.chat_template_kwargs.{key}"
+        if key not in _looked_at(chat.template.source):
+            report.problems.append(
+                f"{named}: the chat template of {chat.tokenizer.name_or_path!r} does not look at it, so that it would "
+                "change nothing. Remove it, or see what the template calls it"
+            )
+        elif isinstance(value, str) and value.lower() in ("true", "false"):
+            report.problems.append(f"{named} = {value!r} is a text, which counts as true. Write {value.lower()}")
+
+
+def _looked_at(source: str) -> Collection[str]:
+    """The names that a template takes from outside; where that cannot be told, all words of its text."""
+    try:
+        return set(_get_template_variables(source))
+    except Exception:  # a function of transformers that is not public
+        return set(re.findall(r"\w+", source))
 
 
 def show(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -124,8 +124,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, markup: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self._controls = control_strings(tokenizer)
-        self._guard = Guard(self._controls, markup)
+        self.controls = control_strings(tokenizer)
+        self._guard = Guard(self.controls, markup)
         self.guard, self.guard_all = self._guard.guard, self._guard.guard_all
         self.guard_message, self.mark, self.plain = self._guard.guard_message, self._guard.mark, self._guard.plain
 
@@ -202,7 +202,7 @@ class Encoder:
     @cached_property
     def _own(self) -> re.Pattern[str]:
         """Find the control strings of a rendered text that are the template's own."""
-        return _any_of(sorted(self._controls, key=lambda text: (-len(text), text)))
+        return _any_of(sorted(self.controls, key=lambda text: (-len(text), text)))
 
     @cached_property
     def _clone(self) -> tuple[Tokenizer, dict[int, int], dict[str, str]]:
@@ -217,7 +217,7 @@ class Encoder:
         secret = "".join(chr(0xE100 + int(digit, 16)) for digit in self._guard.nonce)
         for token in described["added_tokens"]:
             text = token["content"]
-            if text not in self._controls:
+            if text not in self.controls:
                 kept.append(text)
                 continue
             number = "".join(chr(0xE200 + int(digit)) for digit in f"{len(names):06d}")

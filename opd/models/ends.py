@@ -7,7 +7,7 @@ is the token that opens the next turn (GLM: `<|user|>` and `<|observation|>`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,16 +38,20 @@ class Ends:
     closers: frozenset[int]
     """Those that a template writes behind a turn and that say nothing of what follows. Where the model has ended its
     turn by another of `stops`, that one stands for them."""
+    wrappers: frozenset[int]
+    """Those that close an answer, and not the turn."""
+    is_blank: Callable[[int], bool]
+    """True for a token of white space."""
 
     def after(self, glue: list[int], last_id: int | None) -> list[int]:
         """The ids that are still to come behind a completion, given all that the template puts there.
 
-        Nothing is left out where the completion was cut, so that `last_id` is no end.
+        Nothing is left out where the completion was cut, so that `last_id` is no end. Only what stands first closes the
+        turn, white space and `wrappers` aside.
         """
         if last_id not in self.stops:
             return glue
-        known = self.stops | self.closers
-        at = next((n for n, token in enumerate(glue) if token in known), None)
+        at = next((n for n, token in enumerate(glue) if token not in self.wrappers and not self.is_blank(token)), None)
         if at is None or (glue[at] != last_id and glue[at] not in self.closers):
             return glue
         return glue[at + 1 :]
@@ -60,7 +64,9 @@ def find_ends(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, stop_i
     """
     eos = {tokenizer.eos_token_id} - {None}
     known = {*tokenizer.convert_tokens_to_ids(sorted(control_strings(tokenizer))), *eos, *stop_ids}
-    tails = _Tails(template, known, set(tokenizer.convert_tokens_to_ids(list(template.format.wrappers))))
+    unknown = {None, tokenizer.unk_token_id}
+    wrappers = set(tokenizer.convert_tokens_to_ids(list(template.format.wrappers))) - unknown
+    tails = _Tails(template, known, wrappers)
     answered = tails.of([_USER, {"role": "assistant", "content": _ANSWER}], _ANSWER)
     followed = tails.of([_USER, {"role": "assistant", "content": _ANSWER}, {**_USER, "content": _NEXT}], _ANSWER)
     if not (answered or followed):
@@ -70,21 +76,40 @@ def find_ends(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, stop_i
             "so that a sampler would not know where to stop; use a template with an end-of-turn token"
         )
     answer = (answered or followed)[0]
-    called: list[int] = []
-    returned: list[int] = []
-    habit = template.habits.calls
-    if habit is not None:
-        said = probe_reply(habit)
-        called = tails.of([_USER, said], VALUE, skip=habit.close)
-        returned = tails.of([_USER, said, result_of(said, _NEXT)], VALUE, skip=habit.close)
-    # What stands before a result ends the call where the model is known to stop at it, whatever closes a last call.
-    call = next((token for token in returned[:1] if token in stop_ids), next(iter(called or returned), answer))
-    call_text = habit.written if habit is not None else ""  # markup of a result's text, as of an argument's
-    added = tokenizer.added_tokens_decoder.items()
-    special = {number for number, token in added if token.special and str(token.content) not in call_text}
+    called, returned = _around_a_call(template, tails)
+    # What stands before a result ends the call where the model is known to stop at it, whatever closes a last call; and
+    # where nothing else ends any turn (GLM).
+    known_to_stop = [token for token in returned[:1] if token in stop_ids]
+    call = next(iter(known_to_stop or called or answered or returned), answer)
+    special = _special(tokenizer, template)
     opens = {tail[0] for tail in (followed, returned) if tail and not special.intersection(tail[1:])} - set(answered)
     closers = {tail[0] for tail in (answered, followed, called, returned) if tail} - opens
-    return Ends(answer=answer, call=call, stops=frozenset({answer, call, *eos, *stop_ids}), closers=frozenset(closers))
+    stops = frozenset({answer, call, *eos, *stop_ids})
+    return Ends(
+        answer=answer,
+        call=call,
+        stops=stops,
+        closers=frozenset(closers),
+        wrappers=frozenset(wrappers - stops),
+        is_blank=lambda token: not str(tokenizer.decode([token])).strip(),
+    )
+
+
+def _around_a_call(template: ChatTemplate, tails: _Tails) -> tuple[list[int], list[int]]:
+    """The control tokens behind a last call, and those between a call and its result."""
+    habit = template.habits.calls
+    if habit is None:
+        return [], []
+    said = probe_reply(habit)
+    called = tails.of([_USER, said], VALUE, skip=habit.close)
+    return called, tails.of([_USER, said, result_of(said, _NEXT)], VALUE, skip=habit.close)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> set[int]:
+    """The special tokens that are no markup of a call's or a result's text."""
+    call_text = template.habits.calls.written if template.habits.calls is not None else ""
+    added = tokenizer.added_tokens_decoder.items()
+    return {number for number, token in added if token.special and str(token.content) not in call_text}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,20 +13,19 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from opd.formats import FORMATS, Format, ToolCall, read_reply, write_call
 from opd.types import Message
 
 Tools = list[dict[str, Any]] | None
 Apply = Callable[..., str]
 """`apply(messages, tools=None, generate=False)`: what the template makes of these. Raises one of ERRORS."""
-ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-"""What a template, a program of strangers, raises where it refuses."""
+ERRORS = (Exception,)
+"""What a template, a program of strangers, raises where it refuses: anything."""
 
 VALUE = "opdValue"
 _NAME, _KEY, _RESULT, _THOUGHT, _ANSWER = "opd_probe", "opd_key", "opdResult", "opdThought", "opdAnswer"
 _USER: Message = {"role": "user", "content": "opdQuestion"}
+_SAID: Message = {"role": "assistant", "content": "opdAnswer"}
 PROBE = {
     "type": "function",
     "function": {
@@ -89,6 +88,10 @@ class Habits:
     """The format of replies: that of the calls, else the one whose markup the template or the tokenizer names."""
     thought_key: str | None
     """The key of a message whose text it renders as a thought; "content": it keeps a thought that stands there."""
+    opens: bool
+    """Its prompts open a thought, which the model goes on with."""
+    late_system: bool
+    """It shows a system message that stands later in a conversation."""
     dated: bool
     """It writes the date of the day."""
 
@@ -109,8 +112,30 @@ def read_habits(apply: Apply, known: frozenset[str], source: str, *, form: str |
         unread=unread,
         form=chosen,
         thought_key=_thought_key(apply, FORMATS[chosen]),
-        dated="strftime_now" in source or "date_string" in source or "datetime" in source,
+        opens=_opens(apply, FORMATS[chosen]),
+        late_system=_shows(apply, [_USER, _SAID, {"role": "system", "content": VALUE}, _USER], VALUE),
+        dated=_is_dated(apply),
     )
+
+
+def _opens(apply: Apply, form: Format) -> bool:
+    """True if a prompt ends within a thought, with tools on offer or without."""
+    for tools in (None, [PROBE]):
+        try:
+            if opens_thought(apply([_USER], tools=tools, generate=True), form):
+                return True
+        except ERRORS:
+            continue
+    return False
+
+
+def _is_dated(apply: Apply) -> bool:
+    """True if another day makes another prompt."""
+    try:
+        one, other = (apply([_USER], generate=True, strftime_now=lambda _, day=day: day) for day in ("one", "other"))
+    except ERRORS:
+        return False
+    return one != other
 
 
 def opens_thought(prompt: str, form: Format) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from opd.errors import ModelError
+from opd.formats import ToolCall
 from opd.models.ends import Ends
 from opd.models.habits import Tools, opens_thought
 from opd.models.template import ChatTemplate
@@ -31,9 +34,33 @@ class Replies:
         ids = self._template.encoder.encode_pair(prompt, text)
         end = self._ends.call if apart.get("tool_calls") else self._ends.answer
         last = max((n for n, token in enumerate(ids) if token == end), default=None)
-        if last is None:
-            return [*self._template.encoder.encode_pair(prompt, text.rstrip()), end]
-        return ids[: last + 1]
+        ids = [*self._template.encoder.encode_pair(prompt, text.rstrip()), end] if last is None else ids[: last + 1]
+        if any(token in self._ends.stops for token in ids[:-1]):
+            raise ModelError(
+                f"the chat template of {self._template.name!r} ends this message more than once, so that a model would "
+                "have stopped before its end: make each of its tool calls a message of its own"
+            )
+        self._check_calls(message, apart, self._template.encoder.plain(text), tools)
+        return ids
+
+    def _check_calls(self, message: Message, apart: Message, text: str, tools: Tools) -> None:
+        """Raise ModelError unless the calls of a message are read back from its text as they are."""
+        read = self._template.read(text, tools)
+        stored = [call["function"] for call in apart.get("tool_calls") or ()]
+        if not stored:
+            given = self._template.read(str(message.get("content") or ""), tools)
+            if tools and given.calls and self._template.habits.calls is not None:
+                raise ModelError(
+                    "a tool call in the text of this message cannot be read, or stands before other text; give it as "
+                    "tool_calls"
+                )
+            return
+        found = [(call.name, _as_text(call.arguments)) for call in read.calls if isinstance(call, ToolCall)]
+        if found != [(f["name"], _as_text(f.get("arguments"))) for f in stored]:
+            raise ModelError(
+                f"the chat template of {self._template.name!r} writes the tool calls of this message as "
+                f"{' '.join(text.split())[:200]!r}, which are not read back as they are"
+            )
 
     def unrendered(self, before: list[Message], message: Message, tools: Tools, keys: Sequence[str]) -> list[str]:
         """Those of a message's keys that change nothing in what the template renders. Raises ModelError."""
@@ -41,7 +68,9 @@ class Replies:
         def shown(given: Message) -> str:
             if given["role"] == "assistant":
                 return self._reply_text(before, given, tools)
-            return self._template.render([*before, given], tools, generate=False)
+            # A system message shows once somebody has spoken.
+            after: list[Message] = [{"role": "user", "content": "x"}] if given["role"] == "system" else []
+            return self._template.render([*before, given, *after], tools, generate=False)
 
         whole = shown(message)
         return [key for key in keys if shown({k: v for k, v in message.items() if k != key}) == whole]
@@ -55,7 +84,7 @@ class Replies:
         asked: list[Message] = [{"role": "user", "content": "x"}]
         for before in (history, asked):
             prompt = self._template.render(before, tools, generate=True)
-            whole = self._template.render([*before, said], tools, generate=False)
+            whole = self._template.render_strictly([*before, said], tools, generate=False)
             if (text := self._text_behind(prompt, whole, said)) is not None:
                 return text
         why = ": the prompt closes the thought, and the message holds one" if said.get("reasoning_content") else ""
@@ -80,3 +109,9 @@ class Replies:
                 return rest.lstrip().removeprefix(opened.strip()).lstrip("\n")
             return f"{self._template.encoder.guard(thought)}\n{closed}\n\n{rest.lstrip()}"
         return None if thought else rest
+
+
+def _as_text(arguments: Any) -> dict[str, str]:
+    """Arguments, each as a format without types would write it."""
+    given = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (given or {}).items()}

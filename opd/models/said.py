@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from opd.errors import ModelError
 from opd.formats import Format, Reply, ToolCall, read_reply, write_call
+from opd.formats.form import ENDS
 from opd.models.encoding import Encoder
 from opd.models.habits import Habits
 from opd.types import Message
@@ -24,23 +25,26 @@ class Said:
         self.format = form
         self.encoder = encoder
 
-    def taken_apart(self, message: Message, names: Iterable[str] = ()) -> Message:
+    def taken_apart(self, message: Message, names: Collection[str] = ()) -> Message:
         """An assistant's message with its thought and its calls as keys of their own, where the template renders these.
 
-        A message that already has such keys, and one whose calls cannot be read, come back as they are.
+        A thought is one that the text begins with; calls are those that it ends with, where tools of these names are on
+        offer. All else stays as it stands, as do a message with such keys and one whose calls cannot be read.
         """
         if message.get("tool_calls") or any(message.get(key) for key in THOUGHT_KEYS):
             return message
-        reply = self.read(str(message.get("content") or ""), names)
-        calls = [call for call in reply.calls if isinstance(call, ToolCall)]
-        if len(calls) < len(reply.calls):
-            return message
+        text = self._without_end(str(message.get("content") or ""))
+        reply = self.read(text, names)
+        calls = [call for call in reply.calls if isinstance(call, ToolCall)] if names else []
+        if len(calls) < len(reply.calls) or (calls and text[reply.end :].strip()):
+            calls = []
+        thought, rest = (reply.thought, reply.content) if self._is_wrapped(text) else self._after_thought(text)
         as_it_stands = self.habits.calls is None if calls else self.habits.thought_key == "content"
-        if (calls or reply.thought) and as_it_stands:
-            return message
-        apart: Message = {**message, "content": reply.content}
-        if reply.thought:
-            apart["reasoning_content"] = reply.thought
+        if (calls or thought) and as_it_stands:
+            return {**message, "content": text}
+        apart: Message = {**message, "content": reply.content if calls else rest}
+        if thought:
+            apart["reasoning_content"] = thought
         if calls:
             apart["tool_calls"] = [
                 {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
@@ -48,17 +52,40 @@ class Said:
             ]
         return apart
 
-    def read(self, text: str, names: Iterable[str] = ()) -> Reply:
+    def read(self, text: str, names: Collection[str] = ()) -> Reply:
         """Take a reply of the assistant apart; `names` are the tools on offer."""
-        return read_reply(text, self.format.name, starts_thinking=self._begins_in_a_thought(text), names=tuple(names))
+        starts_thinking = self.habits.opens and self._closes_a_thought(text) is not None
+        return read_reply(text, self.format.name, starts_thinking=starts_thinking, names=tuple(names))
 
-    def _begins_in_a_thought(self, text: str) -> bool:
-        """True if the text closes a thought that the prompt before it has opened."""
+    def _after_thought(self, text: str) -> tuple[str | None, str]:
+        """Split a text behind the thought that it begins with, or that the prompt has opened; None without one."""
+        bare = text.lstrip()
+        for opened, closed in self.format.thought:
+            if bare.startswith(opened.strip()) and (at := bare.find(closed.strip())) >= 0:
+                thought = bare[len(opened.strip()) : at].strip("\n")
+                return thought, bare[at + len(closed.strip()) :].lstrip("\n")
+        if self.habits.opens and (found := self._closes_a_thought(text)):
+            at, closed = found
+            return text[:at].strip("\n"), text[at + len(closed) :].lstrip("\n")
+        return None, text
+
+    def _closes_a_thought(self, text: str) -> tuple[int, str] | None:
+        """Find where a text closes a thought that it has not opened, and the marker."""
         for opened, closed in self.format.thought:
             at = text.find(closed.strip())
             if at >= 0 and opened.strip() not in text[:at]:
-                return True
-        return False
+                return at, closed.strip()
+        return None
+
+    def _is_wrapped(self, text: str) -> bool:
+        """True if the text has the markup that its format puts around every part of a reply."""
+        return self.format.whole is not None and any(marker in text for marker in self.format.markers)
+
+    def _without_end(self, text: str) -> str:
+        """Cut the token that ends a turn, if the text has it."""
+        bare = text.rstrip()
+        end = next((end for end in ENDS if bare.endswith(end) and end in self.encoder.controls), None)
+        return text if end is None else bare.removesuffix(end)
 
     def put(self, message: Message) -> Message:
         """An assistant's message, guarded, with the keys that the template knows."""
@@ -86,9 +113,12 @@ class Said:
         calls = message.get("tool_calls") or ()
         functions = [call["function"] for call in calls]
         written = [write_call(f["name"], _as_dict(f["arguments"]), self.format.name) for f in functions]
-        said = "\n".join([*([message["content"]] if message.get("content") else []), *written])
+        if not calls:
+            return message
+        said = ("; " if self.format.bare else "\n").join(written)
+        said = f"{message['content']}\n{said}" if message.get("content") else said
         kept = {key: value for key, value in message.items() if key != "tool_calls"}
-        return {**kept, "content": said} if calls else message
+        return {**kept, "content": said}
 
     def _unwrapped(self, text: str) -> str:
         """An answer without the markers that its format puts around it, and that the template writes itself."""
@@ -113,7 +143,7 @@ class Said:
         arguments = self.encoder.guard_all(_as_dict(call["function"].get("arguments")))
         given = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
         function = {"name": self.encoder.guard(str(call["function"]["name"])), "arguments": given}
-        return {"type": "function", "id": call["id"], "function": function}
+        return {"type": "function", "id": self.encoder.guard(str(call["id"])), "function": function}
 
 
 def _as_dict(arguments: Any) -> Any:

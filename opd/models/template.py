@@ -6,8 +6,10 @@ of markup in it. Token ids, and where a conversation goes on, are the business o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date as Date
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +20,10 @@ from opd.models.encoding import Encoder, control_strings
 from opd.models.habits import ERRORS, Tools, read_habits
 from opd.models.wording import Wording
 from opd.types import Message
+
+_OURS = frozenset(
+    {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "conversation"}
+)
 
 
 class ChatTemplate:
@@ -44,6 +50,8 @@ class ChatTemplate:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template; "
                 "use an instruction-tuned model, or set tokenizer.chat_template and save it beside the model"
             )
+        for key in _OURS.intersection(kwargs):
+            raise ModelError(f"rollout.chat_template_kwargs.{key}: a run passes this itself. Remove it")
         self._tokenizer = tokenizer
         self.name = str(tokenizer.name_or_path)
         self._kwargs = kwargs if date is None else {**_on_the_day(date), **kwargs}
@@ -57,9 +65,24 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: Tools, *, generate: bool, **template_kwargs: Any) -> str:
         """The text of a conversation, guarded; with `generate` up to where the assistant speaks. Raises ModelError."""
+        return self._render(messages, tools, self._wording.of(messages, tools), generate=generate, **template_kwargs)
+
+    def render_strictly(self, messages: list[Message], tools: Tools, *, generate: bool) -> str:
+        """The same as `render`, in no other words than the template's own. Raises ModelError where it refuses them."""
+        return self._render(messages, tools, islice(self._wording.of(messages, tools), 1), generate=generate)
+
+    def _render(
+        self,
+        messages: list[Message],
+        tools: Tools,
+        wordings: Iterable[list[Message]],
+        *,
+        generate: bool,
+        **template_kwargs: Any,
+    ) -> str:
         shown = self.encoder.guard_all(tools) if tools and self.habits.tools else None
         refused: Exception | None = None
-        for plain in self._wording.of(messages, tools):
+        for plain in wordings:
             try:
                 return self._apply(plain, tools=shown, generate=generate, **template_kwargs)
             except ERRORS as error:

@@ -211,9 +211,18 @@ def test_helping_out_leaves_the_messages_themselves_alone(make_chat):
     assert messages == [{"role": "system", "content": "s"}, USER]
 
 
+def test_messages_of_the_user_are_joined_where_roles_must_alternate(make_chat, decode):
+    assert decode(make_chat("strict").start([USER, user("Please.")])) == (
+        "<|im_start|>user\nHow many?\n\nPlease.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    chat = make_chat("strict")
+    added = chat.extend([USER, said("x")], [tool("42"), user("Go on.")], TOOLS, last_id=chat.end_id)
+    assert decode(added.token_ids) == "\n<|im_start|>user\n42\n\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_template_that_refuses_the_roles_says_which(make_chat):
-    with pytest.raises(ModelError, match=r"refuses the roles user, user: roles must alternate"):
-        make_chat("strict").start([USER, USER])
+    with pytest.raises(ModelError, match=r"refuses the roles assistant, user: roles must alternate"):
+        make_chat("strict").start([said("Hello."), USER])
 
 
 def test_a_tokenizer_without_a_template_is_refused(make_chat):

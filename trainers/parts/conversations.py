@@ -32,7 +32,8 @@ def read_conversations(path: Path, chat: ChatFormat, *, leave_out: Collection[st
     Raises DataError, with the line's number, for a line that is no conversation with something to learn.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold other line breaks of Unicode as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     reader = _Reader(chat, frozenset(leave_out))
@@ -54,59 +55,38 @@ class _Reader:
     chat: ChatFormat
     leave_out: frozenset[str]
     left_out: set[str] = field(default_factory=set)
-    _rendered: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
-    """The keys that the template does not render of a message with these keys."""
+    _whole: set[tuple[Any, ...]] = field(default_factory=set)
+    """The shapes of messages of which the template has rendered every key."""
 
     def conversation(self, row: Any, number: int) -> Trajectory:
         """Return the conversation of line `number` as an episode. Raises ValueError where there is nothing to learn."""
         messages, tools = read_row(row)
-        history: list[Message] = []
-        new: list[Message] = []
-        turns: list[Turn] = []
+        _check_text(messages)
+        spoken = _Spoken(self.chat, tools)
         for place, message in enumerate(messages):
+            learned = message.pop("weight", 1)
             if message["role"] == "assistant":
                 message = self.chat.template.taken_apart(message, tools)
-            shown = self._rendered_part(place, message, [*history, *new], tools)
-            if shown["role"] != "assistant":
-                new.append(shown)
-                continue
-            if not new:
-                raise ValueError("the assistant speaks first, or twice in a row")
-            turns.append(self._turn(history, new, shown, tools, turns))
-            history += [*new, shown]
-            new = []
-        if not turns:
+            shown = self._rendered_part(place, message, [*spoken.history, *spoken.new], tools)
+            if shown["role"] == "assistant":
+                spoken.say(shown, learned=bool(learned))
+            else:
+                spoken.new.append(shown)
+        if not spoken.turns:
             raise ValueError("there is no message of an assistant to learn from")
         task = Task(index=number, seed=number, split="file")
-        success = bool(row.get("success", True))
-        return Trajectory(task=task, member=0, turns=turns, end=End.FINISHED, tools=tools, success=success)
-
-    def _turn(self, history: list[Message], new: list[Message], said: Message, tools: Any, turns: list[Turn]) -> Turn:
-        """Return a turn whose completion is an assistant's message."""
-        if turns:
-            last = turns[-1].completion_ids[-1]
-            prompt = self.chat.extend(history, new, tools, last_id=last)
-            prompt_ids, forked = prompt.token_ids, prompt.forked
-        else:
-            prompt_ids, forked = self.chat.start(new, tools), False
-        ids = self.chat.spoken([*history, *new], said, tools)
-        return Turn(
-            prompt_ids=prompt_ids,
-            completion_ids=ids,
-            logprobs=[float("nan")] * len(ids),  # nobody sampled it
-            stop_reason=StopReason.STOP,
-            messages=[*history, *new] if forked else new,
-            text=self.chat.text(ids),
-            forked=forked,
-        )
+        success = row.get("success") in (None, True) or bool(row["success"])
+        return Trajectory(task=task, member=0, turns=spoken.turns, end=End.FINISHED, tools=tools, success=success)
 
     def _rendered_part(self, place: int, message: Message, before: list[Message], tools: Any) -> Message:
         """Return what the template renders of a message. Raises ValueError where it is not all, and nobody said so."""
-        shape = (message["role"], *sorted(key for key in message if message[key]))
-        if shape not in self._rendered:
-            keys = [key for key in message if self._looked_for(message, key)]
-            self._rendered[shape] = self.chat.replies.unrendered(before, message, tools, keys) if keys else []
-        missing = self._rendered[shape]
+        keys = [key for key in message if self._looked_for(message, key)]
+        shape = (message["role"], bool(before), *sorted(keys))
+        if not keys or shape in self._whole:
+            return message
+        missing = self.chat.replies.unrendered(before, message, tools, keys)
+        if not missing:
+            self._whole.add(shape)
         if kept := [key for key in missing if key not in self.leave_out]:
             raise ValueError(
                 f"messages[{place}]: the model's chat template does not render {', '.join(kept)}, so that it would not "
@@ -116,6 +96,61 @@ class _Reader:
         return {key: value for key, value in message.items() if key not in missing}
 
     def _looked_for(self, message: Message, key: str) -> bool:
-        beside_calls = key == "content" and bool(message.get("tool_calls"))
-        a_name = key == "name" and message["role"] != "tool"
-        return bool(message[key]) and (key not in _LINKS or beside_calls or a_name)
+        """True for a key that says something, and that nobody would see missing."""
+        if key == "content":
+            return bool(message[key]) and (message["role"] != "assistant" or bool(message.get("tool_calls")))
+        if key in _LINKS:
+            return key == "name" and message["role"] != "tool" and bool(message[key])
+        return message[key] not in ("", [], {})
+
+
+@dataclass
+class _Spoken:
+    """A conversation that grows message by message."""
+
+    chat: ChatFormat
+    tools: Any
+    history: list[Message] = field(default_factory=list)
+    new: list[Message] = field(default_factory=list)
+    """What was said since the assistant spoke."""
+    turns: list[Turn] = field(default_factory=list)
+    _unlearned: list[int] = field(default_factory=list)
+    """Ids since the last turn that is learned, of messages that are only read."""
+    _last_id: int | None = None
+
+    def say(self, said: Message, *, learned: bool) -> None:
+        """Add what the assistant says. Raises ValueError where nobody has spoken before it."""
+        if not self.new:
+            raise ValueError("the assistant speaks first, or twice in a row")
+        forked = False
+        if self.history:
+            prompt = self.chat.extend(self.history, self.new, self.tools, last_id=self._last_id)
+            prompt_ids, forked = prompt.token_ids, prompt.forked
+        else:
+            prompt_ids = self.chat.start(self.new, self.tools)
+        ids = self.chat.spoken([*self.history, *self.new], said, self.tools)
+        before = prompt_ids if forked else [*self._unlearned, *prompt_ids]
+        self._unlearned = [] if learned else [*before, *ids]
+        if learned:
+            self.turns.append(
+                Turn(
+                    prompt_ids=before,
+                    completion_ids=ids,
+                    logprobs=[float("nan")] * len(ids),  # nobody sampled it
+                    stop_reason=StopReason.STOP,
+                    messages=[*self.history, *self.new] if forked else self.new,
+                    text=self.chat.text(ids),
+                    forked=forked and bool(self.turns),
+                )
+            )
+        self.history += [*self.new, said]
+        self.new = []
+        self._last_id = ids[-1]
+
+
+def _check_text(messages: list[Message]) -> None:
+    """Raise ValueError for text that no tokenizer takes."""
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None

@@ -55,13 +55,22 @@ def _message(message: Any) -> Message:
         if role != "assistant":
             raise ValueError(f"tool_calls are an assistant's, and this message is of role {role}")
         made["tool_calls"] = calls
+    if "weight" in given:
+        made["weight"] = _weight(given.pop("weight"), made["role"])
     return made | {key: value for key, value in given.items() if not (key in _SAYS_NOTHING and not value)}
+
+
+def _weight(weight: Any, role: str) -> int:
+    """Return the weight of a message, as OpenAI's files have it: 0 for one that is read and not learned."""
+    if role != "assistant" or weight not in (0, 1):
+        raise ValueError(f"weight = {weight!r}; an assistant's message may have 0 (read, not learned) or 1")
+    return int(weight)
 
 
 def _thought(given: dict[str, Any]) -> str:
     """Take the thought out of a message's keys."""
     found = {key: given.pop(key) for key in _THOUGHTS if key in given}
-    thoughts = {_text(value, key) for key, value in found.items() if value}
+    thoughts = {text for key, value in found.items() if value and (text := _text(value, key)).strip()}
     if len(thoughts) > 1:
         raise ValueError(f"{' and '.join(found)} hold different thoughts; keep one of them")
     return next(iter(thoughts), "")
@@ -97,18 +106,20 @@ def _calls(calls: Any) -> list[Message]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if function is None or not isinstance(name, str) or not name:
             raise ValueError(f'tool_calls[{number}] is no {{"function": {{"name": ..., "arguments": ...}}}}')
-        arguments = _json(function.get("arguments"), f"tool_calls[{number}].function.arguments")
+        stored = function.get("arguments")
+        arguments = _json(stored, f"tool_calls[{number}].function.arguments")
         if not isinstance(arguments, Mapping | None):
             raise ValueError(f"tool_calls[{number}].function.arguments is no object, but {arguments!r:.80}")
-        made.append(
-            {"type": "function", "id": call.get("id"), "function": {"name": name, "arguments": _given(arguments)}}
-        )
+        # Nulls of a dict are Arrow's, which gives each call the arguments of all; those of JSON text are the model's.
+        given = dict(arguments or {}) if isinstance(stored, str) else _given(arguments)
+        made.append({"type": "function", "id": call.get("id"), "function": {"name": name, "arguments": given}})
     return made
 
 
 def _given(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return arguments, without the nulls with which Arrow fills up a column of different tools' arguments."""
-    return {key: value for key, value in (arguments or {}).items() if value is not None}
+    """Return arguments without nulls, with which Arrow fills up a column of different tools' arguments."""
+    given: dict[str, Any] = _without_nulls(arguments or {})
+    return given
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -142,6 +153,10 @@ def _json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
+        return json.loads(value, parse_constant=_no_number) if value.strip() else None
     except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
