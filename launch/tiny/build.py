@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -50,6 +50,8 @@ from opd.teachers.privileged import (
 from opd.types import Message, Sample, Task
 
 _SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+Write = Callable[[Recipe, int], "EpisodeWriter"]
+"""Makes the writer of a warm start's episodes from the recipe and the seed; by default it is `EpisodeWriter`."""
 _WINDOW = 4  # batches whose episodes are sorted by length together, so that little is padding
 
 
@@ -61,15 +63,30 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     """
     if name not in RECIPES:
         raise ConfigError(f"model.name = 'tiny:{name}' is unknown. Allowed: {', '.join(f'tiny:{n}' for n in RECIPES)}")
-    recipe = RECIPES[name]
+    return build_kept(name, RECIPES[name], seed=seed, steps=steps, quiet=quiet)
+
+
+def build_kept(
+    name: str,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    quiet: bool = False,
+    write: Write | None = None,
+) -> Path:
+    """Return the folder of a recipe's model, built if it is not in the cache; its name begins with `name`.
+
+    It is as safe as `build_tiny`. The digest in the folder's name sees of `write` what its `first_task` returns.
+    """
     steps = recipe.steps if steps is None else steps
-    folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(recipe, seed, steps)}"
+    folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(recipe, seed, steps, write)}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _build(aside, recipe, seed=seed, steps=steps, quiet=quiet)
+        _build(aside, recipe, seed=seed, steps=steps, quiet=quiet, write=write)
         aside.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
@@ -79,13 +96,13 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     return folder
 
 
-def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> None:
-    model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet)
+def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int, quiet: bool, write: Write | None) -> None:
+    model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet, write=write)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
+def _fingerprint(recipe: Recipe, seed: int, steps: int, write: Write | None = None) -> str:
     """Return a text that changes with all the model depends on and with nothing else: a stale cache is a wrong result.
 
     That is the code that `_build` runs, what it makes of the first task, the recipe, and the packages that it computes
@@ -93,7 +110,7 @@ def _fingerprint(recipe: Recipe, seed: int, steps: int) -> str:
     """
     code = {_definition(made) for made in (_build, type(recipe.env()), recipe.env, recipe.plain)}
     values = [(f.name, getattr(recipe, f.name)) for f in fields(recipe) if f.name not in ("env", "plain")]
-    first = EpisodeWriter(recipe, seed).first_task()
+    first = (write or EpisodeWriter)(recipe, seed).first_task()
     packages = [torch.__version__, transformers.__version__, tokenizers.__version__, np.__version__]
     parts = (definitions.digest(sorted(code)), values, first, seed, steps, packages)
     return sha256(repr(parts).encode()).hexdigest()[:16]
@@ -105,21 +122,23 @@ def _definition(made: Any) -> definitions.Name:
 
 
 def warm_start(
-    recipe: Recipe, *, seed: int, steps: int, quiet: bool = False
+    recipe: Recipe, *, seed: int, steps: int, quiet: bool = False, write: Write | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train a new model on `steps` batches of scripted episodes, on one thread; return it with its tokenizer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small gain little from a second one, which any other process stalls
     try:
-        return _train(recipe, seed=seed, steps=steps, quiet=quiet)
+        return _train(recipe, (write or EpisodeWriter)(recipe, seed), seed=seed, steps=steps, quiet=quiet)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(recipe: Recipe, *, seed: int, steps: int, quiet: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    writer = EpisodeWriter(recipe, seed)
+def _train(
+    recipe: Recipe, writer: EpisodeWriter, *, seed: int, steps: int, quiet: bool
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(derive_seed("tiny", seed))
     model = _new_model(writer.tokenizer)
+    model.generation_config.eos_token_id = writer.stop_ids
     student = CausalModel(model)
     optimizers = _optimizers(model, *recipe.rates)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -193,6 +212,8 @@ class _Episode:
     """A scripted episode, played."""
 
     actions: list[str]
+    texts: list[str]
+    """The actions as the model writes them."""
     answers: list[list[Message]]
     """The environment's answer to each action but the one that ended the episode."""
     feedback: str | None
@@ -201,13 +222,16 @@ class _Episode:
     def text(self) -> str:
         """Return it as it stands in a teacher's prompt."""
         spoken: list[Message] = []
-        for action, answer in zip(self.actions, self.answers, strict=True):
-            spoken += [{"role": "assistant", "content": action}, *answer]
+        for text, answer in zip(self.texts, self.answers, strict=True):
+            spoken += [{"role": "assistant", "content": text}, *answer]
         return episode_text(spoken)
 
 
 class EpisodeWriter:
-    """Writes scripted episodes as samples, tokenised piece by piece as rollouts are."""
+    """Writes scripted episodes as samples, tokenised piece by piece as rollouts are.
+
+    A subclass may make another tokenizer and another chat format, and say the scripted actions otherwise.
+    """
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.rng = np.random.default_rng(derive_seed("warm start", seed))
@@ -218,15 +242,20 @@ class EpisodeWriter:
         self._seed = seed
         self.written = 0
         self._first, self._tools, _ = self._reset(task(0, split="warm", run_seed=seed))
-        self.tokenizer = _tokenizer(recipe, self._first, self._tools)
-        self._chat = ChatFormat(self.tokenizer, on_rewrite="append")
+        self.tokenizer = self._new_tokenizer(recipe)
+        self._chat = self._new_chat()
         self._glue: dict[str, list[int]] = {}
 
     @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    def first_task(self) -> tuple[str, str, list[int]]:
+    @property
+    def stop_ids(self) -> int | list[int]:
+        """What the model's generation settings say of where a text ends."""
+        return int(self.tokenizer.eos_token_id)
+
+    def first_task(self) -> tuple[Any, ...]:
         """Return the tokenizer, its template, and the ids of the first task's prompt."""
         backend = self.tokenizer.backend_tokenizer.to_str()
         return backend, str(self.tokenizer.chat_template), self._chat.start(self._first, self._tools)
@@ -243,8 +272,8 @@ class EpisodeWriter:
         ids = self._chat.start(seen, tools)
         mask = [0] * len(ids)
         for action, answer in zip(right.actions, right.answers, strict=True):
-            said = [*self._chat.encode(action), self._chat.end_id]
-            glue = self._glue_of(answer)
+            said = self._said(action)
+            glue = self._glue_of(action, answer, said[-1])
             ids += said + glue
             mask += [1] * len(said) + [0] * len(glue)
         return _supervised(ids, mask)
@@ -277,22 +306,39 @@ class EpisodeWriter:
 
     def _play(self, actions: list[str]) -> _Episode:
         """Play the episode in which the policy says `actions`, from the reset on."""
-        answers: list[list[Message]] = []
+        texts, answers = [self._native(action) for action in actions], list[list[Message]]()
         over, info = False, {}
-        for action in actions:
+        for text in texts:
             assert not over, "a scripted episode goes on after its end"
-            observation, _, over, _, info = self._env.step(action)
+            observation, _, over, _, info = self._env.step(text)
             answers.append([] if over else messages_of(observation, info))
-        return _Episode(actions, answers, info.get("feedback"))
+        return _Episode(actions, texts, answers, info.get("feedback"))
 
-    def _glue_of(self, messages: list[Message]) -> list[int]:
+    # -- how the model speaks -------------------------------------------------------------------------
+
+    def _new_tokenizer(self, recipe: Recipe) -> PreTrainedTokenizerFast:
+        return _tokenizer(recipe, self._first, self._tools)
+
+    def _new_chat(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, on_rewrite="append")
+
+    def _native(self, action: str) -> str:
+        """Return a scripted action as the model writes it."""
+        return action
+
+    def _said(self, action: str) -> list[int]:
+        """Return the ids of a scripted action, with the one that ends the turn."""
+        return [*self._chat.encode(action), self._chat.end_id]
+
+    def _glue_of(self, action: str, messages: list[Message], last_id: int) -> list[int]:
         """Return the ids after a completion, up to where the assistant speaks again; rendered once for each text."""
         if not messages:
             return []
-        key = repr(messages)
+        key = repr((messages, last_id))
         if key not in self._glue:
-            asked: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-            self._glue[key] = self._chat.extend(asked, messages, self._tools, last_id=self._chat.end_id).token_ids
+            said: Message = {"role": "assistant", "content": self._native(action)}
+            asked: list[Message] = [{"role": "user", "content": "x"}, said]
+            self._glue[key] = self._chat.extend(asked, messages, self._tools, last_id=last_id).token_ids
         return self._glue[key]
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a tiny model: byte-level BPE over a world's own words, and a ChatML template with tools.
+"""The tokenizer of a tiny model: byte-level BPE over a world's own words, and a chat template with tools: ChatML's.
 
 A model of half a million parameters learns in a minute only if an episode is short and a word has one id
 wherever it stands. So what is the same in every episode (JSON around a call's arguments, the sentences
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,8 +46,26 @@ CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 _ROLES = tuple(f"{START}{role}\n" for role in ("system", "user", "assistant", "tool"))
+# The newline after an end-of-turn token is never sampled, so it may as well go with what follows.
+_PIECES = (*_ROLES, *(f"\n{role}" for role in _ROLES))
 _CHUNKS = r"\d|[^\W\d_]+|[\W_]+"
 """A digit, a word without the space before it, or whatever stands between words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """Says how conversations are written: a chat template, and the tokens that its markup is made of."""
+
+    special: tuple[str, ...]
+    """Tokens that are marked as special."""
+    end: str
+    """The one of them that ends a text."""
+    template: str
+    pieces: tuple[str, ...] = ()
+    """Further markup, one token each."""
+
+
+CHATML = Dialect(special=(START, END), end=END, template=CHAT_TEMPLATE, pieces=_PIECES)
 
 
 def call_pieces(tools: Iterable[dict[str, Any]]) -> list[str]:
@@ -59,7 +78,7 @@ def call_pieces(tools: Iterable[dict[str, Any]]) -> list[str]:
     return pieces
 
 
-def build_tokenizer(words: Sequence[str], pieces: Sequence[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str], pieces: Sequence[str], dialect: Dialect = CHATML) -> PreTrainedTokenizerFast:
     """Make a tokenizer that gives each of `words` one id, and each of the fixed `pieces`; other text falls to bytes.
 
     Raises ValueError when a piece is not ASCII: the byte-level decoder would not give it back.
@@ -78,19 +97,18 @@ def build_tokenizer(words: Sequence[str], pieces: Sequence[str]) -> PreTrainedTo
     trainer = trainers.BpeTrainer(
         vocab_size=65_536,  # no limit: merges end when every word is one id
         min_frequency=1,
-        special_tokens=[PAD, START, END],
+        special_tokens=[PAD, *dialect.special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(set(words)), trainer)
-    # The newline after an end-of-turn token is never sampled, so it may as well go with what follows.
-    fixed = [*_ROLES, *(f"\n{role}" for role in _ROLES), *pieces]
+    fixed = [*dialect.pieces, *pieces]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(fixed)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
-        eos_token=END,
-        chat_template=CHAT_TEMPLATE,
+        eos_token=dialect.end,
+        chat_template=dialect.template,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
