@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.errors import ModelError
 from opd.maths.head import Head, Projection, Projector
+from opd.models.description import is_dropout
 
 
 class CausalModel(nn.Module):
@@ -25,6 +26,7 @@ class CausalModel(nn.Module):
         self.model = model
         layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
         self._checkpointed = list(layers)
+        self._dropping = [(name, m) for name, m in model.named_modules() if _drops(m)]
         self.gather_head: Callable[[], None] = _gather_nothing
         """Makes `head_parameters` whole while this micro-batch needs them; set where weights are sharded."""
         self.release: Callable[[], None] = _gather_nothing
@@ -65,7 +67,18 @@ class CausalModel(nn.Module):
         # only the layers themselves are told, until the engine's next `eval()`, since the backward pass looks too.
         for layer in self._checkpointed:
             layer.training = torch.is_grad_enabled()
+        self._check_nothing_drops()
         return self.hidden(input_ids).flatten(0, 1)[rows]
+
+    def _check_nothing_drops(self) -> None:
+        """Raise ModelError where a part of the model would leave something out at random: other losses, in silence."""
+        for name, module in self._dropping:
+            if module.training:
+                raise ModelError(
+                    f"{name} of {type(self._transformer).__name__} would drop out at random while training: its "
+                    "dropout is not off, and with gradient checkpointing it would come on. Set it to 0 in the "
+                    "model's config, or train without model.gradient_checkpointing"
+                )
 
     def hidden(
         self,
@@ -135,6 +148,13 @@ def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
     """Compute logits as a model does itself, in the head's type."""
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _drops(module: nn.Module) -> bool:
+    """True if a module leaves something out at random once it is in training mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(is_dropout(name, value) for name, value in vars(module).items())
 
 
 def _gather_nothing() -> None:

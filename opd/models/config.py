@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from opd.config import Strict
+from opd.models.description import Attention
 
 
 class LoraConfig(Strict):
@@ -33,6 +34,11 @@ class ModelConfig(Strict):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto", description="Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."
+    )
+    attention: Attention = Field(
+        "auto",
+        description="How attention is computed; auto is eager where the model caps its scores (Gemma 2), since sdpa "
+        "would leave that out, and what transformers prefers elsewhere.",
     )
     lora: LoraConfig | None = Field(None, description="Train adapters instead of all weights.")
     gradient_checkpointing: bool = Field(

@@ -20,6 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
+from opd.models.description import attention_of, drop_nothing
 from opd.models.export import Base, try_export, write_export
 from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.whole import check_finite, load_whole
@@ -66,13 +67,16 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     folder = None if "gguf_file" in options else _check_files(config.name, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        described = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
-    model = load_whole(config.name, source, dtype, options, folder)
+    if attention := attention_of(config.name, described, config.attention):
+        options["attn_implementation"] = attention
+    base = Base(folder, tokenizer, drop_nothing(described), config.trust_remote_code)
+    model = load_whole(config.name, source, dtype, options | {"config": described}, folder)
     _check_vocabulary(model, tokenizer)
     model.to(device)
     check_finite(config.name, model)
-    base = Base(folder, tokenizer, {}, config.trust_remote_code)
     if exports:
         try_export(config.name, model, tokenizer, base)
     if config.gradient_checkpointing:
@@ -127,9 +131,8 @@ def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | Non
     Raises ModelError when it cannot be loaded, or knows fewer ids than the student.
     """
     dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
-    plain = ModelConfig.model_validate(
-        {"name": config.name, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
-    )
+    kept = {"attention": config.attention, "trust_remote_code": config.trust_remote_code}
+    plain = ModelConfig.model_validate({"name": config.name, "dtype": dtype} | kept)
     teacher = load(plain, device=device, exports=False).model
     if teacher.vocabulary < student.vocabulary:
         raise ModelError(

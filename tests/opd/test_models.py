@@ -1,14 +1,28 @@
 """Loading and exporting: folders made on the spot. Not covered: hubs, and SmolLM2's package (`tests/launch`)."""
 
+import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from opd.errors import ConfigError, ModelError
+from opd.models.causal import CausalModel
 from opd.models.config import LoraConfig, ModelConfig
-from opd.models.loading import Loaded, export, load
+from opd.models.description import dropouts
+from opd.models.loading import Loaded, export, load, load_teacher
 
 IDS = torch.arange(5, 25)[None]
 
@@ -183,3 +197,94 @@ def test_an_export_that_fails_leaves_the_one_before(folder, tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         export(loaded, tmp_path / "export")
     assert isinstance(load(ModelConfig(name=str(tmp_path / "export"))), Loaded)
+
+
+# -- dropout, and the attention that a model needs ----------------------------------------------------
+
+IDS_OF_ALL = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+OPT = OPTConfig(vocab_size=273, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, dropout=0.4,
+                word_embed_proj_dim=16, max_position_embeddings=64, attention_dropout=0.25, layerdrop=0.5, init_std=0.3,
+                **IDS_OF_ALL)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=273, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.3, attn_pdrop=0.2, **IDS_OF_ALL)
+GEMMA2 = Gemma2Config(vocab_size=273, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, head_dim=16, attn_logit_softcapping=0.5, initializer_range=1.0,
+                      query_pre_attn_scalar=1, **IDS_OF_ALL)  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path, make_tokenizer):
+    """`saved(config)`: the folder of a model of that config."""
+
+    def made(config):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model.save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return made
+
+
+def loss_of(model):
+    """The loss of the next ids, as a training step computes it."""
+    logits = model.logits(model(IDS, torch.arange(19)))
+    return torch.nn.functional.cross_entropy(logits, IDS[0, 1:])
+
+
+@pytest.mark.parametrize("config", [OPT, GPT2], ids=["OPT", "GPT-2"])
+def test_no_dropout_comes_on_while_training_and_the_export_keeps_the_bases(saved, tmp_path, config):
+    folder = saved(config)
+    losses = []
+    for checkpointing in (False, True):
+        loaded = load(ModelConfig(name=str(folder), gradient_checkpointing=checkpointing))
+        losses += [loss_of(loaded.model) for _ in range(2)]
+        losses[-1].backward()
+    losses.append(loss_of(CausalModel(AutoModelForCausalLM.from_pretrained(folder).eval())))
+    found = [loss.item() for loss in losses]
+    assert found == pytest.approx([found[-1]] * 5, rel=1e-5)
+    assert not dropouts(loaded.model.config)
+    export(loaded, tmp_path / "export")
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "export", folder))
+    assert ours == theirs
+    assert dropouts(AutoConfig.from_pretrained(tmp_path / "export")) == dropouts(config) != {}
+
+
+def test_dropout_that_would_come_on_is_no_silent_loss():
+    torch.manual_seed(0)
+    model = OPTForCausalLM(copy.deepcopy(OPT)).eval()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = CausalModel(model).eval()
+    with torch.no_grad():
+        model(IDS, torch.arange(20))
+    with pytest.raises(ModelError, match=r"layers\.0 of OPTForCausalLM would drop out at random while training"):
+        model(IDS, torch.arange(20))
+
+
+def test_a_soft_cap_is_applied_and_never_left_out_in_silence(saved):
+    folder = saved(GEMMA2)
+    with torch.no_grad():
+        expected, uncapped = (
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation=how)(IDS).logits.log_softmax(-1)
+            for how in ("eager", "sdpa")
+        )
+        assert (expected - uncapped).abs().max() > 0.05
+        for attention in ("auto", "eager"):
+            model = load(ModelConfig(name=str(folder), attention=attention)).model
+            torch.testing.assert_close(model.logits(model.hidden(IDS)).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"model\.attention = sdpa leaves out the soft-cap of .*softcapping = 0\.5"):
+        load(ModelConfig(name=str(folder), attention="sdpa"))
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for_and_a_teachers_too(folder, make_model, attention):
+    config = ModelConfig(name=str(folder), attention=attention)
+    expected = "sdpa" if attention == "auto" else attention
+    for model in (load(config).model, load_teacher(config, make_model())):
+        assert model.config._attn_implementation == expected
+
+
+def test_the_soft_cap_holds_in_an_export_and_for_its_log_probs(saved, tmp_path):
+    loaded = load(ModelConfig(name=str(saved(GEMMA2))))
+    export(loaded, tmp_path / "export")
+    again = load(ModelConfig(name=str(tmp_path / "export")))
+    torch.testing.assert_close(again.model.hidden(IDS), loaded.model.hidden(IDS))
