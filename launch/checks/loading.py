@@ -15,6 +15,7 @@ from opd.launch.checks.methods import check_files, check_teachers
 from opd.launch.checks.models import check_model
 from opd.launch.checks.outside import with_origins
 from opd.launch.checks.tracking import check_tracking
+from opd.launch.checks.weights import check_weights
 from opd.launch.settings.config import Config, all_settings, parse_sections
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import parse
@@ -62,7 +63,7 @@ def config_from(
         problems += _machine_problems(sections)
     if not problems:
         config = Config(**sections)
-        problems = check_combinations(config)
+        problems = check_combinations(config) + check_weights(config, read=check_machine)
         problems += check_teachers(config) + check_files(config) if check_machine else []
     if problems:
         raise ConfigError(report(problems, source, list(overridden)))

@@ -113,4 +113,4 @@ def _language(config: Any) -> Mapping[str, Any]:
     """Return the settings of the language model: of a composite config, those of its part for text."""
     data: Any = config if isinstance(config, Mapping) else config.to_dict()
     inner = data.get("text_config")
-    return inner if isinstance(inner, Mapping) else data  # type: ignore[no-any-return]
+    return inner if isinstance(inner, Mapping) else data
