@@ -557,7 +557,7 @@ def test_an_environment_that_hangs_is_given_up_and_the_others_go_on(
 
 
 def test_roles_that_the_template_refuses_fail_the_episode(play, scripted_env, turns_then_end, make_chat):
-    two = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    two = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}
 
     def sometimes(env, action):
         if env.seed == task(0, split="train").seed:

@@ -308,7 +308,7 @@ def test_another_teacher_than_the_sfts_is_refused_unless_it_is_allowed_and_then_
     assert dict(inspect(out))["teacher of the SFT"].startswith("another one")
 
 
-def test_a_store_that_was_made_under_other_settings_is_refused_by_what_differs(whole, settings, models):
+def test_a_store_that_was_made_under_other_settings_is_refused_by_what_differs(whole, settings, models, tmp_path):
     base = {"model": str(whole / "export-stage-2")}
     own = {"data": str(whole / "data")}
     hot = settings("hot", rollout={"temperature": 0.5}, lightning_opd=own) | base
@@ -316,9 +316,11 @@ def test_a_store_that_was_made_under_other_settings_is_refused_by_what_differs(w
         train(hot)
     with pytest.raises(DataError, match=r"another top_k \(0 there, 3 here\)"):
         train(settings("top", lightning_opd=own | {"form": "exact", "divergence": {"top_k": 3}}) | base)
-    template = settings("template", rollout={"chat_template_kwargs": {"x": 1}}, lightning_opd=own) | base
+    shutil.copytree(whole / "export-stage-2", tmp_path / "other")
+    template = tmp_path / "other/chat_template.jinja"
+    template.write_text(template.read_text() + "{#- another -#}")
     with pytest.raises(DataError, match="was not played with this run's template"):
-        train(template)
+        train(settings("template", lightning_opd=own) | {"model": str(tmp_path / "other")})
     with pytest.raises(DataError, match="were played by another model"):
         train(settings("other", lightning_opd=own) | {"model": str(models[0])})
 
