@@ -32,7 +32,7 @@ RUN_PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m 
 quick: lint types $(VENV)/.dev sandbox ## lint, types, and the tests that start and train nothing (3 minutes on 2 cores)
 	$(RUN_PYTEST) -m "not slow and not long"
 
-test: lint types wheel pytest ## everything that CI runs (16 minutes)
+test: lint types wheel pytest ## everything that CI runs (22 minutes on 2 cores)
 
 long: $(VENV)/.dev sandbox ## what takes hours, part by part into results/long; `make long PART=warm-starts` for one
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/long.py $(PART)
