@@ -88,6 +88,8 @@ class Format:
     """Markers around the answer, which are no part of it."""
     inner: tuple[str, ...] = ()
     """Markers that stand inside calls."""
+    stop: str = ""
+    """The marker that closes a call and ends the turn at once; "" where another token ends the turn."""
     whole: ReadWhole | None = None
     """Reads the reply of a family whose structure is another."""
     begins: re.Pattern[str] | None = None

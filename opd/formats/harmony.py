@@ -124,6 +124,7 @@ FORMAT = Format(
     write=_write,
     thought=((f"{CHANNEL}analysis{MESSAGE}", "<|end|>"),),
     inner=(START, CHANNEL, MESSAGE, "<|constrain|>", CALL, "<|end|>", "<|return|>"),
+    stop=CALL,
     whole=_read,
     begins=_FIRST,
 )

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _get_template_variables
 
 from opd.errors import ModelError
 from opd.formats import MalformedCall, read_reply
@@ -98,10 +99,12 @@ def _check_settings(report: Report, chat: ChatFormat) -> None:
 
 def _looked_at(source: str) -> Collection[str]:
     """The names that a template takes from outside; where that cannot be told, all words of its text."""
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)  # a tag of transformers' own
     try:
-        return set(_get_template_variables(source))
-    except Exception:  # a function of transformers that is not public
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateSyntaxError:
         return set(re.findall(r"\w+", source))
+    return jinja2.meta.find_undeclared_variables(parsed)
 
 
 def show(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

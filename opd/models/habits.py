@@ -47,8 +47,6 @@ _SCAFFOLD = re.compile(
     "|".join(rf"{re.escape(o.strip())}\s*(?:{re.escape(c.strip())}\s*)?\Z" for o, c in sorted(_THOUGHTS)) or r"(?!)"
 )
 """A thought at a prompt's end: empty, or just opened."""
-_END_OF_A_CALL = "<|call|>"
-"""What gpt-oss writes behind a call: it belongs to the call, and it ends the turn."""
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -194,7 +192,7 @@ def _call_habit(apply: Apply, known: frozenset[str]) -> tuple[CallHabit | None, 
             unread = unread or shown
             continue
         name, end, text = found
-        end = len(text[:end].removesuffix(_END_OF_A_CALL))
+        end = len(text[:end].removesuffix(FORMATS[name].stop))
         call = partial(probe_call, as_text, names_in_ids=names_in_ids)
         pair = {"role": "assistant", "content": empty, "tool_calls": [call(), call(number=2, value="opdSecond")]}
         return CallHabit(
