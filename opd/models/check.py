@@ -29,6 +29,8 @@ SAMPLE = "Hello, world!  Two  spaces, don't: it 's 3.14 \u00e9t\u00e9\n\n\tif x 
 _USER: Message = {"role": "user", "content": "Where is the key?"}
 _MORE: Message = {"role": "user", "content": "Are you sure?"}
 _THOUGHT = "It may be in the box."
+_WORDS, _ROUNDS = 8000, 24
+"""The words of the first messages, and the rounds of a long conversation, that a template must show whole."""
 
 
 @dataclass
@@ -79,6 +81,7 @@ def check_text(
     _check_thoughts(report, chat)
     _check_forks(report, chat)
     _check_markup(report, chat)
+    _check_whole(report, chat)
     if chat.template.habits.dated:
         report.add("date", f"the template writes the day: {chat.date or 'by the clock'} (chat.date)")
     return report
@@ -269,6 +272,34 @@ def _check_markup(report: Report, chat: ChatFormat) -> None:
             "page could forge a turn"
         )
     report.add("markup", f"{len(controls)} control tokens; in messages and results they stay text")
+
+
+def _check_whole(report: Report, chat: ChatFormat) -> None:
+    """Check that the template shows all of a long message and all messages of a long conversation."""
+    words = " ".join(f"opdWord{n}." for n in range(_WORDS))
+    conversation: list[Message] = [{"role": "system", "content": f"system {words}"}]
+    habit = chat.template.habits.calls
+    for n in range(_ROUNDS):
+        call = probe_reply(habit) if habit else _plain_call()
+        more = "" if n else words
+        text = f"result{n}. {more}."
+        result = result_of(call, text) if habit else {"role": "tool", "content": text}
+        said: Message = {"role": "assistant", "content": f"answer{n}. {more}."}
+        conversation += [{"role": "user", "content": f"question{n}. {more}."}, call, result, said]
+    conversation.append(_MORE)
+    try:
+        shown = chat.template.encoder.plain(chat.template.render(conversation, [PROBE], generate=True))
+    except ModelError as error:
+        report.problems.append(str(error))
+        return
+    texts = (str(message.get("content") or "") for message in conversation)
+    lost = [text.split(" ")[0].rstrip(".") for text in texts if text not in shown]
+    report.facts["whole"] = not lost
+    if lost:
+        report.problems.append(
+            f"the chat template of {chat.tokenizer.name_or_path!r} cuts or drops messages: of a conversation of "
+            f"{len(conversation)} messages, {len(lost)} are not shown whole ({', '.join(lost[:4])}). Mend the template"
+        )
 
 
 def _told(chat: ChatFormat, text: str) -> list[int]:

@@ -100,6 +100,36 @@ def test_what_a_run_cannot_go_on_with_is_refused_before_it_begins(folder, tmp_pa
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+CHATML = """\
+{%- for m in MESSAGES %}{{- '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "content", "lost"),
+    [
+        ("messages", "m.content[:200]", "4 are not shown whole (system, question0, result0, answer0)"),
+        ("messages", "m.content[-500:]", "4 are not shown whole (system, question0, result0, answer0)"),
+        ("messages", "(m.content | truncate(900))", "4 are not shown whole"),
+        ("messages", "(m.content[:99] if m.role == 'assistant' else m.content)", "1 are not shown whole (answer0)"),
+        ("messages[-8:]", "m.content", "(system, question0, "),
+        ("([messages[0]] + messages[-8:])", "m.content", "(question0, result0, answer0, "),
+        ("(messages | unique(attribute='role'))", "m.content", "(answer0, question1, "),
+        ("messages", "m.content[:90000]", "4 are not shown whole"),
+    ],
+)
+def test_a_template_that_cuts_or_drops_messages_is_refused(make_tokenizer, messages, content, lost):
+    tokenizer = make_tokenizer(CHATML.replace("MESSAGES", messages).replace("CONTENT", content))
+    report = check_text(tokenizer, lambda: ChatFormat(tokenizer))
+    said = [problem for problem in report.problems if "cuts or drops messages" in problem]
+    assert lost in said[0] and report.facts["whole"] is False
+
+
+def test_a_template_that_shows_every_message_whole_is_not(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML.replace("MESSAGES", "messages").replace("CONTENT", "m.content"))
+    assert check_text(tokenizer, lambda: ChatFormat(tokenizer)).facts["whole"] is True
+
+
 def test_a_format_that_a_person_has_set_is_believed(folder, tmp_path):
     sections = {"env": {"id": "opd/Lookup-v0", "kwargs": {"tool_format": "json"}}}
     report = check_model_text(config_from(settings(folder(OWN_CALLS), tmp_path, **sections)))
