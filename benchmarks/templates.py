@@ -40,7 +40,7 @@ from opd.launch.tiny.tokenizer import Dialect, build_tokenizer
 from opd.launch.train import train
 from opd.models.chat import ChatFormat
 from opd.tracking.intervals import wilson
-from opd.types import Message
+from opd.types import Message, TrajectoryGroup
 
 DAY = "2026-01-01"
 """The date that templates are told: a prompt that changes from day to day is not one token."""
@@ -214,10 +214,16 @@ def run(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(data: dict[str, Any]) -> dict[str, Any]:
-    """Play the held-out tasks: which were solved, the tokens of a first prompt, turns without a call to be read."""
+    """Play the held-out tasks: which were solved, the tokens of a first prompt, turns without a call to be read.
+
+    Where a teacher sees more, also which the model solves with that in its prompt.
+    """
     built = build(config_from(data), stage=None)
+    taught: list[TrajectoryGroup] = []
     try:
         _, groups = built.evaluate()
+        if "opsd" in data:
+            _, taught = built.evaluate(rewrite=built.method.teacher_messages)
         form = built.method.chat.format.name
     finally:
         built.close()
@@ -226,6 +232,7 @@ def measure(data: dict[str, Any]) -> dict[str, Any]:
     unread = [not reply.calls or any(not isinstance(call, ToolCall) for call in reply.calls) for reply in replies]
     return {
         "solved": [episode.success for episode in episodes],
+        "taught": [episode.success for group in taught for episode in group.trajectories],
         "prompt": fmean(len(episode.turns[0].prompt_ids) for episode in episodes),
         "turns": len(unread),
         "unread": sum(unread),
@@ -262,18 +269,23 @@ def _rows(count: int) -> Iterator[dict[str, Any]]:
 def report(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
     """Print a row for each dialect: the seeds together, then each."""
     print(f"\n{title}\n")
-    print("| dialect | before % | after % | 95% interval | by seed | tokens a prompt | calls unreadable | seconds |")
-    print("| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |")
+    print(
+        "| dialect | before % | with its plan % | after % | 95% interval | by seed | tokens a prompt | calls unreadable "
+        "| seconds |"
+    )
+    print("| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |")
     for name, runs in found.items():
         before, after = ([solved for one in runs for solved in one[when]["solved"]] for when in ("before", "after"))
         low, high = wilson(sum(after), len(after))
+        taught = [solved for one in runs for solved in one["before"]["taught"]]
+        plan = f"{100 * fmean(taught):.1f}" if taught else ""
         by_seed = ", ".join(f"{100 * fmean(one['after']['solved']):.1f}" for one in runs)
         unread = " to ".join(
             f"{sum(one[when]['unread'] for one in runs) / sum(one[when]['turns'] for one in runs):.1%}"
             for when in ("before", "after")
         )
         print(
-            f"| {name} | {100 * fmean(before):.1f} | {100 * fmean(after):.1f} | {100 * low:.1f} to {100 * high:.1f} | "
+            f"| {name} | {100 * fmean(before):.1f} | {plan} | {100 * fmean(after):.1f} | {100 * low:.1f} to {100 * high:.1f} | "
             f"{by_seed} | {fmean(one['after']['prompt'] for one in runs):.0f} | {unread} | "
             f"{fmean(one['seconds'] for one in runs):.0f} |",
             flush=True,

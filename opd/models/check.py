@@ -44,7 +44,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """What a person should know."""
     facts: dict[str, bool] = field(default_factory=dict)
-    """`renders`, `reads_calls`, `ends`, `round_trip`, `forks`, `keeps_markup_text`."""
+    """`renders`, `reads_calls`, `ends`, `round_trip`, `forks`, `keeps_markup_text`, `whole`."""
 
     def add(self, name: str, text: str) -> None:
         self.rows.append((name, text))

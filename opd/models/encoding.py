@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -61,13 +61,14 @@ class Guard:
         self._heads = {head for head, _ in parts if not head.isalnum()}
         self._tails = {tail for _, tail in parts if not tail.isalnum()}
         self._longest = max(map(len, self._guarded), default=0)
+        self._covered = lru_cache(maxsize=4096)(self._cover_text)  # a conversation is rendered anew at each of its turns
 
     def guard(self, text: str) -> str:
         """Return a text that others wrote, stand-ins in place of the markup in it.
 
         So does what could become markup together with what stands beside it: half a token at either end.
         """
-        return self._cover_ends(self._cover_all(text)) if self._guarded else text
+        return self._covered(text)
 
     def guard_all(self, value: Any) -> Any:
         """`guard` every text of a value made of dicts and lists, keys included (these are a template's to look at)."""
@@ -90,6 +91,9 @@ class Guard:
     def plain(self, text: str) -> str:
         """Put back what the stand-ins stand for."""
         return self._stand_in.sub(lambda found: self._texts[int(found[1])], text) if self.nonce in text else text
+
+    def _cover_text(self, text: str) -> str:
+        return self._cover_ends(self._cover_all(text)) if self._guarded else text
 
     def _cover_all(self, text: str) -> str:
         return self._pattern.sub(lambda found: self._cover(found[0]), text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from opd.errors import ModelError
@@ -24,6 +25,7 @@ class Said:
         self.habits = habits
         self.format = form
         self.encoder = encoder
+        self._read = lru_cache(maxsize=4096)(self._read_anew)  # a conversation is rendered anew at each of its turns
 
     def taken_apart(self, message: Message, names: Collection[str] = ()) -> Message:
         """An assistant's message with its thought and its calls as keys of their own, where the template renders these.
@@ -54,8 +56,11 @@ class Said:
 
     def read(self, text: str, names: Collection[str] = ()) -> Reply:
         """Take a reply of the assistant apart; `names` are the tools on offer."""
+        return self._read(text, tuple(names))
+
+    def _read_anew(self, text: str, names: tuple[str, ...]) -> Reply:
         starts_thinking = self.habits.opens and self._closes_a_thought(text) is not None
-        return read_reply(text, self.format.name, starts_thinking=starts_thinking, names=tuple(names))
+        return read_reply(text, self.format.name, starts_thinking=starts_thinking, names=names)
 
     def _after_thought(self, text: str) -> tuple[str | None, str]:
         """Split a text behind the thought that it begins with, or that the prompt has opened; None without one."""

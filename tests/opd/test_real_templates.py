@@ -282,7 +282,7 @@ def test_what_the_model_check_finds(name):
     ends = chat.tokenizer.convert_tokens_to_ids(list(family.ends))
     report = check_text(chat.tokenizer, lambda: chat, own_ends=ends)
     assert report.problems == []
-    wanted = {"round_trip", "renders", "reads_calls", "ends", "keeps_markup_text"}
+    wanted = {"round_trip", "renders", "reads_calls", "ends", "keeps_markup_text", "whole"}
     assert {fact for fact, holds in report.facts.items() if holds} - {"forks"} == wanted
     assert report.facts["forks"] == (name in (*MOVES, "deepseek-v3", "deepseek-r1-distill"))
 
