@@ -60,6 +60,8 @@ class Family:
     eos: str
     ends: tuple[str, ...]
     """The texts of `eos_token_id` in the generation settings."""
+    warm: int | None = None
+    """The updates of its warm start, where those of `tiny:lookup` are too few for it to follow a plan."""
 
     def dialect(self) -> Dialect | None:
         """Return it with its template; None where TRL is not installed, or no longer carries it."""
@@ -77,6 +79,7 @@ FAMILIES = {
         special=("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
         eos="<|endoftext|>",
         ends=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        warm=750,
     ),
     "gpt-oss": Family(
         template="gptoss",
@@ -270,8 +273,8 @@ def report(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
     """Print a row for each dialect: the seeds together, then each."""
     print(f"\n{title}\n")
     print(
-        "| dialect | before % | with its plan % | after % | 95% interval | by seed | tokens a prompt | calls unreadable "
-        "| seconds |"
+        "| dialect | before % | with its plan % | after % | 95% interval | by seed | tokens a prompt "
+        "| calls unreadable | seconds |"
     )
     print("| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |")
     for name, runs in found.items():
@@ -285,8 +288,9 @@ def report(title: str, found: dict[str, list[dict[str, Any]]]) -> None:
             for when in ("before", "after")
         )
         print(
-            f"| {name} | {100 * fmean(before):.1f} | {plan} | {100 * fmean(after):.1f} | {100 * low:.1f} to {100 * high:.1f} | "
-            f"{by_seed} | {fmean(one['after']['prompt'] for one in runs):.0f} | {unread} | "
+            f"| {name} | {100 * fmean(before):.1f} | {plan} | {100 * fmean(after):.1f} | "
+            f"{100 * low:.1f} to {100 * high:.1f} | {by_seed} | "
+            f"{fmean(one['after']['prompt'] for one in runs):.0f} | {unread} | "
             f"{fmean(one['seconds'] for one in runs):.0f} |",
             flush=True,
         )
@@ -309,7 +313,8 @@ def main() -> None:
             print(f"{name} is skipped: TRL's {FAMILIES[name].template}.jinja is not installed")
             continue
         label = "lookup" if name == "chatml" else f"lookup-{name}"
-        models[name] = build_kept(label, LOOKUP, steps=arguments.warm_steps, quiet=True, write=write)
+        steps = arguments.warm_steps or (FAMILIES[name].warm if name in FAMILIES else None)
+        models[name] = build_kept(label, LOOKUP, steps=steps, quiet=True, write=write)
 
     def runs(kind: str, names: Sequence[str], own: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         return {

@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, OpdError
 from opd.ranks.ranks import Ranks, SharedError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FORMAT = 1
+"""The number of this layout of folders; a checkpoint of another one is refused, not passed over as damaged."""
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -38,11 +40,13 @@ def save(
 ) -> None:
     """Let every rank write its `parts`, and the first one `<name>.json` for each record, as one atomic folder.
 
-    Raises CheckpointError on all ranks, with the old checkpoints intact, when the disk is full or not writable.
+    Raises CheckpointError on all ranks, with the old checkpoints intact and nothing left behind, whatever goes wrong:
+    the disk is full or not writable, or a part cannot be written.
     """
     aside = folder.with_name(f".{folder.name}.partial")
 
     def begin() -> None:
+        check_room(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, record in records.items():
@@ -53,18 +57,42 @@ def save(
             part(aside)
 
     def attempt(work: Callable[[], T]) -> Callable[[], T]:
-        return partial(_or_checkpoint_error, work, folder, aside)
+        return partial(_or_checkpoint_error, work, folder)
 
-    ranks.from_first(attempt(begin))
-    ranks.agree(attempt(write))
-    described = ranks.gather(ranks.agree(attempt(lambda: _describe(aside, ranks.share(_files(aside))))))
-    ranks.from_first(attempt(lambda: _publish(aside, folder, described)))
+    try:
+        ranks.from_first(attempt(begin))
+        ranks.agree(attempt(write))
+        described = ranks.gather(ranks.agree(attempt(lambda: _describe(aside, ranks.share(_files(aside))))))
+        ranks.from_first(attempt(lambda: _publish(aside, folder, described)))
+    except (CheckpointError, SharedError):  # by then no rank writes any more
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_room(root: Path) -> None:
+    """Raise CheckpointError where the disk has less room than the newest checkpoint under `root` takes."""
+    for newest in step_folders(root)[-1:]:
+        needed, free = sum(path.stat().st_size for path in _files(newest)), shutil.disk_usage(root).free
+        if free < needed:
+            raise CheckpointError(
+                f"no checkpoint is written: {newest.name} took {_size(needed)}, and the disk of {root} has "
+                f"{_size(free)} free. Earlier checkpoints are untouched. Make room, and go on with --resume"
+            )
+
+
+def _size(count: int) -> str:
+    """A number of bytes as a person reads it."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 def _publish(aside: Path, folder: Path, described: Sequence[dict[str, Any]]) -> None:
     """Write the manifest, flush every file, and give the folder its name."""
     known = {name: file for share in described for name, file in share.items()}
-    (aside / "manifest.json").write_text(json.dumps({"files": known}, indent=1))
+    (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": known}, indent=1))
     for path in [*_files(aside), aside]:
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -72,18 +100,32 @@ def _publish(aside: Path, folder: Path, described: Sequence[dict[str, Any]]) -> 
     _flush(folder.parent)
 
 
-def _or_checkpoint_error(work: Callable[[], T], folder: Path, aside: Path) -> T:
+def _or_checkpoint_error(work: Callable[[], T], folder: Path) -> T:
     try:
         return work()
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"could not write {folder}: {error}; earlier checkpoints are untouched") from error
+    except OpdError:
+        raise
+    except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
+        free = shutil.disk_usage(_existing(folder)).free
+        raise CheckpointError(
+            f"could not write {folder}: {str(error).splitlines()[0] if str(error) else repr(error)} ({_size(free)} are "
+            "free there). Earlier checkpoints are untouched; make room or mend the disk, and go on with --resume"
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next((parent for parent in folder.parents if parent.is_dir()), Path("/"))
+
+
+class FormatError(CheckpointError):
+    """A checkpoint is of another format: no damage, and no reason to go on from an older one."""
 
 
 class Checkpoint:
     """A saved folder, verified against its manifest when it is opened; of several ranks each verifies a share.
 
-    Raises CheckpointError on all ranks when the folder is not whole.
+    Raises CheckpointError on all ranks when the folder is not whole, or is of another format.
     """
 
     def __init__(self, folder: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008  (frozen)
@@ -93,7 +135,8 @@ class Checkpoint:
     def _verify(self, ranks: Ranks) -> None:
         for name, known in ranks.share(sorted(_manifest(self.folder).items())):
             path = self.folder / name
-            if not path.is_file() or {"bytes": path.stat().st_size, "sha256": _digest(path)} != known:
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            if not (inside and path.is_file()) or {"bytes": path.stat().st_size, "sha256": _digest(path)} != known:
                 raise CheckpointError(f"{path} is missing or damaged; resume from an older checkpoint")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -101,15 +144,35 @@ class Checkpoint:
         return loaded
 
     def record(self, name: str) -> Any:
-        return json.loads((self.folder / f"{name}.json").read_text())
+        """Read a record. Raises CheckpointError where there is none that can be read."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.folder}: its {name}.json cannot be read ({error!r})") from error
+
+
+def _check_format(folder: Path) -> None:
+    """Raise FormatError where a checkpoint is of another format; what cannot be read is damage."""
+    try:
+        _manifest(folder)
+    except FormatError:
+        raise
+    except CheckpointError:
+        return
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read the hash and size that each file should have. Raises CheckpointError where the manifest cannot be read."""
     try:
-        files = dict(json.loads((folder / "manifest.json").read_text())["files"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, found = dict(manifest["files"]), manifest["format"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest is unreadable ({error!r})") from error
+    if found != FORMAT:
+        raise FormatError(
+            f"{folder} is of format {found!r}, and this version of opd reads format {FORMAT}. Go on with the version "
+            "that wrote it, or begin anew in another folder (out)"
+        )
     if not files:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest names no file")
     return files
@@ -121,15 +184,24 @@ def step_folders(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def latest(root: Path, ranks: Ranks = Ranks()) -> Checkpoint:  # noqa: B008  (frozen)
+def latest(
+    root: Path,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    *,
+    check: Callable[[Checkpoint], object] = lambda _: None,
+) -> Checkpoint:
     """Open the newest whole checkpoint; damaged ones are passed over, with a warning that names them.
 
-    Raises CheckpointError when none is left.
+    `check` raises CheckpointError where what stands in one is not what its caller saves.
+
+    Raises CheckpointError when none is left, and FormatError where the newest is of another format.
     """
     problems: list[str] = []
     for folder in reversed(ranks.from_first(lambda: step_folders(root))):
+        ranks.from_first(partial(_check_format, folder))
         try:
             found = Checkpoint(folder, ranks)
+            ranks.agree(partial(check, found))
         except (CheckpointError, SharedError) as error:
             problems.append(str(error))
             continue
@@ -162,9 +234,18 @@ def rotate(root: Path, keep_last: int, *, keep: Sequence[Path] = ()) -> None:
     """Delete all checkpoints but the newest `keep_last` and those in `keep`."""
     for folder in step_folders(root)[:-keep_last]:
         if folder not in keep:  # a run that is killed meanwhile leaves no half of one under its name
-            folder.rename(folder.with_name(f".{folder.name}.deleted"))
+            gone = folder.with_name(f".{folder.name}.deleted")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
     for gone in root.glob(".step-*.deleted"):
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Delete what a run that was killed while it saved or deleted has left under `root`."""
+    for pattern in (".step-*.partial", ".step-*.deleted"):
+        for left in root.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

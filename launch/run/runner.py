@@ -10,7 +10,7 @@ from pathlib import Path
 from opd import checkpoint
 from opd.launch.run.build import Interrupted, Run
 from opd.launch.run.lock import RunLock
-from opd.launch.run.saving import save
+from opd.launch.run.saving import run_record, save
 from opd.launch.run.score import Score
 from opd.launch.run.stages import RunStage, check_same_settings, write_record
 from opd.launch.settings.config import Config
@@ -56,11 +56,11 @@ class StageRunner:
 
     def resume_after(self, saved: checkpoint.Checkpoint) -> None:
         """Go on after a checkpoint. Raises CheckpointError where it was saved under other settings."""
-        record = saved.record("run")
-        check_same_settings(saved.folder, self.config.differs_for_resume(record["config"]))
-        self.done = record["step"]
+        record = run_record(saved)
+        check_same_settings(saved.folder, self.config.differs_for_resume(record.config))
+        self.done = record.step
         self.before, self.after = (
-            None if record[name] is None else Score(tuple(record[name])) for name in ("before", "after")
+            None if outcomes is None else Score(tuple(outcomes)) for outcomes in (record.before, record.after)
         )
 
     def run_stage(self, run: Run, stage: RunStage) -> None:
@@ -147,6 +147,8 @@ class StageRunner:
     def save(self, run: Run) -> None:
         """Save a checkpoint, if the folder is still this run's."""
         self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
+        if self.tracker is not None:
+            self.tracker.sync()
         save(run, self.out, self.done, self.before, self.after)
         self.saved_at = time.monotonic()
 

@@ -14,14 +14,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, ValidationError
 
 from opd import checkpoint
 from opd.backends.config import TrainConfig
+from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch.run.build import Run
 from opd.launch.run.score import Score
 from opd.ranks.ranks import Ranks
 from opd.tracking import last_row, put_rows_aside
+
+
+class RunRecord(Strict):
+    """What a checkpoint says of its run (`run.json`)."""
+
+    step: int = Field(ge=0)
+    ranks: int = Field(ge=1)
+    teacher_updates: int = Field(ge=0)
+    teacher_fingerprint: str
+    policy_version: int = Field(ge=0)
+    config: dict[str, Any]
+    before: list[bool | None] | None
+    """The outcomes of the evaluation before training."""
+    after: list[bool | None] | None
+    """Those of these weights, if they were evaluated."""
+    success: float | None
+    finite: bool
+    streaks: dict[str, int]
+
+
+def run_record(saved: checkpoint.Checkpoint) -> RunRecord:
+    """Read what a checkpoint says of its run. Raises CheckpointError where that is not what a run writes."""
+    record = saved.record("run")
+    if not isinstance(saved.record("method"), dict):
+        raise CheckpointError(f"{saved.folder}: its method.json is not what a run writes")
+    try:
+        return RunRecord.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise CheckpointError(
+            f"{saved.folder}: its run.json is not what a run writes ({where}: {first['msg']})"
+        ) from None
 
 
 def newest_checkpoint(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
@@ -30,8 +65,9 @@ def newest_checkpoint(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Chec
     Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
     or where no checkpoint is whole.
     """
+    ranks.from_first(partial(checkpoint.sweep, out / "checkpoints"))
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
-        return checkpoint.latest(out / "checkpoints", ranks)
+        return checkpoint.latest(out / "checkpoints", ranks, check=run_record)
     if not anew:
         ranks.from_first(partial(_check_no_rows, out))
     return None
@@ -78,19 +114,19 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
             lambda folder: torch.save(torch.get_rng_state(), folder / f"rng-{ranks.rank}.pt"),
         ],
         records={
-            "run": {
-                "step": step,
-                "ranks": ranks.world_size,
-                "teacher_updates": models.teacher.updates,
-                "teacher_fingerprint": models.teacher.fingerprint,
-                "policy_version": loop.player.version,
-                "config": run.config.dump(),
-                "before": None if before is None else before.outcomes,
-                "after": None if after is None else after.outcomes,
-                "success": after.rate if after is not None and after.played else None,
-                "finite": loop.finite,
-                "streaks": dict(loop.player.health.streaks),
-            },
+            "run": RunRecord(
+                step=step,
+                ranks=ranks.world_size,
+                teacher_updates=models.teacher.updates,
+                teacher_fingerprint=models.teacher.fingerprint,
+                policy_version=loop.player.version,
+                config=run.config.dump(),
+                before=None if before is None else list(before.outcomes),
+                after=None if after is None else list(after.outcomes),
+                success=after.rate if after is not None and after.played else None,
+                finite=loop.finite,
+                streaks=dict(loop.player.health.streaks),
+            ).model_dump(),
             "method": run.method.state_dict(),
         },
         ranks=ranks,
@@ -122,19 +158,19 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Load a checkpoint of this run's stage; on all ranks. Raises CheckpointError where it does not fit the run."""
-    record, player, models = saved.record("run"), run.loop.player, run.loop.models
+    record, player, models = run_record(saved), run.loop.player, run.loop.models
     backend, teacher, ranks = models.backend, models.teacher, player.ranks
-    if record["teacher_fingerprint"] != teacher.fingerprint:
+    if record.teacher_fingerprint != teacher.fingerprint:
         raise CheckpointError(
             f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
             f"teacher.model = {player.stage.teacher.model!r} holds now ({teacher.fingerprint!r}). Put the teacher "
             "back, or start afresh."
         )
-    backend.load(saved.folder, saved_ranks=record["ranks"])
-    teacher.own.load(saved.folder, ranks, saved_ranks=record["ranks"])
-    teacher.updates = record["teacher_updates"]
-    if record["ranks"] == ranks.world_size:
+    backend.load(saved.folder, saved_ranks=record.ranks)
+    teacher.own.load(saved.folder, ranks, saved_ranks=record.ranks)
+    teacher.updates = record.teacher_updates
+    if record.ranks == ranks.world_size:
         torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
-    player.version = record["policy_version"]
-    player.health.streaks.update(record["streaks"])
+    player.version = record.policy_version
+    player.health.streaks.update(record.streaks)
     run.method.load_state_dict(saved.record("method"))

@@ -61,7 +61,7 @@ class Guard:
         self._heads = {head for head, _ in parts if not head.isalnum()}
         self._tails = {tail for _, tail in parts if not tail.isalnum()}
         self._longest = max(map(len, self._guarded), default=0)
-        self._covered = lru_cache(maxsize=4096)(self._cover_text)  # a conversation is rendered anew at each of its turns
+        self._covered = lru_cache(maxsize=4096)(self._cover_text)  # each turn renders its whole conversation anew
 
     def guard(self, text: str) -> str:
         """Return a text that others wrote, stand-ins in place of the markup in it.

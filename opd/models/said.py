@@ -25,7 +25,7 @@ class Said:
         self.habits = habits
         self.format = form
         self.encoder = encoder
-        self._read = lru_cache(maxsize=4096)(self._read_anew)  # a conversation is rendered anew at each of its turns
+        self._read = lru_cache(maxsize=4096)(self._read_anew)  # each turn renders its whole conversation anew
 
     def taken_apart(self, message: Message, names: Collection[str] = ()) -> Message:
         """An assistant's message with its thought and its calls as keys of their own, where the template renders these.

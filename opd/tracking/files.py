@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,31 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """Appends rows to a file, each flushed when it is written."""
+    """Appends rows to a file, each flushed when it is written. Raises DataError where the disk does not take it."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         # A lone surrogate, which UTF-8 has no bytes for, comes out as the escape that JSON has for it.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def write(self, row: Row) -> None:
         # A tool argument may be any object that a template could render; its text is enough for a reader.
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-        self._file.flush()
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        self._attempt(lambda: (self._file.write(text), self._file.flush()))
+
+    def sync(self) -> None:
+        """Let the disk have what was written: a checkpoint that is whole has its rows beside it."""
+        self._attempt(lambda: os.fsync(self._file.fileno()))
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every row was flushed; what a full disk did not take was said then
+            self._file.close()
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            raise DataError(f"{self._path} cannot be written: {error}. Make room, and go on with --resume") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -68,6 +81,22 @@ def cut(path: Path, last_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_steps(path: Path, last_step: int) -> str | None:
+    """Say which steps up to `last_step` have no row in a file, beside a checkpoint that says that they were taken.
+
+    Raises DataError where a step has two rows.
+    """
+    lines: dict[int, int] = {}
+    for number, (row, _) in enumerate(_lines(path), start=1):
+        if (first := lines.setdefault(row["step"], number)) != number:
+            raise DataError(f"{path}: step {row['step']} has two rows, lines {first} and {number}; remove one to go on")
+    missing = sorted(set(range(1, last_step + 1)) - lines.keys())
+    if not missing:
+        return None
+    few = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return f"{path.name} has no row of step {few}, which the checkpoint has: the rows are lost, and the run goes on"
 
 
 def _lines(path: Path) -> list[tuple[Row, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,10 +16,12 @@ from rich.text import Text
 from opd.errors import DataError
 from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
-from opd.tracking.files import JsonLines, cut, episode_row, json_row, make_ready, numbers, read_rows
+from opd.tracking.files import JsonLines, check_steps, cut, episode_row, json_row, make_ready, numbers, read_rows
 from opd.tracking.intervals import wilson
 from opd.tracking.wandb_run import open_run
 from opd.types import Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class Successes(Protocol):
@@ -66,6 +69,8 @@ class Tracker:
         metrics, rollouts, evals = _files(folder)
         for path in (metrics, rollouts, evals):
             make_ready(path, resume_step)
+        if resume_step and (lost := check_steps(metrics, resume_step)):
+            logger.warning("%s", lost)
         self._wandb = open_run(
             folder,
             config,
@@ -152,6 +157,11 @@ class Tracker:
             run_picture(self.folder / "curves.png", _history(self.folder), title=self.folder.resolve().name)
         self._console.show(_table(self.folder, rows, before, after, change))
 
+    def sync(self) -> None:
+        """Let the disk have every row so far."""
+        for rows in (self._metrics, self._rollouts, self._evals):
+            rows.sync()
+
     def finish(self) -> None:
         """Close everything. A run that never came to its `summary` is marked as failed in wandb."""
         self._console.close()
@@ -179,6 +189,8 @@ class NoTracker:
         return nullcontext()
 
     def summary(self, **_: Any) -> None: ...
+
+    def sync(self) -> None: ...
 
     def finish(self) -> None: ...
 

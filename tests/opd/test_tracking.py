@@ -23,6 +23,7 @@ from opd.errors import ConfigError, DataError
 from opd.tracking import Tracker, read_rows, wandb_run
 from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
+from opd.tracking.files import JsonLines
 from opd.tracking.wandb_run import auto_mode, open_run
 from opd.types import End, StopReason, Task, Trajectory, Turn
 
@@ -124,6 +125,25 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
         write_steps(run, 4, 6)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_resumed_run_says_which_rows_are_missing_and_refuses_two_of_one_step(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 5, 6)))
+    tracker(tmp_path, resume_step=5).finish()
+    assert "metrics.jsonl has no row of step 3, 4, which the checkpoint has" in caplog.text
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 2, 3)))
+    with pytest.raises(DataError, match=r"step 2 has two rows, lines 2 and 3; remove one to go on"):
+        tracker(tmp_path, resume_step=3)
+
+
+def test_a_full_disk_is_said_with_the_file_and_the_mend(tmp_path):
+    rows = JsonLines(tmp_path / "metrics.jsonl")
+    rows.close()
+    rows._file = open("/dev/full", "a")  # noqa: SIM115 (the disk that takes nothing)
+    with pytest.raises(DataError, match=r"metrics\.jsonl cannot be written: .*No space left.*--resume"):
+        rows.write({"step": 1})
+    rows.close()
 
 
 def test_a_crash_while_rows_are_cut_loses_no_row(tmp_path, monkeypatch):
