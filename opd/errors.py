@@ -44,6 +44,10 @@ class LockError(OpdError, RuntimeError):
     """The folder of a run belongs to another process that is alive."""
 
 
+class Interrupted(Exception):
+    """What was being done was left before its end, since the run is to stop."""
+
+
 class HealthError(OpdError, RuntimeError):
     """A run goes on and cannot learn: its environments break at every episode, or its updates are not finite."""
 

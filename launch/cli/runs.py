@@ -30,7 +30,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    """Print the plan and train by it; return 130 if a signal ended the run early."""
+    """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
     from rich.console import Console
 
     from opd.launch.checks.loading import load_config
@@ -55,11 +55,9 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.run.training import train
 
     result = train(config.at(out), resume=arguments.resume, overwrite=arguments.overwrite)
-    if result.interrupted:
-        if ranks.first:
-            print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    if result.interrupted and ranks.first:
+        print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
+    return result.exit_code
 
 
 def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +88,7 @@ def precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if ranks.first:
         done = "stopped; go on with: opd precompute" if result.interrupted else "prepared; train with: opd train"
         print(f"{done} {out} --resume", file=sys.stderr)
-    return INTERRUPTED if result.interrupted else 0
+    return result.exit_code
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from opd.episodes.config import RolloutConfig
 from opd.episodes.episode import PromptRewrite
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
+from opd.errors import Interrupted
 from opd.launch.checks.text import tool_format
 from opd.launch.run.backends import make_backend
 from opd.launch.run.models import check_tokenizers, check_top_k, load_held, named_model
@@ -39,10 +40,6 @@ from opd.trainers.loop.play import Player
 from opd.trainers.loop.reading import Models
 from opd.trainers.loop.stage import Stage
 from opd.types import Trajectory, TrajectoryGroup
-
-
-class Interrupted(Exception):
-    """An evaluation was left before its end, since the run is to stop."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,15 +64,9 @@ class Run:
     ) -> tuple[Score, list[TrajectoryGroup]]:
         """Play the held-out tasks once each, on all ranks; the same tasks and draws at every call.
 
-        Raises Interrupted, on all ranks, where `stopped` held on any of them when an episode ended.
+        Raises Interrupted, on all ranks, once `stopped` holds on any of them.
         """
         config, ranks = self.config, self.loop.player.ranks
-
-        def finished(episode: Trajectory) -> None:
-            on_finish(episode)
-            if stopped():
-                raise Interrupted
-
         self.loop.player.sync()
         own: list[TrajectoryGroup] | None = None
         with suppress(Interrupted):
@@ -85,7 +76,8 @@ class Run:
                 sampling=Sampling(temperature=config.eval.temperature),
                 seed=derive_seed("eval", config.seed),
                 rewrite=rewrite,
-                on_finish=finished,
+                on_finish=on_finish,
+                stopped=stopped,
             )
         shares = [share for share in ranks.gather(own) if share is not None]
         if len(shares) < ranks.world_size:

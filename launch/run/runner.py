@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from opd import checkpoint
-from opd.launch.run.build import Interrupted, Run
+from opd.errors import Interrupted
+from opd.launch.run.build import Run
 from opd.launch.run.lock import RunLock
 from opd.launch.run.saving import run_record, save
 from opd.launch.run.score import Score
+from opd.launch.run.signals import EXIT_CODES, Stops, write_stop
 from opd.launch.run.stages import RunStage, check_same_settings, write_record
 from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks
@@ -28,8 +30,18 @@ class RunResult:
     before: Score | None
     after: Score | None
     """Of the last weights; None where a signal came first."""
-    interrupted: bool
-    """A signal ended the run early; it can be resumed."""
+    stopped_by: str | None = None
+    """What ended the run early, the name of a signal or of the time limit; it can be resumed."""
+
+    @property
+    def interrupted(self) -> bool:
+        """True: the run ended early."""
+        return self.stopped_by is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a run that has finished; else see `opd.launch.run.signals`."""
+        return EXIT_CODES[self.stopped_by] if self.stopped_by else 0
 
 
 @dataclass(kw_only=True)
@@ -41,8 +53,8 @@ class StageRunner:
     out: Path
     lock: RunLock | None = None
     """On the first rank: the folder is this run's alone."""
-    stopped: list[int] = field(default_factory=list)
-    """The signals that came so far."""
+    stops: Stops = field(default_factory=Stops)
+    """What asks for an early end."""
     tracker: Tracker | NoTracker | None = None
     done: int = 0
     before: Score | None = None
@@ -50,6 +62,8 @@ class StageRunner:
     """Of the weights as they are after `done` steps; None where these were not evaluated."""
     saved_at: float = field(default_factory=time.monotonic)
     """When the last checkpoint was saved, or the run began."""
+    saved: int | None = None
+    """The step of the last checkpoint."""
     interrupted: bool = False
     made: dict[str, float] = field(default_factory=dict)
     """The numbers that stages made before their first step, for the row of the next one."""
@@ -58,7 +72,7 @@ class StageRunner:
         """Go on after a checkpoint. Raises CheckpointError where it was saved under other settings."""
         record = run_record(saved)
         check_same_settings(saved.folder, self.config.differs_for_resume(record.config))
-        self.done = record.step
+        self.done = self.saved = record.step
         self.before, self.after = (
             None if outcomes is None else Score(tuple(outcomes)) for outcomes in (record.before, record.after)
         )
@@ -66,15 +80,21 @@ class StageRunner:
     def run_stage(self, run: Run, stage: RunStage) -> None:
         """Train the stage from where it stands to its end, or until a signal."""
         loop, player = run.loop, run.loop.player
-        tracker = self.tracker = self.tracker or self._open_tracker()
-        player.on_finish, player.stopping = tracker.episode_finished, lambda: self.ranks.any(bool(self.stopped))
+        tracker = self.tracker = self.tracker or _open_tracker(self)
+        player.on_finish, player.stopped = tracker.episode_finished, lambda: bool(self.stops)
+        player.stopping = lambda: self.ranks.any(bool(self.stops))
         player.version = self.done
         if self.before is None and self.config.eval.tasks and loop.stage.model is None:
             self.before = self._evaluate(run, tracker)
-        if not self.interrupted:
-            self._prepare(run, stage, tracker)
-        while self.done < stage.end and not self.interrupted:
-            self._take_step(run, stage, tracker)
+        try:
+            if not self.interrupted:
+                self._prepare(run, stage, tracker)
+            while self.done < stage.end and not self.interrupted:
+                self._take_step(run, stage, tracker)
+        except Interrupted:  # a step was left: what is saved is the one before it
+            self.interrupted = True
+            if self.done > stage.first and self.saved != self.done:
+                self.save(run)
         steps = stage.end - stage.first
         if self.done == stage.end:
             player.health.ended(steps=steps, updates=steps * player.train.updates_per_step)
@@ -125,7 +145,7 @@ class StageRunner:
         """Return the score of the weights as they are; None where a signal came first."""
         try:
             with tracker.phase("evaluate"):
-                score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stopped))
+                score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stops))
         except Interrupted:
             self.interrupted = True
             return None
@@ -150,7 +170,15 @@ class StageRunner:
         if self.tracker is not None:
             self.tracker.sync()
         save(run, self.out, self.done, self.before, self.after)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), self.done
+
+    def note_stop(self) -> str | None:
+        """Write down in `stopped.json` what ended the run early, if anything did; return its name, on all ranks."""
+        reason = next(filter(None, self.ranks.gather(self.stops.reason if self.interrupted else None)), None)
+        if reason is not None:
+            steps = sum(self.config.stage_steps)
+            self.ranks.from_first(partial(write_stop, self.out, reason, step=self.done, steps=steps, saved=self.saved))
+        return reason
 
     def finish(self) -> RunResult:
         """Write the summary of a run that went well, and return its result."""
@@ -158,17 +186,17 @@ class StageRunner:
         change = before.change(after) if before and after else None
         if self.tracker is not None:  # else all was there already
             self.tracker.summary(before=before, after=after, change=change)
-        return RunResult(out=self.out, steps=self.done, before=before, after=after, interrupted=self.interrupted)
+        return RunResult(out=self.out, steps=self.done, before=before, after=after, stopped_by=self.note_stop())
 
     def close(self) -> None:
         """Close what is open, also after an error."""
         if self.tracker is not None:
             self.tracker.finish()
 
-    def _open_tracker(self) -> Tracker | NoTracker:
-        """Open the run's tracker on the first rank; the others' numbers reach it through the loop."""
-        if not self.ranks.first:
-            return NoTracker()
-        config = self.config
-        steps = sum(config.stage_steps)
-        return Tracker(self.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=self.done)
+
+def _open_tracker(runner: StageRunner) -> Tracker | NoTracker:
+    """Open the run's tracker on the first rank; the others' numbers reach it through the loop."""
+    if not runner.ranks.first:
+        return NoTracker()
+    config, steps = runner.config, sum(runner.config.stage_steps)
+    return Tracker(runner.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=runner.done)

@@ -21,7 +21,7 @@ from opd.launch.run.out import Resume, choose_out, day_of, remove_run, resumes, 
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.runner import RunResult, StageRunner
 from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
-from opd.launch.run.signals import stop_signals
+from opd.launch.run.signals import STOPPED, stop_signals
 from opd.launch.run.stages import RunStage, made_before, stages_left
 from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks
@@ -86,8 +86,9 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
         ranks.from_first(partial(begin_anew, out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
     ranks.from_first(partial(clear_the_way, exports, saved))
-    with stop_signals() as stopped, closing(runner):
-        runner.stopped = stopped
+    hours = config.train.max_hours
+    with stop_signals(seconds=3600 * hours if hours else float("inf")) as stops, closing(runner):
+        runner.stops = stops
         for stage in left:
             with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
                 if saved is not None and runner.done > stage.first and stage.record is None:
@@ -104,6 +105,7 @@ def _write_settings(config: Config, out: Path) -> None:
     """Write the run's settings, and where what comes from outside of this repository came from."""
     warn_of_changes(config, out)
     write_config(config, out)
+    (out / STOPPED).unlink(missing_ok=True)
     write_taken(config, out)
 
 
@@ -115,6 +117,7 @@ def _run_stage(runner: StageRunner, run: Run, stage: RunStage) -> None:
         raise engine_lost(runner, run, stage, error) from error
     except HealthError as error:
         runner.ranks.agree(partial(_raise, given_up(runner, run, stage, error)))
+    runner.note_stop()  # before the export, which may take longer than whoever stopped us waits
     if run.loop.stage.trains and (runner.done > stage.first if runner.interrupted else stage.last):
         run.export(runner.out / "export")
     elif stage.next_model is not None:

@@ -48,6 +48,7 @@ _MAY_DIFFER = (
     "train.steps",
     "train.save_every",
     "train.save_minutes",
+    "train.max_hours",
     "train.give_up_after",
     "lightning_opd.mismatch",  # what its own message says to set
     "train.keep_last",

@@ -44,6 +44,11 @@ class TrainConfig(Strict):
         description="Minutes after which the step at hand ends with a checkpoint, if none was saved meanwhile; 0: by "
         "train.save_every alone.",
     )
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="Hours after which the run is saved and ends with exit code 75, to be resumed; null: no limit.",
+    )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     keep_best: bool = Field(
         False, description="Also keep the checkpoint whose evaluation was best; eval.every says which have one."

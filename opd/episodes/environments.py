@@ -55,12 +55,15 @@ class Environments:
         """Have the episode's environment act on a completion's text."""
         self._call(episode, partial(self._lent[episode.number].step, text), "step_timeout")
 
-    def answers(self, *, wait: str) -> list[tuple[int, Answer | BaseException]]:
+    def answers(
+        self, *, wait: str, stopped: Callable[[], bool] = lambda: False
+    ) -> list[tuple[int, Answer | BaseException]]:
         """Return (number of the episode, answer or what went wrong), in the order of the numbers.
 
-        `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call.
+        `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call. Raises
+        Interrupted once `stopped` holds while it waits.
         """
-        return sorted(self._workers.finished(wait=wait), key=lambda pair: pair[0])
+        return sorted(self._workers.finished(wait=wait, stopped=stopped), key=lambda pair: pair[0])
 
     def running(self) -> dict[int, str]:
         """Say of each episode whose environment is at work what it does: "call" or "grading". For any thread."""

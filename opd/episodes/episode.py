@@ -39,6 +39,8 @@ class Round:
     rewrite: PromptRewrite | None
     opening: Opening | None
     """None: the chat format begins a conversation with the first messages."""
+    stopped: Callable[[], bool] = lambda: False
+    """True: the round is to be left."""
 
 
 @dataclass(slots=True)

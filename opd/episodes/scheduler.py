@@ -20,6 +20,7 @@ from opd.episodes.config import RolloutConfig
 from opd.episodes.environments import EnvFactory, Environments
 from opd.episodes.episode import Episode, Opening, PromptRewrite, Round, add_turn, next_request, take_answer
 from opd.episodes.watchdog import Watchdog
+from opd.errors import Interrupted
 from opd.models.chat import ChatFormat
 from opd.types import Task, Trajectory, TrajectoryGroup
 
@@ -71,16 +72,17 @@ class RolloutScheduler:
         rewrite: PromptRewrite | None = None,
         opening: Opening | None = None,
         on_finish: Callable[[Trajectory], None] = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[TrajectoryGroup]:
         """Play every task `group_size` times; groups come back in the order of the tasks.
 
         `seed` names the round: a token's draw depends on it and on the task, the member and the turn.
-        `rewrite` shows the acting model other first messages (a teacher that acts with its context); `opening` gives
-        the first prompt itself, for what differs from task to task or no message can say.
+        `rewrite` shows the acting model other first messages (a teacher with its context); `opening` gives the first
+        prompt itself, which no message may say. Raises Interrupted once `stopped` holds: episodes are left.
         """
         shared = Round(
-            chat=self.chat, config=self.config, max_turns=self.max_turns, seed=seed, rewrite=rewrite, opening=opening
-        )
+            chat=self.chat, config=self.config, max_turns=self.max_turns, seed=seed, rewrite=rewrite, opening=opening,
+            stopped=stopped)  # fmt: skip
         copies = [(t, member) for t in tasks for member in range(group_size)]
         self.engine.begin(sampling, self.chat.stop_ids)
         ended = self._play([Episode(n, t, member) for n, (t, member) in enumerate(copies)], shared, on_finish)
@@ -105,7 +107,7 @@ class RolloutScheduler:
         with self._abandoned_on_error(active), dog:
             while waiting or active:
                 self._admit(waiting, active)
-                for episode in self._answered(active, idle=sampled == 0):
+                for episode in self._answered(active, shared, idle=sampled == 0):
                     dog.progress()
                     if self._ask(episode, shared):
                         sampled += 1
@@ -118,7 +120,7 @@ class RolloutScheduler:
                         waiting.appendleft(episode.again())  # its group waits for it already
                     else:
                         on_finish(ended[episode.number][-1])
-                for completion in self._completions(sampled):
+                for completion in self._completions(sampled, shared):
                     dog.progress()
                     sampled -= 1
                     episode = active[completion.session]
@@ -151,10 +153,10 @@ class RolloutScheduler:
                 episode.until = time.perf_counter() + self.config.episode_timeout
             self.environments.reset(episode)
 
-    def _answered(self, active: dict[int, Episode], *, idle: bool) -> list[Episode]:
+    def _answered(self, active: dict[int, Episode], shared: Round, *, idle: bool) -> list[Episode]:
         """Return the episodes that their environment has answered, or that it lost, in the order of their number."""
         wait = "all" if self.config.deterministic else "any" if idle else "none"
-        answers = self.environments.answers(wait=wait)
+        answers = self.environments.answers(wait=wait, stopped=shared.stopped)
         for number, answer in answers:
             take_answer(active[number], answer)
         return [active[number] for number, _ in answers]
@@ -168,11 +170,15 @@ class RolloutScheduler:
         self.engine.submit(request)
         return True
 
-    def _completions(self, in_flight: int) -> list[Completion]:
+    def _completions(self, in_flight: int, shared: Round) -> list[Completion]:
         """Return what the engine has completed, with `deterministic` all that is in flight, in the episodes' order."""
-        done = self.engine.step() if in_flight else []
-        while self.config.deterministic and len(done) < in_flight:
+        done: list[Completion] = []
+        while len(done) < in_flight:
+            if shared.stopped():
+                raise Interrupted
             done += self.engine.step()
+            if not self.config.deterministic:
+                break
         return sorted(done, key=lambda completion: completion.session)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from opd.errors import Interrupted
 from opd.grading import listening
 
 _POLL = 0.2  # seconds between looks for calls that overran
@@ -100,10 +101,11 @@ class Workers:
         self._key_of[self._tickets] = key
         self._jobs.put((self._tickets, _Job(key=key, call=call, limits=limits, give_up=give_up)))
 
-    def finished(self, *, wait: str) -> list[tuple[int, Any]]:
+    def finished(self, *, wait: str, stopped: Callable[[], bool] = lambda: False) -> list[tuple[int, Any]]:
         """Return (key, result or exception) of calls that ended, and a TimeoutError for each that overran.
 
-        `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call.
+        `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call. Raises
+        Interrupted once `stopped` holds while it waits.
         """
         done: list[tuple[int, Any]] = []
         while True:
@@ -114,6 +116,8 @@ class Workers:
                 done += self._overdue()
                 if enough:
                     return done
+                if stopped():
+                    raise Interrupted from None
                 continue
             if ticket in self._key_of:
                 done.append((self._key_of.pop(ticket), result))

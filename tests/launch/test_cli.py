@@ -38,7 +38,8 @@ def trained(monkeypatch):
         if overwrite:
             remove_run(folder)
         write_config(config, folder)
-        return types.SimpleNamespace(steps=config.train.steps, interrupted=config.train.steps == 13)
+        stopped = config.train.steps == 13
+        return types.SimpleNamespace(steps=config.train.steps, interrupted=stopped, exit_code=143 if stopped else 0)
 
     monkeypatch.setitem(sys.modules, "opd.launch.run.training", types.SimpleNamespace(train=train))
     return calls
@@ -120,7 +121,7 @@ def test_a_run_is_resumed_by_its_folder_alone(trained):
 
 
 def test_a_run_that_was_stopped_says_how_to_go_on(trained, capsys):
-    assert main(["train", "run.yaml", "--out", "mine", "--steps", "13"]) == 130
+    assert main(["train", "run.yaml", "--out", "mine", "--steps", "13"]) == 143
     assert capsys.readouterr().err == "stopped after step 13; go on with: opd train mine --resume\n"
 
 

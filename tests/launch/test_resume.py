@@ -7,20 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opd import checkpoint
 from opd.checkpoint import Checkpoint
+from opd.envs.worlds.lookup import LookupEnv
 from opd.errors import CheckpointError, ConfigError, LockError
 from opd.launch.cli.main import main
+from opd.launch.run import signals
 from opd.launch.run.build import Run
 from opd.launch.run.lock import NAME
+from opd.launch.run.signals import stop_signals
 from opd.launch.train import train
 from opd.tracking import read_rows
 from opd.trainers.loop.loop import Loop
 from opd.trainers.loop.method import Method
+from opd.trainers.loop.play import Player
 
 pytestmark = pytest.mark.slow
 
@@ -193,10 +198,81 @@ def signals_itself(monkeypatch, owner, name, *, after):
     monkeypatch.setattr(owner, name, call)
 
 
-def test_a_signal_in_a_step_saves_it_and_evaluates_nothing(settings, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 75), ("train.max_hours", 75)]
+)
+def test_whatever_ends_a_run_early_is_told_apart(settings, name, code):
+    """Before the third step has its episodes; what was trained until then is saved."""
+
+    def play(player, number):
+        if number == 2 and name != "train.max_hours":
+            os.kill(os.getpid(), getattr(signal, name))
+        elif number == 2:
+            patch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 3600))
+        return real(player, number)
+
+    real = Player.play_step
+    data = settings("run", train={"steps": 5, "max_hours": 1.0 if name == "train.max_hours" else None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Player, "play_step", play)
+        result = train(data)
+    assert (result.stopped_by, result.exit_code, result.steps) == (name, code, 2)
+    assert saved(result.out) == ["step-2"]
+    told = json.loads((result.out / "stopped.json").read_text())
+    assert told == {
+        "by": name,
+        "exit_code": code,
+        "step": 2,
+        "steps": 5,
+        "checkpoint": "checkpoints/step-2",
+        "resume": f"opd train {result.out} --resume",
+    }
+    whole = train(settings("whole", train={"steps": 5})).out
+    assert train(settings("run", train={"steps": 5}), resume=True).exit_code == 0
+    assert not (result.out / "stopped.json").exists()
+    last = [Checkpoint(folder / "checkpoints/step-5").tensors("student") for folder in (whole, result.out)]
+    assert all(torch.equal(last[0][key], weights) for key, weights in last[1].items())
+    assert steps_of(result.out) == [1, 2, 3, 4, 5]
+
+
+class Slow(LookupEnv):
+    """Takes half a minute for a call."""
+
+    def step(self, action):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        return super().step(action)
+
+
+def test_a_step_is_left_in_the_middle_of_an_environment_s_call(settings):
+    since = time.monotonic()
+    result = train(settings("run", env={"id": f"{__name__}:Slow", "max_turns": 2}, eval={"tasks": 0}))
+    assert (result.stopped_by, result.steps) == ("SIGTERM", 0)
+    assert time.monotonic() - since < 25
+    told = json.loads((result.out / "stopped.json").read_text())
+    assert (told["checkpoint"], told["resume"]) == (None, f"opd train {result.out} --resume auto")
+
+
+def test_the_signals_of_a_launcher_count_once_and_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with stop_signals() as stops:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stops.reason == "SIGINT"
+            stops.since -= 2
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_updates_of_a_step_saves_it_and_evaluates_nothing(settings, monkeypatch):
     data = settings("run", eval={"tasks": 4, "every": 1})
     with monkeypatch.context() as patch:
-        signals_itself(patch, Loop, "step", after=False)
+        signals_itself(patch, Loop, "_update", after=False)
         result = train(data)
     assert (result.interrupted, result.steps, result.after) == (True, 1, None)
     assert saved(result.out) == ["step-1"]
@@ -240,7 +316,7 @@ def test_a_signal_in_an_evaluation_ends_it_with_the_episode_at_hand_and_saves(se
         patch.setattr(Run, "evaluate", evaluate)
         result = train(data)
     assert (result.interrupted, result.steps, result.after) == (True, 1, None)
-    assert len(episodes) == 1
+    assert len(episodes) == 0
     assert saved(result.out) == ["step-1"]
     whole = train(settings("whole", train={"steps": steps}, eval={"tasks": 40, "every": 1}, rollout={"concurrency": 4}))
     resumed = train(data, resume=True)

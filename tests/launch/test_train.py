@@ -204,7 +204,7 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(settings, tmp_pat
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     killer.cancel()
-    assert process.returncode == 130, stderr.decode()
+    assert process.returncode == 143, stderr.decode()
     done = read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"]
     assert 0 < done < 500
     resumed = train(settings("run", train={"steps": done + 1}), resume=True)

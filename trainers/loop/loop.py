@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from opd.errors import DataError, EngineError, HealthError
+from opd.errors import DataError, EngineError, HealthError, Interrupted
 from opd.losses import Losses
 from opd.objective.collate import check_fed
 from opd.objective.config import WeightingConfig
@@ -42,8 +45,7 @@ class Loop:
     finite: bool = True
     """The last step's losses and gradient norms were numbers."""
     checks: int = 2
-    """The comparisons of the sampler's log-probs with the student's that are left: one when the engine has started, and
-    one after its first update."""
+    """The comparisons of the sampler's log-probs with the student's that are left: at the start, after an update."""
 
     @property
     def stage(self) -> Stage:
@@ -63,11 +65,13 @@ class Loop:
         return dict(prepared.numbers)
 
     def step(self, number: int) -> tuple[dict[str, float], list[TrajectoryGroup]]:
-        """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes, of all ranks."""
+        """Step `number` (from 0): rollouts, samples, updates. Returns its metrics and its episodes, of all ranks.
+        Raises Interrupted where the run is to end before the first update: all is as it was before the step."""
         timer = Timer()
-        groups = self._play(number, timer)
-        samples, order = self._samples(number, groups)
-        samples, taught = self._weigh(samples, groups, timer)
+        with _left_as_it_was(self.method, self.player):
+            groups = self._play(number, timer)
+            samples, order = self._samples(number, groups)
+            samples, taught = self._weigh(samples, groups, timer)
         updated = self._update(number, samples, taught, order, timer)
         self.player.version += 1
         with timer("teacher"):
@@ -176,6 +180,24 @@ class Loop:
             total.update(own)
         self.method.dropped.clear()
         return {f"dropped/{reason}": float(count) for reason, count in total.items()}
+
+
+@contextmanager
+def _left_as_it_was(method: Method, player: Player) -> Iterator[None]:
+    """Take back what the part of a step before its updates has changed, if it is left: it will be taken anew.
+
+    Raises Interrupted, on all ranks, where it was left or the run is to stop by its end.
+    """
+    state, streaks, drawn = copy.deepcopy(method.state_dict()), Counter(player.health.streaks), torch.get_rng_state()
+    try:
+        yield
+        if player.stopping():
+            raise Interrupted
+    except Interrupted:
+        method.load_state_dict(state)
+        player.health.streaks = streaks
+        torch.set_rng_state(drawn)
+        raise
 
 
 def annotated(method: Method, groups: Sequence[TrajectoryGroup], losses: Losses) -> list[Sample]:

@@ -6,6 +6,7 @@ Here alone the engine is given weights and put to sleep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +19,7 @@ from opd.episodes.config import RolloutConfig
 from opd.episodes.episode import Opening
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
+from opd.errors import Interrupted
 from opd.models.identity import weights_fingerprint
 from opd.ranks.ranks import Ranks
 from opd.trainers.loop.health import Health
@@ -62,6 +64,8 @@ class Player:
     seed: int
     settings: str = ""
     on_finish: Callable[[Trajectory], None] = lambda _: None
+    stopped: Callable[[], bool] = lambda: False
+    """True: this rank was told that the run is to end early."""
     stopping: Callable[[], bool] = lambda: False
     """True, on all ranks: the run is to end early. What takes long outside of a step asks now and then."""
     version: int = 0
@@ -107,18 +111,25 @@ class Player:
         """Episodes of these tasks, each rank playing its share; all of them, in the order of the tasks, on all ranks.
 
         `group_size` is by default the run's; for `opening` see `opd.episodes.episode`. Raises HealthError, on all
-        ranks, where too many rounds in a row brought nothing (`train.give_up_after`).
+        ranks, where too many rounds in a row brought nothing (`train.give_up_after`), and Interrupted where the run is
+        to end: the episodes are left.
         """
         self.sync()
-        own = self.scheduler.run(
-            self.ranks.share(tasks),
-            group_size=group_size or self.rollout.group_size,
-            sampling=self.sampling,
-            seed=seed,
-            opening=opening,
-            on_finish=self.on_finish,
-        )
-        everyone = self.ranks.deal(self.ranks.gather(own))
+        own: list[TrajectoryGroup] | None = None
+        with suppress(Interrupted):
+            own = self.scheduler.run(
+                self.ranks.share(tasks),
+                group_size=group_size or self.rollout.group_size,
+                sampling=self.sampling,
+                seed=seed,
+                opening=opening,
+                on_finish=self.on_finish,
+                stopped=self.stopped,
+            )
+        shares = [share for share in self.ranks.gather(own) if share is not None]
+        if len(shares) < self.ranks.world_size:
+            raise Interrupted
+        everyone = self.ranks.deal(shares)
         self.health.played(everyone)
         return everyone
 
