@@ -56,7 +56,7 @@ def _start_own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStac
     """Start servers on this machine's loopback, with a key that nobody else knows; they are not up yet."""
     vllm = config.rollout.vllm
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="opd-vllm-"))
-    model.config.save_pretrained(folder)
+    model.whole_config.save_pretrained(folder)
     logs = Path(config.out or folder)
     key = secrets.token_urlsafe(32)
     replicas = []

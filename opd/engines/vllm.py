@@ -157,6 +157,7 @@ def engine_args(model: CausalModel, config: VllmConfig, limits: Limits) -> dict[
     return {
         "dtype": dtype if config.dtype == "auto" else config.dtype,
         "load_format": "dummy",
+        **({} if model.whole_config is model.config else {"language_model_only": True}),
         **common_arguments(config, limits, on_cpu=model.device.type == "cpu"),
     }
 

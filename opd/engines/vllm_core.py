@@ -40,7 +40,7 @@ class Core:
         self._asleep: set[str] = set()
         """The parts that have given their memory back: weights, kv_cache."""
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder, _process_restored():
-            model.config.save_pretrained(folder)
+            model.whole_config.save_pretrained(folder)
             self.llm = _start(arguments | {"enable_sleep_mode": sleeps, "model": folder})
         self._end = weakref.finalize(self, vllm_life.end, self.llm, self._asleep)
         """Ends the engine, once; also when this object is garbage and nobody has closed it."""

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd.errors import ModelError
 from opd.maths.head import Head, Projection, Projector
 from opd.models.description import is_dropout
+from opd.models.multimodal import decoder_of
 
 
 class CausalModel(nn.Module):
@@ -52,6 +53,12 @@ class CausalModel(nn.Module):
 
     @property
     def config(self) -> Any:
+        """The settings of the language model: of a composite model, those of its part for text."""
+        return self.whole_config.get_text_config(decoder=True)
+
+    @property
+    def whole_config(self) -> Any:
+        """The settings of the model as its checkpoint has them."""
         return self._transformer.config
 
     @property
@@ -89,7 +96,7 @@ class CausalModel(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         """Compute the last hidden states, normalised as the head expects them: [B, T] -> [B, T, H]."""
-        output = self._transformer.get_decoder()(
+        output = decoder_of(self._transformer)(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,

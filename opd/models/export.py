@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from opd.errors import ModelError
 from opd.models.description import with_dropouts
 from opd.models.files import name_few, tensors_of
+from opd.models.multimodal import Carried, attention_option, complete, processor_files
 from opd.models.sharding import is_sharded
 from opd.models.whole import load_whole
 
@@ -57,6 +58,8 @@ class Base:
     dropouts: Mapping[str, float] = field(default_factory=dict)
     """The dropout of its config, which is off while training."""
     trust_remote_code: bool = False
+    carried: Carried | None = None
+    """What a composite checkpoint holds beside its language model; None for a plain language model."""
 
 
 def write_export(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, folder: Path) -> None:
@@ -76,6 +79,8 @@ def write_export(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fol
     saved.generation_config = GenerationConfig()  # valid, while transformers refuses to write what many bases hold
     saved.save_pretrained(aside)
     (aside / GENERATION).unlink(missing_ok=True)
+    if base.carried is not None:
+        complete(aside, base.carried)
     _write_beside(model, tokenizer, base, aside)
     check_written(model, tokenizer, base, aside)
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,6 +123,8 @@ def _write_beside(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fo
             shutil.copyfile(file, target)
     else:
         tokenizer.save_pretrained(folder)
+    for file in processor_files(base.carried.folder) if base.carried is not None else ():
+        shutil.copyfile(file, folder / file.name)
     if base.dropouts:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with_dropouts(config, base.dropouts)
@@ -144,7 +151,7 @@ def check_written(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fo
     Raises ModelError that names what differs.
     """
     try:
-        _check_tensors(model, folder)
+        _check_tensors(model, base, folder)
         _check_tokenizer(tokenizer, base, folder)
         _check_log_probs(model, tokenizer, base, folder)
     except ModelError as error:
@@ -154,8 +161,9 @@ def check_written(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fo
         ) from error
 
 
-def _check_tensors(model: Any, folder: Path) -> None:
-    """Compare the headers of an export's files with the model's weights, as transformers names them on disk."""
+def _check_tensors(model: Any, base: Base, folder: Path) -> None:
+    """Compare the headers of an export's files with the model's weights, as transformers names them on disk, and with
+    what was carried."""
     written = {name: (DTYPES.get(e["dtype"]), tuple(e["shape"])) for name, e in tensors_of("export", folder).items()}
     blank = {name: torch.empty_like(weight, device="meta") for name, weight in model.state_dict().items()}
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -165,6 +173,10 @@ def _check_tensors(model: Any, folder: Path) -> None:
         name: (str(weight.dtype).removeprefix("torch."), tuple(weight.shape))
         for name, weight in revert_weight_conversion(model, kept).items()
     }
+    if base.carried is not None:
+        for tensor, entry in base.carried.tensors.items():
+            wanted[tensor] = (DTYPES.get(entry["dtype"]), tuple(entry["shape"]))
+        wanted |= {one: wanted[other] for one, other in base.carried.tied.items()}
     for what, names in (
         ("lacks", wanted.keys() - written.keys()),
         ("has too much", written.keys() - wanted.keys()),
@@ -187,9 +199,14 @@ def _check_log_probs(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base,
     if why := _no_room(model):
         logger.info("the export's log-probs are not compared with the model's: %s", why)
         return
-    options = {"trust_remote_code": base.trust_remote_code, "attn_implementation": model.config._attn_implementation}
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    options: dict[str, Any] = {
+        "trust_remote_code": base.trust_remote_code,
+        "attn_implementation": attention_option(model.config, attention),
+    }
+    kind = AutoModelForCausalLM if base.carried is None else type(model)
     with torch.random.fork_rng(devices=[]):
-        again = load_whole("export", str(folder), model.dtype, options, folder).to(model.device).eval()
+        again = load_whole("export", str(folder), model.dtype, options, folder, kind).to(model.device).eval()
     ids = torch.tensor([_ids(tokenizer)[:32] or [0]], device=model.device)
     found, wanted = _log_probs(again, ids), _log_probs(model, ids)
     same = (found == wanted) | (found.isnan() & wanted.isnan())  # what diverged is exported as it is

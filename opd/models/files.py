@@ -75,7 +75,12 @@ def check_weights(name: str, folder: Path) -> list[str]:
 
 def tensors_of(name: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Return type, shape and place of each tensor in the safetensors of a folder. Raises ModelError as above."""
-    return _entries(name, _weight_files(name, folder))
+    return {tensor: entry for tensor, (_, entry) in tensors_with_files(name, folder).items()}
+
+
+def tensors_with_files(name: str, folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the same, each behind the file that holds it."""
+    return {t: (file, e) for file in _weight_files(name, folder) for t, e in _header(name, file).items()}
 
 
 def _entries(name: str, files: Iterable[Path]) -> dict[str, dict[str, Any]]:

