@@ -13,7 +13,7 @@ from typing import Any
 
 from opd.envs.text_env import SPLITS, task_split
 from opd.errors import ConfigError, DataError
-from opd.types import Message
+from opd.types import ONLY_TEXT, Message, medium_in
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,9 @@ def checked_prompt(prompt: object, *, where: str) -> str | list[Message]:
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
         return prompt
+    for number, message in enumerate(prompt if isinstance(prompt, list) else ()):
+        if medium := medium_in(message.get("content") if isinstance(message, dict) else message):
+            raise DataError(f"{where}: the prompt's messages[{number}] holds {medium!r}: {ONLY_TEXT}")
     raise DataError(f"{where}: a prompt must be a string or a list of messages, not {prompt!r:.80}")
 
 

@@ -14,7 +14,8 @@ Long because the examples go on from one another, and half of the lines are thei
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -23,6 +24,24 @@ from opd.errors import DataError
 
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and what the template of the model knows besides."""
+
+MEDIA = re.compile(r"image|video|audio|sound|speech")
+ONLY_TEXT = "images, video and sound are not trained here, only text"
+
+
+def medium_in(content: Any) -> str | None:
+    """Return what names an image, a video or sound in a content or in a part of it; None where there is only text.
+
+    >>> medium_in([{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "..."}}])
+    'image_url'
+    """
+    for part in content if isinstance(content, list | tuple) else [content]:
+        if isinstance(part, Mapping):
+            kinds = [part.get("type"), *(key for key, value in part.items() if key != "text" and value is not None)]
+            if found := next((str(kind) for kind in kinds if MEDIA.search(str(kind))), None):
+                return found
+    return None
+
 
 
 class StopReason(StrEnum):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -95,8 +96,10 @@ def begin_anew(out: Path) -> None:
 def clear_the_way(exports: Iterable[Path], saved: checkpoint.Checkpoint | None) -> None:
     """Remove exports of stages still to be run and put newer checkpoints aside: they are of an earlier attempt."""
     for folder in exports:
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.is_dir():
+            shutil.rmtree(os.path.realpath(folder))  # where it is a link, the link stays, for the export to come
+        elif folder.is_file():
+            folder.unlink()
     if saved is not None:
         checkpoint.put_aside_after(saved.folder)
 

@@ -121,15 +121,8 @@ def _run_stage(runner: StageRunner, run: Run, stage: RunStage) -> None:
     if run.loop.stage.trains and (runner.done > stage.first if runner.interrupted else stage.last):
         run.export(runner.out / "export")
     elif stage.next_model is not None:
-        _export_whole(run, stage.next_model)
+        run.export(stage.next_model)  # whole or absent: a resume takes one that is there for whole
 
 
 def _raise(error: Exception) -> NoReturn:
     raise error
-
-
-def _export_whole(run: Run, folder: Path) -> None:
-    """Export a stage's model so that the folder is whole or absent."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    run.export(aside)
-    run.loop.player.ranks.from_first(lambda: aside.rename(folder))

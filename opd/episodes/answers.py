@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.errors import EnvError
-from opd.types import Message, Task
+from opd.types import ONLY_TEXT, Message, Task, medium_in
 
 MOST_CHARACTERS = 1_000_000
 """The most characters of one answer. A longer answer is a fault that would stall everybody's tokenizer."""
@@ -146,6 +146,9 @@ def messages_of(observation: Any, info: dict[str, Any]) -> list[Message]:
         messages = [{"role": "user", "content": observation}]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            content = message.get("content") if isinstance(message, dict) else message
+            if medium := medium_in(content):
+                raise BadAnswer(f"an observation holds {medium!r}: {ONLY_TEXT}; got {_show(message)}")
             raise BadAnswer(
                 'an observation must be a str, or info["messages"] a list of {"role", "content"}; '
                 f"got {_show(message)}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from opd.types import Message
+from opd.types import MEDIA, ONLY_TEXT, Message, medium_in
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _SAYS_NOTHING = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 """Keys that a dump of an API holds, empty."""
+_MEDIUM_KEY = re.compile(rf"(input_)?({MEDIA.pattern})s?(_urls?)?")
 
 
 def read_row(row: Any) -> tuple[list[Message], list[dict[str, Any]] | None]:
@@ -22,6 +24,8 @@ def read_row(row: Any) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """
     if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list | tuple) or not row["messages"]:
         raise ValueError('it is no {"messages": [{"role": ..., "content": ...}, ...]}')
+    if medium := _medium_beside(row):
+        raise ValueError(f"it has {medium!r} beside its messages: {ONLY_TEXT}. Leave the row out")
     messages = []
     for number, message in enumerate(row["messages"]):
         try:
@@ -39,6 +43,8 @@ def _message(message: Any) -> Message:
     if role not in _ROLES:
         instead = f'; write "{_OTHER_ROLES[role]}"' if isinstance(role, str) and role in _OTHER_ROLES else ""
         raise ValueError(f"role = {role!r} is unknown{instead}. Allowed: {', '.join(_ROLES)}")
+    if medium := _medium_beside(given):
+        raise ValueError(f"it has {medium!r} beside its content: {ONLY_TEXT}. Leave the row out")
     made: Message = {"role": _ROLES[role]}
     calls = _calls(given.pop("tool_calls", None))
     thought = _thought(given)
@@ -58,6 +64,11 @@ def _message(message: Any) -> Message:
     if "weight" in given:
         made["weight"] = _weight(given.pop("weight"), made["role"])
     return made | {key: value for key, value in given.items() if not (key in _SAYS_NOTHING and not value)}
+
+
+def _medium_beside(given: Mapping[str, Any]) -> str | None:
+    """Return the key under which a row, or a message, holds images, video or sound."""
+    return next((key for key, value in given.items() if value and _MEDIUM_KEY.fullmatch(str(key))), None)
 
 
 def _weight(weight: Any, role: str) -> int:
@@ -90,6 +101,8 @@ def _text(content: Any, key: str = "content") -> str:
         elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
+            if medium := medium_in([part]):
+                raise ValueError(f"{key} has a part of type {medium!r}: {ONLY_TEXT}. Leave the row out")
             raise ValueError(f"{key} has a part of type {kind!r}; only text is trained. Leave the row out")
     return "".join(texts)
 
