@@ -43,7 +43,6 @@ def medium_in(content: Any) -> str | None:
     return None
 
 
-
 class StopReason(StrEnum):
     """Why a completion ended."""
 

@@ -129,7 +129,7 @@ def _refuse(name: str, why: str) -> NoReturn:
 
 
 class Elsewhere(nn.Module):
-    """Stands where a tower was whose weights are carried; some models ask for its place and type before they call it."""
+    """Stands where a tower was whose weights are carried; some models ask for its place and type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

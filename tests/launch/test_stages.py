@@ -179,6 +179,37 @@ def test_a_run_that_begins_anew_takes_nothing_of_what_an_earlier_one_exported(se
         assert all(torch.equal(ours[name], weights) for name, weights in theirs.items()), file
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["to a folder", "to nothing yet"])
+def test_the_linked_export_of_a_stage_is_written_through_its_link(settings, tmp_path, there):
+    disk, out = tmp_path / "disk", tmp_path / "run"
+    train(settings("run", train={"steps": 1}), only_prepare=True)
+    if there:
+        disk.mkdir()
+        (disk / "stale").touch()
+    (out / "export-stage-1").symlink_to(disk)
+    train(settings("run", train={"steps": 1}), resume="auto")
+    assert (out / "export-stage-1").is_symlink()
+    assert (disk / "model.safetensors").is_file()
+    assert not (disk / "stale").exists()
+
+
+def test_a_run_in_a_linked_folder_with_links_in_it_is_deleted_and_begins_anew(settings, tmp_path):
+    disk, out = tmp_path / "disk", tmp_path / "run"
+    (disk / "elsewhere").mkdir(parents=True)
+    (disk / "real").mkdir()
+    out.symlink_to(disk / "real")
+    train(settings("run", train={"steps": 1}))
+    shutil.move(out / "export", disk / "elsewhere" / "export")
+    (out / "export").symlink_to(disk / "elsewhere" / "export")
+    (out / "to nothing").symlink_to(disk / "gone")
+    train(settings("run", train={"steps": 1}), overwrite=True)
+    assert out.is_symlink()
+    assert (out / "export" / "model.safetensors").is_file()
+    assert not (out / "export").is_symlink()
+    assert not (out / "to nothing").is_symlink()
+    assert (disk / "elsewhere" / "export" / "model.safetensors").is_file()  # what a link leads to is not the run's
+
+
 def test_a_stage_whose_last_checkpoint_is_damaged_is_exported_as_it_ends_this_time(settings):
     often = {"train": {"save_every": 1, "keep_last": 9}}
     out = train(settings("run", **often)).out

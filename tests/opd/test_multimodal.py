@@ -6,6 +6,7 @@ checkpoints whose language model transformers builds by code of their repository
 
 import json
 import shutil
+from contextlib import closing
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opd.engines.base import Request, Sampling, generate
+from opd.engines.config import Limits, VllmConfig
 from opd.engines.transformers import TransformersEngine
+from opd.engines.vllm import VllmEngine
+from opd.engines.weights import ModelWeights
 from opd.errors import ModelError
 from opd.models.config import LoraConfig, ModelConfig
 from opd.models.files import tensors_of
@@ -50,7 +54,7 @@ def bits(folder):
     found = {}
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
-            found[name] = (tensor.dtype, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            found[name] = (tensor.dtype, tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return found
 
 
@@ -74,7 +78,7 @@ def update(loaded):
     logits = loaded.model.logits(loaded.model.hidden(IDS))[0, :-1]
     torch.nn.functional.cross_entropy(logits, IDS[0, 1:]).backward()
     optimizer.step()
-    loaded.model.requires_grad_(False)
+    optimizer.zero_grad()
 
 
 @every_composite
@@ -176,15 +180,17 @@ def test_tensors_keep_the_names_that_an_older_checkpoint_gave_them(base, tmp_pat
 def test_a_tied_head_that_the_base_holds_once_more_is_trained_with_the_embeddings(tmp_path, base):
     folder = base("gemma3")
     weights = load_file(folder / SINGLE)
-    assert "lm_head.weight" not in weights
-    embeddings = weights["model.language_model.embed_tokens.weight"]
-    save_file(weights | {"lm_head.weight": embeddings.clone()}, folder / SINGLE, metadata={"format": "pt"})
+    [own] = [tensor for tensor in weights if tensor.endswith("embed_tokens.weight")]
+    head = own.replace("model.embed_tokens", "lm_head")
+    assert head not in weights
+    embeddings = weights[own]
+    save_file(weights | {head: embeddings.clone()}, folder / SINGLE, metadata={"format": "pt"})
     loaded = load(ModelConfig(name=str(folder)))
     update(loaded)
     export(loaded, tmp_path / "export")
     written = load_file(tmp_path / "export" / SINGLE)
-    assert torch.equal(written["lm_head.weight"], written["model.language_model.embed_tokens.weight"])
-    assert not torch.equal(written["lm_head.weight"], embeddings)
+    assert torch.equal(written[head], written[own])
+    assert not torch.equal(written[head], embeddings)
 
 
 def test_an_export_is_trained_and_exported_again(base, tmp_path):
@@ -200,8 +206,11 @@ def test_an_export_is_trained_and_exported_again(base, tmp_path):
 def test_the_embedded_engine_samples_from_the_language_model(base, name):
     loaded = load(ModelConfig(name=str(base(name))))
     engine = TransformersEngine(loaded.model)
+    engine.begin(Sampling(temperature=1.0), frozenset())
     requests = [Request(session=n, prompt_ids=list(range(5, 20 + n)), max_tokens=12, seed=n) for n in range(3)]
-    for request, made in zip(requests, generate(engine, requests, Sampling(), frozenset()), strict=True):
+    completions = {made.session: made for made in generate(engine, requests)}
+    for request in requests:
+        made = completions[request.session]
         ids = torch.tensor([request.prompt_ids + made.token_ids])
         with torch.no_grad():
             scored = loaded.model.logits(loaded.model.hidden(ids)).log_softmax(-1)[0]
@@ -284,3 +293,18 @@ def test_a_language_model_that_was_saved_with_the_config_of_the_whole_stays_one(
     shutil.rmtree(tmp_path / "export", ignore_errors=True)
     export(loaded, tmp_path / "export")
     assert tensors_of("", tmp_path / "export").keys() == tensors_of("", tmp_path).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "llava"])
+def test_vllm_serves_the_language_model_from_the_config_of_the_whole(base, name):
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test installs its CPU build where there is no GPU")
+    pytest.importorskip("torchvision", reason="vLLM's classes for images need torchvision")
+    loaded = load(ModelConfig(name=str(base(name, {"head_dim": 32}))))
+    with closing(VllmEngine(loaded.model, VllmConfig(kv_cache_gib=0.1), Limits(256, 8))) as engine:
+        for _ in range(2):
+            engine.update_weights(ModelWeights(loaded.model), 1)
+            [scores] = engine.score([IDS[0].tolist()], [list(range(63))])
+            own = own_log_probs(loaded)[0, :-1].gather(-1, IDS[0, 1:, None])[:, 0]
+            torch.testing.assert_close(torch.as_tensor(scores.logprobs), own, rtol=0, atol=1e-4)
+            update(loaded)
