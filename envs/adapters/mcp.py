@@ -283,7 +283,7 @@ def _make_connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
 
 
 def _block_text(block: Any) -> str:
-    """Write a block of a result in words: text as it is, anything else by its kind."""
+    """Write a block of a result in words: text as it is, anything else by its kind: no image or sound is trained."""
     return str(block.text) if block.type == "text" else f"[{block.type}]"
 
 

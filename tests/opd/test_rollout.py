@@ -493,6 +493,16 @@ def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
     [
         (raises(OSError("no such table")), "reset: OSError: no such table"),
         (answers(b"bytes", {}), "reset: BadAnswer: an observation must be a str"),
+        (
+            answers(
+                "", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
+            ),
+            "reset: BadAnswer: an observation holds 'image_url': images, video and sound are not trained here, only text",
+        ),
+        (
+            answers("", {"messages": [{"role": "tool", "content": [{"type": "input_audio", "input_audio": {}}]}]}),
+            "reset: BadAnswer: an observation holds 'input_audio': images, video and sound are not trained here",
+        ),
         (answers("Go.", {"tools": "hammer"}), r'reset: BadAnswer: info\["tools"\] must be a list'),
         (
             answers("Go.", {"tools": [{"function": {"name": {1, 2}}}]}),

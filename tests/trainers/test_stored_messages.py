@@ -146,7 +146,23 @@ def test_an_assistants_own_markup_is_taken_apart_and_other_markup_is_text(read):
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content is int; it must be a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "messages[0]: content has a part of type 'image_url'; only text is trained",
+            "messages[0]: content has a part of type 'image_url': images, video and sound are not trained here, only text",
+        ),
+        (
+            {"messages": [ASKED, {"role": "tool", "content": [{"type": "input_image", "file_id": "x"}]}]},
+            "messages[1]: content has a part of type 'input_image': images, video and sound are not trained here",
+        ),
+        (
+            {"messages": [{**ASKED, "images": ["x.png"]}]},
+            "messages[0]: it has 'images' beside its content: images, video and sound are not trained here",
+        ),
+        (
+            {"messages": [{**ANSWER, "audio": {"id": "x"}}]},
+            "messages[0]: it has 'audio' beside its content: images, video and sound are not trained here",
+        ),
+        (
+            {"messages": [ASKED, ANSWER], "images": ["x.png"]},
+            "it has 'images' beside its messages: images, video and sound are not trained here, only text",
         ),
         ({"messages": [{**ASKED, "tool_calls": [CALL]}]}, "messages[0]: tool_calls are an assistant's"),
         (
