@@ -182,7 +182,9 @@ def test_a_run_that_begins_anew_takes_nothing_of_what_an_earlier_one_exported(se
 @pytest.mark.parametrize("there", [True, False], ids=["to a folder", "to nothing yet"])
 def test_the_linked_export_of_a_stage_is_written_through_its_link(settings, tmp_path, there):
     disk, out = tmp_path / "disk", tmp_path / "run"
-    train(settings("run", train={"steps": 1}), only_prepare=True)
+    train(settings("run", train={"steps": 1}))
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "export-stage-1")
     if there:
         disk.mkdir()
         (disk / "stale").touch()

@@ -23,7 +23,7 @@ from opd.episodes.tasks import derive_seed, task
 from opd.errors import DataError
 from opd.grading import grading
 from opd.rewards import Rubric
-from opd.types import Fault, StopReason
+from opd.types import ONLY_TEXT, Fault, StopReason
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]
 
@@ -421,6 +421,14 @@ def answers(*result):
     return lambda *_: result
 
 
+IMAGE = f"reset: BadAnswer: an observation holds 'image_url': {ONLY_TEXT}"
+
+
+def shows(content):
+    """Answer a reset with one message of this content."""
+    return answers("", {"messages": [{"role": "tool", "content": content}]})
+
+
 class Speechless(Exception):
     def __str__(self):
         raise ValueError
@@ -494,14 +502,12 @@ def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
         (raises(OSError("no such table")), "reset: OSError: no such table"),
         (answers(b"bytes", {}), "reset: BadAnswer: an observation must be a str"),
         (
-            answers(
-                "", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}
-            ),
-            "reset: BadAnswer: an observation holds 'image_url': images, video and sound are not trained here, only text",
+            shows([{"type": "image_url", "image_url": {"url": "x"}}]),
+            IMAGE,
         ),
         (
-            answers("", {"messages": [{"role": "tool", "content": [{"type": "input_audio", "input_audio": {}}]}]}),
-            "reset: BadAnswer: an observation holds 'input_audio': images, video and sound are not trained here",
+            shows([{"type": "input_audio", "input_audio": {}}]),
+            IMAGE.replace("image_url", "input_audio"),
         ),
         (answers("Go.", {"tools": "hammer"}), r'reset: BadAnswer: info\["tools"\] must be a list'),
         (
@@ -512,7 +518,17 @@ def test_an_environment_that_breaks_fails_its_own_episode_and_no_other(
         (answers("", {"messages": []}), "prompt of turn 0: the chat template"),
         (answers("Go.", 3), "reset: BadAnswer: reset must return .*AttributeError"),
     ],
-    ids=["raises", "bytes", "tools as text", "tools not in JSON", "tools without a function", "silence", "no info"],
+    ids=[
+        "raises",
+        "bytes",
+        "image",
+        "sound",
+        "tools as text",
+        "tools not in JSON",
+        "tools without a function",
+        "silence",
+        "no info",
+    ],
 )
 def test_an_environment_that_breaks_at_its_reset_fails_before_the_first_turn(
     play, scripted_env, turns_then_end, make_chat, first, reason

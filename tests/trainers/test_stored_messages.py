@@ -146,7 +146,7 @@ def test_an_assistants_own_markup_is_taken_apart_and_other_markup_is_text(read):
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content is int; it must be a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "messages[0]: content has a part of type 'image_url': images, video and sound are not trained here, only text",
+            "messages[0]: content has a part of type 'image_url': images, video and sound are not trained",
         ),
         (
             {"messages": [ASKED, {"role": "tool", "content": [{"type": "input_image", "file_id": "x"}]}]},
