@@ -164,7 +164,9 @@ def check_written(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fo
 def _check_tensors(model: Any, base: Base, folder: Path) -> None:
     """Compare the headers of an export's files with the model's weights, as transformers names them on disk, and with
     what was carried."""
-    written = {name: (DTYPES.get(e["dtype"]), tuple(e["shape"])) for name, e in tensors_of("export", folder).items()}
+    written = {
+        name: (str(DTYPES.get(e["dtype"])), tuple(e["shape"])) for name, e in tensors_of("export", folder).items()
+    }
     blank = {name: torch.empty_like(weight, device="meta") for name, weight in model.state_dict().items()}
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -175,7 +177,7 @@ def _check_tensors(model: Any, base: Base, folder: Path) -> None:
     }
     if base.carried is not None:
         for tensor, entry in base.carried.tensors.items():
-            wanted[tensor] = (DTYPES.get(entry["dtype"]), tuple(entry["shape"]))
+            wanted[tensor] = (str(DTYPES.get(entry["dtype"])), tuple(entry["shape"]))
         wanted |= {one: wanted[other] for one, other in base.carried.tied.items()}
     for what, names in (
         ("lacks", wanted.keys() - written.keys()),

@@ -137,11 +137,11 @@ class Elsewhere(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.nothing.device  # type: ignore[return-value, union-attr]
+        return self.nothing.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.nothing.dtype  # type: ignore[return-value, union-attr]
+        return self.nothing.dtype  # type: ignore[return-value]
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         raise ModelError("images, video and sound are not trained here: this part of the model is only carried")

@@ -55,13 +55,8 @@ def load_whole(
             raise ModelError(f"model.name = {name!r} cannot be loaded: {error}{rows}") from error
     if "gguf_file" in options:
         _check_gguf(model, Path(source) / options["gguf_file"], found)
-    former = check_taken(
-        name,
-        type(model).__name__,
-        missing=found["missing_keys"],
-        unexpected=found["unexpected_keys"],
-        missized=found["mismatched_keys"],
-    )
+    names = {key: found[f"{key}_keys"] for key in ("missing", "unexpected")}
+    former = check_taken(name, type(model).__name__, **names, missized=found["mismatched_keys"])
     _check_ties(name, model)
     _log_left_out(name, model, set(former).union(check_weights(name, folder) if folder else ()))
     _forget_quantization(model)

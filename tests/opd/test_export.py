@@ -153,6 +153,7 @@ def test_smollm2_untrained_is_exported_as_it_was_and_served_by_vllm(tmp_path):
         for place, token in enumerate(ids[1:]):
             found = made.prompt_logprobs[place + 1][token].logprob
             assert found == pytest.approx(wanted[place, token].item(), abs=1e-3)
+    model.llm_engine.engine_core.shutdown()
 
 
 # -- tried before, and read back ----------------------------------------------------------------------
