@@ -165,7 +165,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     backend, teacher, ranks = models.backend, models.teacher, player.ranks
     if record.teacher_fingerprint != teacher.fingerprint:
         raise CheckpointError(
-            f"{saved.folder} was taught by other weights (fingerprint {record['teacher_fingerprint']!r}) than "
+            f"{saved.folder} was taught by other weights (fingerprint {record.teacher_fingerprint!r}) than "
             f"teacher.model = {player.stage.teacher.model!r} holds now ({teacher.fingerprint!r}). Put the teacher "
             "back, or start afresh."
         )

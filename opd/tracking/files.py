@@ -31,7 +31,7 @@ class JsonLines:
     def write(self, row: Row) -> None:
         # A tool argument may be any object that a template could render; its text is enough for a reader.
         text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-        self._attempt(lambda: (self._file.write(text), self._file.flush()))
+        self._attempt(lambda: self._append(text))
 
     def sync(self) -> None:
         """Let the disk have what was written: a checkpoint that is whole has its rows beside it."""
@@ -40,6 +40,10 @@ class JsonLines:
     def close(self) -> None:
         with suppress(OSError):  # every row was flushed; what a full disk did not take was said then
             self._file.close()
+
+    def _append(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
 
     def _attempt(self, work: Callable[[], object]) -> None:
         try:
