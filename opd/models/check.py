@@ -22,10 +22,9 @@ from opd.formats import MalformedCall, read_reply
 from opd.models.chat import ChatFormat
 from opd.models.encoding import control_strings
 from opd.models.habits import PROBE, probe_reply, result_of
+from opd.models.tokenizers import SAMPLE, is_as_file_says, misbuilt_class
 from opd.types import Message
 
-SAMPLE = "Hello, world!  Two  spaces, don't: it 's 3.14 \u00e9t\u00e9\n\n\tif x <= 2: \u4f60\u597d \U0001f642 A\u0301."
-"""Text in which tokenizers that are built otherwise than their files say lose spaces, accents or line breaks."""
 _USER: Message = {"role": "user", "content": "Where is the key?"}
 _MORE: Message = {"role": "user", "content": "Are you sure?"}
 _THOUGHT = "It may be in the box."
@@ -127,15 +126,17 @@ def _check_tokenizer(report: Report, tokenizer: PreTrainedTokenizerBase, file: P
             f"the tokenizer {tokenizer.name_or_path!r} does not give back the text that it encodes: {said}"
         )
     if file is not None and file.is_file():
-        told = Tokenizer.from_file(str(file)).encode(SAMPLE, add_special_tokens=False).ids
-        report.facts["as_its_file"] = told == ids
-        if told != ids:
+        same = report.facts["as_its_file"] = is_as_file_says(tokenizer, file)
+        if not same:
+            told = Tokenizer.from_file(str(file)).encode(SAMPLE, add_special_tokens=False).ids
             report.problems.append(
                 f"the tokenizer of {tokenizer.name_or_path!r} is built otherwise than its tokenizer.json says: "
                 f"{SAMPLE[:24]!r} is {told[:8]} by the file, and {ids[:8]} as it was loaded. Its tokenizer_config.json "
                 "names a class that does not fit; set tokenizer_class: PreTrainedTokenizerFast there"
             )
-        said += ", as its file says" if told == ids else ", and not as its file says"
+        said += ", as its file says" if same else ", and not as its file says"
+        if kind := misbuilt_class(tokenizer):
+            said += f", and not as {kind}, which its tokenizer_config.json names"
     report.add("tokenizer", said)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from opd.errors import ModelError
@@ -27,6 +27,7 @@ from opd.models.description import with_dropouts
 from opd.models.files import name_few, tensors_of
 from opd.models.multimodal import Carried, attention_option, complete, processor_files
 from opd.models.sharding import is_sharded
+from opd.models.tokenizers import read_tokenizer
 from opd.models.whole import load_whole
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def _check_tensors(model: Any, base: Base, folder: Path) -> None:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Base, folder: Path) -> None:
-    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    again = read_tokenizer(str(folder), trust_remote_code=base.trust_remote_code)
     if len(again) != len(tokenizer) or _ids(again) != _ids(tokenizer):
         raise ModelError("its tokenizer cuts text in another way.")
     if again.chat_template != tokenizer.chat_template:

