@@ -40,6 +40,16 @@ class ModelConfig(Strict):
         description="How attention is computed; auto is eager where the model caps its scores (Gemma 2), since sdpa "
         "would leave that out, and what transformers prefers elsewhere.",
     )
+    dequantize: bool = Field(
+        False,
+        description="Make plain floats of a quantised checkpoint (FP8, MXFP4, compressed-tensors) as it is loaded; the "
+        "export holds plain floats too.",
+    )
+    allow_missing: list[str] = Field(
+        [],
+        description="Names or patterns (`*.bias`) of weights that the checkpoint may lack: by the seed, they begin at "
+        "random.",
+    )
     lora: LoraConfig | None = Field(None, description="Train adapters instead of all weights.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."

@@ -6,6 +6,8 @@ a word. `opd.models.loading` does the loading. No torch here, so that a folder c
 
 from __future__ import annotations
 
+import fnmatch
+import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -26,6 +28,14 @@ MOST_HEADER = 100_000_000
 FLOATS = ("F64", "F32", "F16", "BF16")
 FORMER_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|causal_mask|inv_freq|position_ids|version)$")
 """Masks, positions and marks that older versions of a model stored; today's versions compute them."""
+DEQUANTISED = {
+    "fp8": "accelerate",
+    "mxfp8": "accelerate",
+    "mxfp4": "accelerate",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+"""The values of `quantization_config.quant_method` of which plain floats can be made, and the package that it takes."""
 UNQUANTISED = "Name the checkpoint that it was made from, or a dequantised copy"
 MENDS = (
     (r"(^|\.)_orig_mod\.", "It was saved from inside torch.compile: save `model._orig_mod`"),
@@ -38,36 +48,70 @@ MENDS = (
 """Patterns in the names of tensors that give a kind of checkpoint away, and the mend for each."""
 
 
-def check_description(name: str, folder: Path) -> None:
-    """Read how a folder describes its weights. Raises ModelError for adapters and for quantised weights."""
+def check_description(name: str, folder: Path, *, dequantize: bool = False) -> str | None:
+    """Read how a folder describes its weights; return how they are quantised, None where they are plain.
+
+    Raises ModelError for adapters, for quantised weights that are not to be, or cannot be, dequantised, and for plain
+    ones that are to be.
+    """
     if (folder / "adapter_config.json").is_file():
         raise adapters_error(name)
+    config = read_description(name, folder)
+    how = quantisation_of(config) or next((file for file in QUANTISED_FILES if (folder / file).is_file()), None)
+    if how is None:
+        if dequantize:
+            raise ModelError(f"model.name = {name!r} is not quantised: remove model.dequantize, which has no effect.")
+        return None
+    mend = _mend_of_quantisation(config, dequantize=dequantize)
+    if mend is not None:
+        raise ModelError(f"model.name = {name!r} is quantised ({how}), and such weights do not train. {mend}.")
+    return how
+
+
+def read_description(name: str, folder: Path) -> dict[str, Any]:
+    """Return what a folder's config.json holds. Raises ModelError where that is nothing."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"model.name = {name!r} cannot be loaded: its config.json holds no settings")
-    how = _quantisation(config) or next((file for file in QUANTISED_FILES if (folder / file).is_file()), None)
-    if how is not None:
-        raise ModelError(f"model.name = {name!r} is quantised ({how}), and such weights do not train. {UNQUANTISED}.")
+    return config
 
 
-def check_weights(name: str, folder: Path) -> list[str]:
+def _mend_of_quantisation(config: Mapping[str, Any], *, dequantize: bool) -> str | None:
+    """Say what is to be done about quantised weights; None where they are to be, and can be, dequantised."""
+    inner = config.get("text_config")
+    parts = [config.get("quantization_config"), inner.get("quantization_config") if isinstance(inner, dict) else None]
+    methods = [part.get("quant_method") for part in parts if isinstance(part, dict)]
+    package = next((DEQUANTISED[method] for method in methods if method in DEQUANTISED), None)
+    if package is None:
+        return f"model.dequantize cannot undo this kind. {UNQUANTISED}" if dequantize else UNQUANTISED
+    if importlib.util.find_spec(package) is None:
+        return f"model.dequantize: true undoes it, with a package: pip install {package.replace('_', '-')}"
+    return None if dequantize else "Set model.dequantize: true, or name the checkpoint that it was made from"
+
+
+def check_weights(name: str, folder: Path, *, dequantize: bool = False) -> list[str]:
     """Check the safetensors of a folder, if there are any, without reading a weight; return their tensors' names.
 
-    Raises ModelError for files that are missing, ambiguous or damaged, and for weights that are no plain floats.
+    Raises ModelError for files that are missing, ambiguous or damaged, and, unless they are to be dequantised, for
+    weights that are no plain floats.
     """
     files = _weight_files(name, folder)
     for file in [] if files else folder.glob("pytorch_model*.bin"):
         if _starts_as_pointer(file):
             raise ModelError(f"model.name = {name!r}: {file.name} is a pointer of Git LFS. Fetch it: git lfs pull.")
     tensors = _entries(name, files)
-    packed = [
-        f"{tensor} ({entry['dtype']})"
-        for tensor, entry in tensors.items()
-        if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
-    ]
+    packed = (
+        []
+        if dequantize
+        else [
+            f"{tensor} ({entry['dtype']})"
+            for tensor, entry in tensors.items()
+            if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
+        ]
+    )
     if packed:
         raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {name_few(packed)}. {UNQUANTISED}.")
     return list(tensors)
@@ -122,10 +166,27 @@ def check_taken(
     if left:
         parts.append(f"In the checkpoint, but taken by nothing: {name_few(left)}.")
     if parts:
-        raise ModelError(
-            f"model.name = {name!r} cannot be loaded whole as {kind}. {' '.join(parts)} {_mend([*missing, *left])}."
-        )
+        mend = f"{_mend([*missing, *left])}."
+        mend += " To begin with random values there, name them in model.allow_missing." if missing else ""
+        raise ModelError(f"model.name = {name!r} cannot be loaded whole as {kind}. {' '.join(parts)} {mend}")
     return [tensor for tensor in unexpected if tensor not in left]
+
+
+def allowed_of(name: str, missing: Collection[str], patterns: Iterable[str]) -> set[str]:
+    """Return those of the missing weights that model.allow_missing names, by exact names or by patterns as of files.
+
+    Raises ModelError for an entry that names none of them: it is misspelt, or the checkpoint holds what it names.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        named = {weight for weight in missing if weight == pattern or fnmatch.fnmatchcase(weight, pattern)}
+        if not named:
+            lacks = f"It lacks {name_few(missing)}" if missing else "It lacks nothing"
+            raise ModelError(
+                f"model.allow_missing names {pattern!r}, which model.name = {name!r} does not lack. {lacks}."
+            )
+        found |= named
+    return found
 
 
 def _mend(tensors: Collection[str]) -> str:
@@ -147,7 +208,7 @@ def name_few(tensors: Iterable[str], most: int = 4) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:most])}{more})"
 
 
-def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str | None:
+def quantisation_of(config: Mapping[str, Any], path: str = "config.json: ") -> str | None:
     """Find where a config, or one inside it, says that the weights are quantised, and how."""
     for key in QUANTISED:
         if method := config.get(key):
@@ -156,7 +217,7 @@ def _quantisation(config: Mapping[str, Any], path: str = "config.json: ") -> str
                     return f"{path}{key}.{name} = {method[name]!r}"
             return f"{path}{key}"
     inner = ((key, value) for key, value in config.items() if isinstance(value, dict))
-    return next((method for key, value in inner if (method := _quantisation(value, f"{path}{key}."))), None)
+    return next((method for key, value in inner if (method := quantisation_of(value, f"{path}{key}."))), None)
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

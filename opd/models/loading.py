@@ -66,7 +66,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = _source(config.name)
     options["trust_remote_code"] = config.trust_remote_code
-    folder = None if "gguf_file" in options else _check_files(config.name, source)
+    folder = None if "gguf_file" in options else _check_files(config, source)
     try:
         tokenizer = read_tokenizer(source, **options)
         described = AutoConfig.from_pretrained(source, **options)
@@ -75,11 +75,18 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     if attention := attention_of(config.name, described, config.attention):
         options["attn_implementation"] = attention_option(described, attention)
     dropouts, options["config"] = drop_nothing(described), described
-    if (composite := composite_class(config.name, described)) is not None and folder is not None:
-        model = load_whole(config.name, source, dtype, options, folder, composite)
-        carried = keep_language(config.name, model, folder)
-    else:
-        model, carried = load_whole(config.name, source, dtype, options, folder), None
+    composite = composite_class(config.name, described) if folder is not None else None
+    model = load_whole(
+        config.name,
+        source,
+        dtype,
+        options,
+        folder,
+        composite or AutoModelForCausalLM,
+        dequantize=config.dequantize and folder is not None,
+        allow_missing=config.allow_missing,
+    )
+    carried = keep_language(config.name, model, folder) if composite and folder else None
     base = Base(folder, tokenizer, dropouts, config.trust_remote_code, carried)
     _check_vocabulary(model, tokenizer)
     model.to(device)
@@ -151,11 +158,20 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     return (str(Path(name).expanduser()) if name.startswith("~") else name), {}
 
 
-def _check_files(name: str, source: str) -> Path:
+def _check_files(config: ModelConfig, source: str) -> Path:
     """Check a model's files before a weight is read; from a hub's repository only the describing ones are fetched.
 
     Returns the folder in which they lie. Raises ModelError.
     """
+    folder = describing_folder(config.name, source)
+    check_description(config.name, folder, dequantize=config.dequantize)
+    if Path(source).is_dir():
+        check_weights(config.name, folder, dequantize=config.dequantize)
+    return folder
+
+
+def describing_folder(name: str, source: str) -> Path:
+    """Return the folder of a model's config.json, which is fetched if need be. Raises ModelError where it has none."""
     try:
         if find_adapter_config_file(source) is not None:
             raise adapters_error(name)
@@ -164,10 +180,7 @@ def _check_files(name: str, source: str) -> Path:
         raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error
     if file is None:
         raise ModelError(f"model.name = {name!r} cannot be loaded: it has no config.json")
-    check_description(name, folder := Path(file).parent)
-    if Path(source).is_dir():
-        check_weights(name, folder)
-    return folder
+    return Path(file).parent
 
 
 def smollm2_folder() -> Path:

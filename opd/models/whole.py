@@ -1,15 +1,16 @@
 """Loading a transformers model whole: each weight comes from the checkpoint, which holds nothing else.
 
 transformers fills what a checkpoint lacks with random numbers, drops what it has no place for, and says so on the
-console alone. Here that is a ModelError; `opd.models.files` words it, and checks the files beforehand.
+console alone. Here that is a ModelError; `opd.models.files` words it, and checks the files beforehand. What
+their headers tell is compared in the same way before anything is loaded.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ModelError
-from opd.models.files import FORMER_BUFFERS, check_taken, check_weights, name_few
+from opd.models.files import FORMER_BUFFERS, allowed_of, check_taken, check_weights, name_few
+from opd.models.quantised import ask_for_floats, moved_into_plain, unwarned
 
 logger = logging.getLogger(__name__)
+
+_FOUND = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def load_whole(
@@ -30,6 +34,9 @@ def load_whole(
     options: dict[str, Any],
     folder: Path | None = None,
     kind: Any = AutoModelForCausalLM,
+    *,
+    dequantize: bool = False,
+    allow_missing: Sequence[str] = (),
 ) -> Any:
     """Load the model of a folder or hub id, on the CPU, with weights of type `dtype`.
 
@@ -38,6 +45,8 @@ def load_whole(
         options: of `from_pretrained`; a `gguf_file` is dequantised.
         folder: where its safetensors lie once it is loaded; None for other formats.
         kind: the class of transformers to load it as.
+        dequantize: its weights are quantised, and are to be plain floats; `options` hold its config.
+        allow_missing: names or patterns of weights that may be missing, and begin at random, by torch's last seed.
 
     Raises:
         ModelError: it cannot be read, or weights are missing, of another size, dropped, or not the ones it will use.
@@ -45,22 +54,100 @@ def load_whole(
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where the `kernels` package is installed, its weights would stay packed on a GPU.
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    if dequantize:
+        ask_for_floats(options["config"])
+
+    def read() -> tuple[Any, dict[str, set[Any]]]:
+        model, found = kind.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        if not dequantize or found["unexpected_keys"] or found["mismatched_keys"]:
+            return model, found
+        plain, left = moved_into_plain(model, dtype, options)
+        return plain, {key: found[key] | left[key] for key in _FOUND}
+
+    with _reproducible() if allow_missing else nullcontext(), unwarned() if dequantize else nullcontext():
+        model, found = _read(name, read)
+    if "gguf_file" in options:
+        _check_gguf(model, Path(source) / options["gguf_file"], found)
+    former = _check_found(name, type(model).__name__, found, allow_missing)
+    _check_ties(name, model)
+    stored = check_weights(name, folder, dequantize=dequantize) if folder else ()
+    _log_left_out(name, model, set(former).union(stored))
+    _forget_quantization(model)
+    return model
+
+
+def compare_whole(
+    name: str, config: Any, tensors: Mapping[str, Mapping[str, Any]], *, allow_missing: Sequence[str] = ()
+) -> str | None:
+    """Compare the tensors of a checkpoint with the model of a config, as loading does, without reading a weight.
+
+    Args:
+        config: of transformers, as AutoConfig reads it.
+        tensors: type and shape of each tensor by name, as `opd.models.files.tensors_of` returns them.
+
+    Returns:
+        The class of the model; None where only loading can tell, since a repository's own code makes it.
+
+    Raises:
+        ModelError: as `load_whole` would.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return None
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    blank = {tensor: torch.empty(tuple(entry["shape"]), device="meta") for tensor, entry in tensors.items()}
+
+    def read() -> tuple[Any, dict[str, set[Any]]]:
+        return kind.from_pretrained(  # type: ignore[no-any-return]
+            None,
+            config=config,
+            state_dict=blank,
+            dtype=torch.float32,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+    _, found = _read(name, read)
+    _check_found(name, kind.__name__, found, allow_missing, tell=False)
+    return str(kind.__name__)
+
+
+def _read(name: str, read: Callable[[], tuple[Any, dict[str, set[Any]]]]) -> tuple[Any, dict[str, set[Any]]]:
+    """Return a model and what transformers found about its tensors. Raises ModelError for whatever goes wrong."""
     with _hide_report() as report:
         try:
-            model, found = kind.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            return read()
         except Exception as error:  # whatever the readers of damaged files raise
             rows = "".join(f"\n  {row}" for row in report[:20])
             raise ModelError(f"model.name = {name!r} cannot be loaded: {error}{rows}") from error
-    if "gguf_file" in options:
-        _check_gguf(model, Path(source) / options["gguf_file"], found)
-    names = {key: found[f"{key}_keys"] for key in ("missing", "unexpected")}
-    former = check_taken(name, type(model).__name__, **names, missized=found["mismatched_keys"])
-    _check_ties(name, model)
-    _log_left_out(name, model, set(former).union(check_weights(name, folder) if folder else ()))
-    _forget_quantization(model)
-    return model
+
+
+def _check_found(
+    name: str, kind: str, found: Mapping[str, set[Any]], allow_missing: Sequence[str], *, tell: bool = True
+) -> list[str]:
+    """Check what transformers found; return the tensors that are left out, as `check_taken` does."""
+    allowed = allowed_of(name, found["missing_keys"], allow_missing)
+    former = check_taken(
+        name,
+        kind,
+        missing=set(found["missing_keys"]) - allowed,
+        unexpected=found["unexpected_keys"],
+        missized=found["mismatched_keys"],
+    )
+    if allowed and tell:
+        logger.warning("model.name = %r: random, as model.allow_missing has it: %s", name, name_few(allowed))
+    return former
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Draw random weights by the seed that was set last, whatever was drawn since, and leave the generator as it is."""
+    seed = torch.initial_seed()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_finite(name: str, model: Any) -> None:

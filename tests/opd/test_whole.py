@@ -27,7 +27,7 @@ from transformers import (
 
 from opd.errors import ModelError
 from opd.models.config import ModelConfig
-from opd.models.loading import load, load_teacher
+from opd.models.loading import export, load, load_teacher
 from opd.models.whole import load_whole
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -283,6 +283,55 @@ def test_the_refusal_takes_the_place_of_the_report_of_transformers(make, capfd):
     assert "LOAD REPORT" not in capfd.readouterr().err
 
 
+# -- what may begin at random -------------------------------------------------------------------------
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("allowed", [[Q, DOWN], ["*.q_proj.weight", DOWN], ["model.layers.[01].*"]])
+def test_weights_that_may_be_missing_begin_at_random_and_the_rest_as_saved(make, caplog, allowed):
+    expected = AutoModelForCausalLM.from_pretrained(make()).state_dict()
+    model = read(make(LLAMA, without(Q, DOWN)), allow_missing=allowed)
+    found = model.state_dict()
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == {Q, DOWN}
+    for name in (Q, DOWN):  # by the rule of the model's class: normal, as wide as its config says
+        assert found[name].std().item() == pytest.approx(model.config.initializer_range, rel=0.15)
+        assert abs(found[name].mean()) < 0.1 * model.config.initializer_range
+    assert f"random, as model.allow_missing has it: 2 tensors ({Q}, {DOWN})" in caplog.text
+
+
+def test_random_weights_are_those_of_the_seed_whatever_was_drawn_before(make):
+    folder = make(LLAMA, without(Q))
+    values = []
+    for seed, draws in ((1, 0), (1, 5), (2, 0)):
+        torch.manual_seed(seed)
+        torch.rand(draws)
+        before = torch.get_rng_state()
+        values.append(read(folder, allow_missing=[Q]).get_parameter(Q))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[0], values[2])
+
+
+@pytest.mark.parametrize("allowed", ["model.layers.0.self_attn.k_proj.weight", "q_proj", "*.bias"])
+def test_a_name_that_is_not_missing_is_refused(make, allowed):
+    refused(make(LLAMA, without(Q)), f"does not lack {allowed!r}, a name in model.allow_missing. It lacks 1 tensor "
+            f"({Q})", allow_missing=[Q, allowed])  # fmt: skip
+    refused(make(LLAMA), "It lacks nothing", allow_missing=[allowed])
+
+
+def test_what_is_missing_beside_what_may_be_is_refused(make):
+    refused(make(LLAMA, without(Q, DOWN)), f"would be random: 1 tensor ({DOWN})", allow_missing=[Q])
+    refused(make(LLAMA, without(Q)), "To begin with random values there, name them in model.allow_missing")
+
+
+def test_random_weights_are_trained_and_exported_as_others_are(make, tmp_path):
+    loaded = load(ModelConfig(name=str(make(LLAMA, without(Q))), allow_missing=[Q]))
+    export(loaded, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / SINGLE)[Q], loaded.model.model.get_parameter(Q))
+    read(tmp_path / "out")
+
+
 def test_a_teacher_is_whole_too(make, make_model):
     folder = make(LLAMA, without(Q))
     with pytest.raises(ModelError, match=r"Missing, and would be random: 1 tensor \(model\.layers\.0"):
@@ -309,7 +358,7 @@ def test_quantised_weights_are_refused_before_one_is_read(make, config, message)
     folder = make(**config)
     (folder / SINGLE).write_bytes(b"never read")
     refused(folder, message)
-    refused(folder, "and such weights do not train. Name the checkpoint that it was made from, or a dequantised copy")
+    refused(folder, "and such weights do not train. ")
 
 
 @pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
