@@ -15,7 +15,7 @@ from opd.launch.checks.methods import check_files, check_teachers
 from opd.launch.checks.models import check_model
 from opd.launch.checks.outside import with_origins
 from opd.launch.checks.tracking import check_tracking
-from opd.launch.checks.weights import check_weights
+from opd.launch.checks.weights import check_served, check_weights
 from opd.launch.settings.config import Config, all_settings, parse_sections
 from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import parse
@@ -84,6 +84,7 @@ def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConf
     values, problems = parse(merge(data, overrides), types, all_settings())
     if "model" in values:
         problems += check_model(values["model"])
+        problems += check_served(values["model"], values.get("rollout", RolloutConfig()))
     if "rollout" in values:
         problems += check_engine_args(values["rollout"])
     if problems:

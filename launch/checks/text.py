@@ -1,4 +1,4 @@
-"""Checks a run's model and chat template before anything is loaded: see `opd.models.check`."""
+"""Checks a run's model before anything is loaded: its chat template (`opd.models.check`), its weights' headers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from opd.episodes.tasks import task
 from opd.errors import ModelError, OpdError
 from opd.formats import FORMATS
 from opd.launch.checks.loading import sections_of
+from opd.launch.checks.weights import settings_of
 from opd.launch.settings.config import Config
 from opd.models.config import ChatConfig, ModelConfig
 
@@ -38,11 +39,15 @@ def check_model_text(config: Config) -> Report | None:
         return None
     key = config.fingerprint
     if key not in _REPORTS:
-        report, _ = _check(config.model, config.rollout, config.chat, config.env)
+        from opd.models.check import Report  # late: it imports torch
+
+        report, _ = _check(settings_of(config, config.model.name), config.rollout, config.chat, config.env)
         for stage in config.stages:
             other = stage.model or stage.teacher.model
             if other and not other.startswith("tiny:"):
                 report.notes += _differences(config, other)
+                if stage.model or not stage.teacher.servers:
+                    add_weights(Report(problems=report.problems), settings_of(config, other))
         _REPORTS[key] = report
     return _REPORTS[key]
 
@@ -90,7 +95,21 @@ def _check(
 
     tools = env is None or offers_tools(env)
     report = check_text(tokenizer, make, own_ends=ends, file=tokenizer_file(model), tools=tools)
+    add_weights(report, model)
     return report, made[0] if made else None
+
+
+def add_weights(report: Report, model: ModelConfig) -> None:
+    """Add to a report what the headers of a model's files tell of its weights."""
+    from opd.models.headers import check_headers
+
+    try:
+        rows = check_headers(model)
+    except ModelError as error:
+        report.problems.append(str(error))
+        return
+    for name, text in rows:
+        report.add(name, text)
 
 
 def first_prompt(chat: ChatFormat, env: EnvConfig) -> tuple[str, int]:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from opd.models.check import Report
 
 _GIB = 2**30
-_TEXT = ("format", "ends", "rewrites", "date")
-"""The rows of the check of a model's text that change what a run does."""
+_TEXT = ("weights", "quantisation", "positions", "format", "ends", "rewrites", "date")
+"""The rows of the check of a model that change what a run does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from opd.errors import CheckpointError
 from opd.launch.checks.outside import warn_of_changes
+from opd.launch.checks.weights import settings_of
 from opd.launch.run.build import build
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.score import Score
@@ -27,7 +28,7 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
         if not (export / "config.json").is_file():
             raise CheckpointError(f"{run} has no export yet: it has not finished. Go on with: opd train {run} --resume")
         # An export holds merged weights: adapters would be trained on top of it, not loaded from it.
-        model = config.model.model_copy(update={"name": str(export), "lora": None})
+        model = settings_of(config, str(export)).model_copy(update={"lora": None})
         config = config.model_copy(update={"model": model})
     # Playing needs no gradients: one process will do, whatever trained the run.
     config = config.model_copy(update={"backend": "local", "deepspeed": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
+from opd.launch.checks.weights import settings_of
 from opd.launch.settings.config import Config
 from opd.losses import Distill
 from opd.models.config import ModelConfig
@@ -14,11 +15,12 @@ from opd.ranks.ranks import Ranks
 
 def named_model(config: Config, ranks: Ranks, name: str) -> ModelConfig:
     """Return the model's settings under another name (`tiny:` is built), in the type that DeepSpeed was told."""
+    model = settings_of(config, name)
     if name.startswith("tiny:"):
         ranks.from_first(lambda: _built_folder(name))  # on one rank first: the others of its machine find it there
         name = _built_folder(name)
     dtype = deepspeed_json.dtype(config.deepspeed) if config.deepspeed else None
-    return config.model.model_copy(update={"name": name, "dtype": dtype or config.model.dtype})
+    return model.model_copy(update={"name": name, "dtype": dtype or model.dtype})
 
 
 def _built_folder(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
 from opd.errors import ConfigError, ModelError
@@ -64,7 +64,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    source, options = _source(config.name)
+    source, options = source_of(config.name)
     options["trust_remote_code"] = config.trust_remote_code
     folder = None if "gguf_file" in options else _check_files(config, source)
     try:
@@ -102,7 +102,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone. Raises ModelError when it cannot be loaded."""
-    source, options = _source(config.name)
+    source, options = source_of(config.name)
     try:
         return read_tokenizer(source, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -111,7 +111,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def generation_ends(config: ModelConfig) -> list[int]:
     """The ids that end a text by the model's generation settings, weights unread; empty where nobody says."""
-    source, options = _source(config.name)
+    source, options = source_of(config.name)
     if "gguf_file" in options:
         return []
     for settings in (GenerationConfig, AutoConfig):
@@ -126,7 +126,7 @@ def generation_ends(config: ModelConfig) -> list[int]:
 
 def tokenizer_file(config: ModelConfig) -> Path | None:
     """The model's tokenizer.json; None where it has none."""
-    source, options = _source(config.name)
+    source, options = source_of(config.name)
     if "gguf_file" in options:
         return None
     return find_tokenizer_file(source)
@@ -138,9 +138,8 @@ def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | Non
     Raises ModelError when it cannot be loaded, or knows fewer ids than the student.
     """
     dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
-    kept = {"attention": config.attention, "trust_remote_code": config.trust_remote_code}
-    plain = ModelConfig.model_validate({"name": config.name, "dtype": dtype} | kept)
-    teacher = load(plain, device=device, exports=False).model
+    kept = config.model_copy(update={"dtype": dtype, "lora": None, "gradient_checkpointing": False})
+    teacher = load(kept, device=device, exports=False).model
     if teacher.vocabulary < student.vocabulary:
         raise ModelError(
             f"the teacher {config.name!r} has {teacher.vocabulary} rows in its head, the student "
@@ -149,7 +148,8 @@ def load_teacher(config: ModelConfig, student: CausalModel, *, device: str | Non
     return teacher.requires_grad_(False)
 
 
-def _source(name: str) -> tuple[str, dict[str, Any]]:
+def source_of(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what transformers is to read a model from, and the options that name a file in it."""
     if name == "smollm2":
         return str(smollm2_folder()), {}
     if name.endswith(".gguf"):

@@ -24,8 +24,6 @@ from opd.models.quantised import ask_for_floats, moved_into_plain, unwarned
 
 logger = logging.getLogger(__name__)
 
-_FOUND = ("missing_keys", "unexpected_keys", "mismatched_keys")
-
 
 def load_whole(
     name: str,
@@ -54,20 +52,9 @@ def load_whole(
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where the `kernels` package is installed, its weights would stay packed on a GPU.
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    if dequantize:
-        ask_for_floats(options["config"])
-
-    def read() -> tuple[Any, dict[str, set[Any]]]:
-        model, found = kind.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-        if not dequantize or found["unexpected_keys"] or found["mismatched_keys"]:
-            return model, found
-        plain, left = moved_into_plain(model, dtype, options)
-        return plain, {key: found[key] | left[key] for key in _FOUND}
-
-    with _reproducible() if allow_missing else nullcontext(), unwarned() if dequantize else nullcontext():
-        model, found = _read(name, read)
+    with _reproducible() if allow_missing else nullcontext():
+        reader = _read_floats if dequantize else _read_plain
+        model, found = _read(name, lambda: reader(kind, source, dtype, options))
     if "gguf_file" in options:
         _check_gguf(model, Path(source) / options["gguf_file"], found)
     former = _check_found(name, type(model).__name__, found, allow_missing)
@@ -79,13 +66,19 @@ def load_whole(
 
 
 def compare_whole(
-    name: str, config: Any, tensors: Mapping[str, Mapping[str, Any]], *, allow_missing: Sequence[str] = ()
+    name: str,
+    config: Any,
+    tensors: Mapping[str, Mapping[str, Any]],
+    composite: Any = None,
+    *,
+    allow_missing: Sequence[str] = (),
 ) -> str | None:
     """Compare the tensors of a checkpoint with the model of a config, as loading does, without reading a weight.
 
     Args:
         config: of transformers, as AutoConfig reads it.
         tensors: type and shape of each tensor by name, as `opd.models.files.tensors_of` returns them.
+        composite: the class of a model of several parts; None for a plain language model.
 
     Returns:
         The class of the model; None where only loading can tell, since a repository's own code makes it.
@@ -93,9 +86,9 @@ def compare_whole(
     Raises:
         ModelError: as `load_whole` would.
     """
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if composite is None and type(config) not in AutoModelForCausalLM._model_mapping:
         return None
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind = composite or AutoModelForCausalLM._model_mapping[type(config)]
     blank = {tensor: torch.empty(tuple(entry["shape"]), device="meta") for tensor, entry in tensors.items()}
 
     def read() -> tuple[Any, dict[str, set[Any]]]:
@@ -122,6 +115,25 @@ def _read(name: str, read: Callable[[], tuple[Any, dict[str, set[Any]]]]) -> tup
         except Exception as error:  # whatever the readers of damaged files raise
             rows = "".join(f"\n  {row}" for row in report[:20])
             raise ModelError(f"model.name = {name!r} cannot be loaded: {error}{rows}") from error
+
+
+def _read_plain(kind: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, dict[str, set[Any]]]:
+    return kind.from_pretrained(  # type: ignore[no-any-return]
+        source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+
+
+def _read_floats(
+    kind: Any, source: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[Any, dict[str, set[Any]]]:
+    """Read quantised weights as plain floats, unless they are not whole."""
+    ask_for_floats(options["config"])
+    with unwarned():
+        model, found = _read_plain(kind, source, dtype, options)
+        if found["unexpected_keys"] or found["mismatched_keys"]:
+            return model, found
+        plain, left = moved_into_plain(model, dtype, options)
+    return plain, {key: found[key] | left[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
 
 
 def _check_found(

@@ -1,12 +1,15 @@
 """What a model's config.json says of positions and attention is held against the run before a weight is read."""
 
 import json
+import struct
 
 import pytest
 
 from opd.errors import ConfigError
-from opd.launch.checks.loading import config_from
+from opd.launch.checks.loading import config_from, model_to_serve
+from opd.launch.checks.weights import settings_of
 from opd.models.description import attention_of, positions_of
+from opd.models.gguf import positions_of_gguf
 
 
 @pytest.fixture
@@ -92,10 +95,79 @@ def test_a_teachers_positions_count_too(model):
     assert f'the 512 positions of opd.teacher.model = "{short}"' in said
 
 
-def test_models_that_are_built_here_are_not_held_to_their_number(model):
-    config_from(settings("tiny:lookup"))
-    shape = {"hidden_size": 128, "num_hidden_layers": 3}
-    config_from(settings(model(max_position_embeddings=1024, **shape)))
+def test_a_model_of_the_shape_of_those_that_are_built_here_is_held_to_its_number(model):
+    name = model(max_position_embeddings=1024, hidden_size=128, num_hidden_layers=3)
+    assert "the 1024 positions of" in problem(name, 1025)
+    config_from(settings("tiny:lookup", 4096))
+
+
+def gguf(file, entries):
+    """Write a GGUF file of these entries, each a key, the number of its type, and its bytes, and of no tensor."""
+    text = lambda t: struct.pack("<Q", len(t)) + t.encode()  # noqa: E731
+    body = b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in entries)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + body)
+    return str(file)
+
+
+NAME = ("general.name", 8, struct.pack("<Q", 3) + b"abc")
+NUMBERS = ("some.numbers", 9, struct.pack("<IQ3f", 6, 3, 1, 2, 3))
+TEXTS = ("some.texts", 9, struct.pack("<IQQ2sQ", 8, 2, 2, b"ab", 0))
+LENGTH = ("llama.context_length", 4, struct.pack("<I", 1024))
+
+
+@pytest.mark.parametrize("entries", [[LENGTH], [NAME, NUMBERS, TEXTS, LENGTH, NAME]])
+def test_the_positions_of_a_gguf_file_are_read(tmp_path, entries):
+    name = gguf(tmp_path / "a.gguf", entries)
+    assert positions_of_gguf(tmp_path / "a.gguf") == ("llama.context_length", 1024)
+    said = problem(name, 1025)
+    assert "1025 is more than the 1024 positions of model.name" in said
+    assert "(context_length of its header)" in said
+    config_from(settings(name, 1024))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"other", b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + b"\xff" * 9])
+def test_a_gguf_file_that_says_nothing_bounds_nothing(tmp_path, content):
+    (tmp_path / "a.gguf").write_bytes(content)
+    assert positions_of_gguf(tmp_path / "a.gguf") is None
+
+
+def test_what_is_served_is_held_to_the_positions_of_its_model(model):
+    name = model(n_positions=1024)
+    with pytest.raises(ConfigError, match=r"rollout\.max_length = 1025 is more than the 1024 positions of model\.name"):
+        model_to_serve(name, {"rollout.max_length": 1025})
+    assert model_to_serve(name, {"rollout.max_length": 1024})[1].max_length == 1024
+
+
+@pytest.mark.parametrize(("key", "value"), [("dequantize", True), ("allow_missing", ["a"])])
+def test_what_is_served_takes_no_setting_of_how_weights_are_loaded(model, key, value):
+    with pytest.raises(ConfigError, match=f"model.{key} has no effect on vLLM"):
+        model_to_serve(model(), {f"model.{key}": value, "rollout.max_length": 64})
+
+
+# -- whose settings are whose -------------------------------------------------------------------------
+
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (FP8, {}, (True, False)),
+        ({}, FP8, (False, True)),
+        (FP8, FP8, (True, True)),
+        ({}, {}, (True, True)),  # which loading refuses
+    ],
+)
+def test_a_model_is_dequantised_where_it_is_quantised(model, student, teacher, expected):
+    names = model("student", **student), model("teacher", **teacher)
+    own = {"name": names[0], "dequantize": True, "allow_missing": ["a"]}
+    run = settings(own) | {"method": "opd", "opd": {"teacher": {"weights": "external", "model": names[1]}}}
+    del run["opsd"]
+    config = config_from(run)
+    assert tuple(settings_of(config, name).dequantize for name in names) == expected
+    assert [settings_of(config, name).allow_missing for name in names] == [["a"], []]
+    exported = settings_of(config, model("export"))
+    assert (exported.dequantize, exported.allow_missing) == (not student and not teacher, [])
 
 
 def test_a_config_that_cannot_be_read_is_left_to_the_loader(model, tmp_path):
