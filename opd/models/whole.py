@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
 
 from opd.errors import ModelError
 from opd.models.files import FORMER_BUFFERS, allowed_of, check_taken, check_weights, name_few
@@ -102,7 +103,8 @@ def compare_whole(
             ignore_mismatched_sizes=True,
         )
 
-    _, found = _read(name, read)
+    with _no_bar():
+        _, found = _read(name, read)
     _check_found(name, kind.__name__, found, allow_missing, tell=False)
     return str(kind.__name__)
 
@@ -151,6 +153,18 @@ def _check_found(
     if allowed and tell:
         logger.warning("model.name = %r: random, as model.allow_missing has it: %s", name, name_few(allowed))
     return former
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep transformers' progress bar off the console: no weight is loaded."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager

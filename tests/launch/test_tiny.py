@@ -292,6 +292,24 @@ def test_a_built_model_is_a_plain_folder_of_half_a_million_weights_or_more(cache
 
 
 @pytest.mark.slow
+def test_a_built_model_knows_4096_positions_which_changes_none_of_its_numbers():
+    ids = torch.randint(0, len(LOOKUP.tokenizer), (1, 900), generator=torch.Generator().manual_seed(0))
+    found = []
+    for positions in (4096, 1024):
+        torch.manual_seed(0)
+        model = tiny._new_model(LOOKUP.tokenizer)
+        assert model.config.max_position_embeddings == 4096
+        model.config.max_position_embeddings = positions
+        torch.manual_seed(0)
+        model = type(model)(model.config)
+        with torch.no_grad():
+            found.append((model.state_dict(), model(ids).logits))
+    (weights, logits), (before, logits_before) = found
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+    assert torch.equal(logits, logits_before)
+
+
 def test_a_model_is_built_once_for_each_seed_and_length(cache, monkeypatch):
     built = []
     monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
