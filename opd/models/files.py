@@ -112,9 +112,33 @@ def check_weights(name: str, folder: Path, *, dequantize: bool = False) -> list[
             if tensor.endswith((".weight", "_proj")) and entry["dtype"] not in FLOATS
         ]
     )
+    if dequantize:
+        _check_blocks(name, read_description(name, folder), tensors)
     if packed:
         raise ModelError(f"model.name = {name!r} is quantised, no plain floats: {name_few(packed)}. {UNQUANTISED}.")
     return list(tensors)
+
+
+def _check_blocks(name: str, config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ModelError for FP8 blocks that do not cut a weight evenly: transformers would spread the scales wrongly."""
+    for part in (config, config.get("text_config")):
+        told = part.get("quantization_config") if isinstance(part, dict) else None
+        block = told.get("weight_block_size") if isinstance(told, dict) else None
+        if not isinstance(block, list) or len(block) != 2:
+            continue
+        uneven = []
+        for scale, entry in tensors.items():
+            weight = tensors.get(scale.removesuffix("_scale_inv"), entry)
+            if weight is entry or not weight["dtype"].startswith("F8") or len(entry["shape"]) != 2:
+                continue
+            parts = zip(weight["shape"], entry["shape"], block, strict=True)
+            if any(count != 1 and size != count * long for size, count, long in parts):
+                uneven.append(scale.removesuffix("_scale_inv"))
+        if uneven:
+            raise ModelError(
+                f"model.name = {name!r}: its blocks of {block[0]} rows and {block[1]} columns do not cut "
+                f"{name_few(uneven)} evenly, and model.dequantize cannot undo that. {UNQUANTISED}."
+            )
 
 
 def tensors_of(name: str, folder: Path) -> dict[str, dict[str, Any]]:

@@ -207,6 +207,21 @@ def test_kinds_that_cannot_be_dequantised_are_refused(quantised, method):
         load(ModelConfig(name=str(folder)))
 
 
+def test_blocks_that_do_not_cut_a_weight_evenly_are_refused(quantised):
+    folder, _ = quantised("FP8 by blocks")
+    name = "model.layers.1.mlp.up_proj.weight"  # 128 rows: two whole blocks of 48, and one of 32
+    stored = load_file(folder / SINGLE)
+    stored[f"{name}_scale_inv"] = torch.ones(3, 2)
+    save_file(stored, folder / SINGLE, {"format": "pt"})
+    tell(folder, FP8 | {"weight_block_size": [48, BLOCK]})
+    with pytest.raises(ModelError, match=r"blocks of 48 rows and 32 columns do not cut 10 tensors"):
+        asked(folder)
+    stored[f"{name}_scale_inv"] = torch.ones(2, 2)  # of 96 rows, which transformers would take for two of 64
+    save_file(stored, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"do not cut 10 tensors"):
+        asked(folder)
+
+
 def test_a_missing_package_is_named(quantised, monkeypatch):
     folder, _ = quantised("FP8 by blocks")
     tell(folder, {"quant_method": "compressed-tensors"})
