@@ -64,9 +64,10 @@ def _weights(config: ModelConfig, folder: Path, *, quantised: bool) -> str:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error
-    if described.get_text_config(decoder=True) is not described:
+    composite = composite_class(name, described)
+    if composite is None and described.get_text_config(decoder=True) is not described:
         return f"{said}; {LATER}"  # a part of it is loaded
-    kind = compare_whole(name, described, tensors, composite_class(name, described), allow_missing=config.allow_missing)
+    kind = compare_whole(name, described, tensors, composite, allow_missing=config.allow_missing)
     if kind is None:
         return f"{said}; {LATER}"
     lacks = ", but for model.allow_missing" if config.allow_missing else ""
