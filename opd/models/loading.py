@@ -61,9 +61,6 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     or have no place in it; when its tokenizer does not fit; and, if it `exports`, when an export of it would fail.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else None
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     source, options = source_of(config.name)
     options["trust_remote_code"] = config.trust_remote_code
     folder = None if "gguf_file" in options else _check_files(config, source)
@@ -79,7 +76,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     model = load_whole(
         config.name,
         source,
-        dtype,
+        _dtype(config),
         options,
         folder,
         composite or AutoModelForCausalLM,
@@ -98,6 +95,13 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     model = _with_lora(model, config)
     stops = model.generation_config.eos_token_id
     return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops), base)
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    """The type of a model's weights."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -53,15 +53,14 @@ def load_whole(
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where the `kernels` package is installed, its weights would stay packed on a GPU.
         options = options | {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    reader = _read_floats if dequantize else _read_plain
     with _reproducible() if allow_missing else nullcontext():
-        reader = _read_floats if dequantize else _read_plain
         model, found = _read(name, lambda: reader(kind, source, dtype, options))
     if "gguf_file" in options:
         _check_gguf(model, Path(source) / options["gguf_file"], found)
     former = _check_found(name, type(model).__name__, found, allow_missing)
     _check_ties(name, model)
-    stored = check_weights(name, folder, dequantize=dequantize) if folder else ()
-    _log_left_out(name, model, set(former).union(stored))
+    _log_left_out(name, model, {*former, *(check_weights(name, folder, dequantize=dequantize) if folder else ())})
     _forget_quantization(model)
     return model
 
