@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from opd.engines.base import Request, Sampling, generate
+
 VOCABULARY = 320
 LENGTH = 256
 WINDOW = 16
@@ -83,6 +85,7 @@ class Architecture:
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.add_(torch.randn_like(weight), alpha=0.05)
+        model.config.architectures = [type(model).__name__]  # as saving it would write down
         return model.eval()
 
 
@@ -101,12 +104,40 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")  # noqa: S106
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     made.chat_template = (
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
     )
     return made
+
+
+@torch.no_grad()
+def engine_gap(model: Any, engine: Any, *, turns: int = 3) -> float:
+    """Return how far an engine's log-probs lie from the model's own, in nats: the most over conversations and turns.
+
+    Three conversations of several turns are sampled, each turn behind all that was said before and a few ids more.
+    """
+    engine.begin(Sampling(temperature=1.0), frozenset({1}))
+    generator = torch.Generator().manual_seed(1)
+    said = [torch.randint(3, VOCABULARY - 64, (length,), generator=generator).tolist() for length in (5, 21, 40)]
+    worst = 0.0
+    for turn in range(turns):
+        asked = [
+            Request(session=number, prompt_ids=ids, seed=10 * turn + number, max_tokens=8)
+            for number, ids in enumerate(said)
+        ]
+        for done in generate(engine, asked):
+            before = len(said[done.session])
+            said[done.session] = ids = said[done.session] + done.token_ids
+            own = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+            own = own[range(before - 1, len(ids) - 1), done.token_ids]
+            worst = max(worst, float((own - torch.tensor(done.logprobs)).abs().max()))
+        for ids in said:
+            ids += torch.randint(3, VOCABULARY - 64, (6,), generator=generator).tolist()
+    for number in range(len(said)):
+        engine.release(number)
+    return worst
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -176,7 +207,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("phimoe", "experts", LOCAL),
         Architecture("qwen2_moe", "experts", EXPERTS | {"shared_expert_intermediate_size": 32}, vllm=True),
         Architecture("qwen3_moe", "experts", EXPERTS, vllm=True),
-        Architecture("falcon_h1", "hybrid", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}),
+        Architecture(
+            "falcon_h1", "hybrid", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+        ),
         Architecture("lfm2", "hybrid", {"layer_types": ["conv", "full_attention"]}),
         Architecture(
             "lfm2_moe", "hybrid", EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}

@@ -21,12 +21,16 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 from opd.engines.vllm_http import OTHER_MODEL, sizes
 
 BACKEND = "opd_weights"
 KEY_VARIABLE = "VLLM_API_KEY"
+COPIED = ("GptOssRoutedExperts", "OAIAttention")
+"""Layers of vLLM into which a model's code copies weights by itself: an update fills them before they are processed."""
 
 
 def register() -> None:
@@ -35,6 +39,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, WeightReceiver)
     if current_platform.is_cpu():
         _draw_only_what_is_kept()
+        _pack_experts_again()
 
 
 def _draw_only_what_is_kept() -> None:
@@ -59,6 +64,26 @@ def _draw_only_what_is_kept() -> None:
             generators.update(aside)
 
     CPUModelRunner.sample_tokens = sample_tokens
+
+
+def _pack_experts_again() -> None:
+    """Let an update of a mixture's experts pack them for their kernel, as the first weights are packed.
+
+    On a CPU the kernel reads packed weights. vLLM packs them when it makes the kernel, and an update makes none: the
+    kernel would read plain weights as packed ones, whole nats off and in silence.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    if getattr(UnquantizedFusedMoEMethod, "_opd_packs_again", False):
+        return
+    set_up = UnquantizedFusedMoEMethod._setup_kernel
+
+    def set_up_anew(method: Any, *args: Any, **options: Any) -> Any:
+        method.moe_kernel = None
+        return set_up(method, *args, **options)
+
+    UnquantizedFusedMoEMethod._setup_kernel = set_up_anew
+    UnquantizedFusedMoEMethod._opd_packs_again = True
 
 
 @dataclass
@@ -107,6 +132,8 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._loaded: set[str] = set()
         initialize_layerwise_reload(self.model)
+        for layer in _copied_layers(self.model):
+            materialize_layer(layer, get_layerwise_info(layer))
 
     def receive_weights(self, update_info: Chunk) -> None:
         """Load a chunk. Raises ValueError after the last one, naming weights that never came."""
@@ -114,14 +141,43 @@ class WeightReceiver(WeightTransferEngine[Model, Chunk]):  # type: ignore[misc]
         missing = self._expected - self._loaded
         if update_info.last and missing and self.model_config.quantization is None:
             raise ValueError(f"{len(missing)} weights of the model were not sent, such as {sorted(missing)[:3]}")
+        if update_info.last and self.model_config.quantization is None:
+            self._check_nothing_lost()
+
+    def _check_nothing_lost(self) -> None:
+        """Raise ValueError where the model's code has copied weights into layers that vLLM had emptied for loaders."""
+        copied = {id(layer) for layer in _copied_layers(self.model)}
+        lost = [
+            full
+            for name, layer in self.model.named_modules()
+            if (info := get_layerwise_info(layer)).can_load() and id(layer) not in copied
+            for own, tensor in layer.named_parameters(recurse=False)
+            if tensor.is_meta and own not in {loaded for loaded, _ in info.loaded_weights}
+            if (full := f"{name}.{own}") in self._loaded
+        ]
+        if lost:
+            raise ValueError(
+                f"vLLM's code of {type(self.model).__name__} takes {len(lost)} weights, such as {sorted(lost)[:3]}, in "
+                "a way that its updates do not know, so that they would stay the old ones"
+            )
 
     def finish_weight_update(self) -> None:
         """Put the new weights in place. It never fails, so that an update that broke off can be closed with it."""
+        for layer in _copied_layers(self.model):
+            if (info := get_layerwise_info(layer)).can_load() and not any(
+                t.is_meta for t in layer._parameters.values()
+            ):
+                _layerwise_process(layer, info)
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_heads(self.model)
 
     def shutdown(self) -> None:
         """Do nothing: nothing is held between calls."""
+
+
+def _copied_layers(model: Any) -> list[Any]:
+    """Return the layers into which the model's code copies weights by itself, past the loaders that updates go by."""
+    return [layer for layer in model.modules() if type(layer).__name__ in COPIED]
 
 
 def _repack_heads(model: Any) -> None:

@@ -143,7 +143,9 @@ def _merged(name: str, layer: Any) -> Iterator[Named]:
         own = getattr(wrapper, "parameter_name", "weight")
         if not wrapper.merged and not wrapper.disable_adapters:
             if not hasattr(wrapper, "get_delta_weight"):
-                raise ModelError(f"the adapter of {name} ({type(wrapper).__name__}) cannot be merged for another engine")
+                raise ModelError(
+                    f"the adapter of {name} ({type(wrapper).__name__}) cannot be merged for another engine"
+                )
             weight = getattr(base, own)
             deltas = [wrapper.get_delta_weight(adapter).float() for adapter in wrapper.active_adapters]
             yield _full_name(name, own), (weight.float() + sum(deltas)).to(weight.dtype)

@@ -4,11 +4,17 @@ Not covered: ZeRO-3 (its gathering is stood in for by a context that hides param
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from opd.engines.weights import ModelWeights, in_chunks
+from tests.architectures import ARCHITECTURES
 
 
 def randomise(model):
@@ -86,3 +92,71 @@ def test_chunks_keep_the_order_and_the_limit(make_model):
     assert [name for chunk in chunks for name, _ in chunk] == [name for name, _ in weights]
     assert len(chunks) > 2
     assert all(len(chunk) == 1 or sum(t.nbytes for _, t in chunk) <= 40_000 for chunk in chunks)
+
+
+# -- as a checkpoint has them ----------------------------------------------------------------------------
+
+
+def saved(model, folder):
+    """What transformers itself writes of a model: the tensors of its files, by name."""
+    model.save_pretrained(folder)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(sent, stored):
+    assert sent.keys() == stored.keys()
+    assert {name: tensor.shape for name, tensor in sent.items()} == {name: t.shape for name, t in stored.items()}
+    assert [name for name in stored if not torch.equal(sent[name], stored[name])] == []
+    assert all(tensor.is_contiguous() for tensor in sent.values())
+
+
+def sent_by(model, **options):
+    pairs = list(ModelWeights(SimpleNamespace(model=model), **options))
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_what_is_sent_is_what_the_checkpoint_holds(architecture, tied, tmp_path):
+    model = architecture.model(tied=tied)
+    stored = saved(model, tmp_path)
+    assert_same(sent_by(model), stored)
+    assert_same(sent_by(AutoModelForCausalLM.from_pretrained(tmp_path)), stored)  # by the rules that loading it used
+
+
+def test_the_experts_of_a_mixture_are_sent_one_by_one():
+    names = set(sent_by(ARCHITECTURES["mixtral"].model()))
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert {f"{experts}.{expert}.{part}.weight" for expert in range(4) for part in ("w1", "w2", "w3")} <= names
+    assert not [name for name in names if "gate_up_proj" in name]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern"
+)  # peft's own, about names that it has made itself
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts_are_sent_as_peft_merges_and_saves_them(name, tmp_path):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = randomise(get_peft_model(ARCHITECTURES[name].model(), lora))
+    sent = {name: tensor.clone() for name, tensor in sent_by(adapted).items()}
+    stored = saved(adapted.merge_and_unload(), tmp_path)
+    assert sent.keys() == stored.keys()
+    assert max((sent[name] - stored[name]).abs().max().item() for name in stored) < 1e-6
+
+
+def test_modules_that_are_one_tensor_of_the_checkpoint_are_sent_as_one_and_gathered_together(tmp_path):
+    model = ARCHITECTURES["llama"].model()
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    model._weight_conversions = [WeightConverter("mlp.fused.weight", parts, [Chunk(0)])]
+    whole = set()
+
+    @contextmanager
+    def gather(parameters):
+        whole.add(len(parameters))
+        yield
+
+    stored = saved(model, tmp_path)
+    assert stored["model.layers.0.mlp.fused.weight"].shape == (192, 64)
+    assert_same(sent_by(model, gather=gather), stored)
+    assert max(whole) == 2
