@@ -1,9 +1,11 @@
-"""`make models`: checks every family of chat templates in tests/families.py and writes the table of docs/models.md.
+"""`make models`: writes the tables of docs/models.md, of chat templates and of architectures.
 
-    python .ci/models.py            # writes the table
-    python .ci/models.py --check    # exit code 1 if the table on the page is another
+    python .ci/models.py              # writes both
+    python .ci/models.py --families   # writes the first alone, in seconds
+    python .ci/models.py --check      # exit code 1 if the first on the page is another, or the second has other rows
 
-Templates that an absent package carries are told as absent.
+The first checks every family of chat templates in tests/families.py; templates that an absent package carries are told
+as absent. The second is made by `.ci/architectures.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import architectures  # noqa: E402
 
 from opd.errors import ModelError  # noqa: E402
 from opd.models.chat import ChatFormat  # noqa: E402
@@ -71,18 +75,27 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _with_table(page: str, begin: str, end: str, rows: str) -> str:
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{rows}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is another")
+    parser.add_argument("--families", action="store_true", help="leave the table of architectures as it is")
     arguments = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    made = _with_table(page, BEGIN, END, table())
     if arguments.check:
-        return int(made != page)
+        problem = "another table of families" if made != page else architectures.rows_error(page)
+        if problem:
+            print(f"{PAGE.relative_to(ROOT)}: {problem}", file=sys.stderr)
+        return int(problem is not None)
+    if not arguments.families:
+        made = _with_table(made, architectures.BEGIN, architectures.END, architectures.table())
     PAGE.write_text(made, encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {len(FAMILIES)} families")
+    print(f"{PAGE.relative_to(ROOT)}: {len(FAMILIES)} families, {len(architectures.ARCHITECTURES)} architectures")
     return 0
 
 

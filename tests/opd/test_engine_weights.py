@@ -132,9 +132,7 @@ def test_the_experts_of_a_mixture_are_sent_one_by_one():
     assert not [name for name in names if "gate_up_proj" in name]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The following (rank|alpha)_pattern"
-)  # peft's own, about names that it has made itself
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")  # names of its own making
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"])
 def test_adapters_on_experts_are_sent_as_peft_merges_and_saves_them(name, tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

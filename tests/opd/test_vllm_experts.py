@@ -44,9 +44,7 @@ def test_a_mixture_is_served_with_the_weights_of_each_update(name):
     check_updates(name, architecture.model(), architecture.model(seed=1))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The following (rank|alpha)_pattern"
-)  # peft's own, about names that it has made itself
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")  # names of its own making
 def test_experts_that_are_padded_and_have_adapters_are_served_as_they_are_trained():
     wide = dict(ARCHITECTURES["qwen3_moe"].settings) | {"moe_intermediate_size": 40}  # padded to a multiple of 32
     architecture = dataclasses.replace(ARCHITECTURES["qwen3_moe"], settings=wide)
