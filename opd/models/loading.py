@@ -62,7 +62,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, options = source_of(config.name)
-    options["trust_remote_code"] = config.trust_remote_code
+    options |= {"trust_remote_code": config.trust_remote_code}
     folder = None if "gguf_file" in options else _check_files(config, source)
     try:
         tokenizer = read_tokenizer(source, **options)
@@ -93,8 +93,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _with_lora(model, config)
-    stops = model.generation_config.eos_token_id
-    return Loaded(CausalModel(model).eval(), tokenizer, _as_list(stops), base)
+    return Loaded(CausalModel(model).eval(), tokenizer, _as_list(model.generation_config.eos_token_id), base)
 
 
 def _dtype(config: ModelConfig) -> torch.dtype:

@@ -47,8 +47,7 @@ def load_whole(
         dequantize: its weights are quantised, and are to be plain floats; `options` hold its config.
         allow_missing: names or patterns of weights that may be missing, and begin at random, by torch's last seed.
 
-    Raises:
-        ModelError: it cannot be read, or weights are missing, of another size, dropped, or not the ones it will use.
+    Raises ModelError: it cannot be read, or weights are missing, of another size, dropped, or not those it will use.
     """
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Where the `kernels` package is installed, its weights would stay packed on a GPU.
