@@ -82,12 +82,11 @@ def compare_whole(
     Returns:
         The class of the model; None where only loading can tell, since a repository's own code makes it.
 
-    Raises:
-        ModelError: as `load_whole` would.
+    Raises ModelError as `load_whole` would.
     """
     if composite is None and type(config) not in AutoModelForCausalLM._model_mapping:
         return None
-    kind = composite or AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = composite or AutoModelForCausalLM._model_mapping[type(config)]
     blank = {tensor: torch.empty(tuple(entry["shape"]), device="meta") for tensor, entry in tensors.items()}
 
     def read() -> tuple[Any, dict[str, set[Any]]]:
