@@ -16,6 +16,7 @@ from opd.models.config import ModelConfig
 from opd.models.description import attention_of, positions_of
 from opd.models.files import quantisation_of
 from opd.models.gguf import positions_of_gguf
+from opd.models.layers import NOT_EMBEDDED, USE_VLLM, reach_of
 
 _HUB_SECONDS = 5.0
 _PACKAGED = {"smollm2": {"max_position_embeddings": 8192}}
@@ -33,7 +34,7 @@ def check_weights(config: Config, *, read: bool) -> list[Problem]:
         if described := description_of(name):
             problems += problems_of_positions(config.rollout.max_length, key, name, described)
             problems += _problems_of_attention(config.model, key, name, described)
-    return problems
+    return problems + _problems_of_layers(config)
 
 
 def check_served(model: ModelConfig, rollout: RolloutConfig) -> list[Problem]:
@@ -112,6 +113,19 @@ def _problems_of_engine(config: Config) -> list[Problem]:
             "a mask that it does not take. Choose auto, eager or sdpa, or rollout.engine: vllm.",
         )
     ]
+
+
+def _problems_of_layers(config: Config) -> list[Problem]:
+    """Return a problem where the embedded engine is to generate with layers that it cannot run row by row."""
+    name = config.model.name
+    if config.rollout.engine != "transformers" or not (described := description_of(name)):
+        return []
+    try:
+        reach_of(described)
+    except ValueError as error:
+        text = f'{NOT_EMBEDDED} model.name = "{name}" (config.json): {error}. {USE_VLLM}'
+        return [Problem(("rollout.engine", "model.name"), text)]
+    return []
 
 
 def problems_of_positions(longest: int, key: str, name: str, described: Mapping[str, Any]) -> list[Problem]:

@@ -14,78 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from opd.engines.base import Completion, Request, Sampling, Weights, check_request
+from opd.engines.slots import SlotLayer, View, masks
 from opd.errors import ModelError
 from opd.models.causal import CausalModel
+from opd.models.layers import NOT_EMBEDDED, USE_VLLM, Reach, reach_of
 from opd.types import StopReason
-
-_GROW = 64  # columns and slots are added in steps of this, so that the cache is rarely copied
-
-
-@dataclass(slots=True)
-class _Window:
-    """The part of the cache that the running forward pass reads and writes; all layers share it."""
-
-    slots: Tensor
-    """[b] long: the slot of each row."""
-    columns: Tensor
-    """[b, q] long: the columns of each row's new keys."""
-    span: int
-    """The number of columns that queries may see."""
-    room: tuple[int, int]
-    """The slots and columns that the cache must have for the new keys; known without asking a device."""
-
-
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, [slots, heads, columns, dim], read and written through the window."""
-
-    is_sliding = False
-
-    def __init__(self, window: _Window) -> None:
-        super().__init__()
-        self.window = window
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = self._empty(key_states)
-        self.values = self._empty(value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._write(self.keys, key_states)
-        self.values = self._write(self.values, value_states)
-        return self._read(self.keys), self._read(self.values)
-
-    def _empty(self, like: Tensor, slots: int = 0, columns: int = 0) -> Tensor:
-        return like.new_zeros(slots, like.shape[1], columns, like.shape[3])
-
-    def _write(self, store: Tensor, new: Tensor) -> Tensor:
-        slots, columns = self.window.room
-        if slots > store.shape[0] or columns > store.shape[2]:
-            wider = self._empty(store, _round_up(max(slots, store.shape[0])), _round_up(max(columns, store.shape[2])))
-            wider[: store.shape[0], :, : store.shape[2]] = store
-            store = wider
-        store[self.window.slots[:, None], :, self.window.columns] = new.transpose(1, 2)
-        return store
-
-    def _read(self, store: Tensor) -> Tensor:
-        return store[:, :, : self.window.span].index_select(0, self.window.slots)
-
-    def get_seq_length(self) -> int:
-        return self.window.span
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.span, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def _round_up(size: int) -> int:
-    return -(-size // _GROW) * _GROW
 
 
 @dataclass(slots=True)
@@ -115,7 +51,7 @@ class TransformersEngine:
     def __init__(
         self, model: CausalModel, *, prefill_tokens: int = 8192, refresh: Callable[[], None] = lambda: None
     ) -> None:
-        _check_attention(model.config)
+        self._reach = _checked_reach(model.config)
         self.model = model
         self.refresh = refresh
         self.prefill_tokens = prefill_tokens
@@ -124,8 +60,9 @@ class TransformersEngine:
 
     def _reset(self) -> None:
         empty = torch.zeros(0, dtype=torch.long, device=self.model.device)
-        self._window = _Window(slots=empty, columns=empty[:, None], span=0, room=(0, 0))
-        self._cache = Cache(layers=[_SlotLayer(self._window) for _ in range(self.model.config.num_hidden_layers)])
+        self._view = View(slots=empty, columns=empty[:, None], span=0, room=(0, 0))
+        layers = self.model.config.get_text_config().num_hidden_layers
+        self._cache = Cache(layers=[SlotLayer(self._view) for _ in range(layers)])
         self._rows: dict[int, _Row] = {}
         self._free: list[int] = []
 
@@ -220,16 +157,13 @@ class TransformersEngine:
         start = torch.tensor([len(row.cached) for row in rows], device=device)
         columns = start[:, None] + torch.arange(width, device=device)
         span = max(len(row.cached) + len(row.pending) for row in rows)
-        self._window.slots = torch.tensor([row.slot for row in rows], device=device)
-        self._window.columns = columns
-        self._window.span = span
-        self._window.room = max(row.slot for row in rows) + 1, max(len(row.cached) for row in rows) + width
-        # A padded query must see something, or its softmax is nan; it sees its own row's past. Its position
-        # must not lie beyond every real one either: a table of learned positions may end there.
-        mask = (torch.arange(span, device=device) <= columns[:, :, None])[:, None]
-        if self.model.config._attn_implementation == "eager":  # adds the mask to the scores
-            dtype = next(self.model.parameters()).dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        self._view.slots = torch.tensor([row.slot for row in rows], device=device)
+        self._view.columns = columns
+        self._view.span = span
+        self._view.room = max(row.slot for row in rows) + 1, max(len(row.cached) for row in rows) + width
+        eager = self.model.config._attn_implementation == "eager"  # adds the mask to the scores
+        mask = masks(self._view, self._reach, next(self.model.parameters()).dtype if eager else None)
+        # A padded query's position must not lie beyond every real one: a table of learned positions may end there.
         hidden = self.model.hidden(ids, position_ids=columns.clamp(max=span - 1), mask=mask, cache=self._cache)
         last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
         for row in rows:
@@ -237,21 +171,17 @@ class TransformersEngine:
         return self.model.logits(hidden[torch.arange(len(rows), device=device), last])
 
 
-def _check_attention(config: Any) -> None:
-    """Raise ModelError for a model whose attention this engine would compute wrongly."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if not kinds and getattr(config, "sliding_window", None):
-        kinds = {"sliding_attention"}
-    if kinds - {"full_attention"}:
-        raise ModelError(
-            f"rollout.engine = transformers serves models with full attention in every layer; this one has "
-            f"{sorted(kinds)}. Use a model with full attention."
-        )
+def _checked_reach(config: Any) -> Reach:
+    """Return how far the layers look back. Raises ModelError for a model that this engine would compute wrongly."""
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
             f"rollout.engine = transformers needs a model with sdpa or eager attention; this one uses "
             f"{config._attn_implementation}."
         )
+    try:
+        return reach_of(config)
+    except ValueError as error:
+        raise ModelError(f"{NOT_EMBEDDED} this model: {error}. {USE_VLLM}") from error
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -71,7 +71,7 @@ def attention_of(name: str, config: Any, asked: Attention) -> str | None:
     Raises:
         ConfigError: what is asked for would drop the soft-cap of its scores.
     """
-    cap = _language(config).get(SOFT_CAP)
+    cap = language_of(config).get(SOFT_CAP)
     if cap and asked in WITHOUT_SOFT_CAP:
         raise ConfigError(
             f"model.attention = {asked} leaves out the soft-cap of {name!r} ({SOFT_CAP} = {cap}): it would be another "
@@ -87,7 +87,7 @@ def positions_of(config: Any) -> tuple[str, int] | None:
 
     Rotary scaling counts where its factor comes on top: a YaRN of 4 over 32768 makes 131072.
     """
-    language = _language(config)
+    language = language_of(config)
     for name in POSITIONS:
         own = language.get(name)
         if isinstance(own, int) and not isinstance(own, bool) and own > 0:
@@ -109,7 +109,7 @@ def _stretched(language: Mapping[str, Any], own: int) -> Iterator[int]:
                 yield int((first if isinstance(first, int) else own) * factor)
 
 
-def _language(config: Any) -> Mapping[str, Any]:
+def language_of(config: Any) -> Mapping[str, Any]:
     """Return the settings of the language model: of a composite config, those of its part for text."""
     data: Any = config if isinstance(config, Mapping) else config.to_dict()
     inner = data.get("text_config")

@@ -201,3 +201,27 @@ def test_attention_without_a_mask_is_refused_for_the_embedded_engine(model, atte
     assert f"model.attention = {attention} does not work with rollout.engine = transformers" in said
     server = {"engine": "vllm_server", "vllm": {"servers": ["http://localhost:8000"]}}
     config_from(settings(given, rollout=server), check_machine=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mamba"}, "layers of mamba keep a state of their own"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "it has layers of linear_attention, which keep"),
+        ({"text_config": {"model_type": "qwen3_5_text"}}, "layers of qwen3_5_text keep a state of their own"),
+        ({"model_type": "gpt_neo"}, "gpt_neo computes who sees whom by itself, for rows of one length"),
+    ],
+)
+def test_layers_that_the_embedded_engine_cannot_run_are_refused_for_it_alone(model, config, reason):
+    name = model(**config)
+    said = problem(name)
+    assert f'rollout.engine = transformers cannot generate with model.name = "{name}" (config.json): {reason}' in said
+    assert "Set rollout.engine: vllm." in said
+    server = {"engine": "vllm_server", "vllm": {"servers": ["http://localhost:8000"]}}
+    config_from(settings(name, rollout=server))
+
+
+@pytest.mark.parametrize("length", [128, 2048])
+def test_windows_of_any_length_are_taken(model, length):
+    for config in ({"sliding_window": 1024}, {"layer_types": ["chunked_attention"], "attention_chunk_size": 1024}):
+        config_from(settings(model(**config), length))

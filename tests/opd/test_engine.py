@@ -1,16 +1,17 @@
 """The embedded engine on small random models, against a full forward pass of the same model.
 
-Not covered: a GPU, 16-bit weights, prompts longer than one prefill.
+Other architectures, and windows, are in `test_engine_architectures`. Not covered: a GPU, 16-bit weights, prompts longer
+than one prefill.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from opd.engines import transformers as engine_module
 from opd.engines.base import Request, Sampling, generate
+from opd.engines.slots import GROW
 from opd.engines.transformers import TransformersEngine
 from opd.errors import ModelError
 from opd.models.causal import CausalModel
@@ -18,14 +19,6 @@ from opd.types import StopReason
 
 STOP = frozenset({0, 1, 2, 3, 4})
 PLAIN = Sampling(temperature=1.0)
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +172,7 @@ def test_a_shorter_prompt_after_a_longer_one_sees_nothing_of_it(model, engine):
 
 
 def test_the_cache_grows_over_many_slots_and_columns_without_losing_a_conversation(model, engine):
-    asked = requests([2 + n % 5 for n in range(engine_module._GROW + 6)], max_tokens=3)
+    asked = requests([2 + n % 5 for n in range(GROW + 6)], max_tokens=3)
     done = run(engine, asked)
     for added in (3, 70, 80):
         asked = next_turn(asked, done, added=added)
@@ -340,26 +333,6 @@ def test_a_request_without_prompt_or_room_is_refused(engine, change):
     engine.begin(PLAIN, STOP)
     with pytest.raises(ValueError, match="needs a prompt and room"):
         engine.submit(replace(requests([5])[0], **change))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MistralConfig(**SMALL, sliding_window=8),
-        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-    ],
-    ids=["all layers", "some layers"],
-)
-def test_models_with_sliding_windows_are_refused(config):
-    model = CausalModel(AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(ModelError, match=r"full attention in every layer; this one has .*sliding_attention"):
-        TransformersEngine(model)
-
-
-def test_a_window_that_is_switched_off_is_no_reason_to_refuse():
-    TransformersEngine(
-        CausalModel(AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=None)).eval())
-    )
 
 
 def test_an_unknown_attention_implementation_is_refused(make_model):
