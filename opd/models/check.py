@@ -22,6 +22,7 @@ from opd.formats import MalformedCall, read_reply
 from opd.models.chat import ChatFormat
 from opd.models.encoding import control_strings
 from opd.models.habits import PROBE, probe_reply, result_of
+from opd.models.replies import EndsEarly
 from opd.models.tokenizers import SAMPLE, is_as_file_says, misbuilt_class
 from opd.types import Message
 
@@ -214,6 +215,18 @@ def _check_thoughts(report: Report, chat: ChatFormat) -> None:
     )
     opened = "; the prompt opens one" if chat.starts_thinking else ""
     report.add("thoughts", f"{how}{opened}")
+    if key is None:
+        return
+    try:
+        chat.spoken([_USER], {"role": "assistant", "content": "In it.", "reasoning_content": _THOUGHT}, None)
+    except EndsEarly:
+        report.problems.append(
+            f"the chat template of {chat.tokenizer.name_or_path!r} ends a thought with the token that ends an answer, "
+            f"{show(chat.tokenizer, chat.end_id)}, so that each turn would be over before its answer. Let the template "
+            "end answers with a token of their own, or drop thoughts"
+        )
+    except ModelError:  # a prompt that closes the thought leaves no room for one
+        pass
 
 
 def _check_forks(report: Report, chat: ChatFormat) -> None:
@@ -247,9 +260,16 @@ def _forks(chat: ChatFormat, mode: str, *, thought: bool) -> bool:
         forked = False
         answer: Message = {"role": "assistant", "content": "In it."}
         for said, new in ((call | hm, results), (call | hm, results), (answer | hm, [_MORE])):
-            ids = chat.spoken(history, said, [PROBE])
-            history.append({"role": "assistant", "content": chat.text(ids)})
-            forked |= chat.extend(history, new, [PROBE], last_id=ids[-1]).forked
+            try:
+                ids = chat.spoken(history, said, [PROBE])
+                last, text = ids[-1], chat.text(ids)
+            except ModelError:  # the template writes no reply behind this prompt: then what a model would say
+                if thought:
+                    raise
+                last = chat.ends.call if said.get("tool_calls") else chat.end_id
+                text = str(chat.template.in_text(said)["content"])
+            history.append({"role": "assistant", "content": text})
+            forked |= chat.extend(history, new, [PROBE], last_id=last).forked
             history += new
         return forked
     finally:

@@ -61,8 +61,9 @@ class Glue:
             self._template.check_renders(mark)
         rest = text.rpartition(mark)[2]
         if calls and habits.calls is not None:
-            close = r"[\w.:-]*".join(map(re.escape, habits.calls.close.split(ID)))
-            rest = re.sub(rf"\A{close}", "", rest)
+            closes = sorted({habits.calls.answered, habits.calls.close}, key=len, reverse=True)
+            close = "|".join(r"[\w.:-]*".join(map(re.escape, close.split(ID))) for close in closes)
+            rest = re.sub(rf"\A(?:{close})", "", rest)
         return rest
 
     def _called(self, said: Message, results: list[Message], tools: Tools) -> list[Message]:

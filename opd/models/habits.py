@@ -66,6 +66,8 @@ class CallHabit:
     """The probe as it was rendered, for a person's eyes."""
     close: str
     """What stands between a last text argument and the end of the call, whose id is ID there."""
+    answered: str
+    """The same, where the call's result follows: some templates write the id only then."""
     names_in_ids: bool
     """It wants ids of the form `functions.NAME:0`, as Kimi's do."""
 
@@ -193,6 +195,8 @@ def _call_habit(apply: Apply, known: frozenset[str]) -> tuple[CallHabit | None, 
             continue
         name, end, text = found
         end = len(text[:end].removesuffix(FORMATS[name].stop))
+        if empty == "" and _ends_sooner_without_content(apply, known, as_text, names_in_ids, shown):
+            continue
         call = partial(probe_call, as_text, names_in_ids=names_in_ids)
         pair = {"role": "assistant", "content": empty, "tool_calls": [call(), call(number=2, value="opdSecond")]}
         return CallHabit(
@@ -202,9 +206,40 @@ def _call_habit(apply: Apply, known: frozenset[str]) -> tuple[CallHabit | None, 
             several=_shows(apply, [_USER, pair], "opdSecond", tools=[PROBE]),
             written=text[:end],
             close=text[text.index(VALUE) + len(VALUE) : end],
+            answered=_answered_close(
+                apply, known, name, {"role": "assistant", "content": empty, "tool_calls": [call()]}
+            ),
             names_in_ids=names_in_ids,
         ), None
     return None, unread
+
+
+def _shown_call(apply: Apply, said: Message, *after: Message) -> str | None:
+    """What a template writes behind the prompt of a call, and what follows it; None where it refuses them."""
+    try:
+        return behind(apply([_USER], tools=[PROBE], generate=True), apply([_USER, said, *after], tools=[PROBE]))
+    except ERRORS:
+        return None
+
+
+def _ends_sooner_without_content(
+    apply: Apply, known: frozenset[str], as_text: bool, names_in_ids: bool, shown: str
+) -> bool:
+    """True if the template writes an answer behind the call, for a content that is "" and not for none."""
+    said = {"role": "assistant", "content": None, "tool_calls": [probe_call(as_text, names_in_ids=names_in_ids)]}
+    other = _shown_call(apply, said)
+    return other is not None and VALUE in other and sum(map(shown.count, known)) > sum(map(other.count, known))
+
+
+def _answered_close(apply: Apply, known: frozenset[str], form: str, said: Message) -> str:
+    """What stands between the call's text argument and its end, where its result follows; "" where that is not read."""
+    shown = _shown_call(apply, said, result_of(said))
+    if shown is None or VALUE not in shown:
+        return ""
+    text = _up_to_the_end(shown, known - frozenset(FORMATS[form].markers), from_=shown.index(VALUE))
+    reply = read_reply(text, form, names=(_NAME,))
+    end = len(text[: reply.end].removesuffix(FORMATS[form].stop))
+    return text[text.index(VALUE) + len(VALUE) : end]
 
 
 def _rendered_calls(apply: Apply) -> Iterator[tuple[bool, bool, str | None, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opd.errors import ModelError
@@ -13,6 +14,10 @@ from opd.models.habits import Tools, opens_thought
 from opd.models.template import ChatTemplate
 from opd.models.thoughts import behind, scaffold
 from opd.types import Message
+
+
+class EndsEarly(ModelError):
+    """Raised for a message that has the end of a turn within it, where a model would have stopped."""
 
 
 class Replies:
@@ -36,9 +41,9 @@ class Replies:
         last = max((n for n, token in enumerate(ids) if token == end), default=None)
         ids = [*self._template.encoder.encode_pair(prompt, text.rstrip()), end] if last is None else ids[: last + 1]
         if any(token in self._ends.stops for token in ids[:-1]):
-            raise ModelError(
+            raise EndsEarly(
                 f"the chat template of {self._template.name!r} ends this message more than once, so that a model would "
-                "have stopped before its end: make each of its tool calls a message of its own"
+                "have stopped before its end: make each of its tool calls a message of its own, apart from its text"
             )
         self._check_calls(message, apart, self._template.encoder.plain(text), tools)
         return ids
@@ -55,6 +60,12 @@ class Replies:
                     "tool_calls"
                 )
             return
+        content = str(apart.get("content") or "").strip()
+        if content and content in text[read.end :] and content not in text[: read.end]:
+            raise ModelError(
+                f"the chat template of {self._template.name!r} writes the text of this message behind its tool calls, "
+                "where a model would have stopped: make the text a message of its own, or take it out"
+            )
         found = [(call.name, _as_text(call.arguments)) for call in read.calls if isinstance(call, ToolCall)]
         if found != [(f["name"], _as_text(f.get("arguments"))) for f in stored]:
             raise ModelError(
@@ -73,42 +84,71 @@ class Replies:
             return self._template.render([*before, given, *after], tools, generate=False)
 
         whole = shown(message)
-        return [key for key in keys if shown({k: v for k, v in message.items() if k != key}) == whole]
+        return [key for key in keys if _or_none(shown, {k: v for k, v in message.items() if k != key}) == whole]
 
     def _reply_text(self, history: list[Message], said: Message, tools: Tools) -> str:
         """What the assistant says, as the template writes it behind the prompt. Raises ModelError.
 
-        Some templates write what was before otherwise, once there is a reply (Mistral's drop the system message): then
-        a reply to a bare question tells.
+        Some templates write what was before otherwise, once there is a reply (Mistral's drop the system message, which
+        may tell the tools): then a reply to a bare question tells.
         """
         asked: list[Message] = [{"role": "user", "content": "x"}]
-        for before in (history, asked):
-            prompt = self._template.render(before, tools, generate=True)
-            whole = self._template.render_strictly([*before, said], tools, generate=False)
+        shown = tools if self._template.habits.tools else None
+        for before, offered in ((history, tools), (asked, tools), (asked, shown)):
+            prompt = self._template.render(before, offered, generate=True)
+            whole = self._template.render_strictly([*before, said], offered, generate=False)
             if (text := self._text_behind(prompt, whole, said)) is not None:
                 return text
-        why = ": the prompt closes the thought, and the message holds one" if said.get("reasoning_content") else ""
+        last = self._template.encoder.plain(self._template.render(history, tools, generate=True))[-40:]
+        why = (
+            f"the prompt closes the thought, and the message holds one: it ends in {last!r}. Take the thought out of "
+            "the message, or let the prompt leave room for it by rollout.chat_template_kwargs"
+            if said.get("reasoning_content")
+            else f"the prompt ends in {last!r}, which the message is not written behind. Mend the template"
+        )
         raise ModelError(
-            f"the chat template of {self._template.name!r} does not render this message as a reply to its prompt{why}"
+            f"the chat template of {self._template.name!r} does not render this message as a reply to its prompt: {why}"
         )
 
     def _text_behind(self, prompt: str, whole: str, said: Message) -> str | None:
         """What a conversation says behind the prompt of its last message; None where it starts otherwise."""
-        rest = behind(whole, prompt)
-        if rest is not None:
-            return rest
+        form = self._template.format
+        opened, closed = next(
+            (pair for pair in form.thought if opens_thought(prompt, replace(form, thought=(pair,)))), ("", "")
+        )
         thought = str(said.get("reasoning_content") or "")
-        rest = behind(whole, scaffold(self._template.format).sub("", prompt))
-        if rest is not None and opens_thought(
-            prompt, self._template.format
-        ):  # and the template writes the thought otherwise
-            opened, closed = next(
-                pair for pair in self._template.format.thought if prompt.rstrip().endswith(pair[0].strip())
-            )
-            if rest.lstrip().startswith(opened.strip()):
-                return rest.lstrip().removeprefix(opened.strip()).lstrip("\n")
+        rest = behind(whole, prompt)
+        if rest is not None and not opened:
+            return rest
+        if rest is not None and rest.lstrip().startswith(opened.strip()):  # a thought that stands in the content
+            return _without(rest, opened, prompt)
+        if rest is not None and closed.strip() in rest:
+            return rest
+        rest = behind(whole, scaffold(form).sub("", prompt)) if rest is None else rest
+        if rest is None:
+            return None
+        closes = next((marker for _, marker in form.thought if rest.lstrip().startswith(marker.strip())), "")
+        if closes:  # the template writes no thought but for the marker that closes it
+            return None if thought else rest.lstrip() if opened else _without(rest, closes, prompt)
+        if opened and rest.lstrip().startswith(opened.strip()):
+            return _without(rest, opened, prompt)
+        if opened:  # a thought that the prompt opens is closed before the answer, if the template closes it or not
             return f"{self._template.encoder.guard(thought)}\n{closed}\n\n{rest.lstrip()}"
         return None if thought else rest
+
+
+def _without(text: str, marker: str, prompt: str) -> str:
+    """A text without the marker that it begins with, which the prompt has, and without line breaks that it has too."""
+    rest = text.lstrip().removeprefix(marker.strip())
+    return rest.lstrip("\n") if prompt.endswith("\n") else rest
+
+
+def _or_none(shown: Callable[[Message], str], message: Message) -> str | None:
+    """What a template makes of a message; None where it refuses it."""
+    try:
+        return shown(message)
+    except ModelError:
+        return None
 
 
 def _as_text(arguments: Any) -> dict[str, str]:

@@ -103,6 +103,10 @@ class ChatTemplate:
         """Take a reply of the assistant apart."""
         return self._wording.said.read(text, _names(tools))
 
+    def in_text(self, message: Message) -> Message:
+        """A message whose calls, if it has any, stand in its text as the format writes them."""
+        return self._wording.said.in_text(message)
+
     def check_renders(self, text: str) -> None:
         """Raise ModelError where the template does not render what an assistant says."""
         said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]

@@ -10,6 +10,7 @@ from opd.formats import Format
 def whole_thoughts(form: Format, generation_prompt: str) -> re.Pattern[str]:
     """Find whole thoughts, with the white space behind them, and one that a text's end leaves open.
 
+    A thought that a template drops may leave the marker that closes it, right behind the generation prompt (GLM 4.7).
     A format that speaks anew after a thought (gpt-oss) repeats the generation prompt: it goes along.
     """
     again = f"(?:{re.escape(generation_prompt)})?" if generation_prompt.strip() else ""
@@ -17,6 +18,8 @@ def whole_thoughts(form: Format, generation_prompt: str) -> re.Pattern[str]:
     for opened, closed in form.thought:
         head = re.escape(opened.strip())
         pieces += [rf"{head}(?:(?!{head}).)*?{re.escape(closed.strip())}\s*{again}", rf"{head}\s*\Z"]
+        if again:
+            pieces.append(rf"(?<={re.escape(generation_prompt)}){re.escape(closed.strip())}\s*")
     return re.compile("|".join(pieces) or r"(?!)", re.DOTALL)
 
 
