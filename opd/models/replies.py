@@ -66,8 +66,8 @@ class Replies:
                 f"the chat template of {self._template.name!r} writes the text of this message behind its tool calls, "
                 "where a model would have stopped: make the text a message of its own, or take it out"
             )
-        found = [(call.name, _as_text(call.arguments)) for call in read.calls if isinstance(call, ToolCall)]
-        if found != [(f["name"], _as_text(f.get("arguments"))) for f in stored]:
+        found = [call for call in read.calls if isinstance(call, ToolCall)]
+        if len(found) != len(stored) or not all(map(_is_stored, found, stored)):
             raise ModelError(
                 f"the chat template of {self._template.name!r} writes the tool calls of this message as "
                 f"{' '.join(text.split())[:200]!r}, which are not read back as they are"
@@ -151,7 +151,22 @@ def _or_none(shown: Callable[[Message], str], message: Message) -> str | None:
         return None
 
 
-def _as_text(arguments: Any) -> dict[str, str]:
-    """Arguments, each as a format without types would write it."""
-    given = json.loads(arguments) if isinstance(arguments, str) else arguments
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (given or {}).items()}
+def _is_stored(call: ToolCall, function: Message) -> bool:
+    """True if a call that was read is the one that was stored.
+
+    Where a format has no types, templates write `True`, `False` and `None` as Python does, and tools read them so.
+    """
+    given = function.get("arguments")
+    given = json.loads(given) if isinstance(given, str) else given or {}
+    if call.name != function["name"] or call.arguments.keys() != given.keys():
+        return False
+    return all(
+        _as_text(call.arguments[key]) == _as_text(value)
+        or (call.as_text and (value is None or isinstance(value, bool)) and call.arguments[key] == str(value))
+        for key, value in given.items()
+    )
+
+
+def _as_text(value: Any) -> str:
+    """An argument as a format without types would write it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -80,6 +80,16 @@ def test_a_call_in_openais_form_is_learned_as_the_model_writes_it(read, name, ca
     assert "a key" in chat.tokenizer.decode(trajectory.turns[1].prompt_ids)
 
 
+@pytest.mark.parametrize("name", ["qwen3-coder", "qwen3.5", "nemotron3-nano"])
+def test_constants_are_learned_as_a_template_without_types_writes_them(read, name):
+    arguments = json.dumps({"deep": True, "shallow": False, "place": None})
+    said = {**CALLED, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": arguments}}]}
+    trajectory, chat = read(name, {**ROW, "messages": [ASKED, said, RESULT, ANSWER]})
+    written = learned(trajectory, chat)[0]
+    for key, value in (("deep", "True"), ("shallow", "False"), ("place", "None")):
+        assert f"<parameter={key}>\n{value}\n</parameter>" in written
+
+
 def test_arrows_nulls_parts_and_json_text_say_the_same(read):
     keys = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
     filled = [{key: message.get(key) for key in keys} for message in ROW["messages"]]
