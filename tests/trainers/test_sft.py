@@ -304,8 +304,11 @@ def test_conversations_of_a_file_are_learned_where_the_assistant_speaks(make_cha
         ('{"text": "x"}', r'line 1: it is no \{"messages"'),
         ('{"messages": [{"role": "user"}]}', r"line 1: messages\[0\]: content is null"),
         (json.dumps({"messages": SAID[:1]}), "line 1: there is no message of an assistant"),
-        (json.dumps({"messages": [CALL]}), "line 1: the assistant speaks first"),
-        (json.dumps({"messages": [SAID[0], CALL, CALL]}), "line 1: the assistant speaks first, or twice in a row"),
+        (json.dumps({"messages": [CALL]}), r"line 1: messages\[0\]: the assistant speaks first"),
+        (
+            json.dumps({"messages": [SAID[0], CALL, CALL]}),
+            r"line 1: messages\[2\]: the assistant speaks first, or twice in a row",
+        ),
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(make_chat, tmp_path, line, message):

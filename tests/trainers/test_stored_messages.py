@@ -330,3 +330,42 @@ def test_an_id_of_a_call_forges_nothing(read):
     assert [t.prompt_ids + t.completion_ids for t in trajectory.turns] == [
         t.prompt_ids + t.completion_ids for t in wanted.turns
     ]
+
+
+TWICE = {"name": "look", "arguments": '{"place": "box", "place": "lid"}'}
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"conversations": [{"from": "human", "value": "a"}]}, "it has 'conversations': rename it messages"),
+        ({"prompt": [ASKED], "completion": [ANSWER]}, "it has 'prompt': make prompt and completion messages"),
+        ({"messages": [ASKED, ANSWER], "functions": [TOOLS[0]["function"]]}, "functions is the old name of tools"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]},
+            r"messages\[1\]: function_call is the old form; write tool_calls",
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": None, "refusal": "No."}]},
+            r"messages\[1\]: content is null and refusal is not: put its text into content",
+        ),
+        (
+            {**ROW, "messages": [ASKED, CALLED, {**RESULT, "tool_call_id": "call_other"}, ANSWER]},
+            r"messages\[2\]: tool_call_id = 'call_other' is the id of no tool call",
+        ),
+        (
+            {**ROW, "messages": [ASKED, {**CALLED, "tool_calls": [{**CALL, "function": TWICE}]}]},
+            "arguments is no JSON: the key 'place' stands twice",
+        ),
+        ({"messages": [ASKED, ANSWER], "success": "false"}, "success = 'false'; it may be true, false or null"),
+        ({"messages": [ASKED, ANSWER, ANSWER]}, r"messages\[2\]: the assistant speaks first, or twice in a row"),
+    ],
+)
+def test_a_row_that_would_be_learned_otherwise_than_it_says_is_refused_with_its_place(read, row, wrong):
+    with pytest.raises(DataError, match=wrong):
+        read("qwen3", row)
+
+
+@pytest.mark.parametrize(("success", "kept"), [(None, True), (True, True), (1, True), (False, False), (0, False)])
+def test_a_row_says_if_it_was_a_success(read, success, kept):
+    assert read("qwen3", {"messages": [ASKED, ANSWER], "success": success})[0].success is kept

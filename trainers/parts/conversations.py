@@ -64,19 +64,33 @@ class _Reader:
         _check_text(messages)
         spoken = _Spoken(self.chat, tools)
         for place, message in enumerate(messages):
-            learned = message.pop("weight", 1)
-            if message["role"] == "assistant":
-                message = self.chat.template.taken_apart(message, tools)
-            shown = self._rendered_part(place, message, [*spoken.history, *spoken.new], tools)
-            if shown["role"] == "assistant":
-                spoken.say(shown, learned=bool(learned))
-            else:
-                spoken.new.append(shown)
+            try:
+                self._take(place, message, spoken)
+            except (ValueError, ModelError) as error:
+                here = f"messages[{place}]: "
+                raise ValueError(f"{here}{str(error).removeprefix(here)}") from error
         if not spoken.turns:
             raise ValueError("there is no message of an assistant to learn from")
         task = Task(index=number, seed=number, split="file")
-        success = row.get("success") in (None, True) or bool(row["success"])
-        return Trajectory(task=task, member=0, turns=spoken.turns, end=End.FINISHED, tools=tools, success=success)
+        success = row.get("success", True)
+        if success not in (None, True, False):
+            raise ValueError(f"success = {success!r:.80}; it may be true, false or null")
+        return Trajectory(
+            task=task, member=0, turns=spoken.turns, end=End.FINISHED, tools=tools, success=success in (None, True)
+        )
+
+    def _take(self, place: int, message: Message, spoken: _Spoken) -> None:
+        """Add a message to the conversation. Raises ValueError and ModelError where it cannot be learned, or shown."""
+        learned = message.pop("weight", 1)
+        if message["role"] == "assistant":
+            message = self.chat.template.taken_apart(message, spoken.tools)
+        elif message["role"] == "tool":
+            _check_answers(message, [*spoken.history, *spoken.new])
+        shown = self._rendered_part(place, message, [*spoken.history, *spoken.new], spoken.tools)
+        if shown["role"] == "assistant":
+            spoken.say(shown, learned=bool(learned))
+        else:
+            spoken.new.append(shown)
 
     def _rendered_part(self, place: int, message: Message, before: list[Message], tools: Any) -> Message:
         """Return what the template renders of a message. Raises ValueError where it is not all, and nobody said so."""
@@ -146,6 +160,17 @@ class _Spoken:
         self.history += [*self.new, said]
         self.new = []
         self._last_id = ids[-1]
+
+
+def _check_answers(result: Message, before: list[Message]) -> None:
+    """Raise ValueError for a result whose id is that of no call that it may answer, where these have ids."""
+    said = next((message for message in reversed(before) if message["role"] == "assistant"), {})
+    ids = [call.get("id") for call in said.get("tool_calls") or ()]
+    if ids and all(ids) and result.get("tool_call_id") not in (None, *ids):
+        raise ValueError(
+            f"tool_call_id = {result['tool_call_id']!r:.80} is the id of no tool call of the assistant before it; "
+            f"those are {', '.join(map(repr, ids))}"
+        )
 
 
 def _check_text(messages: list[Message]) -> None:

@@ -12,6 +12,12 @@ from opd.types import MEDIA, ONLY_TEXT, Message, medium_in
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_OTHER_ROWS = {
+    "conversations": "rename it messages, from role and value content, with the roles system, user, assistant, tool",
+    "prompt": "make prompt and completion messages of a user and an assistant",
+    "messages": "its value must be a list of messages that is not empty",
+}
+"""Keys of rows in other forms, and the mend."""
 _SAYS_NOTHING = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 """Keys that a dump of an API holds, empty."""
 _MEDIUM_KEY = re.compile(rf"(input_)?({MEDIA.pattern})s?(_urls?)?")
@@ -23,7 +29,13 @@ def read_row(row: Any) -> tuple[list[Message], list[dict[str, Any]] | None]:
     Raises ValueError, which names the message and its key, for what is no such row.
     """
     if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list | tuple) or not row["messages"]:
-        raise ValueError('it is no {"messages": [{"role": ..., "content": ...}, ...]}')
+        other = next((key for key in _OTHER_ROWS if isinstance(row, Mapping) and key in row), None)
+        instead = f"; it has {other!r}: {_OTHER_ROWS[other]}" if other else ""
+        raise ValueError(f'it is no {{"messages": [{{"role": ..., "content": ...}}, ...]}}{instead}')
+    if row.get("functions"):
+        raise ValueError(
+            'functions is the old name of tools; write tools: [{"type": "function", "function": ...}, ...]'
+        )
     if medium := _medium_beside(row):
         raise ValueError(f"it has {medium!r} beside its messages: {ONLY_TEXT}. Leave the row out")
     messages = []
@@ -46,9 +58,13 @@ def _message(message: Any) -> Message:
     if medium := _medium_beside(given):
         raise ValueError(f"it has {medium!r} beside its content: {ONLY_TEXT}. Leave the row out")
     made: Message = {"role": _ROLES[role]}
+    if given.get("function_call"):
+        raise ValueError("function_call is the old form; write tool_calls, and its result as a message of role tool")
     calls = _calls(given.pop("tool_calls", None))
     thought = _thought(given)
     content = given.pop("content", None)
+    if content is None and (said := next((key for key in ("refusal", "audio") if given.get(key)), None)):
+        raise ValueError(f"content is null and {said} is not: put its text into content, or leave the row out")
     if content is None and not (role == "assistant" and (calls or thought)):
         raise ValueError(
             'content is null; an assistant\'s may be where it has tool_calls. Write "" for an empty text, or leave the '
@@ -166,10 +182,19 @@ def _json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_no_number) if value.strip() else None
+        return json.loads(value, parse_constant=_no_number, object_pairs_hook=_once) if value.strip() else None
     except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
 
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:80]!r} stands twice")
+        made[key] = value
+    return made
