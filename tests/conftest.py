@@ -272,6 +272,7 @@ class ScriptedEngine:
     """An engine that samples what it is told: `completions[session]` is a list of ids for each turn."""
 
     policy_version = 3
+    copies, revived = 1, 0
 
     def __init__(self, completions):
         self.completions = [iter(turns) for turns in completions]

@@ -58,6 +58,14 @@ class RolloutEngine(Protocol):
     policy_version: int
     """The version of the weights it samples from; every completion carries the one that sampled it."""
 
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights it samples from; as many conversations that begin differently reach all."""
+
+    @property
+    def revived(self) -> int:
+        """How often a copy was given the weights after it had started, first or anew; 0 where none starts alone."""
+
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         """Start a round of rollouts with these settings; nothing may be in flight."""
 

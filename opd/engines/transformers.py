@@ -48,6 +48,8 @@ class TransformersEngine:
     row. With the same requests in the same order, the same ids come out to the bit.
     """
 
+    copies, revived = 1, 0
+
     def __init__(
         self, model: CausalModel, *, prefill_tokens: int = 8192, refresh: Callable[[], None] = lambda: None
     ) -> None:

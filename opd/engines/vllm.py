@@ -31,6 +31,8 @@ class VllmEngine:
     Prefixes are cached across the turns of a conversation and between conversations that begin alike.
     """
 
+    copies, revived = 1, 0
+
     def __init__(self, model: CausalModel, config: VllmConfig, limits: Limits) -> None:
         arguments = engine_args(model, config, limits)
         _refuse_lockstep(arguments)

@@ -52,6 +52,8 @@ class Replica:
     sessions: int = 0
     trouble: str = ""
     """The last fault."""
+    new: bool = True
+    """True: it has not held the run's weights since it started, or since it was lost."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held by the thread that brings it back."""
 
@@ -82,6 +84,8 @@ class Replicas:
         self.run = uuid.uuid4().hex[:12]  # another run's version 3 is not ours
         self.label = ""
         """The name of the weights that every replica should hold; empty before the first update."""
+        self.revived = 0
+        """How often a new replica was found to hold the run's weights."""
         self._config = config
         self._model = model
         self._sharing = sharing
@@ -120,7 +124,7 @@ class Replicas:
         """Send a replica that is gone, or samples from other weights, no more requests until it is brought back."""
         with replica.lock:
             if replica.epoch == epoch:
-                replica.label, replica.trouble = "", str(fault)
+                replica.label, replica.trouble, replica.new = "", str(fault), True
                 logger.warning("%s: %s", fault.kind, fault)
 
     def bring_back(self, replica: Replica) -> None:
@@ -172,6 +176,8 @@ class Replicas:
     def _mark_ready(self, replica: Replica) -> None:
         replica.label = self.label
         replica.epoch += 1
+        self.revived += replica.new
+        replica.new = False
 
     def _holds_ours(self, replica: Replica) -> bool:
         try:
@@ -184,7 +190,9 @@ class Replicas:
         starts: Counter[Replica] = Counter()
         while True:
             for replica in replicas:
-                starts[replica] += replica.restart()
+                restarted = replica.restart()
+                replica.new |= restarted
+                starts[replica] += restarted
                 if starts[replica] > MOST_STARTS:
                     raise EngineError(
                         f"a server of this run (its settings: rollout.vllm) ended {starts[replica]} times before it "

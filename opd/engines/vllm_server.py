@@ -125,6 +125,7 @@ class VllmServerEngine:
         on_close: Callable[[], None] = _end_nothing,
     ) -> None:
         self.policy_version = 0
+        self.copies = len(replicas)
         self._retries = config.retries
         self._vocabulary = model["vocab_size"]
         self._replicas = Replicas(replicas, config, model=model, sharing=sharing)
@@ -134,6 +135,10 @@ class VllmServerEngine:
         self._flights: dict[int, _Flight] = {}
         self._tally = _Tally()
         self._sent = 0
+
+    @property
+    def revived(self) -> int:
+        return self._replicas.revived
 
     def begin(self, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         self._check_idle("begin")

@@ -92,10 +92,13 @@ class CausalModel(nn.Module):
         input_ids: Tensor,
         *,
         position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | dict[str, Tensor] | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Compute the last hidden states, normalised as the head expects them: [B, T] -> [B, T, H]."""
+        """Compute the last hidden states, normalised as the head expects them: [B, T] -> [B, T, H].
+
+        `mask` is one for all layers, or one for each kind of layer by transformers' name of it.
+        """
         output = decoder_of(self._transformer)(
             input_ids=input_ids,
             position_ids=position_ids,

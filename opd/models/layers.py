@@ -52,11 +52,11 @@ def reach_of(config: Any) -> Reach:
     if kind in OWN_MASK or (kind == "falcon" and language.get("alibi")):
         raise ValueError(f"{kind} computes who sees whom by itself, for rows of one length")
     given = language.get("layer_types") or language.get("layers_block_type")
-    listed = isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+    listed = [name for name in given if isinstance(name, str)] if isinstance(given, list | tuple) else []
     if kind in STATEFUL and not listed:
         raise ValueError(f"layers of {kind} keep a state of their own")
     window, chunk = _number(language, "sliding_window"), _number(language, "attention_chunk_size")
-    kinds = {_OLD_NAMES.get(name, name) for name in given} - _NO_PAST if listed else {WINDOW if window else FULL}
+    kinds = {_OLD_NAMES.get(name, name) for name in listed} - _NO_PAST if listed else {WINDOW if window else FULL}
     if strange := kinds - {FULL, WINDOW, CHUNK}:
         raise ValueError(f"it has layers of {' and '.join(sorted(strange))}, which keep a state of their own")
     filled = not isinstance(config, Mapping)  # by its class, with what a file may leave out

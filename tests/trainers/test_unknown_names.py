@@ -66,7 +66,7 @@ def test_a_type_of_the_engine_that_is_not_known_is_not_taken_for_the_models():
     with pytest.raises(
         ConfigError, match=r"rollout\.vllm\.dtype = 'float8' is unknown\. Allowed: auto, float32, bfloat16"
     ):
-        check_sampler(SimpleNamespace(backend=SimpleNamespace(ranks=Ranks())), [], None, rollout)
+        check_sampler(SimpleNamespace(backend=SimpleNamespace(ranks=Ranks())), [], rollout)
     assert reading._TYPES.keys() == set(get_args(VllmConfig.model_fields["dtype"].annotation))
 
 

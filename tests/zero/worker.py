@@ -44,7 +44,6 @@ def replay(case):
     run = build(config, ranks)
     player = run.loop.player
     rollouts = player.scheduler = Replay(player.scheduler, pickle.loads(Path(case["rollouts"]).read_bytes()))
-    run.loop.checks = 1  # what was recorded is of the first weights: it agrees with no later ones
     if case["spoil"] is not None:
         spoil(run.loop, ranks, step=case["spoil"])
     rows = [run.loop.step(number)[0] for number in range(config.train.steps)]

@@ -21,7 +21,7 @@ from opd.trainers.loop import metrics
 from opd.trainers.loop.accounts import account
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.play import Player, draw
-from opd.trainers.loop.reading import Models, check_sampler, with_teacher_scores
+from opd.trainers.loop.reading import Models, check_sampler, probes, with_teacher_scores
 from opd.trainers.loop.stage import Stage
 from opd.trainers.loop.timer import Timer
 from opd.trainers.loop.update import Updated, update
@@ -46,6 +46,8 @@ class Loop:
     """The last step's losses and gradient norms were numbers."""
     checks: int = 2
     """The comparisons of the sampler's log-probs with the student's that are left: at the start, after an update."""
+    revived: int = 0
+    """The engine's count of copies of the weights that came back (`RolloutEngine.revived`) when it was compared."""
 
     @property
     def stage(self) -> Stage:
@@ -92,7 +94,7 @@ class Loop:
             self.player.sync()
         with timer("rollout"):
             groups = self.player.play_step(number)
-        self.player.rest()
+        check_engine(self, groups)
         return groups
 
     def _samples(self, number: int, groups: list[TrajectoryGroup]) -> tuple[list[Sample], list[Task | None]]:
@@ -102,8 +104,6 @@ class Loop:
             drawn = draw(self.dataset, number, self.player.train.tasks_per_step, self.player.seed)
             return ranks.share(drawn), list(dict.fromkeys(sample.task for sample in drawn))
         samples = ranks.agree(lambda: annotated(self.method, ranks.share(groups), self.stage.losses))
-        if self.checks and check_sampler(self.models, samples, self.player.sampling, self.player.rollout):
-            self.checks -= 1
         return samples, [group.task for group in groups]
 
     def _weigh(
@@ -198,6 +198,16 @@ def _left_as_it_was(method: Method, player: Player) -> Iterator[None]:
         player.health.streaks = streaks
         torch.set_rng_state(drawn)
         raise
+
+
+def check_engine(loop: Loop, groups: list[TrajectoryGroup]) -> None:
+    """Compare the engine with the student where that is due (`Loop.checks`), and let it sleep."""
+    player, revived = loop.player, loop.player.scheduler.engine.revived
+    due = loop.checks > 0 or player.ranks.any(revived != loop.revived)
+    asked = probes(player.scheduler.engine, player.ranks.share(groups), player.rollout) if due else []
+    player.rest()  # first: the comparison may need its memory
+    if due and check_sampler(loop.models, asked, player.rollout):
+        loop.checks, loop.revived = max(0, loop.checks - 1), revived
 
 
 def annotated(method: Method, groups: Sequence[TrajectoryGroup], losses: Losses) -> list[Sample]:

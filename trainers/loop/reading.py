@@ -1,4 +1,5 @@
-"""Reads samples without training on them: what the teacher says, what the student said before its first update."""
+"""Reads samples without training on them: what the teacher says, what the student said before its
+first update, and whether the engine samples from the student."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from opd.backends.base import Backend
-from opd.engines.base import Sampling
-from opd.engines.preflight import sampler_gap
+from opd.engines.base import Completion, RolloutEngine
+from opd.engines.preflight import SEQUENCES, check_gap, choose, sample_plainly
 from opd.episodes.config import RolloutConfig
 from opd.losses import Sampler, check_known
 from opd.maths.logprobs import chunked_logprobs, chunked_scores, chunked_top_k
 from opd.models.causal import CausalModel
 from opd.objective.collate import Batch, collate, empty_batch, microbatches
 from opd.teachers.teacher import Teacher
-from opd.types import Sample
+from opd.types import Sample, TrajectoryGroup
 
 _TYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of an engine's weights, by their names in the settings; None: that of the model that trains."""
@@ -104,17 +105,57 @@ def own_scores(models: Models, top_k: int, batch: Batch) -> tuple[Tensor, ...]:
     return scores.logprobs.cpu(), scores.entropy.cpu(), ids.cpu(), logprobs.cpu()
 
 
-def check_sampler(models: Models, samples: Sequence[Sample], sampling: Sampling, rollout: RolloutConfig) -> bool:
-    """Compare the log-probs of the four shortest samples with the student's (`opd.engines.preflight.sampler_gap`).
+def probes(engine: RolloutEngine, groups: Sequence[TrajectoryGroup], rollout: RolloutConfig) -> list[Sample]:
+    """Let the engine, which must be idle and awake, go on with some of these episodes; what it sampled, for
+    `check_sampler`. Neither the episodes nor a random number of the run are touched."""
+    segments = [segment for group in groups for t in group.trajectories for segment in t.segments()]
+    sequences = [[i for turn in segment.turns for i in turn.prompt_ids + turn.completion_ids] for segment in segments]
+    chosen = choose(sequences, max(SEQUENCES, engine.copies))
+    return [_probe(prompt, done) for prompt, done in sample_plainly(engine, chosen, max_length=rollout.max_length)]
 
-    Returns False where no rank has a sample to compare. Raises ModelError, on all ranks, if they differ, and
-    ConfigError for an engine's type that is not known.
+
+def _probe(prompt: list[int], done: Completion) -> Sample:
+    """A sample that carries no weight, since nothing trains on it."""
+    sampled = len(done.token_ids)
+    ids, nothing = prompt + done.token_ids, [0.0] * (len(prompt) + sampled)
+    return Sample(
+        token_ids=ids,
+        completion_mask=[0] * len(prompt) + [1] * sampled,
+        turn=[0] * len(ids),
+        sampler_logprobs=[float("nan")] * len(prompt) + done.logprobs,
+        policy_weight=nothing,
+        distill_weight=nothing,
+        ce_weight=nothing,
+        advantage=nothing,
+    )
+
+
+def check_sampler(models: Models, asked: Sequence[Sample], rollout: RolloutConfig) -> bool:
+    """Compare the log-probs of `probes` with the student's (`opd.engines.preflight`).
+
+    Returns False where no rank has any to compare. Raises ModelError, on all ranks, if they differ, and ConfigError for
+    an engine's type that is not known.
     """
     check_known("rollout.vllm.dtype", rollout.vllm.dtype, _TYPES)
     ranks = models.backend.ranks
-    if not ranks.any(bool(samples)):
+    if not ranks.any(bool(asked)):
         return False
-    dtype = None if rollout.engine == "transformers" else _TYPES[rollout.vllm.dtype]
-    batch = models.batch(sorted(samples, key=lambda s: len(s.token_ids))[:4])
-    ranks.agree(lambda: models.backend.look(lambda: sampler_gap(models.student, batch, sampling, engine_dtype=dtype)))
+    engine_dtype = None if rollout.engine == "transformers" else _TYPES[rollout.vllm.dtype]
+
+    def score(batch: Batch) -> tuple[Tensor, Tensor]:
+        own = chunked_logprobs(models.student(batch.input_ids, batch.rows), models.student.head(), batch.targets)
+        return own.cpu(), batch.sampler_logprobs.cpu()
+
+    found = [
+        pair
+        for _, columns in evaluate_in_batches(models, asked, range(len(asked)), score)
+        for pair in zip(*columns, strict=True)
+    ]
+
+    def compare() -> None:
+        if found:
+            own, sampled = (torch.cat(column) for column in zip(*found, strict=True))
+            check_gap(own, sampled, dtype=next(models.student.parameters()).dtype, engine_dtype=engine_dtype)
+
+    ranks.agree(compare)
     return True
