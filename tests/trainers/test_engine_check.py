@@ -1,5 +1,4 @@
-"""The engine is compared with the student at temperature 1 on tokens of its own: first, after an update, and when a copy
-of the weights came back.
+"""The engine is compared with the student on tokens of its own: first, after an update, when a copy came back.
 
 Not covered: several ranks.
 """
