@@ -27,7 +27,7 @@ class CausalModel(nn.Module):
         self.model = model
         layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing)
         self._checkpointed = list(layers)
-        self._dropping = [(name, m) for name, m in model.named_modules() if _drops(m)]
+        self._dropping = [(name, m) for name, m in model.named_modules() if _drops(m, self.config.model_type)]
         self.gather_head: Callable[[], None] = _gather_nothing
         """Makes `head_parameters` whole while this micro-batch needs them; set where weights are sharded."""
         self.release: Callable[[], None] = _gather_nothing
@@ -160,11 +160,11 @@ def _plain_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _drops(module: nn.Module) -> bool:
+def _drops(module: nn.Module, model_type: str) -> bool:
     """True if a module leaves something out at random once it is in training mode."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    return any(is_dropout(name, value) for name, value in vars(module).items())
+    return any(is_dropout(name, value, model_type) for name, value in vars(module).items())
 
 
 def _gather_nothing() -> None:

@@ -15,6 +15,8 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attentio
 
 DROPOUT = re.compile(r"dropout|pdrop|layer_?drop|drop_path|_drop$|jitter")
 """In the name of a setting by which a model that trains leaves something out, or adds noise, at random."""
+NO_DROPOUT = {"phimoe": frozenset({"router_jitter_noise"})}
+"""Settings of a `model_type` that are named like one and are none: a threshold by which Phi-3.5-MoE chooses experts."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 """The names under which configs say how many positions a model knows; the first that is there counts."""
 STRETCHED = ("linear", "dynamic", "yarn", "ntk")
@@ -39,14 +41,16 @@ def drop_nothing(config: Any) -> dict[str, float]:
 
 def _dropouts(config: Any, above: str) -> Iterator[tuple[str, Any, str]]:
     for name, value in list(vars(config).items()):
-        if is_dropout(name, value):
+        if is_dropout(name, value, getattr(config, "model_type", "")):
             yield f"{above}{name}", config, name
         elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _dropouts(value, f"{above}{name}.")
 
 
-def is_dropout(name: str, value: Any) -> bool:
-    """True if an attribute of this name and value leaves something out at random."""
+def is_dropout(name: str, value: Any, model_type: str) -> bool:
+    """True if an attribute of this name and value, of a model of this kind, leaves something out at random."""
+    if name in NO_DROPOUT.get(model_type, ()):
+        return False
     return bool(DROPOUT.search(name)) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 

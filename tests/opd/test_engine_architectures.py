@@ -67,6 +67,11 @@ SERVED: dict[str, dict[str, Any]] = {
     "olmoe": {k: v for k, v in _EXPERTS.items() if k != "moe_intermediate_size"},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "gpt_oss": {**_BOTH, **_LOCAL},
+    "llama4_text": {
+        **_LOCAL, "num_experts_per_tok": 1, "num_hidden_layers": 4, "attention_chunk_size": LENGTH,
+        "intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"] * 2,
+        "no_rope_layers": [1, 0, 1, 0], "interleave_moe_layer_step": 2,
+    },
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
     "glm": {},

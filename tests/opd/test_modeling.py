@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from opd.errors import ModelError
 from opd.maths.logprobs import chunked_logprobs
 from opd.models.causal import CausalModel
+from opd.models.config import ModelConfig
+from opd.models.loading import load
+from tests.architectures import ARCHITECTURES, write_checkpoint
 
 SMALL = {
     "vocab_size": 64,
@@ -124,3 +127,15 @@ def test_the_head_is_gathered_before_its_weight_is_handed_out(make_model, option
     model.gather_head = lambda: gathered.append(len(model.head_parameters))
     assert model.head().weight is model.head_parameters[0]
     assert gathered == [1]
+
+
+def test_a_threshold_that_is_named_like_noise_is_no_dropout(tmp_path):
+    """Phi-3.5-MoE chooses its experts by `router_jitter_noise`, in evaluation too."""
+    write_checkpoint(ARCHITECTURES["phimoe"], tmp_path / "model")
+    ids = torch.arange(20)[None]
+    own = load(ModelConfig(name=str(tmp_path / "model"), dtype="float32"), device="cpu").model.model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found, wanted = (model(input_ids=ids).logits.log_softmax(-1) for model in (own, theirs))
+    assert torch.equal(found, wanted)
+    assert own.config.router_jitter_noise == theirs.config.router_jitter_noise > 0
