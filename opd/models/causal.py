@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.errors import ModelError
 from opd.maths.head import Head, Projection, Projector
-from opd.models.description import is_dropout
+from opd.models.description import is_dropout, looks_ahead
 from opd.models.multimodal import decoder_of
 
 
@@ -138,20 +138,28 @@ class CausalModel(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Check that our head gives the model's own logits; else every loss would be wrong in silence."""
+        """Check that our head gives the model's own logits, and that no token looks at those behind it; else every loss
+        would be wrong in silence."""
         was_training = self.model.training
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None]
-        ours = _plain_logits(self.hidden(ids), self.head()).float()  # rounded where the model rounds
-        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        ours = _log_probs(self.hidden(ids), self.head())
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        behind = _log_probs(self.hidden(ids + torch.eye(4, dtype=ids.dtype, device=ids.device)[-1]), self.head())
         self.model.train(was_training)
-        gap = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
         tolerance = 1e-3 if next(self.model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
-        if gap > tolerance:
+        if (behind - ours)[:, :-1].abs().max().item() > tolerance:
+            raise ModelError(looks_ahead(type(self._transformer).__name__))
+        if (gap := (ours - theirs).abs().max().item()) > tolerance:
             raise ModelError(
                 f"{type(self._transformer).__name__} computes its logits in a way that is not known here: "
                 f"hidden states times the output embedding differ from them by {gap:.3g} nats"
             )
+
+
+def _log_probs(hidden: Tensor, head: Head) -> Tensor:
+    """Compute log-probs from logits that are rounded where the model rounds."""
+    return _plain_logits(hidden, head).float().log_softmax(-1)
 
 
 def _plain_logits(hidden: Tensor, head: Head) -> Tensor:

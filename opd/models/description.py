@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, ModelError
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 
@@ -63,6 +63,21 @@ def with_dropouts(config: dict[str, Any], found: Mapping[str, float]) -> None:
             part = part.get(key) if isinstance(part, dict) else None
         if isinstance(part, dict):
             part[name] = value
+
+
+def looks_ahead(name: str) -> str:
+    """Word the error for a model whose tokens look at those behind them."""
+    return (
+        f"{name} is no language model that goes on from left to right: tokens look at those behind them (an encoder, "
+        "or a model that reads its prompt as a whole, such as PaliGemma). Name a causal language model."
+    )
+
+
+def check_causal(name: str, config: Any) -> None:
+    """Raise ModelError where a config says that tokens look at those behind them, in text as well as in images."""
+    language = language_of(config)
+    if language.get("use_bidirectional_attention") in (True, "all") or language.get("is_causal") is False:
+        raise ModelError(looks_ahead(f"model.name = {name!r}"))
 
 
 def attention_of(name: str, config: Any, asked: Attention) -> str | None:

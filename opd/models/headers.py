@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from opd.errors import ModelError
 from opd.models.config import ModelConfig
-from opd.models.description import positions_of
+from opd.models.description import check_causal, positions_of
 from opd.models.files import INDEX, SINGLE, check_description, check_weights, read_description, tensors_of
 from opd.models.gguf import positions_of_gguf
 from opd.models.loading import describing_folder, source_of
@@ -64,6 +64,7 @@ def _weights(config: ModelConfig, folder: Path, *, quantised: bool) -> str:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {name!r} cannot be loaded: {error}") from error
+    check_causal(name, described)
     composite = composite_class(name, described)
     if composite is None and described.get_text_config(decoder=True) is not described:
         return f"{said}; {LATER}"  # a part of it is loaded

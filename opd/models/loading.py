@@ -20,7 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from opd.errors import ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
-from opd.models.description import attention_of, drop_nothing
+from opd.models.description import attention_of, check_causal, drop_nothing
 from opd.models.export import Base, try_export, write_export
 from opd.models.files import adapters_error, check_description, check_weights
 from opd.models.multimodal import attention_option, composite_class, keep_language
@@ -69,6 +69,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
         described = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"model.name = {config.name!r} cannot be loaded: {error}") from error
+    check_causal(config.name, described)
     if attention := attention_of(config.name, described, config.attention):
         options["attn_implementation"] = attention_option(described, attention)
     dropouts, options["config"] = drop_nothing(described), described
@@ -85,8 +86,7 @@ def load(config: ModelConfig, *, device: str | torch.device | None = None, expor
     )
     carried = keep_language(config.name, model, folder) if composite and folder else None
     base = Base(folder, tokenizer, dropouts, config.trust_remote_code, carried)
-    _check_vocabulary(model, tokenizer)
-    model.to(device)
+    _check_vocabulary(model.to(device), tokenizer)
     check_finite(config.name, model)
     if exports:
         try_export(config.name, model, tokenizer, base)

@@ -20,6 +20,7 @@ from opd.engines.transformers import TransformersEngine
 from opd.engines.vllm import VllmEngine
 from opd.engines.weights import ModelWeights
 from opd.errors import ModelError
+from opd.models.causal import CausalModel
 from opd.models.config import LoraConfig, ModelConfig
 from opd.models.files import tensors_of
 from opd.models.loading import export, load
@@ -31,7 +32,9 @@ OTHER_SCALE = {"aya-vision", "cohere2-vision"}
 """Of these transformers' class leaves out the scale of the logits that their language model has by itself."""
 IDS = torch.arange(5, 69)[None]
 
-every_composite = pytest.mark.parametrize("name", [name for name in COMPOSITES if name not in OTHER_SCALE])
+every_composite = pytest.mark.parametrize(
+    "name", [name for name in COMPOSITES if name not in (*OTHER_SCALE, "paligemma")]
+)
 
 
 @pytest.fixture
@@ -308,3 +311,13 @@ def test_vllm_serves_the_language_model_from_the_config_of_the_whole(base, name)
             own = own_log_probs(loaded)[0, :-1].gather(-1, IDS[0, 1:, None])[:, 0]
             torch.testing.assert_close(torch.as_tensor(scores.logprobs), own, rtol=0, atol=1e-4)
             update(loaded)
+
+
+def test_a_model_whose_tokens_look_ahead_is_refused_by_its_config_and_by_what_it_computes(tmp_path, make_tokenizer):
+    folder = tmp_path / "model"
+    composite("paligemma").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"is no language model that goes on from left to right"):
+        load(ModelConfig(name=str(folder)))
+    with pytest.raises(ModelError, match=r"PaliGemmaForConditionalGeneration is no language model that goes on"):
+        CausalModel(composite("paligemma"))
