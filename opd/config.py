@@ -6,6 +6,7 @@ file under `trainers/`; `opd.launch.settings.config` joins the two and reads YAM
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +21,22 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+def _plain_path(text: str) -> str:
+    """Return a path or name as it is. Raises ValueError for what no file's name can hold, or a shell would replace."""
+    if control := next((c for c in text if ord(c) < 32 or c == "\x7f"), None):
+        raise ValueError(f"it holds the control character {control!r}; write the name without it")
+    if variable := re.search(r"\$\{\w+\}|\$[A-Za-z_]\w*", text):
+        raise ValueError(
+            f"a file of settings does not know the variable {variable[0]}; write the name itself, or give it on the "
+            "command line, where the shell replaces it"
+        )
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_plain_path)]
+"""The name of a file, a folder or a model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_error(error: OpdError) -> None:
     """Print an error with the number of its process; an error that all processes have, the first alone prints."""
-    rank = int(os.environ.get("RANK") or 0)
+    told = os.environ.get("RANK") or "0"
+    rank = int(told) if told.isdecimal() else 0
     if rank and isinstance(error, SharedError):
         return
     prefix = f"error: rank {rank}: " if rank else "error: "

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from opd.addressing import installed, is_address
 from opd.backends import deepspeed_json
 from opd.backends.config import EvalConfig, TrainConfig
-from opd.config import Strict
+from opd.config import PathText, Strict
 from opd.episodes.config import EnvSetting, RolloutConfig
 from opd.errors import ConfigError
 from opd.launch.settings.parse import bad_value, parse
@@ -66,7 +66,7 @@ class Config(Strict):
     )
     section: SerializeAsAny[Strict] = Field(description="The method's own settings; in YAML, under its name.")
     seed: int = Field(0, ge=0, description="Tasks, draws and initial values follow from it.")
-    out: str | None = Field(
+    out: PathText | None = Field(
         None, description="The run's folder; by default runs/METHOD-ENV-MODEL, numbered where earlier runs are."
     )
     model: ModelSetting

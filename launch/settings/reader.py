@@ -19,6 +19,7 @@ from opd.launch.settings.problems import did_you_mean, nearest
 RUN_MARK = "# Settings of an opd run"
 """How the `config.yaml` of a run begins."""
 
+_MOST_BYTES, _MOST_LEVELS, _MOST_NUMBER, _MOST_DIGITS = 4_000_000, 64, 2**63 - 1, 200
 _RARE_BREAKS = frozenset("\x85\u2028\u2029")
 
 
@@ -39,13 +40,20 @@ class _Loader(yaml.SafeLoader):
             if key in lines:
                 problem = f"{key} is given twice (lines {lines[key]} and {line}); remove one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key == "<<" and key_node.style is None:
+                problem = "the merge key << is not read; write the settings out"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             lines[key] = line
         return super().construct_mapping(node, deep=deep)
 
 
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+    value = int(text, 0) if text[:2] in ("0x", "0o") else int(text) if len(text) < _MOST_DIGITS else _MOST_NUMBER + 1
+    if abs(value) > _MOST_NUMBER:
+        problem = f"{text[:40]} is too large a number (allowed: 64 bits)"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return value
 
 
 def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
@@ -99,13 +107,26 @@ _teach(_Loader, _Dumper)
 
 def parse_yaml(text: str, source: str) -> Any:
     """Return the value that a YAML text holds. Raises ConfigError naming source, line and what is wrong there."""
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{source} has {len(text):,} characters, more than settings have ({_MOST_BYTES:,})")
     try:
+        _check_depth(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{source}:{where} {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow, a number too long to read
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_depth(text: str) -> None:
+    """Raise ValueError where lists and mappings stand deeper in each other than any settings do."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            line = event.start_mark.line + 1
+            raise ValueError(f"line {line}: more than {_MOST_LEVELS} levels of brackets or indentation")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     model_validator,
 )
 
 from opd.config import Strict, setting
+
+
+def _decay_rate(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"{value} is no decay rate; each is at least 0 and below 1")
+    return value
+
+
+DecayRate = Annotated[float, AfterValidator(_decay_rate)]
 
 
 class TrainConfig(Strict):
@@ -32,7 +42,7 @@ class TrainConfig(Strict):
     lr: float = Field(1e-5, gt=0, description="Peak learning rate (AdamW).")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Updates of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     save_every: int = Field(
@@ -59,7 +69,7 @@ class TrainConfig(Strict):
         description="End the run after so many rounds of episodes in a row (steps, or rounds that a stage collects) of "
         "which none can be used, or so many updates in a row that are not finite; 0: never.",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; by default as torch chooses.")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of torch; by default as torch chooses.")
     variance_every: int = Field(
         0,
         ge=0,

@@ -52,6 +52,10 @@ def read(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(value, str):
         value = _read_file(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{value!r} is neither a JSON file's name nor an object; allowed are also {', '.join(ready())}"
+        )
     given = {key: own for key, own in value.items() if own is not None}
     _check(given)
     return given

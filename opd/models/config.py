@@ -11,7 +11,7 @@ from pydantic import (
     field_validator,
 )
 
-from opd.config import Strict
+from opd.config import PathText, Strict
 from opd.models.description import Attention
 
 
@@ -28,7 +28,7 @@ class LoraConfig(Strict):
 class ModelConfig(Strict):
     """The model that acts and learns. `model: NAME` is short for `model: {name: NAME}`."""
 
-    name: str = Field(
+    name: PathText = Field(
         description="A hub id, a local folder, a .gguf file, `smollm2` (from its package), or `tiny:<env>` "
         "(a small model built and warm-started on this machine)."
     )

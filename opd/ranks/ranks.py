@@ -36,8 +36,15 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def started_ranks() -> int:
-    """The number of processes that a launcher started for this run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """The number of processes that a launcher started for this run; 1 without a launcher.
+
+    Raises ConfigError where WORLD_SIZE or RANK is no number.
+    """
+    told = {name: os.environ.get(name) or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
+    for name, value in told.items():
+        if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
+            raise ConfigError(f"{name} = {value!r} is no number of processes, as a launcher sets it. Unset it")
+    return int(told["WORLD_SIZE"])
 
 
 def local_device() -> int:

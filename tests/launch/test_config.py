@@ -46,6 +46,21 @@ LIGHTNING = (
     + "lightning_opd: {form: exact, teacher: {weights: external, model: tiny:lookup}, "
 )
 WRONG = {
+    "a decay rate above 1": (GOOD + "train: {betas: [1.5, 0.9]}", "train.betas: 1.5 is no decay rate; each"),
+    "too many threads": (GOOD + "train: {threads: 1000000000}", "a whole number of at least 1 and at most 4096"),
+    "a number for a DeepSpeed file": (
+        GOOD + "deepspeed: 1",
+        "deepspeed: 1 is neither a JSON file's name nor an object",
+    ),
+    "a zero in a name": (GOOD + 'out: "a\\0b"', "out: it holds the control character '\\x00'"),
+    "a shell's variable in out": (
+        GOOD + "out: ${HOME}/x",
+        "out: a file of settings does not know the variable ${HOME}",
+    ),
+    "a shell's variable in a model": (
+        GOOD.replace("tiny:lookup", "$MODELS/base"),
+        "model.name: a file of settings does not know the variable $MODELS",
+    ),
     "an unknown section": (
         GOOD + "rolout: {}",
         'rolout is unknown. Did you mean "rollout"? Allowed: method, seed, out,',

@@ -17,7 +17,11 @@ OPTIONS = ("--steps", "--out", "--resume", "-h", "--help")
 TEXT = st.text("ab1.e é世:'\"\\\n\t#{}[],-&*!|>%@`=", max_size=8)
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=6)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=5,
 )

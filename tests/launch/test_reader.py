@@ -12,7 +12,7 @@ from opd.launch.settings.reader import parse_yaml, read_settings, to_yaml
 TEXT = st.text() | st.text(" \t\n\r\x85\u2028\ufeff:#-'\"\\|>&*!%@`?,[]{}ae1.~", max_size=12)
 KEYS = TEXT.filter(bool)
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=10,
 )
@@ -42,7 +42,7 @@ PLAIN = st.recursive(
         ("tiny:lookup", "tiny:lookup"),
         ("'1e-4'", "1e-4"),
         ("[1, a, true]", [1, "a", True]),
-        ("<<: {a: 1}", {"<<": {"a": 1}}),
+        ('"<<": {a: 1}', {"<<": {"a": 1}}),
     ],
 )
 def test_scalars_are_read_as_yaml_1_2_has_them(text, value):
@@ -78,7 +78,7 @@ def test_the_same_key_in_two_sections_is_no_duplicate():
         ("1: a", r"^x\.yaml: line 1: the key 1 is not text; put it in quotes$"),
         ("[1]: a", r"^x\.yaml: line 1: the key \[1\] is not text"),
         ("a: \x07", r"^x\.yaml: unacceptable character"),
-        ("a: " + "1" * 5000, r"^x\.yaml: Exceeds the limit"),
+        ("a: " + "1" * 5000, r"^x\.yaml: line 1: 1{40} is too large a number"),
     ],
 )
 def test_broken_yaml_is_an_error_that_names_the_place(text, message):
@@ -110,3 +110,22 @@ def test_a_file_that_is_not_text_is_an_error(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_settings(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 20_000, r"more than 64 levels of brackets or indentation"),
+        ("{a: " * 100 + "1" + "}" * 100, r"line 1: more than 64 levels"),
+        ("seed: 123456789012345678901234567890", r"line 1: 123456789012345678901234567890 is too large a number"),
+        ("seed: " + "9" * 5000, r"line 1: 9{40} is too large a number"),
+        ("a: 0xffffffffffffffffff", r"is too large a number"),
+        ("train: {<<: {steps: 3}}", r"the merge key << is not read; write the settings out"),
+        ("a: " + "x" * 4_000_001, r"has 4,000,004 characters, more than settings have"),
+    ],
+)
+def test_what_no_settings_hold_is_refused_in_a_line(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_yaml(text, "run.yaml")
+    assert str(caught.value).startswith("run.yaml")
+    assert len(str(caught.value)) < 200

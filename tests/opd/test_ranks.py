@@ -140,3 +140,12 @@ def test_a_launcher_that_leaves_out_the_local_rank_is_named_with_the_mend(monkey
     monkeypatch.setenv("RANK", "5")
     with pytest.raises(ConfigError, match=r"RANK = 5, but no LOCAL_RANK .* LOCAL_RANK=\$SLURM_LOCALID"):
         _meet()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2"), ("RANK", "x")]
+)
+def test_a_launcher_s_variable_that_is_no_number_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"^{name} = '{value}' is no number of processes"):
+        started_ranks()
