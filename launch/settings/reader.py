@@ -125,8 +125,8 @@ def _check_depth(text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MOST_LEVELS:
-            line = event.start_mark.line + 1
-            raise ValueError(f"line {line}: more than {_MOST_LEVELS} levels of brackets or indentation")
+            where = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+            raise ValueError(f"{where}more than {_MOST_LEVELS} levels of brackets or indentation")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
