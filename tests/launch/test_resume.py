@@ -203,6 +203,7 @@ def signals_itself(monkeypatch, owner, name, *, after):
 )
 def test_whatever_ends_a_run_early_is_told_apart(settings, name, code):
     """Before the third step has its episodes; what was trained until then is saved."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
 
     def play(player, number):
         if number == 2 and name != "train.max_hours":
@@ -213,9 +214,12 @@ def test_whatever_ends_a_run_early_is_told_apart(settings, name, code):
 
     real = Player.play_step
     data = settings("run", train={"steps": 5, "max_hours": 1.0 if name == "train.max_hours" else None})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Player, "play_step", play)
-        result = train(data)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Player, "play_step", play)
+            result = train(data)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (result.stopped_by, result.exit_code, result.steps) == (name, code, 2)
     assert saved(result.out) == ["step-2"]
     told = json.loads((result.out / "stopped.json").read_text())

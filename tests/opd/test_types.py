@@ -3,6 +3,7 @@
 import doctest
 import math
 from dataclasses import is_dataclass, replace
+from inspect import isfunction
 
 import pytest
 
@@ -168,4 +169,5 @@ def test_one_episode_runs_through_the_examples_of_all_types_and_they_are_true():
         runner.run(test, out=report.append, clear_globs=False)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
     data = {name for name, kind in vars(types).items() if is_dataclass(kind)} | {"Segment"}
-    assert {test.name.removeprefix("opd.types.") for test in examples} == data
+    shown = {test.name.removeprefix("opd.types.") for test in examples}
+    assert {name for name in shown if not isfunction(vars(types)[name])} == data

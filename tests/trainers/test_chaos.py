@@ -38,13 +38,13 @@ def tiny_folder(make_model, make_tokenizer, tmp_path):
 
 @pytest.fixture
 def sampled_by_the_engine(monkeypatch):
-    """How many tokens the engine has sampled, by its own count."""
+    """How many tokens the engine has sampled for episodes, by its own count; its check has sessions below 0."""
     counts = []
     step = TransformersEngine.step
 
     def watched(self):
         done = step(self)
-        counts.extend(len(completion.token_ids) for completion in done)
+        counts.extend(len(completion.token_ids) for completion in done if completion.session >= 0)
         return done
 
     monkeypatch.setattr(TransformersEngine, "step", watched)
