@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub as hub
@@ -17,10 +18,13 @@ from transformers import AutoConfig
 from opd.errors import ModelError
 from opd.models.config import ModelConfig
 from opd.models.description import check_causal, positions_of
+from opd.models.export import Base, try_export
 from opd.models.files import INDEX, SINGLE, check_description, check_weights, read_description, tensors_of
 from opd.models.gguf import positions_of_gguf
+from opd.models.layers import CHUNK, WINDOW, reach_of
 from opd.models.loading import describing_folder, source_of
 from opd.models.multimodal import composite_class
+from opd.models.tokenizers import read_tokenizer
 from opd.models.whole import compare_whole
 
 Tensors = Mapping[str, Mapping[str, Any]]
@@ -28,9 +32,11 @@ LATER = "compared with config.json when they are loaded"
 
 
 def check_headers(config: ModelConfig) -> list[tuple[str, str]]:
-    """Return rows on a model's `weights`, `quantisation` and `positions`, each a name and what was found, in words.
+    """Return rows on a model's `weights`, `quantisation`, `positions`, `engines` and `export`, each a name and what was
+    found, in words.
 
-    Raises ModelError where loading would: adapters, weights that are quantised, missing, of another size or too many.
+    Raises ModelError where loading would: adapters, weights that are quantised, missing, of another size or too many,
+    and an export that would fail.
     """
     source, options = source_of(config.name)
     if "gguf_file" in options:
@@ -46,7 +52,33 @@ def check_headers(config: ModelConfig) -> list[tuple[str, str]]:
         ("weights", _weights(config, folder, quantised=how is not None)),
         ("quantisation", f"{how}; plain floats are made of it (model.dequantize)" if how else "none"),
         ("positions", _positions(positions_of(read_description(config.name, folder)))),
+        ("engines", _engines(read_description(config.name, folder))),
+        ("export", _export(config, folder)),
     ]
+
+
+def _engines(described: Mapping[str, Any]) -> str:
+    """Say which of the engines can generate with a model, as far as its config.json tells."""
+    try:
+        reach = reach_of(described)
+    except ValueError as error:
+        return f"vllm, not transformers: {error}"
+    sizes = {WINDOW: ("windows", reach.window), CHUNK: ("chunks", reach.chunk)}
+    parts = [f"{name} of {size:,} tokens" for kind, (name, size) in sizes.items() if kind in reach.kinds and size]
+    return f"transformers, vllm{'; ' if parts else ''}{' and '.join(parts)}"
+
+
+def _export(config: ModelConfig, folder: Path) -> str:
+    """Write all of an export but its weights, and read it back. Raises ModelError where that fails."""
+    trusted = config.trust_remote_code
+    try:
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = read_tokenizer(str(folder), trust_remote_code=trusted)
+    except (OSError, ValueError, ImportError, KeyError):
+        return "tried when the model is loaded"  # on the hub the tokenizer is not here yet
+    stands_in = SimpleNamespace(config=described, generation_config=None)
+    try_export(config.name, stands_in, tokenizer, Base(folder, tokenizer, {}, trusted))
+    return "config, generation settings and tokenizer are written and read back as they were"
 
 
 def _weights(config: ModelConfig, folder: Path, *, quantised: bool) -> str:

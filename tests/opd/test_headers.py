@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from opd.errors import ModelError
 from opd.launch.cli.main import main
 from opd.models.config import ModelConfig
-from opd.models.headers import check_headers
+from opd.models.headers import _engines, check_headers
 from opd.models.loading import load
 
 SINGLE = "model.safetensors"
@@ -179,3 +179,28 @@ def test_the_command_and_the_dry_run_tell_of_weights(make, tmp_path, capsys, edi
     answer = capsys.readouterr()
     assert ("all of LlamaForCausalLM" in answer.out) == (not code)
     assert ("would be random: 1 tensor" in answer.err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("changed", "engines"),
+    [
+        ({}, "transformers, vllm"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "transformers, vllm; windows of 4,096 tokens"),
+        ({"model_type": "lfm2"}, "vllm, not transformers: layers of lfm2 keep a state of their own"),
+        ({"model_type": "bloom"}, "vllm, not transformers: bloom computes who sees whom by itself"),
+    ],
+)
+def test_the_engines_that_can_generate_are_told_by_config_json(changed, engines):
+    assert _engines({"model_type": "llama"} | changed).startswith(engines)
+
+
+def test_an_export_is_tried_before_anything_is_loaded(make, monkeypatch):
+    folder = make()
+    assert told(folder)["export"] == "config, generation settings and tokenizer are written and read back as they were"
+
+    def fails(*_, **__):
+        raise ValueError("config says no")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", fails)
+    with pytest.raises(ModelError, match=r"could be trained, but not exported: config says no"):
+        check_headers(ModelConfig(name=str(folder)))
