@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # `my_module:MyEnv` lies beside the settings; last, so that it shadows nothing
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None and not sys.stdout.closed:  # a program may be started without one
+            sys.stdout.flush()
     except OpdError as error:
         _print_error(error)
         return error.exit_code

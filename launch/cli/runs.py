@@ -31,13 +31,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
-    from rich.console import Console
-
     from opd.launch.checks.loading import load_config
     from opd.launch.checks.starting import startable
     from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
     from opd.launch.run.out import choose_out
+    from opd.tracking.console import LastingConsole
 
     put_option(overrides, "train.steps", arguments.steps)
     put_option(overrides, "out", arguments.out)
@@ -48,7 +47,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     report = ranks.from_first(lambda: check_model_text(config))
     if ranks.first and (arguments.dry_run or config.tracking.console):
-        Console().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
+        LastingConsole().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
     ranks.agree(lambda: refuse_problems(report))
     if arguments.dry_run:
         return 0

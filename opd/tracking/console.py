@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -96,6 +97,18 @@ class _State:
         return "".join(_SPARK[round((value - low) * scale)] for value in self.rewards)
 
 
+class LastingConsole(Console):
+    """A console that may go away, as that of `opd train FILE | head` does: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        """Show nothing more, and say so once where somebody may still read it."""
+        self.quiet = True
+        with suppress(OSError, ValueError):  # what is left in the buffers must not fail once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError, ValueError):
+            print("nobody reads the console any more; the run goes on without it", file=sys.stderr, flush=True)
+
+
 class RunConsole:
     """Shows one run. Prints nothing when `enabled` is false."""
 
@@ -108,7 +121,7 @@ class RunConsole:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or LastingConsole(highlight=False)
         self._enabled = enabled
         self._animated = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._state = _State(total=total_steps, done=done, clock=clock)
@@ -123,8 +136,13 @@ class RunConsole:
 
     def show(self, renderable: RenderableType) -> None:
         """Print anything that rich can print."""
-        if self._enabled:
+        if not self._enabled:
+            return
+        try:
             self._console.print(renderable, soft_wrap=isinstance(renderable, Text))
+        except (OSError, ValueError):  # stdout was closed, or its terminal is gone
+            self._enabled = False
+            LastingConsole.on_broken_pipe(self._console)  # type: ignore[arg-type]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -192,6 +192,21 @@ def test_the_names_of_the_package_are_the_launchers(settings):
     assert isinstance(config_from(settings("x")), opd.Config)
 
 
+@pytest.mark.parametrize("redirection", ["| head -1", ">&-"])
+def test_a_console_that_goes_away_does_not_end_a_run(settings, tmp_path, redirection):
+    path = tmp_path / "run.yaml"
+    data = settings("run", train={"steps": 3}) | {"tracking": {"wandb": "disabled", "console": True, "plot": False}}
+    path.write_text(json.dumps(data))
+    line = f"{sys.executable} -m opd.launch.cli train {path} {redirection}; echo code ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "code 0", done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    assert (tmp_path / "run/export/config.json").is_file()
+
+
 def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(settings, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(settings("run", train={"steps": 500})))  # JSON is YAML
