@@ -54,7 +54,8 @@ def _extent(text: str, start: int) -> int:
     return (at if filler is None else filler.end()) + 1
 
 
-def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its items, as `object_pairs_hook` of json. Raises ValueError for a key that stands twice."""
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:
@@ -75,5 +76,5 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_float, parse_constant=_refuse_constant, strict=False
+    object_pairs_hook=each_once, parse_float=_float, parse_constant=_refuse_constant, strict=False
 )

@@ -225,8 +225,8 @@ def _check_thoughts(report: Report, chat: ChatFormat) -> None:
             f"{show(chat.tokenizer, chat.end_id)}, so that each turn would be over before its answer. Let the template "
             "end answers with a token of their own, or drop thoughts"
         )
-    except ModelError:  # a prompt that closes the thought leaves no room for one
-        pass
+    except ModelError:
+        return  # a prompt that closes the thought leaves no room for one: `_check_forks` goes on without
 
 
 def _check_forks(report: Report, chat: ChatFormat) -> None:

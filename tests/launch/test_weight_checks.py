@@ -7,7 +7,7 @@ import pytest
 
 from opd.errors import ConfigError
 from opd.launch.checks.loading import config_from, model_to_serve
-from opd.launch.checks.weights import settings_of
+from opd.launch.checks.weights import check_weights, settings_of
 from opd.models.description import attention_of, positions_of
 from opd.models.gguf import positions_of_gguf
 
@@ -173,7 +173,7 @@ def test_a_model_is_dequantised_where_it_is_quantised(model, student, teacher, e
 def test_a_config_that_cannot_be_read_is_left_to_the_loader(model, tmp_path):
     name = model()
     (tmp_path / "model" / "config.json").write_text("{")
-    config_from(settings(name))
+    assert check_weights(config_from(settings(name)), read=True) == []
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -224,4 +224,4 @@ def test_layers_that_the_embedded_engine_cannot_run_are_refused_for_it_alone(mod
 @pytest.mark.parametrize("length", [128, 2048])
 def test_windows_of_any_length_are_taken(model, length):
     for config in ({"sliding_window": 1024}, {"layer_types": ["chunked_attention"], "attention_chunk_size": 1024}):
-        config_from(settings(model(**config), length))
+        assert check_weights(config_from(settings(model(**config), length)), read=True) == []

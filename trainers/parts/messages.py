@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from opd.json_text import each_once
 from opd.types import MEDIA, ONLY_TEXT, Message, medium_in
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -182,19 +183,10 @@ def _json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_no_number, object_pairs_hook=_once) if value.strip() else None
+        return json.loads(value, parse_constant=_no_number, object_pairs_hook=each_once) if value.strip() else None
     except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
 
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise ValueError(f"the key {key[:80]!r} stands twice")
-        made[key] = value
-    return made
