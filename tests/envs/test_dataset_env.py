@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from opd.envs.dataset_env import DatasetEnv
+from opd.envs.tables import checked_prompt
 from opd.errors import ConfigError, DataError, EnvError
 
 
@@ -250,6 +251,23 @@ def test_a_prompt_that_is_no_text_is_refused_by_row(tmp_path, prompt):
     }
     with pytest.raises(DataError, match="question, train 0: a prompt must be a string or a list of messages, not"):
         make(files).reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "medium"),
+    [
+        ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "image_url"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "input_audio"),
+        ({"type": "video"}, "video"),
+    ],
+)
+def test_a_prompt_with_an_image_or_sound_is_refused_by_its_place(part, medium):
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]},
+    ]
+    with pytest.raises(DataError, match=rf"the prompt's messages\[1\] holds '{medium}'"):
+        checked_prompt(asked, where="question, train 0")
 
 
 @pytest.mark.parametrize("partial", [row(2) | {"proof": None}, {"question": "2?"}])
