@@ -9,6 +9,7 @@ import re
 from opd.launch.checks.packages import is_installed
 from opd.launch.settings.problems import Problem
 from opd.tracking.config import TrackingConfig
+from opd.tracking.wandb_run import PROJECT, VARIABLES
 
 
 def check_tracking(tracking: TrackingConfig) -> list[Problem]:
@@ -43,3 +44,8 @@ def wandb_mode(tracking: TrackingConfig) -> str:
     if wanted == "disabled" or not is_installed("wandb"):
         return "disabled"
     return "online" if wanted not in ("offline", "dryrun") and has_wandb_key() else "offline"
+
+
+def wandb_project(tracking: TrackingConfig) -> str:
+    """Return the name of the project that wandb will write to."""
+    return tracking.project or os.environ.get(VARIABLES["project"]) or PROJECT

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch.checks.tracking import wandb_mode
+from opd.launch.checks.tracking import wandb_mode, wandb_project
 from opd.launch.plan import scaling
 from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
 from opd.launch.settings.config import Config
@@ -257,7 +257,7 @@ def _rollouts_in_words(rollout: RolloutConfig) -> str:
 
 def _wandb_in_words(config: Config) -> str:
     mode = wandb_mode(config.tracking)
-    return mode if mode == "disabled" else f"{mode}, project {config.tracking.project}"
+    return mode if mode == "disabled" else f"{mode}, project {wandb_project(config.tracking)}"
 
 
 def _notes(config: Config) -> list[str]:

@@ -1,13 +1,14 @@
 """A run in Weights & Biases. A failure here is logged once and never ends the training.
 
-wandb's files live in `<run>/wandb/`. The run's id is kept there, so that a resumed run goes on under the
-same id: online the service appends to it. Offline wandb cannot append and opens a new folder, so the rows
-before the resumed step are written again: the newest folder, synced alone, gives the whole run.
+wandb's files live in `<run>/wandb/`, or where WANDB_DIR says. The run's id is kept in the run's folder, so that a
+resumed run goes on under the same id: online the service appends to it. Offline wandb cannot append and opens a new
+folder, so the rows before the resumed step are written again: the newest folder, synced alone, gives the whole run.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,16 @@ _log = logging.getLogger(__name__)
 
 INIT_SECONDS = 30.0
 """Seconds that the service may take to open a run; wandb's own default is 90."""
+PROJECT = "opd"
+"""The project where neither the settings nor WANDB_PROJECT name one."""
+VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "name": "WANDB_NAME",
+    "id": "WANDB_RUN_ID",
+    "dir": "WANDB_DIR",
+    "resume": "WANDB_RESUME",
+}
+"""wandb's own variables for what we give it ourselves; it reads the others (WANDB_ENTITY, WANDB_TAGS) without help."""
 FINISH_SECONDS = 60.0
 """Seconds that uploading may take at the end; wandb's own default is for ever. The rest stays on disk."""
 
@@ -94,13 +105,18 @@ def open_run(
 def _arguments(
     folder: Path, config: TrackingConfig, run_config: Mapping[str, Any], *, going_on: bool
 ) -> dict[str, Any]:
-    """The arguments of `wandb.init`; `going_on` is true where earlier processes logged rows of this run."""
+    """The arguments of `wandb.init`; `going_on` is true where earlier processes logged rows of this run.
+
+    wandb's own variables stand above our defaults and below what the settings say: an argument hides its variable, so
+    that a default whose variable is set is not among them.
+    """
+    given = {"project": config.project, "name": config.name}
+    defaults = {"project": PROJECT, "name": folder.resolve().name, "dir": str(folder), "resume": "allow"}
+    own = {name: value for name, value in defaults.items() if not os.environ.get(VARIABLES[name])}
     return {
-        "project": config.project,
-        "name": config.name or folder.resolve().name,
-        "dir": str(folder),
+        **own,
+        **{name: value for name, value in given.items() if value is not None},
         "id": _run_id(folder / "wandb" / "run-id.txt", keep=going_on),
-        "resume": "allow",
         "reinit": "create_new",  # leave alone any run that the caller's own code has open
         "config": dict(run_config),
     }
@@ -156,11 +172,13 @@ def _forget_service() -> None:
 
 
 def _run_id(path: Path, *, keep: bool) -> str:
-    """Read the run's id from this file when the run goes on, else make one and write it there."""
-    if keep and path.exists():
+    """Return the id that WANDB_RUN_ID gives, or else that in this file when the run goes on, or else a new one; it
+    stands in the file from then on."""
+    told = os.environ.get(VARIABLES["id"])
+    if not told and keep and path.exists():
         return path.read_text(encoding="utf-8").strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_id = secrets.token_hex(6)  # not `random`: its state belongs to the run
+    run_id = told or secrets.token_hex(6)  # not `random`: its state belongs to the run
     path.write_text(run_id + "\n", encoding="utf-8")
     return run_id
 

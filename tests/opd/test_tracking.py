@@ -345,6 +345,43 @@ def test_wandb_gets_the_config_the_project_and_the_name_of_the_run_folder(tmp_pa
     assert (run.project, run.display_name, config["train"]) == ("opd", "lookup-1", {"lr": 0.5})
 
 
+def wandb_run_record(folder: Path):
+    """What the newest .wandb file under a folder says of its run."""
+    return next(r.run for r in wandb_records(wandb_files(folder)[-1]) if r.WhichOneof("record_type") == "run")
+
+
+def test_wandbs_own_variables_count_where_the_settings_say_nothing_and_after_a_restart(tmp_path, wandb, monkeypatch):
+    told = {"PROJECT": "theirs", "NAME": "named", "RUN_ID": "abc123", "RUN_GROUP": "sweep", "NOTES": "a note",
+            "TAGS": "one,two", "ENTITY": "team", "MODE": "offline", "RESUME": "allow"}  # fmt: skip
+    for name, value in told.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    auto = OFFLINE.model_copy(update={"wandb": "auto"})
+    for resume_step in (0, 1):
+        with tracker(tmp_path / "run", auto, resume_step=resume_step) as run:
+            run.log(resume_step + 1, {"reward/mean": 0.5})
+        found = wandb_run_record(tmp_path / "elsewhere")
+        assert (found.project, found.display_name, found.run_id, found.run_group) == (
+            "theirs", "named", "abc123", "sweep")  # fmt: skip
+        assert (found.notes, list(found.tags), found.entity) == ("a note", ["one", "two"], "team")
+    assert not wandb_files(tmp_path / "run")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    wandb.teardown()  # it has read the variables once
+    with tracker(tmp_path / "run", auto, resume_step=2):
+        assert (tmp_path / "run/wandb/run-id.txt").read_text() == "abc123\n"  # the run stays the same one
+    assert wandb_run_record(tmp_path / "elsewhere").run_id == "abc123"
+
+
+def test_what_the_settings_say_of_wandb_wins_over_its_variables(tmp_path, wandb, monkeypatch):
+    for name, value in {"PROJECT": "theirs", "NAME": "named", "MODE": "disabled"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with tracker(tmp_path / "run", OFFLINE.model_copy(update={"project": "ours", "name": "mine"})) as run:
+        run.log(1, {"a": 1})
+    found = wandb_run_record(tmp_path / "run")
+    assert (found.project, found.display_name) == ("ours", "mine")
+
+
 @pytest.mark.parametrize(("whole", "code"), [(True, 0), (False, 1)])
 def test_wandb_is_told_whether_the_run_came_to_its_end(tmp_path, wandb, whole, code):
     with tracker(tmp_path / "run", OFFLINE) as run:
