@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
 from opd.launch.cli.command import add_resume_options, positive, put_option
 from opd.ranks.join import join
+from opd.ranks.launcher import before_joining, check_launcher
 from opd.ranks.ranks import Ranks, started_ranks
+
+if TYPE_CHECKING:
+    from opd.launch.settings.config import Config
 
 UNMEASURED, INTERRUPTED = 1, 130
 
@@ -31,8 +35,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
-    from opd.launch.checks.loading import load_config
-    from opd.launch.checks.starting import startable
     from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
     from opd.launch.run.out import choose_out
@@ -42,8 +44,12 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     put_option(overrides, "out", arguments.out)
     if arguments.ranks and not arguments.dry_run:
         raise ConfigError("--ranks plans for so many processes: give it with --dry-run (a launcher starts them)")
-    ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: startable(load_config(arguments.file, overrides), arguments.file))
+    config, ranks = _read_and_join(arguments.file, overrides)
+    if (arguments.ranks or 1) > 1 and config.backend == "local":
+        raise ConfigError(
+            f"--ranks {arguments.ranks} plans for so many processes, and backend = local is one. Leave it out, or give "
+            "--backend deepspeed and --deepspeed zero2 (or your JSON)"
+        )
     out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     report = ranks.from_first(lambda: check_model_text(config))
     if ranks.first and (arguments.dry_run or config.tracking.console):
@@ -59,6 +65,18 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     return result.exit_code
 
 
+def _read_and_join(file: str, overrides: dict[str, Any]) -> tuple[Config, Ranks]:
+    """Read and check the settings, and only then meet the other processes of a launch, if there are any."""
+    from opd.launch.checks.loading import load_config
+    from opd.launch.checks.starting import startable
+
+    alone = started_ranks() == 1
+    if not alone:
+        before_joining(check_launcher)
+    config = before_joining(lambda: startable(load_config(file, overrides), file))
+    return config, Ranks() if alone else before_joining(join)
+
+
 def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `opd precompute`."""
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the folder of a run")
@@ -69,14 +87,11 @@ def add_precompute_arguments(parser: argparse.ArgumentParser) -> None:
 
 def precompute(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Run the stages that prepare data, and stop before the first that trains on it."""
-    from opd.launch.checks.loading import load_config
-    from opd.launch.checks.starting import startable
     from opd.launch.run.out import choose_out
 
     put_option(overrides, "train.steps", arguments.steps)
     put_option(overrides, "out", arguments.out)
-    ranks = join() if started_ranks() > 1 else Ranks()
-    config = ranks.agree(lambda: startable(load_config(arguments.file, overrides), arguments.file))
+    config, ranks = _read_and_join(arguments.file, overrides)
     if all(stage.trains for stage in config.stages):
         why = "with data: it trains on what an earlier run prepared" if config.inputs.folders else ""
         raise ConfigError(f"method = {config.method} prepares nothing ahead of training{why and ', '}{why}")

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from opd.errors import ConfigError
 from opd.ranks import extensions
+from opd.ranks.launcher import call_roll, check_launcher
 from opd.ranks.ranks import Ranks, local_device
 from opd.ranks.watch import watch
 
@@ -26,7 +27,7 @@ def join() -> Ranks:
     """Meet the other processes of the launch, once; later calls return the same.
 
     Without a launcher the group has one member, which DeepSpeed needs all the same. Raises ConfigError where
-    DeepSpeed is not installed.
+    DeepSpeed is not installed, what the launcher says is not whole, or ranks do not come in time.
     """
     if not _joined:
         _joined.append(_meet())
@@ -53,17 +54,15 @@ def _meet() -> Ranks:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_device())}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    if not os.environ.get("LOCAL_RANK"):
-        raise ConfigError(
-            f"RANK = {os.environ['RANK']}, but no LOCAL_RANK says which of its machine's ranks this is. Set it where "
-            "the ranks are started: LOCAL_RANK=$SLURM_LOCALID under srun (examples/slurm.sh)."
-        )
+    check_launcher()
+    store = call_roll() if launched else None
     device, first = local_device(), not launched or int(os.environ["LOCAL_RANK"]) == 0
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device)  # DeepSpeed takes the GPU of this number
     extensions.prepare(first=first)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    del store  # torch has its own by now
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), group=group)
     if ranks.world_size > 1:

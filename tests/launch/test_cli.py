@@ -319,3 +319,31 @@ def test_a_reader_that_leaves_early_is_no_error(here):
     assert done.stderr == ""
     assert done.stdout.startswith("method (required)")
     assert done.returncode in (0, 141)  # 0 where all was written before the reader left
+
+
+def test_a_plan_for_many_ranks_is_refused_where_the_backend_is_one_process(capsys):
+    assert main(["train", "run.yaml", "--dry-run", "--ranks", "4"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --ranks 4 plans for so many processes, and backend = local is one. Leave it out, or give --backend"
+    )
+    assert main(["train", "run.yaml", "--dry-run", "--ranks", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({}, "error: RANK = 0, WORLD_SIZE = 2, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT: a launcher sets all"),
+        (
+            {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
+            "error: backend = local is one process, but a launcher started 2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "precompute"])
+def test_processes_that_cannot_train_together_are_told_so_before_they_wait(monkeypatch, capsys, told, message, command):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | told).items():
+        monkeypatch.setenv(name, value)
+    assert main([command, "run.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(message)

@@ -1,15 +1,18 @@
 """Ranks without processes: how work is dealt, and what one rank does by itself."""
 
 import os
+import socket
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore
 
 from opd.errors import ConfigError, DataError
 from opd.ranks import extensions
 from opd.ranks.join import _meet
+from opd.ranks.launcher import NEEDED, call_roll
 from opd.ranks.ranks import Ranks, local_device, started_ranks, without_launcher
 
 
@@ -74,7 +77,7 @@ def machine(monkeypatch, gpus, current=0, told=None):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in NEEDED:
         monkeypatch.setenv(name, "")  # so that it is put back, whatever is written there
         monkeypatch.delenv(name)
     if told is not None:
@@ -113,6 +116,7 @@ def met(monkeypatch):
 
     monkeypatch.setattr(extensions, "prepare", lambda *, first: told.append(first))
     monkeypatch.setattr(deepspeed, "init_distributed", far)
+    monkeypatch.setattr("opd.ranks.join.call_roll", lambda: None)
     with pytest.raises(EOFError, match="far enough"):
         _meet()
     return told == [True]
@@ -121,7 +125,8 @@ def met(monkeypatch):
 @pytest.mark.parametrize(("gpus", "told", "own", "first"), [(8, "3", 3, False), (1, "3", 0, False), (1, "0", 0, True)])
 def test_deepspeed_is_told_the_gpu_that_the_rank_is_on(monkeypatch, gpus, told, own, first):
     chosen = machine(monkeypatch, gpus, told=told)
-    monkeypatch.setenv("RANK", "11")
+    for name, value in zip(NEEDED, ("11", "12", told, "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
     assert met(monkeypatch) is first
     assert chosen == [own]
     assert os.environ["LOCAL_RANK"] == str(own)
@@ -134,12 +139,64 @@ def test_a_process_without_a_launcher_stays_on_its_current_gpu(monkeypatch):
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "2"]
 
 
-def test_a_launcher_that_leaves_out_the_local_rank_is_named_with_the_mend(monkeypatch):
+WHOLE = dict(zip(NEEDED, ("0", "2", "0", "127.0.0.1", "29500"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"LOCAL_RANK": ""}, r"but no LOCAL_RANK: .* for one process\. Under srun: LOCAL_RANK=\$SLURM_LOCALID"),
+        (
+            {"LOCAL_RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
+            r"^RANK = 0, WORLD_SIZE = 2, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT: a launcher sets all of them, for "
+            r"each process that it starts\. Start the ranks by one \(torchrun .*\), or unset RANK and WORLD_SIZE",
+        ),
+        ({"RANK": ""}, r"^WORLD_SIZE = 2, .* but no RANK: .* or unset WORLD_SIZE for one process\.$"),
+        ({"RANK": "2"}, r"^RANK = 2, but WORLD_SIZE = 2: ranks are numbered from 0 to 1$"),
+        ({"MASTER_PORT": "none"}, r"^MASTER_PORT = 'none' is no port"),
+    ],
+)
+def test_what_a_launcher_leaves_out_is_named_with_the_mend_before_anybody_waits(monkeypatch, changed, message):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    machine(monkeypatch, 8)
-    monkeypatch.setenv("RANK", "5")
-    with pytest.raises(ConfigError, match=r"RANK = 5, but no LOCAL_RANK .* LOCAL_RANK=\$SLURM_LOCALID"):
+    machine(monkeypatch, 0)
+    for name, value in (WHOLE | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
         _meet()
+
+
+def at_a_free_port(monkeypatch, rank):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in (WHOLE | {"RANK": str(rank), "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return port
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_that_waits_for_another_in_vain_names_it(monkeypatch, capfd, rank, other):
+    port = at_a_free_port(monkeypatch, rank)
+    monkeypatch.setattr("opd.ranks.launcher._LINE_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=rf"^rank {other} of the 2 .* did not come to 127.0.0.1:{port} .* within 1 s"):
+        call_roll(1.0)
+    assert f"note: waiting for rank {other} at 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_a_rank_goes_on_once_the_others_have_come(monkeypatch):
+    port = at_a_free_port(monkeypatch, 1)
+    first = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    first.set("opd/0/0", "here")
+    assert call_roll(20).get("opd/0/1") == b"here"
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch):
+    port = at_a_free_port(monkeypatch, 0)
+    with (
+        socket.create_server(("0.0.0.0", port)),
+        pytest.raises(ConfigError, match=rf"cannot meet at 127.0.0.1:{port} .* Choose another MASTER_PORT"),
+    ):
+        call_roll(1.0)
 
 
 @pytest.mark.parametrize(
