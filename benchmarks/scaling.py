@@ -68,14 +68,14 @@ MODELS = {
 """Qwen3-1.7B, Qwen3-8B, Qwen3-32B and Llama-3.1-70B."""
 
 
-def work(*, embedded: bool) -> Work:
-    """Describe a step of OPSD with a frozen teacher, in bfloat16, with recomputed activations."""
+def work(ranks: int, *, embedded: bool) -> Work:
+    """Describe a rank's share of a step of OPSD with a frozen teacher, in bfloat16, with recomputed activations."""
     return Work(
         model=ModelConfig(name="x", dtype="bfloat16", gradient_checkpointing=True),
         rollout=RolloutConfig(concurrency=64, max_length=LENGTH),
         teacher=TeacherConfig(weights="frozen", rate=None),
         tokens_per_microbatch=TOKENS,
-        episodes=EPISODES,
+        episodes=min(64, -(-EPISODES // ranks)),
         embedded=embedded,
         gpu=True,
     )
@@ -86,7 +86,7 @@ def rows(*, embedded: bool) -> list[list[str]]:
     found = []
     for name, size in MODELS.items():
         for ranks in GPUS:
-            task, sharding = work(embedded=embedded), Sharding(stage=3, ranks=ranks)
+            task, sharding = work(ranks, embedded=embedded), Sharding(stage=3, ranks=ranks)
             memory = device_memory(size, task, sharding)
             microbatches = max(1, -(-2 * EPISODES * LENGTH // (ranks * TOKENS)))
             sent = traffic(size, task, sharding, microbatches=microbatches)
@@ -102,7 +102,7 @@ def _total(parts: list) -> float:
 
 def table(*, embedded: bool) -> str:
     """Write the rows in Markdown."""
-    names = [part.name for part in device_memory(MODELS["8B"], work(embedded=embedded), Sharding(stage=3, ranks=8))]
+    names = [part.name for part in device_memory(MODELS["8B"], work(8, embedded=embedded), Sharding(stage=3, ranks=8))]
     head = ["model", "GPUs", *names, "**sum**", "micro-batches", "sent in a step"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows(embedded=embedded)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -68,10 +68,12 @@ def memory_estimate(
     rollout: RolloutConfig,
     teacher: TeacherConfig | None,
     tokens_per_microbatch: int,
+    episodes: int,
     gpu: bool,
 ) -> list[Part]:
     """Return the parts of a run's peak on one device, in bytes; their sum is an upper estimate.
 
+    `episodes` are played at once (`opd.launch.plan.counts.episodes_at_once`).
     `model.dtype` auto is float32 on a CPU and bfloat16 on a GPU. Adapters are trained in float32.
     """
     width = BYTES[model.dtype if model.dtype != "auto" else "bfloat16" if gpu else "float32"]
@@ -94,12 +96,20 @@ def memory_estimate(
         Part("teacher", own, teacher_in_words(teacher)),
         Part("activations", activations(size, tokens, width, model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if teacher else 1), "a tile at a time, never all"),
-        Part(
-            "cache of rollouts",
-            rollout.concurrency * rollout.max_length * 2 * size.layers * size.key_value_width * width,
-            f"at most {rollout.concurrency} episodes of {rollout.max_length} tokens",
-        ),
+        cache_of_rollouts(size, rollout, episodes, width),
     ]
+
+
+def cache_of_rollouts(size: ModelSize, rollout: RolloutConfig, episodes: int, width: int) -> Part:
+    """Return what so many episodes at once keep of keys and values, at `width` bytes each."""
+    if rollout.engine != "transformers":
+        share = "in vLLM's share" if rollout.engine == "vllm" else "another process's"
+        return Part("cache of rollouts", 0, share)
+    return Part(
+        "cache of rollouts",
+        episodes * rollout.max_length * 2 * size.layers * size.key_value_width * width,
+        f"at most {episodes} episode{'' if episodes == 1 else 's'} of {rollout.max_length} tokens",
+    )
 
 
 def external_bytes(teacher: TeacherConfig, width: int) -> int:

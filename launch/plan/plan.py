@@ -15,7 +15,8 @@ from rich.table import Table
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
 from opd.launch.checks.tracking import wandb_mode, wandb_project
-from opd.launch.plan import scaling
+from opd.launch.plan import counts, scaling
+from opd.launch.plan.counts import counted
 from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
 from opd.launch.settings.config import Config
 from opd.losses import Distill
@@ -76,12 +77,9 @@ class Plan:
             ("method", f"{config.method}, teacher: {self.teacher.weights if self.teacher else 'none'}"),
             ("model", f"{config.model.name}, {self._size()}"),
             *self.text,
-            ("environment", f"{config.env.id}, at most {_count(config.env.max_turns, 'turn')}"),
-            (
-                "a step",
-                f"{train.tasks_per_step} tasks x {rollout.group_size} = {_count(self.episodes_per_step, 'episode')}, "
-                f"at most {self.tokens_per_step:,} sampled tokens ({self.tokens_per_episode:,} an episode)",
-            ),
+            ("environment", f"{config.env.id}, at most {counted(config.env.max_turns, 'turn')}"),
+            *([("ahead", ahead)] if (ahead := counts.ahead_in_words(config)) else []),
+            ("a step", counts.step_in_words(config, self.tokens_per_episode)),
             ("rollouts", _rollouts_in_words(rollout)),
             ("micro-batches", f"at most {train.tokens_per_microbatch:,} padded tokens, student and teacher"),
             ("updates", self._updates()),
@@ -100,15 +98,16 @@ class Plan:
 
     def _updates(self) -> str:
         config = self.config
-        counts = [steps * config.train.updates_per_step for steps in config.stage_steps if steps]
-        if len(counts) > 1:
-            return f"{sum(counts):,} in {len(counts)} stages ({' + '.join(f'{count:,}' for count in counts)})"
-        return f"{counts[0]:,} ({config.train.steps * self.episodes_per_step:,} episodes in all)"
+        made = [steps * config.train.updates_per_step for steps in config.stage_steps if steps]
+        if len(made) > 1:
+            return f"{sum(made):,} in {len(made)} stages ({' + '.join(f'{count:,}' for count in made)})"
+        episodes = counts.episodes_in_all(config)
+        return f"{made[0]:,} ({f'{episodes:,} episodes in all' if episodes else 'no episodes'})"
 
     def _evaluation(self) -> str:
         if not self.evaluations:
             return "off (eval.tasks = 0)"
-        return f"{_count(self.evaluations, 'time')} on {_count(self.config.eval.tasks, 'held-out task')}"
+        return f"{counted(self.evaluations, 'time')} on {counted(self.config.eval.tasks, 'held-out task')}"
 
     def _memory(self) -> str:
         if not self.memory:
@@ -135,8 +134,8 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1, 
 
     `text` is what the model's template was found to do (`opd.launch.checks.text`).
     """
-    rollout, train = config.rollout, config.train
-    episodes = train.tasks_per_step * rollout.group_size
+    rollout = config.rollout
+    episodes = counts.episodes_per_step(config)
     tokens = min(config.env.max_turns * rollout.max_tokens, rollout.max_length)
     teacher = teacher_of(config)
     size = known_size(config.model.name)
@@ -173,16 +172,17 @@ def _parts_of_rank(
             rollout=rollout,
             teacher=teacher,
             tokens_per_microbatch=train.tokens_per_microbatch,
+            episodes=counts.episodes_at_once(config, ranks),
             gpu=gpu,
         )
         return memory, [], []
-    episodes = train.tasks_per_step * rollout.group_size
+    episodes = counts.episodes_per_step(config) or max(t.tasks_per_step for _, t in counts.trained_in(config))
     work = scaling.Work(
         model=config.model.model_copy(update={"dtype": deepspeed_json.dtype(config.deepspeed) or config.model.dtype}),
         rollout=rollout,
         teacher=teacher,
         tokens_per_microbatch=train.tokens_per_microbatch,
-        episodes=episodes,
+        episodes=counts.episodes_at_once(config, ranks),
         embedded=rollout.engine == "transformers",
         gpu=gpu,
     )
@@ -244,7 +244,7 @@ def _rollouts_in_words(rollout: RolloutConfig) -> str:
     elif rollout.engine == "vllm":
         who = "vLLM in this process"
     else:
-        own = f"{_count(rollout.vllm.replicas, 'server')} that each process of the run starts and ends"
+        own = f"{counted(rollout.vllm.replicas, 'server')} that each process of the run starts and ends"
         who = f"vLLM: {', '.join(rollout.vllm.servers) or own}"
     by, high, low = f"by {rollout.correction.level}", rollout.correction.high, rollout.correction.low
     what = {
@@ -308,7 +308,3 @@ def _notes_on_rollouts(rollout: RolloutConfig) -> list[str]:
             "is never empty (draws still follow from the seed)"
         )
     return notes
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

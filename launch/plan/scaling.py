@@ -15,7 +15,16 @@ from typing import Any
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
-from opd.launch.plan.memory import BYTES, ModelSize, Part, activations, external_bytes, teacher_in_words, tile_bytes
+from opd.launch.plan.memory import (
+    BYTES,
+    ModelSize,
+    Part,
+    activations,
+    cache_of_rollouts,
+    external_bytes,
+    teacher_in_words,
+    tile_bytes,
+)
 from opd.models.config import ModelConfig
 from opd.teachers.config import TeacherConfig
 
@@ -62,7 +71,7 @@ class Work:
     teacher: TeacherConfig | None
     tokens_per_microbatch: int
     episodes: int
-    """The episodes of a step, on all ranks."""
+    """The most episodes that one rank plays at once."""
     embedded: bool
     """True: the embedded engine samples, and with ZeRO-3 holds a whole copy of the model. False: vLLM samples."""
     gpu: bool
@@ -101,7 +110,7 @@ def device_memory(size: ModelSize, work: Work, sharding: Sharding) -> list[Part]
         Part("gathered", _gathered_bytes(size, work, sharding), "layers, heads, the head's gradient, buckets"),
         Part("activations", activations(size, tokens, width, work.model.gradient_checkpointing), "rough"),
         Part("logits", tile * (2 if work.teacher else 1), "a tile at a time, never all"),
-        _cache(size, work, sharding),
+        _cache(size, work),
     ]
     if work.embedded and sharding.stage == 3:
         parts.append(Part("copy for rollouts", work.weights(size) * width, "the embedded engine's, whole"))
@@ -176,13 +185,7 @@ def largest_layer(size: ModelSize) -> int:
     return max(layers.values())
 
 
-def _cache(size: ModelSize, work: Work, sharding: Sharding) -> Part:
+def _cache(size: ModelSize, work: Work) -> Part:
     if not work.embedded:
         return Part("cache of rollouts", 0, "another process's")
-    episodes = min(work.rollout.concurrency, -(-work.episodes // sharding.ranks))
-    tokens = episodes * work.rollout.max_length
-    return Part(
-        "cache of rollouts",
-        tokens * 2 * size.layers * size.key_value_width * work.width,
-        f"at most {episodes} episodes of {work.rollout.max_length} tokens",
-    )
+    return cache_of_rollouts(size, work.rollout, work.episodes, work.width)

@@ -38,6 +38,7 @@ def estimate(teacher=LIVE, *, gpu=False, tokens=64, **model):
         rollout=ROLLOUT,
         teacher=teacher,
         tokens_per_microbatch=tokens,
+        episodes=4,
         gpu=gpu,
     )
     return {part.name: part.bytes for part in parts}

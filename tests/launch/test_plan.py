@@ -191,3 +191,40 @@ def test_an_offload_moves_the_optimiser_from_the_device_to_the_machine():
     assert {part.name: part.bytes for part in made.memory}["optimiser"] == 0
     assert [part.name for part in made.host] == ["optimiser"]
     assert made.host[0].bytes == 12 * made.parameters // 2
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "most"),
+    [
+        ("train: {tasks_per_step: 4}\nrollout: {group_size: 2}", 1, 8),
+        ("train: {tasks_per_step: 4}\nrollout: {group_size: 2, concurrency: 3}", 1, 3),
+        ("train: {tasks_per_step: 3}\nrollout: {group_size: 8}", 2, 16),  # two of the tasks, whole
+        ("train: {tasks_per_step: 1}\neval: {tasks: 20}", 1, 20),
+        ("train: {tasks_per_step: 1}\neval: {tasks: 20}", 4, 5),
+        ("method: sft\nsft: {source: own, tasks: 12}\nrollout: {group_size: 2}", 1, 24),
+        ("method: sd_zero\nsd_zero: {questions: 5, revisions: 3}\ntrain: {tasks_per_step: 1}", 1, 15),
+    ],
+)
+def test_the_cache_has_room_for_the_episodes_that_are_played_at_once_and_no_more(text, ranks, most):
+    if ranks > 1:
+        text += "\nbackend: deepspeed\ndeepspeed: {zero_optimization: {stage: 2}}"
+    made = plan(config(text), Path("runs/a"), gpu=False, ranks=ranks)
+    [cache] = [part for part in made.memory if part.name == "cache of rollouts"]
+    assert cache.note == f"at most {most} episodes of 2048 tokens"
+    assert cache.bytes == most * 2048 * 2 * 30 * 192 * 4
+
+
+@pytest.mark.parametrize(("engine", "where"), [("vllm", "in vLLM's share"), ("vllm_server", "another process's")])
+def test_the_cache_of_vllm_is_not_counted_a_second_time(engine, where):
+    [cache] = [part for part in planned(f"rollout: {{engine: {engine}}}").memory if part.name == "cache of rollouts"]
+    assert (cache.bytes, cache.note) == (0, where)
+
+
+def test_a_stage_that_trains_on_what_was_stored_plays_no_episodes_in_its_steps():
+    rows = dict(planned("method: sft\nsft: {source: own, tasks: 12}\ntrain: {tasks_per_step: 4, steps: 3}").rows())
+    assert rows["a step"] == "4 sequences of those that were stored"
+    assert rows["ahead"] == "stage 1: 12 tasks x 1 = 12 episodes"
+    assert rows["updates"] == "3 (no episodes)"
+    rows = dict(planned("method: sd_zero\nsd_zero: {questions: 5}\ntrain: {tasks_per_step: 2, steps: 3}").rows())
+    assert rows["a step"].splitlines()[0] == "stage 1: 2 sequences of those that were stored"
+    assert rows["a step"].splitlines()[1].startswith("stage 2: 2 tasks x 1 = 2 episodes, at most")

@@ -28,7 +28,7 @@ def work(dtype="bfloat16", teacher="frozen", *, embedded=True, lora=None):
         if teacher is None
         else TeacherConfig(weights=teacher, rate=0.1 if teacher in ("ema", "trust_region") else None),
         tokens_per_microbatch=64,
-        episodes=6,
+        episodes=2,
         embedded=embedded,
         gpu=True,
     )

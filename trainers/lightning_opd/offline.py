@@ -53,7 +53,8 @@ def _holds_scores(folder: Path, made: Mapping[str, float]) -> bool:
 
 def offline(config: Any, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None) -> Stage:
     """Make the stage that trains on the stored episodes and scores in `data`, by default in the run's own folder."""
-    return Stage(make=partial(Offline, config, terms=terms, data=data), over=over, losses=losses, stored=True)
+    make = partial(Offline, config, terms=terms, data=data)
+    return Stage(make=make, over=over, losses=losses, stored=True, on_dataset=True)
 
 
 class Scoring(Method):

@@ -60,14 +60,20 @@ class Stage:
     """train: `Method.weigh` reads what the teacher says of each token, so the teacher is asked before the updates."""
     stored: bool = False
     """train: the samples carry a teacher's stored scores, and nobody is asked."""
+    on_dataset: bool = False
+    """train: the steps take samples that `Method.prepare` finds, and play no episodes."""
+    plays: int = 0
+    """The tasks that `Method.prepare` plays, rollout.group_size times each."""
+    played_again: int = 0
+    """The most episodes of one of these tasks that are played at once, where they may be more than group_size."""
     notes: Callable[[RolloutConfig], list[str]] = _no_notes
     """Returns notes for the plan: what the settings allow and a person may not mean."""
 
     def __post_init__(self) -> None:
-        trained = (self.over, self.losses, self.teacher, self.needs_scores, self.stored)
+        trained = (self.over, self.losses, self.teacher, self.needs_scores, self.stored, self.on_dataset)
         if self.trains and (self.model is not None or self.holds is not _is_there):
             raise ValueError("a stage that trains has no use for `model` and `holds`")
-        if not self.trains and trained != (StageConfig(), Losses(), LIVE, False, False):
+        if not self.trains and trained != (StageConfig(), Losses(), LIVE, False, False, False):
             raise ValueError(f"a stage of kind {self.kind} trains nothing: it has no use for losses or a teacher")
 
     @property

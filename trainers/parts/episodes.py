@@ -42,6 +42,7 @@ def playing(config: Any, *, tasks: int, first: int = 0, model: str | None = None
         make=partial(Playing, config, tasks=tasks, model=model),
         model=model,
         first_task=first,
+        plays=tasks,
         holds=partial(_holds_episodes, TEACHERS if model else OWN),
     )
 

@@ -49,6 +49,8 @@ def imitating(
         make=partial(Imitating, config, source=source, tasks=tasks, file=file, leave_out=leave_out),
         over=over,
         losses=Losses(ce=CrossEntropy(), reduction=config.reduction),
+        on_dataset=True,
+        plays=tasks or 0 if source == "own" else 0,
     )
 
 

@@ -25,6 +25,9 @@ def revising(config: SdZeroConfig, parts: dict[Part, float], *, collects: bool) 
         make=partial(Revising, config, parts=parts, collection=collection, collects=collects),
         over=config.revising,
         losses=Losses(ce=CrossEntropy()),
+        on_dataset=True,
+        plays=config.questions if collects else 0,
+        played_again=config.revisions if collects else 0,
         notes=lambda rollout: [collection.note(rollout.group_size)] if collects else [],
     )
 
