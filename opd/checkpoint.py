@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opd.disk import free_bytes, size_in_words
 from opd.errors import CheckpointError, OpdError
 from opd.ranks.ranks import Ranks, SharedError
 
@@ -73,20 +74,12 @@ def save(
 def check_room(root: Path) -> None:
     """Raise CheckpointError where the disk has less room than the newest checkpoint under `root` takes."""
     for newest in step_folders(root)[-1:]:
-        needed, free = sum(path.stat().st_size for path in _files(newest)), shutil.disk_usage(root).free
+        needed, free = sum(path.stat().st_size for path in _files(newest)), free_bytes(root)
         if free < needed:
             raise CheckpointError(
-                f"no checkpoint is written: {newest.name} took {_size(needed)}, and the disk of {root} has "
-                f"{_size(free)} free. Earlier checkpoints are untouched. Make room, and go on with --resume"
+                f"no checkpoint is written: {newest.name} took {size_in_words(needed)}, and the disk of {root} has "
+                f"{size_in_words(free)} free. Earlier checkpoints are untouched. Make room, and go on with --resume"
             )
-
-
-def _size(count: int) -> str:
-    """A number of bytes as a person reads it."""
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 def _publish(aside: Path, folder: Path, described: Sequence[dict[str, Any]]) -> None:
@@ -106,16 +99,11 @@ def _or_checkpoint_error(work: Callable[[], T], folder: Path) -> T:
     except OpdError:
         raise
     except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
-        free = shutil.disk_usage(_existing(folder)).free
+        why, free = (str(error) or repr(error)).splitlines()[0], size_in_words(free_bytes(folder))
         raise CheckpointError(
-            f"could not write {folder}: {str(error).splitlines()[0] if str(error) else repr(error)} ({_size(free)} are "
-            "free there). Earlier checkpoints are untouched; make room or mend the disk, and go on with --resume"
+            f"could not write {folder}: {why} ({free} are free there). Earlier checkpoints are untouched; "
+            "make room or mend the disk, and go on with --resume"
         ) from error
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next((parent for parent in folder.parents if parent.is_dir()), Path("/"))
 
 
 class FormatError(CheckpointError):

@@ -26,7 +26,7 @@ PACKAGES = {
     "launch": "opd.launch",
 }
 GROUND = (
-    *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
+    *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "disk", "grading"),
     *("formats", "ranks", "sandbox"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""

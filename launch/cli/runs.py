@@ -37,6 +37,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
     from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
+    from opd.launch.plan.storage import check_room_before_loading
     from opd.launch.run.out import choose_out
     from opd.tracking.console import LastingConsole
 
@@ -53,8 +54,11 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     out = ranks.from_first(lambda: choose_out(config, resume=arguments.resume, overwrite=arguments.overwrite))
     report = ranks.from_first(lambda: check_model_text(config))
     if ranks.first and (arguments.dry_run or config.tracking.console):
-        LastingConsole().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
+        made = plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report, disk=True)
+        LastingConsole().print(made.table())
     ranks.agree(lambda: refuse_problems(report))
+    if not (arguments.resume or arguments.overwrite):
+        ranks.from_first(lambda: check_room_before_loading(config, out))
     if arguments.dry_run:
         return 0
     from opd.launch.run.training import train

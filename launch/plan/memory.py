@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +184,13 @@ def size_of_folder(folder: Path) -> ModelSize | None:
         )
     except (OSError, ValueError, KeyError):
         return None
+
+
+def has_gpu() -> bool:
+    """True: torch will probably find a GPU. False: it will not. torch is not asked: importing it takes seconds."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return shutil.which("nvidia-smi") is not None
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

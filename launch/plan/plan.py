@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +15,8 @@ from opd.episodes.config import RolloutConfig
 from opd.launch.checks.tracking import wandb_mode, wandb_project
 from opd.launch.plan import counts, scaling
 from opd.launch.plan.counts import counted
-from opd.launch.plan.memory import ModelSize, Part, known_size, memory_estimate
+from opd.launch.plan.memory import ModelSize, Part, has_gpu, known_size, memory_estimate
+from opd.launch.plan.storage import Storage, storage
 from opd.launch.settings.config import Config
 from opd.losses import Distill
 from opd.teachers.config import TeacherConfig
@@ -54,6 +53,8 @@ class Plan:
     text: list[tuple[str, str]]
     """How the model's turns are written and read; empty where it was not looked at."""
     notes: list[str]
+    storage: Storage | None
+    """Of the run's disk; None where it was not looked at."""
     filled: list[str]
     """The values that replaced "auto" in the DeepSpeed JSON, and which of its settings replace ours."""
 
@@ -86,10 +87,12 @@ class Plan:
             ("evaluation", self._evaluation()),
             ("memory", self._memory()),
             *self._processes(),
+            *(self.storage.rows(config) if self.storage else []),
             ("outputs", f"{self.out}/ (config.yaml, metrics.jsonl, rollouts.jsonl, curves.png, checkpoints/, export/)"),
             ("wandb", _wandb_in_words(config)),
         ]
-        return [*rows, *(("note", note) for note in self.notes)]
+        notes = [*self.notes, *(self.storage.notes(config) if self.storage else [])]
+        return [*rows, *(("note", note) for note in notes)]
 
     def _size(self) -> str:
         if self.parameters is None:
@@ -129,10 +132,19 @@ class Plan:
         return [*rows, ("deepspeed", "\n".join(self.filled))]
 
 
-def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1, text: Report | None = None) -> Plan:
+def plan(
+    config: Config,
+    out: Path,
+    *,
+    gpu: bool | None = None,
+    ranks: int = 1,
+    text: Report | None = None,
+    disk: bool = False,
+) -> Plan:
     """Make the plan of a run. `gpu`: plan for a GPU; None: plan for what `has_gpu` finds.
 
-    `text` is what the model's template was found to do (`opd.launch.checks.text`).
+    `text` is what the model's template was found to do (`opd.launch.checks.text`). With `disk`, the run's disk is
+    looked at, and written to for a moment.
     """
     rollout = config.rollout
     episodes = counts.episodes_per_step(config)
@@ -156,6 +168,7 @@ def plan(config: Config, out: Path, *, gpu: bool | None = None, ranks: int = 1, 
         traffic=sent,
         text=[row for row in text.rows if row[0] in _TEXT] if text else [],
         notes=[*_notes(config), *(text.notes if text else [])],
+        storage=storage(config, out, gpu=gpu) if disk else None,
         filled=_notes_on_json(config, size, gpu=gpu, ranks=ranks),
     )
 
@@ -219,13 +232,6 @@ def _with_parts(head: str, parts: list[Part]) -> str:
 def teacher_of(config: Config) -> TeacherConfig | None:
     """Return the teacher of the first stage that asks one; None if no stage does."""
     return next((stage.teacher for stage in config.stages if stage.listens), None)
-
-
-def has_gpu() -> bool:
-    """True: torch will probably find a GPU. False: it will not. torch is not asked: importing it takes seconds."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return shutil.which("nvidia-smi") is not None
 
 
 def _count_evaluations(config: Config) -> int:

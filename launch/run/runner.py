@@ -77,11 +77,17 @@ class StageRunner:
             None if outcomes is None else Score(tuple(outcomes)) for outcomes in (record.before, record.after)
         )
 
+    def is_told_to_stop(self) -> bool:
+        """True, on all ranks, from the moment on at which anything asks any of them for an early end."""
+        self.interrupted = self.interrupted or self.ranks.any(bool(self.stops))
+        return self.interrupted
+
     def run_stage(self, run: Run, stage: RunStage) -> None:
         """Train the stage from where it stands to its end, or until a signal."""
         loop, player = run.loop, run.loop.player
         tracker = self.tracker = self.tracker or _open_tracker(self)
-        player.on_finish, player.stopped = tracker.episode_finished, lambda: bool(self.stops)
+        player.on_finish, player.progress = tracker.episode_finished, tracker
+        player.stopped = lambda: bool(self.stops)
         player.stopping = lambda: self.ranks.any(bool(self.stops))
         player.version = self.done
         if self.before is None and self.config.eval.tasks and loop.stage.model is None:
@@ -145,6 +151,7 @@ class StageRunner:
         """Return the score of the weights as they are; None where a signal came first."""
         try:
             with tracker.phase("evaluate"):
+                run.loop.player.expect(self.config.eval.tasks)
                 score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stops))
         except Interrupted:
             self.interrupted = True
@@ -169,7 +176,9 @@ class StageRunner:
         self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
         if self.tracker is not None:
             self.tracker.sync()
-        save(run, self.out, self.done, self.before, self.after)
+        tracker = self.tracker or NoTracker()
+        with tracker.phase("save"):
+            save(run, self.out, self.done, self.before, self.after)
         self.saved_at, self.saved = time.monotonic(), self.done
 
     def note_stop(self) -> str | None:

@@ -19,7 +19,7 @@ from opd.errors import ConfigError
 from opd.launch.checks.engines import is_loopback
 from opd.launch.checks.packages import is_installed
 from opd.launch.checks.servers import check_port
-from opd.launch.plan.plan import has_gpu
+from opd.launch.plan.memory import has_gpu
 from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig

@@ -14,6 +14,7 @@ from opd.errors import EngineError, HealthError
 from opd.launch.checks.loading import config_from
 from opd.launch.checks.outside import warn_of_changes, write_taken
 from opd.launch.checks.text import check_model_text, refuse_problems
+from opd.launch.plan.storage import check_room_at_first, check_room_before_loading, count_sizes
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
 from opd.launch.run.lock import RunLock
@@ -81,6 +82,8 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
         runner.resume_after(saved)
     runner.made = ranks.from_first(lambda: made_before(config, out, runner.done))
     left = ranks.from_first(lambda: stages_left(config, out, runner.done, only_prepare=only_prepare))
+    if left and not only_prepare:
+        ranks.from_first(partial(_check_room, config, out))
     ranks.from_first(lambda: _write_settings(config, out))  # not before: what is refused must not stand there
     if anew:
         ranks.from_first(partial(begin_anew, out))
@@ -90,7 +93,11 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
     with stop_signals(seconds=3600 * hours if hours else float("inf")) as stops, closing(runner):
         runner.stops = stops
         for stage in left:
+            if runner.is_told_to_stop():  # while the stage before was exported, say: nothing of this one is begun
+                break
             with closing(build(config, ranks, stage=stage.number, model=stage.model)) as run:
+                if saved is None and stage.record is None and runner.saved is None:
+                    _check_room_once_loaded(runner, run)
                 if saved is not None and runner.done > stage.first and stage.record is None:
                     restore(run, saved)
                 _run_stage(runner, run, stage)
@@ -99,6 +106,24 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
             del run  # else two stages' models would be in memory while the next is loaded
             gc.collect()
         return runner.finish()
+
+
+def _check_room(config: Config, out: Path) -> None:
+    """Raise CheckpointError where the disk has no room for a checkpoint, as far as that is known without loading."""
+    checkpoint.check_room(out / "checkpoints")
+    check_room_before_loading(config, out)
+
+
+def _check_room_once_loaded(runner: StageRunner, run: Run) -> None:
+    """Raise CheckpointError where the disk has no room for a checkpoint of the loaded model."""
+    parameters = list(run.loaded.model.parameters())
+    whole, trained = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in some)
+        for some in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    sizes = count_sizes(runner.config, trained=trained, whole=whole, dtype=dtype)
+    runner.ranks.from_first(partial(check_room_at_first, runner.config, runner.out, sizes))
 
 
 def _write_settings(config: Config, out: Path) -> None:

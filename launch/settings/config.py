@@ -49,6 +49,7 @@ _MAY_DIFFER = (
     "train.save_every",
     "train.save_minutes",
     "train.max_hours",
+    "train.stop_grace",
     "train.give_up_after",
     "lightning_opd.mismatch",  # what its own message says to set
     "train.keep_last",

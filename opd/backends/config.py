@@ -59,6 +59,12 @@ class TrainConfig(Strict):
         gt=0,
         description="Hours after which the run is saved and ends with exit code 75, to be resumed; null: no limit.",
     )
+    stop_grace: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds that whoever stops a run gives it between the signal and the kill; the plan warns where a "
+        "checkpoint takes longer.",
+    )
     keep_last: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     keep_best: bool = Field(
         False, description="Also keep the checkpoint whose evaluation was best; eval.every says which have one."

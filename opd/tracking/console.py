@@ -23,8 +23,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from opd.tracking.progress import Progress, Ticker
+
 PLAIN_SECONDS = 10.0
 """Without a terminal: the least seconds between two lines."""
+STEP_SECONDS = 60.0
+"""Without a terminal: the seconds of a step between two lines on its progress."""
 PLAIN_LINES = 50
 """Without a terminal: about the most lines in a run."""
 ETA_STEPS = 20
@@ -44,16 +48,19 @@ class _State:
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=16))
     held_out: float | None = None
     phase: str | None = None
-    episodes: int = 0
+    progress: Progress = field(init=False)
+    """Of the phase, or of the step at hand."""
     started: float = 0.0
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=ETA_STEPS + 1))
 
     def __post_init__(self) -> None:
         self.started = self.clock()
+        self.progress = Progress(clock=self.clock, since=self.started)
         self.ends.append(self.started)
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
-        self.done, self.row, self.episodes = step, row, 0
+        self.done, self.row = step, row
+        self.progress.begin()
         if step == 0:
             self.ends.clear()  # an evaluation before training says nothing of the pace
         self.ends.append(self.clock())
@@ -86,8 +93,13 @@ class _State:
 
     @property
     def doing(self) -> str:
-        played = [f"{self.episodes} episodes"] if self.episodes else []
+        counted = self.progress.done or self.progress.total is not None
+        played = [self.progress.in_words(span)] if counted else []
         return ", ".join([self.phase, *played] if self.phase else played) or "working"
+
+    @property
+    def plain_progress(self) -> str:
+        return f"{self.phase or f'step {self.done + 1}'}: {self.progress.in_words(span)}"
 
     @property
     def sparkline(self) -> str:
@@ -129,6 +141,8 @@ class RunConsole:
         self._live: Live | None = None
         self._streams: tuple[TextIO, TextIO] = (sys.stdout, sys.stderr)
         self._last_line = (-math.inf, -math.inf)
+        self._ticker: Ticker | None = None
+        self._ticked = -math.inf
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -148,16 +162,31 @@ class RunConsole:
     def phase(self, name: str) -> Iterator[None]:
         """Show the name of what is going on."""
         self._open()
-        self._state.phase, self._state.episodes = name, 0
+        self._state.phase = name
+        self._state.progress.begin()
         try:
             yield
         finally:
-            self._state.phase, self._state.episodes = None, 0
+            self._state.phase = None
+            self._state.progress.begin()
 
-    def episode(self) -> None:
-        """Count one more finished episode of the current step or phase."""
+    def expect(self, more: int | None, what: str = "episodes") -> None:
+        """Note that so many more episodes (or `what`) of the current step or phase are to come."""
         self._open()
-        self._state.episodes += 1
+        self._state.progress.expect(more, what)
+
+    def advance(self, count: int = 1) -> None:
+        """Count so many more finished episodes, or what is expected, of the current step or phase."""
+        self._open()
+        self._state.progress.done += count
+
+    def tick(self) -> None:
+        """Without a terminal: print how far the work at hand has come, where the last line is long ago."""
+        state = self._state
+        quiet = min(state.progress.seconds, state.clock() - max(self._ticked, self._last_line[0]))
+        if quiet >= (PLAIN_SECONDS if state.phase else STEP_SECONDS):
+            self._ticked = state.clock()
+            self.say(state.plain_progress)
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
         """Count a finished step; `row` holds its numbers."""
@@ -169,6 +198,9 @@ class RunConsole:
 
     def close(self) -> None:
         """Take the bar down; its last state stays on the screen. May be called twice."""
+        if self._ticker is not None:
+            ticker, self._ticker = self._ticker, None
+            ticker.close()
         if self._live is None:
             return
         live, self._live = self._live, None
@@ -178,6 +210,8 @@ class RunConsole:
         _move_log_handlers(proxies, self._streams)
 
     def _open(self) -> None:
+        if self._enabled and not self._animated and self._ticker is None:
+            self._ticker = Ticker(self.tick)
         if not self._animated or self._live is not None:
             return
         self._streams = (sys.stdout, sys.stderr)

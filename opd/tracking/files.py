@@ -61,6 +61,16 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row, _ in _lines(path)]
 
 
+def last_value(path: Path, name: str) -> float | None:
+    """Return the number that the last row with one has under this name; None where no row has, or none can be read."""
+    found, key = None, json.dumps(name)
+    with suppress(OSError, ValueError, TypeError), path.open(encoding="utf-8") as file:
+        for line in file:
+            if key in line:
+                found = float(json.loads(line)[name])
+    return found
+
+
 def make_ready(path: Path, resume_step: int) -> None:
     """Make a file ready for the rows after `resume_step`.
 

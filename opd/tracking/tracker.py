@@ -124,8 +124,20 @@ class Tracker:
             self._rollouts.write(episode_row(step, trajectory))
 
     def episode_finished(self, _: Trajectory) -> None:
-        """Count one finished episode of the current step in the terminal."""
-        self._console.episode()
+        """Count one finished episode of the current step or phase in the terminal."""
+        self._console.advance()
+
+    def expect(self, more: int | None, what: str = "episodes") -> None:
+        """Tell the terminal that so many more of these are to come in the current step or phase."""
+        self._console.expect(more, what)
+
+    def advance(self, count: int) -> None:
+        """Count so many more of what is expected in the terminal."""
+        self._console.advance(count)
+
+    def say(self, line: str) -> None:
+        """Print a line in the terminal."""
+        self._console.say(line)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -184,6 +196,12 @@ class NoTracker:
     def log_rollouts(self, step: int, trajectories: Sequence[Trajectory]) -> None: ...
 
     def episode_finished(self, _: Trajectory) -> None: ...
+
+    def expect(self, more: int | None, what: str = "episodes") -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()

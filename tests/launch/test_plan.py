@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from opd.launch.checks.loading import config_from
-from opd.launch.plan.plan import has_gpu, plan, teacher_of
+from opd.launch.plan.memory import has_gpu
+from opd.launch.plan.plan import plan, teacher_of
 from opd.launch.settings.config import Config
 from opd.launch.settings.reader import parse_yaml
 

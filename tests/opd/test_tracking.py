@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -568,6 +569,52 @@ def test_a_line_has_reward_loss_phases_and_remaining_time():
     assert out.getvalue() == "step  1/10  reward 0.62  loss 0.0312  rollout 1.5s  eta 3:00\n"
 
 
+def test_what_takes_long_without_a_terminal_says_every_ten_seconds_how_far_it_has_come():
+    clock = Clock()
+    console, out = plain_console(10, clock)
+    try:
+        with console.phase("prepare"):
+            console.expect(40)
+            for second in range(1, 31):
+                clock.now += 1
+                console.advance(2 * (second < 20))
+                console.tick()
+        lines = out.getvalue().splitlines()
+        assert lines == [
+            "prepare: 20 of 40 episodes, 2/s, 0:10 left",
+            "prepare: 38 of 40 episodes, 1.9/s, 0:01 left",
+            "prepare: 38 of 40 episodes, 1.27/s, 0:02 left",
+        ]
+        console.expect(8)
+        for _ in range(130):
+            clock.now += 1
+            console.tick()
+        assert out.getvalue().splitlines()[3:] == [
+            "step 1: 0 of 8 episodes, 1:00 so far",
+            "step 1: 0 of 8 episodes, 2:00 so far",
+        ]
+        with console.phase("prepare"):
+            console.expect(9, "sequences")
+            clock.now += 11
+            console.tick()
+        assert out.getvalue().splitlines()[5:] == ["prepare: 0 of 9 sequences, 0:11 so far"]
+    finally:
+        console.close()
+
+
+def test_a_console_without_a_terminal_asks_for_its_lines_by_itself(monkeypatch):
+    monkeypatch.setattr("opd.tracking.console.PLAIN_SECONDS", 0.0)
+    console, out = plain_console(10, Clock())
+    threads = set(threading.enumerate())
+    with console.phase("evaluate"):
+        until = time.monotonic() + 20
+        while "evaluate: 0:00 so far" not in out.getvalue() and time.monotonic() < until:
+            time.sleep(0.05)
+    console.close()
+    assert "evaluate: 0:00 so far" in out.getvalue()
+    assert set(threading.enumerate()) == threads
+
+
 def test_an_evaluation_always_has_its_line():
     clock = Clock()
     console, out = plain_console(1000, clock)
@@ -635,13 +682,13 @@ def test_the_bar_shows_what_is_going_on():
     with console.phase("evaluate"):
         console._live.refresh()
         assert "evaluate" in out.getvalue()
-        console.episode()
+        console.advance()
         console._live.refresh()
-        assert "evaluate, 1 episodes" in out.getvalue()
-    console.episode()
-    console.episode()
+        assert "evaluate, 1 episodes, 0:00 so far" in out.getvalue()
+    console.expect(4)
+    console.advance(2)
     console._live.refresh()
-    assert "2 episodes" in out.getvalue()
+    assert "2 of 4 episodes" in out.getvalue()
     console.step(1, {"reward/mean": 0.25, "train/loss": 0.125, "time/rollout": 1.0, "time/teacher": 0.5})
     console._live.refresh()
     assert "working" in out.getvalue()[out.getvalue().rindex("step 1/10") :]

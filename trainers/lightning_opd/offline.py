@@ -175,6 +175,9 @@ def score(
     missing = ranks.from_first(
         lambda: [n for n, s in enumerate(unique) if store is not None and tokens_of(s) not in store]
     )
+    if 0 < len(missing) < len(unique):
+        player.say(f"{len(unique) - len(missing):,} of {len(unique):,} sequences have their scores, and keep them")
+    player.expect(len(missing), "sequences")
     pending: list[tuple[Tokens, StoredScores]] = []
     scored = 0
     for part, columns in player.read(unique, ranks.share(missing), top_k=scorer.top_k):
@@ -185,6 +188,7 @@ def score(
         pending += [entry for share in ranks.to_first(found) for entry in share]
         scored += sum(sum(unique[n].completion_mask) for n in part)
         ranks.from_first(partial(_write, store, pending, least=shard_tokens))
+        player.advance(len(part))
         if player.stopping():
             break
     ranks.from_first(partial(_write, store, pending, least=1))

@@ -116,7 +116,7 @@ class Loop:
         taught: dict[int, Tensor] = {}
         if self.stage.needs_scores or self.weighting.needs_scores:
             with timer("teacher"):
-                samples, taught = with_teacher_scores(self.models, samples)
+                samples, taught = with_teacher_scores(self.models, samples, stopping=self.player.stopping)
         ranks = self.player.ranks
         samples = self.method.weigh(samples, ranks.sum)
         ranks.agree(lambda: check_fed(samples, self.stage.losses, of=type(self.method).__name__))

@@ -14,6 +14,7 @@ from opd.backends.base import Backend
 from opd.engines.base import Completion, RolloutEngine
 from opd.engines.preflight import SEQUENCES, check_gap, choose, sample_plainly
 from opd.episodes.config import RolloutConfig
+from opd.errors import Interrupted
 from opd.losses import Sampler, check_known
 from opd.maths.logprobs import chunked_logprobs, chunked_scores, chunked_top_k
 from opd.models.causal import CausalModel
@@ -58,8 +59,13 @@ def evaluate_in_batches(
         yield part, [column.split(batch.lengths) if part else () for column in columns]
 
 
-def with_teacher_scores(models: Models, samples: Sequence[Sample]) -> tuple[list[Sample], dict[int, Tensor]]:
-    """The samples with the teacher's log-probs and entropies, and its hidden states [tokens, H] by index of sample."""
+def with_teacher_scores(
+    models: Models, samples: Sequence[Sample], *, stopping: Callable[[], bool] = lambda: False
+) -> tuple[list[Sample], dict[int, Tensor]]:
+    """The samples with the teacher's log-probs and entropies, and its hidden states [tokens, H] by index of sample.
+
+    Raises Interrupted, on all ranks, between two micro-batches once `stopping`, which says the same on all of them.
+    """
 
     def score(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         taught = models.teacher.teach(batch)
@@ -76,6 +82,8 @@ def with_teacher_scores(models: Models, samples: Sequence[Sample]) -> tuple[list
                 teacher_logprobs=samples[i].spread(likely.tolist()),
                 teacher_entropy=samples[i].spread(unsure.tolist()),
             )
+        if stopping():
+            raise Interrupted
     return scored, hidden
 
 

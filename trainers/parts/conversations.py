@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ _LINKS = ("role", "content", "tool_call_id", "id", "name")
 """Keys that need not be seen: they tie a result to its call. A user's name is looked for."""
 
 
-def read_conversations(path: Path, chat: ChatFormat, *, leave_out: Collection[str] = ()) -> list[Trajectory]:
+def read_conversations(
+    path: Path, chat: ChatFormat, *, leave_out: Collection[str] = (), on_row: Callable[[], None] = lambda: None
+) -> list[Trajectory]:
     """Read one conversation a line: `{"messages": [...]}`, perhaps with `tools` and `success`.
 
     Messages are in OpenAI's form: an assistant's may have `tool_calls` and `reasoning_content`, and its text may hold
     these in the model's own markup. Keys that the model's template does not render are refused, but for those that a
-    person leaves out.
+    person leaves out. `on_row` is called after each; what it raises ends the reading.
 
     Raises DataError, with the line's number, for a line that is no conversation with something to learn.
     """
@@ -44,6 +46,7 @@ def read_conversations(path: Path, chat: ChatFormat, *, leave_out: Collection[st
                 found.append(reader.conversation(json.loads(line), number))
             except (ValueError, ModelError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
+            on_row()
     if reader.left_out:
         keys = ", ".join(sorted(reader.left_out))
         logger.warning("%s: the keys %s of messages are left out, as set", path, keys)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from opd.backends.config import StageConfig
 from opd.config import Strict
-from opd.errors import DataError
+from opd.errors import DataError, Interrupted
 from opd.losses import CrossEntropy, Losses
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
@@ -78,7 +78,9 @@ class Imitating(Method):
         only_right = self.config.keep == "right"
         if self.file is not None:
             where = Path(self.file).expanduser()
-            read = player.ranks.from_first(lambda: read_conversations(where, self.chat, leave_out=self.leave_out))
+            read = player.ranks.from_first(partial(self._read_file, player, where))
+            if read is None:
+                return Prepared()
             found = [(t, s) for t in read if t.success or not only_right for s in t.segments()]
         else:
             log = EpisodeLog(where, read_episode)
@@ -94,6 +96,20 @@ class Imitating(Method):
         dataset = self._fitting_samples(found, player.standing.rollout.max_length, where)
         counts = {"collect/kept": float(len(dataset)), "dropped/too_long": float(len(found) - len(dataset))}
         return Prepared(made | counts, dataset)
+
+    def _read_file(self, player: Player, where: Path) -> list[Trajectory] | None:
+        """Read the file's conversations; None where the run is to end before all are read."""
+        player.expect(None, "conversations")
+
+        def count() -> None:
+            player.advance(1)
+            if player.stopped():
+                raise Interrupted
+
+        try:
+            return read_conversations(where, self.chat, leave_out=self.leave_out, on_row=count)
+        except Interrupted:
+            return None
 
     def _fitting_samples(self, found: Sequence[tuple[Trajectory, Segment]], most: int, where: Path) -> list[Sample]:
         """Return the samples of at most `most` tokens. Raises DataError, naming the file `where`, if none is left."""

@@ -61,7 +61,8 @@ class Revising(Phase):
         config, run = self.config, player.standing
         log = EpisodeLog(folder / "revisions.jsonl", read_trace)
         play = partial(attempted, player, self.reviser, self.collection)
-        rows = collect(player, self.chat, log, self.collection.questions, whole=run.steps > 0, play=play)
+        questions, each = self.collection.questions, 1 + self.collection.revisions
+        rows = collect(player, self.chat, log, questions, whole=run.steps > 0, play=play, each=each)
         if player.stopping():
             return Prepared()
         dataset, too_long = to_samples(rows, self.reviser, self.parts, config.max_teacher_tokens, where=log.path)
