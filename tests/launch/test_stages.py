@@ -159,6 +159,44 @@ def test_a_run_goes_on_from_any_point_as_if_it_had_not_been_cut(settings, kept):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize(
+    ("deleted", "damaged", "named"),
+    [
+        ((), (4, 3, 2), "step-1"),  # back over the end of the first stage, whose export is there
+        pytest.param((4,), (3,), "step-2", marks=pytest.mark.long),  # the first of the second stage
+        pytest.param((3, 4), (2,), "step-1", marks=pytest.mark.long),  # the last of the first stage
+        pytest.param((), (4, 3), "step-2", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_falls_back_over_the_end_of_a_stage_as_if_nothing_had_been_damaged(
+    settings, caplog, deleted, damaged, named
+):
+    often = {"save_every": 1, "keep_last": 9}
+    out = train(settings("run", train=often)).out
+    whole = out.with_name("whole")
+    shutil.copytree(out, whole)
+    for step in deleted:
+        shutil.rmtree(out / f"checkpoints/step-{step}")
+    for step in damaged:
+        (out / f"checkpoints/step-{step}/student.safetensors").write_bytes(b"")
+    if (3, 4) == deleted:  # what it left when it was killed while it put a newer checkpoint aside before
+        (out / "checkpoints/step-2.damaged").mkdir()
+        (out / "checkpoints/step-2.damaged/old").touch()
+    assert train(settings("run", train=often), resume=True).steps == 4
+    assert f"Going on from the older {named}" in caplog.text
+    kept = load_file(out / "export-stage-1/model.safetensors")
+    ended = Checkpoint(out / "checkpoints/step-2").tensors("student")
+    assert all(torch.equal(kept[name.removeprefix("model.")], weight) for name, weight in ended.items())
+    if named == "step-2":  # `Imitate` plays its data again, so that another attempt at its stage learns from others
+        ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (out, whole))
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert {f"step-{step}" for step in (1, 2, 3, 4)} <= left
+    assert {f"step-{step}.damaged" for step in damaged} <= left
+    assert not [name for name in left if name.startswith(".")]
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(settings):
     whole = train(settings("whole", eval={"tasks": 2})).out
     shutil.rmtree(whole / "checkpoints")
