@@ -15,6 +15,7 @@ from opd.launch.run.build import build
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.score import Score
 from opd.launch.settings.config import Config
+from opd.tracking.console import RunConsole
 
 
 def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
@@ -33,9 +34,13 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     # Playing needs no gradients: one process will do, whatever trained the run.
     config = config.model_copy(update={"backend": "local", "deepspeed": None})
     built = build(config, ranks_of(config), stage=None)
+    console = RunConsole(total_steps=0, enabled=config.tracking.console)
     try:
-        score, groups = built.evaluate()
+        with console.phase("evaluate"):
+            console.expect(config.eval.tasks)
+            score, groups = built.evaluate(on_finish=lambda _: console.advance())
     finally:
+        console.close()
         built.close()
     episodes = [t for group in groups for t in group.trajectories]
     table = Table(title=str(run or config.model.name), title_justify="left", show_header=False)

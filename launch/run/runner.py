@@ -155,6 +155,7 @@ class StageRunner:
                 score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stops))
         except Interrupted:
             self.interrupted = True
+            tracker.say("the evaluation is left, and played again when the run goes on")
             return None
         tracker.log_eval(self.done, score.row())
         return score

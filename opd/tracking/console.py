@@ -239,7 +239,7 @@ class RunConsole:
         self._spinner.update(text=Text(state.doing, style="cyan"))
         spark = "" if self._console.options.ascii_only else state.sparkline
         below.add_row(self._spinner if running else "", Text(phases, style="dim"), Text(spark, style="cyan"))
-        return Group(bar, below)
+        return Group(bar, below) if state.total else below
 
     def _line_is_due(self) -> bool:
         state = self._state

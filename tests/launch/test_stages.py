@@ -1,6 +1,8 @@
 """A method of several stages: one run, one file of metrics, each stage from the weights of the one before it."""
 
+import os
 import shutil
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +16,8 @@ from opd.config import Strict
 from opd.errors import CheckpointError
 from opd.launch.checks.loading import config_from
 from opd.launch.plan.plan import plan
+from opd.launch.run import training
+from opd.launch.run.build import Run
 from opd.launch.train import train
 from opd.losses import CrossEntropy, Distill, Divergence, Losses
 from opd.ranks.ranks import Ranks
@@ -179,7 +183,7 @@ def test_a_run_falls_back_over_the_end_of_a_stage_as_if_nothing_had_been_damaged
         shutil.rmtree(out / f"checkpoints/step-{step}")
     for step in damaged:
         (out / f"checkpoints/step-{step}/student.safetensors").write_bytes(b"")
-    if (3, 4) == deleted:  # what it left when it was killed while it put a newer checkpoint aside before
+    if deleted == (3, 4):  # what it left when it was killed while it put a newer checkpoint aside before
         (out / "checkpoints/step-2.damaged").mkdir()
         (out / "checkpoints/step-2.damaged/old").touch()
     assert train(settings("run", train=often), resume=True).steps == 4
@@ -195,6 +199,25 @@ def test_a_run_falls_back_over_the_end_of_a_stage_as_if_nothing_had_been_damaged
     assert {f"step-{step}" for step in (1, 2, 3, 4)} <= left
     assert {f"step-{step}.damaged" for step in damaged} <= left
     assert not [name for name in left if name.startswith(".")]
+
+
+def test_a_signal_in_the_export_of_a_stage_ends_the_run_before_the_next_one_is_loaded(settings, monkeypatch):
+    def export(run, folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, folder)
+
+    def build(config, ranks, *, stage, model):
+        built.append(stage)
+        return make(config, ranks, stage=stage, model=model)
+
+    real, make, built = Run.export, training.build, []
+    monkeypatch.setattr(training, "build", build)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "export", export)
+        result = train(settings("run"))
+    assert (result.stopped_by, result.steps, built) == ("SIGTERM", 2, [0])
+    assert train(settings("run"), resume=True).steps == 4
+    assert built == [0, 1]
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(settings):

@@ -12,7 +12,7 @@ import torch
 from opd.engines.base import Sampling
 from opd.episodes.config import RolloutConfig
 from opd.episodes.tasks import task
-from opd.errors import DataError
+from opd.errors import DataError, Interrupted
 from opd.losses import Divergence
 from opd.objective.collate import collate
 from opd.objective.objective import objective
@@ -235,6 +235,8 @@ def make_player(make_scheduler, scripted_env, make_chat, make_model):
 
         player.play, player.stopping = play, lambda: player.rounds >= stop_after
         player.task = lambda index: task(index, split="train")
+        player.said, player.ahead = [], []
+        player.say, player.expect = player.said.append, player.ahead.append
         return player, chat
 
     return make
@@ -244,7 +246,8 @@ def gather(player, chat, path, *, revisions=2, revise_right=True, place="prompt"
     reviser = Reviser(chat, (CUE_RIGHT, CUE_WRONG), place)
     collection = Collection(5, revisions, revise_right=revise_right)
     play = partial(attempted, player, reviser, collection)
-    return collect(player, chat, EpisodeLog(path, read_trace), collection.questions, whole=whole, play=play)
+    log, each = EpisodeLog(path, read_trace), 1 + revisions
+    return collect(player, chat, log, collection.questions, whole=whole, play=play, each=each)
 
 
 @pytest.mark.parametrize("place", ["prompt", "reply"])
@@ -279,12 +282,36 @@ def test_collecting_goes_on_where_it_was_stopped_to_the_same_bytes(make_player, 
     gather(*make_player(), whole)
     player, chat = make_player(stop_after=3)  # attempts, and the revisions of both members, of two of the five tasks
     assert len(gather(player, chat, cut)) == 4
+    assert player.ahead == [10 * 3]  # an attempt and two revisions each
     cut.write_bytes(whole.read_bytes()[: len(cut.read_bytes()) + 700])  # killed in the middle of the next part
-    gather(*make_player(), cut)
+    player, chat = make_player()
+    gather(player, chat, cut)
+    assert player.said == ["cut.jsonl holds 4 of 10 episodes, which are not played again"]
+    assert player.ahead == [6 * 3, 2 * 3]
     assert cut.read_bytes() == whole.read_bytes()
     player, chat = make_player()
     gather(player, chat, cut)
     assert player.rounds == 0
+
+
+def test_a_signal_in_a_round_keeps_the_rounds_before_it_and_says_so(make_player, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    gather(*make_player(), whole)
+    player, chat = make_player()
+    real = player.play
+
+    def play(*arguments, **options):
+        if player.rounds == 4:  # the revisions of the second round
+            raise Interrupted
+        return real(*arguments, **options)
+
+    player.play = play
+    with pytest.raises(Interrupted):
+        gather(player, chat, cut)
+    assert player.said == ["cut.jsonl keeps 4 episodes; the round at hand is played again"]
+    assert whole.read_bytes().startswith(cut.read_bytes())
+    gather(*make_player(), cut)
+    assert cut.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow

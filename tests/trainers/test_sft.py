@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from opd.errors import ConfigError, DataError
 from opd.launch.checks.loading import config_from
 from opd.launch.run.build import build
 from opd.launch.train import train
+from opd.ranks.ranks import Ranks
 from opd.tracking import read_rows
+from opd.trainers.loop.stage import Prepared
 from opd.trainers.parts.conversations import read_conversations
 from opd.trainers.parts.episodes import EpisodeLog, Header, read_episode, segments, to_row
+from opd.trainers.sft import Sft, SftConfig
 from opd.types import to_sample
 
 
@@ -280,6 +284,21 @@ SAID = [
     {"role": "tool", "content": "ab"},
     {"role": "assistant", "content": "in"},
 ]
+
+
+def test_the_reading_of_a_file_is_counted_and_left_at_a_signal(make_chat, tmp_path):
+    path, done, ahead = tmp_path / "c.jsonl", [], []
+    path.write_text(20 * f"{json.dumps({'messages': SAID})}\n")
+    player = SimpleNamespace(
+        ranks=Ranks(),
+        expect=lambda more, what: ahead.append((more, what)),
+        advance=done.append,
+        stopped=lambda: len(done) == 3,
+    )
+    [stage] = Sft.stages(SftConfig(source="file", file=str(path)))
+    method = stage.make(make_chat())
+    assert method.prepare(player, tmp_path) == Prepared()
+    assert (ahead, done) == ([(None, "conversations")], [1, 1, 1])
 
 
 def test_conversations_of_a_file_are_learned_where_the_assistant_speaks(make_chat, tmp_path):

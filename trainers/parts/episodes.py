@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.episodes.tasks import derive_seed
-from opd.errors import DataError
+from opd.errors import DataError, Interrupted
 from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
@@ -265,7 +265,11 @@ def collect(
         first = len(rows) // size
         goals = [player.task(i) for i in range(first, min(first + at_once, tasks))]
         player.expect((tasks * size - len(rows)) * each)
-        more = play(goals) if play is not None else _played(player, goals)
+        try:
+            more = play(goals) if play is not None else _played(player, goals)
+        except Interrupted:
+            player.say(f"{log.path.name} keeps {len(rows):,} episodes; the round at hand is played again")
+            raise
         player.ranks.from_first(partial(log.write, more, after=len(rows)))
         rows += more
     check_collected([row["failed"] for row in rows], run.give_up_after)
