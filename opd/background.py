@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_POLL = 0.2  # seconds between two looks at whether to stop
 _GRACE = 1.0  # seconds that a cancelled coroutine has to clean up
 
 
@@ -134,3 +136,38 @@ async def _catch(call: Callable[[], Awaitable[T]]) -> T | BaseException:
 
 def _result(task: asyncio.Task[Any]) -> Any:
     return asyncio.CancelledError("it was cancelled") if task.cancelled() else task.result()
+
+
+def map_until(
+    stopped: Callable[[], bool], work: Callable[[Any], T], items: Sequence[Any], *, at_once: int
+) -> list[T | None]:
+    """Call `work` with each item, `at_once` at a time; None for those that are not done once `stopped`.
+
+    Raises what `work` raises. Threads that are left so, or by an error, end with their call, and nobody waits for them.
+    """
+    left: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    futures: list[Future[T]] = [Future() for _ in items]
+    for entry in enumerate(items):
+        left.put(entry)
+
+    def run() -> None:
+        with suppress(queue.Empty):
+            while not over.is_set():
+                number, item = left.get_nowait()
+                try:
+                    futures[number].set_result(work(item))
+                except BaseException as error:
+                    futures[number].set_exception(error)
+
+    over = threading.Event()
+    for _ in range(min(at_once, len(items))):
+        threading.Thread(target=run, name="opd-map", daemon=True).start()
+    try:
+        done: set[Future[T]] = set()
+        while len(done) < len(futures) and not stopped():
+            done = wait(futures, timeout=_POLL, return_when=FIRST_EXCEPTION).done
+            for future in done:
+                future.result()
+        return [future.result() if future.done() else None for future in futures]
+    finally:
+        over.set()

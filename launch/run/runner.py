@@ -18,6 +18,7 @@ from opd.launch.run.stages import RunStage, check_same_settings, write_record
 from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks
 from opd.tracking import NoTracker, Tracker
+from opd.trainers.loop.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,8 @@ class StageRunner:
         """Train the stage from where it stands to its end, or until a signal."""
         loop, player = run.loop, run.loop.player
         tracker = self.tracker = self.tracker or _open_tracker(self)
-        player.on_finish, player.progress = tracker.episode_finished, tracker
+        player.on_finish = tracker.episode_finished
+        player.progress = Progress(tracker, self.ranks.world_size)
         player.stopped = lambda: bool(self.stops)
         player.stopping = lambda: self.ranks.any(bool(self.stops))
         player.version = self.done
@@ -129,7 +131,7 @@ class StageRunner:
         if loop.failed is not None:
             raise loop.failed
         self.interrupted = self.interrupted or loop.player.stopping()
-        if last or self.interrupted or self._save_is_due():
+        if last or self.interrupted or _save_is_due(self):
             self.save(run)
         self.interrupted = loop.player.stopping() and not (last and stage.last and self._is_evaluated())
 
@@ -151,7 +153,7 @@ class StageRunner:
         """Return the score of the weights as they are; None where a signal came first."""
         try:
             with tracker.phase("evaluate"):
-                run.loop.player.expect(self.config.eval.tasks)
+                run.loop.player.progress.expect(self.config.eval.tasks)
                 score, _ = run.evaluate(on_finish=tracker.episode_finished, stopped=lambda: bool(self.stops))
         except Interrupted:
             self.interrupted = True
@@ -163,14 +165,6 @@ class StageRunner:
     def _is_evaluated(self) -> bool:
         """True: the weights as they are have their score, or none is asked for. False: it is still to be measured."""
         return self.after is not None or not self.config.eval.tasks
-
-    def _save_is_due(self) -> bool:
-        """True: by steps or by the first rank's clock, whichever comes first. False: neither asks for a checkpoint."""
-        train = self.config.train
-        if train.save_every and self.done % train.save_every == 0:
-            return True
-        late = time.monotonic() - self.saved_at >= 60 * train.save_minutes
-        return bool(train.save_minutes) and self.ranks.from_first(lambda: late)
 
     def save(self, run: Run) -> None:
         """Save a checkpoint, if the folder is still this run's."""
@@ -210,3 +204,12 @@ def _open_tracker(runner: StageRunner) -> Tracker | NoTracker:
         return NoTracker()
     config, steps = runner.config, sum(runner.config.stage_steps)
     return Tracker(runner.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=runner.done)
+
+
+def _save_is_due(runner: StageRunner) -> bool:
+    """True: by steps or by the first rank's clock, whichever comes first. False: neither asks for a checkpoint."""
+    train = runner.config.train
+    if train.save_every and runner.done % train.save_every == 0:
+        return True
+    late = time.monotonic() - runner.saved_at >= 60 * train.save_minutes
+    return bool(train.save_minutes) and runner.ranks.from_first(lambda: late)

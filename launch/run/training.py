@@ -54,7 +54,9 @@ def train(
             saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
             dated = read.on_the_day(ranks.from_first(partial(day_of, out, resumed=again)))
             runner = StageRunner(config=dated, ranks=ranks, out=out, lock=lock)
-            return _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
+            result = _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
+        ranks.wait()  # a launcher ends the others as soon as one has an exit code that is not 0
+        return result
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from opd.background import Background, call_within
+from opd.background import Background, call_within, map_until
 
 
 @pytest.fixture
@@ -118,3 +118,21 @@ def test_a_function_that_is_late_is_given_up():
         call_within(0.1, release.wait)
     assert time.monotonic() - since < 5
     release.set()
+
+
+def test_calls_in_threads_come_back_in_order_and_are_left_once_the_run_is_to_end():
+    assert map_until(lambda: False, str, [3, 1, 2], at_once=2) == ["3", "1", "2"]
+    assert map_until(lambda: False, str, [], at_once=2) == []
+    begun, since = [], time.monotonic()
+
+    def work(number):
+        begun.append(number)
+        if number:
+            time.sleep(30)
+        return number
+
+    assert map_until(lambda: len(begun) > 2, work, [0, 1, 2, 3, 4, 5], at_once=2) == [0, None, None, None, None, None]
+    assert time.monotonic() - since < 20
+    assert sorted(begun) == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        map_until(lambda: False, lambda number: 1 / number, [1, 0], at_once=1)

@@ -21,6 +21,7 @@ from opd.teachers.config import TeacherConfig
 from opd.teachers.privileged import CUE_RIGHT, CUE_WRONG
 from opd.teachers.teacher import Teacher
 from opd.trainers.loop.play import Standing
+from opd.trainers.loop.progress import Progress
 from opd.trainers.parts.episodes import EpisodeLog, collect, unsampled
 from opd.trainers.sd_zero.method import Distilling, SdZero, SdZeroConfig
 from opd.trainers.sd_zero.revisions import (
@@ -236,7 +237,7 @@ def make_player(make_scheduler, scripted_env, make_chat, make_model):
         player.play, player.stopping = play, lambda: player.rounds >= stop_after
         player.task = lambda index: task(index, split="train")
         player.said, player.ahead = [], []
-        player.say, player.expect = player.said.append, player.ahead.append
+        player.progress = Progress(SimpleNamespace(say=player.said.append, expect=lambda n, _: player.ahead.append(n)))
         return player, chat
 
     return make

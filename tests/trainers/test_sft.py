@@ -291,8 +291,7 @@ def test_the_reading_of_a_file_is_counted_and_left_at_a_signal(make_chat, tmp_pa
     path.write_text(20 * f"{json.dumps({'messages': SAID})}\n")
     player = SimpleNamespace(
         ranks=Ranks(),
-        expect=lambda more, what: ahead.append((more, what)),
-        advance=done.append,
+        progress=SimpleNamespace(expect=lambda *more: ahead.append(more), advance=done.append),
         stopped=lambda: len(done) == 3,
     )
     [stage] = Sft.stages(SftConfig(source="file", file=str(path)))

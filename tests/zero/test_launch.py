@@ -1,5 +1,6 @@
 """Launchers as users start them, two nodes on the loopback address, and ranks that die."""
 
+import json
 import os
 import re
 import signal
@@ -162,3 +163,57 @@ def test_ranks_that_learn_nothing_end_together_and_say_so_once(tmp_path, zero_se
     assert error.endswith(f"Step 2 is saved: opd train {tmp_path / 'run'} --resume"), error
     assert "exitcode  : 1 " in said, said[-3000:]
     assert (tmp_path / "run/checkpoints/step-2/manifest.json").is_file()
+
+
+LAUNCHERS = {
+    "torchrun": [*RUN, "--standalone", "--nproc_per_node", 2, "-m", "opd.launch.train", "run.yaml"],
+    "deepspeed": [*DEEPSPEED, "--module", "opd.launch.train", "run.yaml"],
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "to", "code"),
+    [
+        ("torchrun", "rank 1", 1),  # torchrun's own; it names the ranks' 143
+        pytest.param("torchrun", "launcher", 1, marks=pytest.mark.long),
+        pytest.param("torchrun", "both", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed", "rank 1", 143, marks=pytest.mark.long),
+        pytest.param("deepspeed", "launcher", 1, marks=pytest.mark.long),  # the process of the node; rank 0 comes first
+        pytest.param("deepspeed", "both", 143, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_any_of_the_processes_stops_all_ranks_at_one_step(tmp_path, zero_settings, launcher, to, code):
+    settings = zero_settings(tmp_path / "run", 2, train={"steps": 1000, "tasks_per_step": 4})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    log, out = tmp_path / "log", tmp_path / "run"
+    command = LAUNCHERS[launcher]
+    if launcher == "deepspeed":
+        command = [*command[:5], "--master_port", free_port(), *command[5:]]
+    process = started(command, log, tmp_path)
+    try:
+        wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, 600, [log], [process])
+        ranks = [_rank(n, tmp_path / "run.yaml") for n in range(2)]
+        node = process.pid if launcher == "torchrun" else _parent(ranks[0])
+        since = time.monotonic()
+        for pid in {"rank 1": ranks[1:], "launcher": [node], "both": ranks}[to]:
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: process.poll() is not None, 120, [log])
+        took = time.monotonic() - since
+    finally:
+        stopped([process])
+    said = log.read_text()
+    told = json.loads((out / "stopped.json").read_text())
+    last = read_rows(out / "metrics.jsonl")[-1]["step"]
+    assert (told["by"], told["exit_code"], told["step"]) == ("SIGTERM", 143, last), said[-3000:]
+    assert told["checkpoint"] == f"checkpoints/step-{last}"
+    assert (out / told["checkpoint"] / "manifest.json").is_file()
+    assert json.loads((out / told["checkpoint"] / "run.json").read_text())["ranks"] == 2
+    assert "is gone; this rank ends too" not in said
+    assert process.returncode == code, said[-3000:]
+    assert took < 60
+    assert not (out / "run.lock").exists()
+
+
+def _parent(pid):
+    """The process that started a rank."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])

@@ -172,12 +172,7 @@ def score(
     ranks = player.ranks
     store = ranks.agree(lambda: Store(folder, scorer, about=about) if ranks.first else None)
     unique = list({tokens_of(sample): sample for sample in samples}.values())
-    missing = ranks.from_first(
-        lambda: [n for n, s in enumerate(unique) if store is not None and tokens_of(s) not in store]
-    )
-    if 0 < len(missing) < len(unique):
-        player.say(f"{len(unique) - len(missing):,} of {len(unique):,} sequences have their scores, and keep them")
-    player.expect(len(missing), "sequences")
+    missing = _missing(player, unique, store)
     pending: list[tuple[Tokens, StoredScores]] = []
     scored = 0
     for part, columns in player.read(unique, ranks.share(missing), top_k=scorer.top_k):
@@ -188,11 +183,23 @@ def score(
         pending += [entry for share in ranks.to_first(found) for entry in share]
         scored += sum(sum(unique[n].completion_mask) for n in part)
         ranks.from_first(partial(_write, store, pending, least=shard_tokens))
-        player.advance(len(part))
+        player.progress.advance(len(part))
         if player.stopping():
             break
     ranks.from_first(partial(_write, store, pending, least=1))
     return int(ranks.sum([scored])[0]), ranks.agree(lambda: open_store(folder) if store is None else store)
+
+
+def _missing(player: Player, unique: Sequence[Sample], store: Store | None) -> list[int]:
+    """Return the indices of the samples that the first rank's store lacks, and tell how many are ahead."""
+    missing = player.ranks.from_first(
+        lambda: [n for n, s in enumerate(unique) if store is not None and tokens_of(s) not in store]
+    )
+    kept = len(unique) - len(missing)
+    if kept and missing:
+        player.progress.say(f"{kept:,} of {len(unique):,} sequences have their scores, and keep them")
+    player.progress.expect(len(missing), "sequences")
+    return missing
 
 
 def _write(store: Store | None, pending: list[tuple[Tokens, StoredScores]], *, least: int) -> None:

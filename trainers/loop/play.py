@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +23,7 @@ from opd.errors import Interrupted
 from opd.models.identity import weights_fingerprint
 from opd.ranks.ranks import Ranks
 from opd.trainers.loop.health import Health
+from opd.trainers.loop.progress import Progress
 from opd.trainers.loop.reading import Models, evaluate_in_batches, own_scores
 from opd.trainers.loop.stage import Stage
 from opd.trainers.loop.update import divergences
@@ -46,38 +46,12 @@ class Standing:
     """Updates that they have seen in this stage."""
 
 
-class Progress(Protocol):
-    """Shows a person how far the work at hand has come."""
-
-    def expect(self, more: int | None, what: str = "episodes") -> None:
-        """Note that so many more of these are to come."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """Note that so many more are done."""
-        ...
-
-    def say(self, line: str) -> None:
-        """Show a line."""
-        ...
-
-
-class NoProgress:
-    """Shows nobody anything."""
-
-    def expect(self, more: int | None, what: str = "episodes") -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
 @dataclass(kw_only=True)
 class Player:
     """Answers what a method asks of a run. All ranks ask the same, in the same order.
 
-    A method uses `play`, `generate`, `read`, `divergences`, `task`, `ranks`, `stopping`, `standing`, `fingerprint`,
-    `expect`, `advance` and `say`; the rest is for the loop and for whoever runs it.
+    A method uses `play`, `generate`, `read`, `divergences`, `task`, `ranks`, `stopping`, `stopped`, `standing`,
+    `fingerprint` and `progress`; the rest is for the loop and for whoever runs it.
     """
 
     stage: Stage
@@ -91,9 +65,9 @@ class Player:
     seed: int
     settings: str = ""
     on_finish: Callable[[Trajectory], None] = lambda _: None
-    progress: Progress = field(default_factory=NoProgress)
+    progress: Progress = Progress()  # noqa: RUF009  (frozen)
     stopped: Callable[[], bool] = lambda: False
-    """True: this rank was told that the run is to end early."""
+    """True: this rank was told that the run is to end early. For what one rank does by itself."""
     stopping: Callable[[], bool] = lambda: False
     """True, on all ranks: the run is to end early. What takes long outside of a step asks now and then."""
     version: int = 0
@@ -123,18 +97,6 @@ class Player:
             steps=self.version,
             updates=self.models.teacher.updates,
         )
-
-    def expect(self, more: int | None, what: str = "episodes") -> None:
-        """Show that all ranks together have so many more of these ahead; finished episodes are counted by `play`."""
-        self.progress.expect(None if more is None else -(-more // self.ranks.world_size), what)
-
-    def advance(self, count: int) -> None:
-        """Show that this rank has done so many more of what is expected."""
-        self.progress.advance(count)
-
-    def say(self, line: str) -> None:
-        """Show a line once, whichever rank says it: the first one's is shown."""
-        self.progress.say(line)
 
     def fingerprint(self) -> str:
         """The fingerprint of the model's weights as they are now."""
@@ -228,7 +190,7 @@ class Player:
         """Step `number`'s episodes, of all ranks. Tasks are addressed by index: a restart loses and repeats none."""
         first = number * self.train.tasks_per_step
         tasks = [self.task(first + i) for i in range(self.train.tasks_per_step)]
-        self.expect(len(tasks) * self.rollout.group_size)
+        self.progress.expect(len(tasks) * self.rollout.group_size)
         return self.play(tasks, seed=derive_seed("rollout", self.seed, number))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.episodes.tasks import derive_seed
-from opd.errors import DataError, Interrupted
+from opd.errors import DataError
 from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
@@ -242,15 +242,14 @@ def collect(
     """Play the stage's first `tasks` tasks, `rollout.group_size` times each; return a row for each, as `log` holds it.
 
     As many tasks are played at a time as there are episodes at once, and each round's rows are appended before the
-    next. What the log holds is not played again; what was cut there is played again to the same ids. Ends early, with
-    what there is, once `player.stopping()` is true; a round that is left (Interrupted) is played again by the next
-    attempt. Raises DataError where the log cannot be gone on with, and HealthError if every episode failed.
+    next. What the log holds is not played again; what was cut there, or left at a signal (Interrupted), is, to the same
+    ids. Ends early, with what there is, once `player.stopping()` is true. Raises DataError where the log cannot be gone
+    on with, and HealthError if every episode failed.
 
     Args:
         whole: the log must hold all of it, as the weights that played have trained since.
         name: of the model that plays, for the log's header, where it is not the run's own.
-        play: plays tasks and returns their rows, in order; by default plain episodes.
-        each: the most episodes that `play` plays for a row, to show how far it has come.
+        play: plays tasks and returns their rows, in order, of at most `each` episodes; by default plain episodes.
     """
     run, size = player.standing, player.standing.rollout.group_size
     header = Header(
@@ -259,17 +258,12 @@ def collect(
     rows = player.ranks.from_first(lambda: log.open(header, wanted=tasks * size, whole=whole))
     at_once = max(1, run.rollout.concurrency // size)
     rows = drop_broken_end(rows, at_once=at_once * size, wanted=tasks * size)
-    if 0 < len(rows) < tasks * size:
-        player.say(f"{log.path.name} holds {len(rows):,} of {tasks * size:,} episodes, which are not played again")
+    player.progress.say_kept(log.path.name, len(rows), tasks * size)
     while len(rows) < tasks * size and not player.stopping():
-        first = len(rows) // size
-        goals = [player.task(i) for i in range(first, min(first + at_once, tasks))]
-        player.expect((tasks * size - len(rows)) * each)
-        try:
+        goals = [player.task(i) for i in range(tasks)[len(rows) // size :][:at_once]]
+        player.progress.expect((tasks * size - len(rows)) * each)
+        with player.progress.told_if_left(log.path.name, len(rows)):
             more = play(goals) if play is not None else _played(player, goals)
-        except Interrupted:
-            player.say(f"{log.path.name} keeps {len(rows):,} episodes; the round at hand is played again")
-            raise
         player.ranks.from_first(partial(log.write, more, after=len(rows)))
         rows += more
     check_collected([row["failed"] for row in rows], run.give_up_after)

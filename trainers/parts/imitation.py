@@ -99,10 +99,10 @@ class Imitating(Method):
 
     def _read_file(self, player: Player, where: Path) -> list[Trajectory] | None:
         """Read the file's conversations; None where the run is to end before all are read."""
-        player.expect(None, "conversations")
+        player.progress.expect(None, "conversations")
 
         def count() -> None:
-            player.advance(1)
+            player.progress.advance(1)
             if player.stopped():
                 raise Interrupted
 

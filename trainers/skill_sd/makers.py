@@ -11,10 +11,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from opd.background import map_until
 from opd.teachers.privileged import episode_text, without_thinking
 from opd.tool_calls import ToolCall, parse_tool_calls
 from opd.trainers.skill_sd.config import SkillsConfig
@@ -218,8 +218,9 @@ class Server:
         return [None if text is None else parse_lesson(text) for text in answers]
 
     def _ask(self, cases: Sequence[Case]) -> list[str | None]:
-        with ThreadPoolExecutor(max_workers=_ASKED_AT_ONCE) as pool:
-            return list(pool.map(self._server.ask, [prompt_for(case) for case in cases]))
+        """Return the answers; none for those that are still to come when the run is told to end."""
+        prompts = [prompt_for(case) for case in cases]
+        return map_until(self._player.stopped, self._server.ask, prompts, at_once=_ASKED_AT_ONCE)
 
 
 def make_summariser(config: SkillsConfig, player: Player, chat: ChatFormat) -> Summariser:
