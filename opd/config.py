@@ -22,16 +22,15 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from opd.variables import of_shell
+
 
 def _plain_path(text: str) -> str:
     """Return a path or name as it is. Raises ValueError for what no file's name can hold, or a shell would replace."""
     if control := next((c for c in text if ord(c) < 32 or c == "\x7f"), None):
         raise ValueError(f"it holds the control character {control!r}; write the name without it")
     if variable := re.search(r"\$\{\w+\}|\$[A-Za-z_]\w*", text):
-        raise ValueError(
-            f"a file of settings does not know the variable {variable[0]}; write the name itself, or give it on the "
-            "command line, where the shell replaces it"
-        )
+        raise ValueError(of_shell(variable[0]))
     return text
 
 

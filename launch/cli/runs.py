@@ -35,7 +35,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.checks.starting import startable
     from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
-    from opd.launch.run.out import choose_out
+    from opd.launch.run.out import choose_out, recommend_variables
     from opd.tracking.console import LastingConsole
 
     put_option(overrides, "train.steps", arguments.steps)
@@ -50,6 +50,8 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         LastingConsole().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
     ranks.agree(lambda: refuse_problems(report))
     if arguments.dry_run:
+        if ranks.first:
+            recommend_variables(config)
         return 0
     from opd.launch.run.training import train
 
