@@ -11,6 +11,7 @@ import time
 import pytest
 
 from opd import secrets
+from opd.engines.vllm_process import OwnServer
 from opd.episodes.answers import BadAnswer, step
 from opd.episodes.faults import explain
 from opd.errors import ConfigError
@@ -219,3 +220,16 @@ def test_a_long_text_is_redacted_in_time(piece):
     since = time.perf_counter()
     redact(piece * (200_000 // len(piece)))
     assert time.perf_counter() - since < 6
+
+
+def test_a_servers_log_holds_no_secret(tmp_path):
+    know("key-of-the-server")
+    server = OwnServer("model", {}, key="key-of-the-server", log=tmp_path / "vllm-0.log")
+    program = "import os, sys; print('out', os.environ['VLLM_API_KEY']); print(sys.argv[1], file=sys.stderr)"
+    server._command = [sys.executable, "-c", program, "key-of-the-server"]
+    server.start()
+    server._process.wait(30)
+    said = server.last_words()
+    server.stop()
+    assert "out ***" in said
+    assert "key-of" not in (tmp_path / "vllm-0.log").read_text()
