@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from opd.secrets import redact
 from opd.variables import of_shell
 
 
@@ -110,6 +111,11 @@ class Strict(BaseModel):
     """A section of the settings: unknown keys and those without effect are errors; values are frozen once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __repr__(self) -> str:
+        return redact(super().__repr__())
+
+    __str__ = __repr__
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

