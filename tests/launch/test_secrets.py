@@ -206,7 +206,7 @@ def umask():
     return mask
 
 
-def test_another_secret_is_no_other_setting_and_another_setting_is_one():
+def test_another_secret_is_no_other_setting_and_another_setting_is_one(tmp_path):
     def with_key(key, **sections):
         return config(env={"id": "opd/Lookup-v0", "kwargs": {"api_key": key, "url": f"http://u:{key}@h"}}, **sections)
 
@@ -217,6 +217,11 @@ def test_another_secret_is_no_other_setting_and_another_setting_is_one():
     assert with_key("the-second-key").differs_for_resume(saved.dump()) == []  # as earlier versions saved it
     assert with_key("the-second-key", seed=1).differs_for_resume(saved.shown()) == ["seed"]
     assert with_key("the-second-key").fingerprint == saved.fingerprint
+    (tmp_path / "config.yaml").write_text("of an earlier version, which others may read")
+    write_config(saved, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert stat.S_IMODE((tmp_path / "config.yaml").stat().st_mode) == 0o600
+    assert config_from(read_settings(tmp_path / "config.yaml"), check_machine=False) == saved.at(tmp_path)
 
 
 def test_settings_are_printed_without_secrets(tmp_path, capsys):
