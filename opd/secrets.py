@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import quote, quote_plus
 
 MARK = "***"
 """What stands in the place of a secret."""
@@ -47,15 +46,17 @@ _BARE_KEY = re.compile(
 """A setting that is one of these and nothing else is a key, though a text that holds it may mean something else."""
 
 _KEYS = (
-    r"\bsk-(?=[\w-]{0,80}[0-9A-Z])[\w-]{16,}",
-    r"\bhf_[A-Za-z0-9]{16,}",
-    r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,})",
-    r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b",
-    r"\bxox[a-z]-[A-Za-z0-9-]{8,}",
-    r"\bAIza[\w-]{30,}",
-    r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+",
+    r"sk-(?=[\w-]{0,80}[0-9A-Z])[\w-]{16,}",
+    r"hf_[A-Za-z0-9]{16,}",
+    r"(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,})",
+    r"(?:AKIA|ASIA)[A-Z0-9]{12,}\b",
+    r"xox[a-z]-[A-Za-z0-9-]{8,}",
+    r"AIza[\w-]{30,}",
+    r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+",
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]*(?:-----END [A-Z ]{0,40}PRIVATE KEY-----)?",
 )
+_BEGIN = r"(?:(?<!\w)|(?<=%[0-9A-F]{2}))"
+"""A key begins a word, or stands behind what an address spells out."""
 _BESIDE = (
     r"(?<=://)(?:[^\s/?#:@'\"]{0,200}:)(?P<password>[^\s/?#@'\"]{1,500})(?=@)",
     r"(?i:\bbearer\s{1,4})(?=[^\s'\",;]{0,80}[0-9])(?P<bearer>[\w.~+/=-]{8,})",
@@ -64,7 +65,7 @@ _BESIDE = (
     r"(?P<query>[^\s&#'\"<>]{4,})",
 )
 """Secrets by what stands before them, which is kept: the password of an address, a header, part of a query."""
-_FORMS = re.compile("|".join([*(f"(?P<key{n}>{form})" for n, form in enumerate(_KEYS)), *_BESIDE]))
+_FORMS = re.compile("|".join([*(f"{_BEGIN}(?P<key{n}>{form})" for n, form in enumerate(_KEYS)), *_BESIDE]))
 
 _known: dict[str, None] = {}
 _pattern: re.Pattern[str] | None = None
@@ -78,15 +79,27 @@ def know(value: str) -> None:
         return
     lines = [line for line in value.splitlines() if len(line.strip()) >= 16]  # a log may indent each
     bare = {value, value.strip(), *lines}
-    spelled = {json.dumps(v)[1:-1] for v in bare} | {repr(v)[1:-1] for v in bare} | {quote(v, safe="") for v in bare}
-    spelled |= bare | {quote_plus(v) for v in bare} | {json.dumps(v, ensure_ascii=False)[1:-1] for v in bare}
+    spelled = bare | {json.dumps(v)[1:-1] for v in bare} | {json.dumps(v, ensure_ascii=False)[1:-1] for v in bare}
+    spelled |= {repr(v)[1:-1] for v in bare}
     with _lock:
         if spelled <= _known.keys():
             return
         _known.update(dict.fromkeys(spelled))
         longest_first = sorted(_known, key=len, reverse=True)
-        _pattern = re.compile("|".join(map(re.escape, longest_first)))
+        _pattern = re.compile("|".join(map(_in_addresses, longest_first)))
         _redact_log_records()
+
+
+def _in_addresses(text: str) -> str:
+    """Return a pattern of the text, in which each sign may be written as an address writes it: clients differ in which
+    they leave alone."""
+    parts = []
+    for character in text:
+        encoded = "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+        other = "|\\+" * (character == " ")
+        plain = character.isascii() and character.isalnum()
+        parts.append(character if plain else f"(?:{re.escape(character)}|(?i:{encoded}){other})")
+    return "".join(parts)
 
 
 def forget() -> None:
