@@ -96,7 +96,7 @@ def play(config: Config, comparison: Comparison, tell: Callable[[Point], None] =
         for point in _points(config, comparison, Path(folder)):
             points.append(point)
             tell(point)
-    return Result(settings=config.dump(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
+    return Result(settings=config.shown(), tokens=comparison.tokens, points=points, seconds=time.perf_counter() - since)
 
 
 def _points(config: Config, comparison: Comparison, folder: Path) -> Iterator[Point]:
@@ -152,7 +152,7 @@ def finished(path: Path, config: Config, comparison: Comparison) -> Result | Non
         return None
     result = Result.model_validate_json(path.read_text(encoding="utf-8"))
     if (result.settings, result.tokens, len(result.points)) != (
-        config.dump(),
+        config.shown(),
         comparison.tokens,
         comparison.points + 1,
     ):

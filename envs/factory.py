@@ -19,6 +19,8 @@ from opd.addressing import find_module
 from opd.envs import adapters
 from opd.envs.adapters import Adapter
 from opd.errors import ConfigError
+from opd.secrets import know_settings
+from opd.variables import resolve
 
 _IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[\w./-]+)")
 
@@ -86,10 +88,13 @@ def make(env_id: str, kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env[
     once. `package.module:Class` is called directly; `package.module:Id-v0` is gymnasium's own form for an id that
     the module registers when it is imported. `LIBRARY:NAME` is another library's environment (`opd.envs.adapters`).
 
-    Raises ConfigError for an unknown id or argument, or spaces that are not text.
+    `${env:NAME}` in an argument is replaced here, in the process that holds the environment (`opd.variables`).
+
+    Raises ConfigError for an unknown id or argument, a variable that is not set, or spaces that are not text.
     """
     validate_id(env_id)
-    kwargs = dict(kwargs or {})
+    know_settings(kwargs or {})
+    kwargs = resolve(dict(kwargs or {}), "env.kwargs")
     module, _, name = env_id.rpartition(":")
     if adapted := adapters.find(env_id):
         env = _from_adapter(env_id, *adapted, kwargs)

@@ -22,16 +22,16 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from opd.secrets import redact
+from opd.variables import of_shell
+
 
 def _plain_path(text: str) -> str:
     """Return a path or name as it is. Raises ValueError for what no file's name can hold, or a shell would replace."""
     if control := next((c for c in text if ord(c) < 32 or c == "\x7f"), None):
         raise ValueError(f"it holds the control character {control!r}; write the name without it")
     if variable := re.search(r"\$\{\w+\}|\$[A-Za-z_]\w*", text):
-        raise ValueError(
-            f"a file of settings does not know the variable {variable[0]}; write the name itself, or give it on the "
-            "command line, where the shell replaces it"
-        )
+        raise ValueError(of_shell(variable[0]))
     return text
 
 
@@ -111,6 +111,11 @@ class Strict(BaseModel):
     """A section of the settings: unknown keys and those without effect are errors; values are frozen once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __repr__(self) -> str:
+        return redact(super().__repr__())
+
+    __str__ = __repr__
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

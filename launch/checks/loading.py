@@ -21,7 +21,9 @@ from opd.launch.settings.overrides import merge
 from opd.launch.settings.parse import parse
 from opd.launch.settings.problems import Problem, report
 from opd.launch.settings.reader import holds_run, read_settings
+from opd.launch.settings.references import look_at, with_values, written
 from opd.models.config import ChatConfig, ModelConfig, ModelSetting
+from opd.variables import Place
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, *, check_machine: bool = True) -> Config:
@@ -58,16 +60,35 @@ def config_from(
     Raises ConfigError with a line for each problem: unknown, missing and impossible settings, and, with
     `check_machine`, what this machine lacks.
     """
-    sections, problems = parse_sections(data)
+    live, places = _with_values(data, source, overridden)
+    sections, problems = parse_sections(live, data)
     if check_machine:
         problems += _machine_problems(sections)
     if not problems:
-        config = Config(**sections)
+        config = Config(**sections).with_variables(places)
         problems = check_combinations(config) + check_weights(config, read=check_machine)
         problems += check_teachers(config) + check_files(config) if check_machine else []
     if problems:
         raise ConfigError(report(problems, source, list(overridden)))
     return config
+
+
+def _with_values(
+    data: Mapping[str, Any], source: str, overridden: Iterable[str]
+) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Return settings with the values of their variables, and the texts that these replaced.
+
+    Raises ConfigError, with a line for each, for variables that are not set, and for those that cannot stand where they
+    do.
+    """
+    try:
+        problems = look_at(data)
+        places, misplaced = written(data, all_settings())
+        if problems := problems + misplaced:
+            raise ConfigError(report(problems, source, list(overridden)))
+        return with_values(dict(data)), places
+    except RecursionError:  # a list that holds itself: who reads the setting says so
+        return dict(data), {}
 
 
 def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConfig, RolloutConfig]:
@@ -81,7 +102,9 @@ def model_to_serve(target: str, overrides: Mapping[str, Any]) -> tuple[ModelConf
     data: dict[str, Any] = {"model": target}
     if path.suffix in (".yaml", ".yml"):
         data = {name: value for name, value in read_settings(path).items() if name in types}
-    values, problems = parse(merge(data, overrides), types, all_settings())
+    data = merge(data, overrides)
+    live, _ = _with_values(data, target, overrides)
+    values, problems = parse(live, types, all_settings(), data)
     if "model" in values:
         problems += check_model(values["model"])
         problems += check_served(values["model"], values.get("rollout", RolloutConfig()))
@@ -106,7 +129,8 @@ def sections_of(target: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     data = merge(data, overrides)
     if "env" not in data:
         del types["env"]
-    values, problems = parse(data, types, all_settings())
+    live, _ = _with_values(data, target, overrides)
+    values, problems = parse(live, types, all_settings(), data)
     if "model" in values:  # its weights are not looked at
         problems += [p for p in check_model(values["model"]) if "has no weights" not in p.text]
     if problems:

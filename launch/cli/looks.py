@@ -11,6 +11,7 @@ from typing import Any
 
 from opd.addressing import is_address
 from opd.errors import ConfigError
+from opd.secrets import redact
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +55,9 @@ def check_text_of_model(arguments: argparse.Namespace, overrides: dict[str, Any]
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in [*report.rows, *(("note", note) for note in report.notes)]:
-        table.add_row(name, escape(text))
+        table.add_row(name, escape(redact(text)))
     for problem in report.problems:
-        table.add_row("[red]problem[/]", escape(problem))
+        table.add_row("[red]problem[/]", escape(redact(problem)))
     Console().print(table)
     if arguments.env and chat is not None and env is not None:
         text, size = first_prompt(chat, env)
@@ -180,7 +181,7 @@ def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> in
     """Print the resolved settings of a file, or what a setting is for."""
     from opd.launch.checks.loading import load_config
     from opd.launch.settings.config import all_settings, explain
-    from opd.launch.settings.reader import file_of, read_settings
+    from opd.launch.settings.reader import file_of, read_settings, to_yaml
     from opd.trainers.loop.registry import find_method
 
     if arguments.explain is None and arguments.file is None:
@@ -196,5 +197,5 @@ def print_config(arguments: argparse.Namespace, overrides: dict[str, Any]) -> in
         settings = explain(key) if key else list(all_settings().values())
         print("\n".join(setting.explanation() for setting in settings))
     else:
-        print(load_config(arguments.file, overrides, check_machine=False).to_yaml(), end="")
+        print(to_yaml(load_config(arguments.file, overrides, check_machine=False).shown()), end="")
     return 0

@@ -17,6 +17,7 @@ from opd.errors import OpdError
 from opd.launch.cli import looks, runs
 from opd.launch.cli.command import Command
 from opd.ranks.ranks import SharedError
+from opd.secrets import know_environment, redact_console
 
 USAGE_ERROR, BROKEN_PIPE = 2, 141
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `my_module:MyEnv` lies beside the settings; last, so that it shadows nothing
+    redact_console()
+    know_environment()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None and not sys.stdout.closed:  # a program may be started without one

@@ -38,7 +38,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.checks.text import check_model_text, refuse_problems
     from opd.launch.plan.plan import plan
     from opd.launch.plan.storage import check_room_before_loading
-    from opd.launch.run.out import choose_out
+    from opd.launch.run.out import choose_out, recommend_variables
     from opd.tracking.console import LastingConsole
 
     put_option(overrides, "train.steps", arguments.steps)
@@ -60,6 +60,8 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if not (arguments.resume or arguments.overwrite):
         ranks.from_first(lambda: check_room_before_loading(config, out))
     if arguments.dry_run:
+        if ranks.first:
+            recommend_variables(config)
         return 0
     from opd.launch.run.training import train
 

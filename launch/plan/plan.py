@@ -19,6 +19,7 @@ from opd.launch.plan.memory import ModelSize, Part, has_gpu, known_size, memory_
 from opd.launch.plan.storage import Storage, storage
 from opd.launch.settings.config import Config
 from opd.losses import Distill
+from opd.secrets import redact
 from opd.teachers.config import TeacherConfig
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Plan:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in self.rows():
-            table.add_row(name, text)
+            table.add_row(name, redact(text))  # before it is wrapped
         return table
 
     def rows(self) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from opd.errors import ConfigError
 from opd.launch.run import lock
 from opd.launch.settings.config import Config
 from opd.launch.settings.reader import RUN_MARK, holds_run, read_settings
+from opd.secrets import MARK, redact
 
 Resume = bool | Literal["auto"]
 """True: go on with the run in the folder. False: begin one. auto: go on if there is one, for scripts that run again."""
@@ -30,7 +32,7 @@ def default_name(method: str, env: str, model: str) -> str:
 
 def choose_out(config: Config, *, resume: Resume = False, overwrite: bool = False) -> Path:
     """Return the folder of a run by these settings; nothing is written. Raises what `choose` raises."""
-    name = default_name(config.spec.name, config.env.id, config.model.name)
+    name = default_name(config.spec.name, redact(config.env.id), redact(config.model.name))
     return choose(config.out, name, resume=resume, overwrite=overwrite)
 
 
@@ -61,11 +63,30 @@ def resumes(folder: Path, resume: Resume) -> bool:
 
 
 def write_config(config: Config, folder: Path) -> Path:
-    """Make the folder and write `config.yaml`, which marks it as a run's; returns the folder."""
+    """Make the folder and write `config.yaml`, which marks it as a run's; returns the folder.
+
+    A secret that stands in the settings stands there and nowhere else: then only its owner may read the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = f"{RUN_MARK}, resolved by opd {__version__}\n{config.at(folder).to_yaml()}"
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    path, aside = folder / "config.yaml", folder / ".config.yaml.partial"
+    aside.unlink(missing_ok=True)
+    mode = 0o600 if config.plain_secrets else 0o666  # less the umask
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    aside.replace(path)
     return folder
+
+
+def recommend_variables(config: Config) -> None:
+    """Say in a line which settings hold a secret that is written out, and what to write instead."""
+    if found := config.plain_secrets:
+        print(
+            f"{', '.join(found)}: a secret is written out. It stays in config.yaml, which only you may read, and is "
+            f"{MARK} in all else; better write ${{env:NAME}} in its place, and set the variable",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def day_of(folder: Path, *, resumed: bool) -> str:

@@ -203,7 +203,7 @@ def _open_tracker(runner: StageRunner) -> Tracker | NoTracker:
     if not runner.ranks.first:
         return NoTracker()
     config, steps = runner.config, sum(runner.config.stage_steps)
-    return Tracker(runner.out, config.tracking, run_config=config.dump(), total_steps=steps, resume_step=runner.done)
+    return Tracker(runner.out, config.tracking, run_config=config.shown(), total_steps=steps, resume_step=runner.done)
 
 
 def _save_is_due(runner: StageRunner) -> bool:

@@ -123,7 +123,7 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
                 teacher_updates=models.teacher.updates,
                 teacher_fingerprint=models.teacher.fingerprint,
                 policy_version=loop.player.version,
-                config=run.config.dump(),
+                config=run.config.shown(),
                 before=None if before is None else list(before.outcomes),
                 after=None if after is None else list(after.outcomes),
                 success=after.rate if after is not None and after.played else None,

@@ -24,6 +24,7 @@ from opd.launch.settings.config import Config
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
 from opd.ranks.ranks import Ranks
+from opd.secrets import know
 
 
 def server_engine(config: Config, model: CausalModel, ranks: Ranks) -> VllmServerEngine:
@@ -59,6 +60,7 @@ def _start_own(config: Config, model: CausalModel, ranks: Ranks, stack: ExitStac
     model.whole_config.save_pretrained(folder)
     logs = Path(config.out or folder)
     key = secrets.token_urlsafe(32)
+    know(key)
     replicas = []
     for number in range(ranks.rank * vllm.replicas, (ranks.rank + 1) * vllm.replicas):
         own = OwnServer(

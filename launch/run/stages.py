@@ -113,7 +113,7 @@ def write_record(config: Config, stage: RunStage, made: dict[str, float]) -> Non
     """Write down that a stage without steps is over, so that the file is whole or absent."""
     assert stage.record is not None
     aside = stage.record.with_name(f".{stage.record.name}.partial")
-    aside.write_text(json.dumps({"config": config.dump(), "made": made}))
+    aside.write_text(json.dumps({"config": config.shown(), "made": made}))
     aside.rename(stage.record)
 
 

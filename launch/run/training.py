@@ -18,7 +18,15 @@ from opd.launch.plan.storage import check_room_at_first, check_room_before_loadi
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
 from opd.launch.run.lock import RunLock
-from opd.launch.run.out import Resume, choose_out, day_of, remove_run, resumes, write_config
+from opd.launch.run.out import (
+    Resume,
+    choose_out,
+    day_of,
+    recommend_variables,
+    remove_run,
+    resumes,
+    write_config,
+)
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.runner import RunResult, StageRunner
 from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
@@ -80,6 +88,7 @@ def _make_room(config: Config, out: Path, *, resume: Resume, overwrite: bool) ->
 def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bool, only_prepare: bool) -> RunResult:
     """Train from a checkpoint or from the start; `anew` in the folder of a run that has none."""
     config, ranks, out = runner.config, runner.ranks, runner.out
+    ranks.from_first(partial(recommend_variables, config))
     if saved is not None:
         runner.resume_after(saved)
     runner.made = ranks.from_first(lambda: made_before(config, out, runner.done))

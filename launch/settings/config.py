@@ -13,9 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
+from opd import secrets
 from opd.addressing import installed, is_address
 from opd.backends import deepspeed_json
 from opd.backends.config import EvalConfig, TrainConfig
@@ -31,6 +32,7 @@ from opd.objective.config import WeightingConfig
 from opd.tracking.config import TrackingConfig
 from opd.trainers.loop.registry import MethodSpec, find_method, methods
 from opd.trainers.loop.stage import Inputs, Stage
+from opd.variables import Place
 
 
 def _read_deepspeed(value: Any) -> Any:
@@ -88,6 +90,9 @@ class Config(Strict):
         "(zero2, zero3, zero3_offload), or the object itself. Batch sizes and accumulation are auto or absent.",
     )
 
+    _written: dict[Place, str] = PrivateAttr(default_factory=dict)
+    """The texts with variables of the environment, by place, as the file has them; the settings hold the values."""
+
     @model_validator(mode="before")
     @classmethod
     def _take_the_methods_section(cls, data: Any) -> Any:
@@ -121,18 +126,42 @@ class Config(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with every setting that a run's weights depend on."""
-        fixed = {k: v for k, v in _flat(self.dump()).items() if not any(is_within(k, free) for free in _MAY_DIFFER)}
+        """Changes with every setting that a run's weights depend on; not with secrets, nor with variables' values."""
+        flat = _flat(secrets.without_secrets(self.dump()))
+        fixed = {k: v for k, v in flat.items() if not any(is_within(k, free) for free in _MAY_DIFFER)}
         return sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
     def dump(self) -> dict[str, Any]:
-        """Return all settings as plain data, defaults included; `opd.launch.checks.loading` reads them back."""
+        """Return all settings as plain data, defaults included; `opd.launch.checks.loading` reads them back.
+
+        Variables of the environment stand there by name. Secrets that a file has written out stand there too: only the
+        run's own `config.yaml` is written from this.
+        """
         dumped = self.model_dump(mode="json")
-        return {self.spec.name if key == "section" else key: value for key, value in dumped.items()}
+        named = {self.spec.name if key == "section" else key: value for key, value in dumped.items()}
+        for place, text in self._written.items():
+            _put(named, place, text)
+        return named
+
+    def shown(self) -> dict[str, Any]:
+        """Return what `dump` does with `***` for each secret: what may be written anywhere."""
+        shown: dict[str, Any] = secrets.redacted(secrets.without_secrets(self.dump()))
+        return shown
+
+    @property
+    def plain_secrets(self) -> list[str]:
+        """The keys whose values are secrets that are written out."""
+        return secrets.know_settings(self.dump())
 
     def to_yaml(self) -> str:
-        """Return all settings as a file would hold them."""
+        """Return all settings as a file would hold them, secrets and all."""
         return to_yaml(self.dump())
+
+    def with_variables(self, written: Mapping[Place, str]) -> Config:
+        """Return the same settings, which are written with these texts in place of the values that variables gave."""
+        made = self.model_copy()
+        made._written = dict(written)
+        return made
 
     def at(self, folder: Path) -> Config:
         """Return the same settings with the folder of the run filled in."""
@@ -150,7 +179,10 @@ class Config(Strict):
     def differs(self, saved: Mapping[str, Any], *, may: Sequence[str] = _MAY_DIFFER) -> list[str]:
         """Return the keys that differ from the settings `saved` (a `dump`), but for those that `may`."""
         ours, theirs = _flat(self.dump()), _flat(saved)
-        changed = (key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key))
+        changed = [key for key in [*ours, *(k for k in theirs if k not in ours)] if ours.get(key) != theirs.get(key)]
+        if changed:  # secrets are left out of what is saved, and may be others now
+            shown, saved_shown = _flat(self.shown()), _flat(secrets.redacted(secrets.without_secrets(saved)))
+            changed = [key for key in changed if shown.get(key) != saved_shown.get(key)]
         return [key for key in changed if not any(is_within(key, prefix) for prefix in may)]
 
 
@@ -180,8 +212,10 @@ def explain(key: str) -> list[Setting]:
     return [setting for name, setting in settings.items() if is_within(name, key)]
 
 
-def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the valid top-level settings, typed, and the problems of the others."""
+def parse_sections(
+    data: Mapping[str, Any], written: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the valid top-level settings, typed, and the problems of the others; `written` is what messages show."""
     method, own, problems = _method_of(data)
     known = methods()  # after the above, which may import one
     foreign = [name for name in data if name in known and own is not None and name != own]
@@ -191,7 +225,7 @@ def parse_sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Proble
     del types["section"]
     types |= {name: spec.config for name, spec in known.items() if own is None or name == own}
     settings = without_other_methods(all_settings(), own)
-    values, found = parse({k: v for k, v in data.items() if k not in foreign}, types, settings)
+    values, found = parse({k: v for k, v in data.items() if k not in foreign}, types, settings, written)
     problems += found
     if "method" in values and own is None and not is_address(method):
         problems.append(bad_value(settings["method"], method))
@@ -212,6 +246,15 @@ def _method_of(data: Mapping[str, Any]) -> tuple[str, str | None, list[Problem]]
         return method, find_method(method).name, []
     except ConfigError as error:
         return method, None, [Problem(("method",), str(error))]
+
+
+def _put(data: Any, place: Place, text: str) -> None:
+    """Put a text where it stood; a setting that is something else by now (a file's content) keeps its value."""
+    *above, last = place
+    for part in above:
+        data = data[part]
+    if isinstance(data[last], str):
+        data[last] = text
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

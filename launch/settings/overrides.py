@@ -16,6 +16,8 @@ from opd.launch.settings.config import without_other_methods
 from opd.launch.settings.problems import did_you_mean, nearest_key, show
 from opd.launch.settings.reader import parse_yaml
 from opd.launch.settings.schema import Setting
+from opd.secrets import know_settings
+from opd.variables import resolve
 
 FILES = {"deepspeed": deepspeed_json.read}
 """Sections that may be written as the name of a file, and what reads it."""
@@ -55,6 +57,7 @@ def split(
 def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Add one setting. Raises ConfigError when the key was given before."""
     if key in values:
+        know_settings({key.rpartition(".")[2]: [values[key], value]})
         raise ConfigError(f"command line: {key} is given twice: {show(values[key])} and {show(value)}. Give one.")
     values[key] = value
 
@@ -103,7 +106,7 @@ def _enter(place: dict[str, Any], section: str, key: str) -> dict[str, Any]:
     held = place.get(section)
     if isinstance(held, str) and section in FILES:
         try:
-            held = place[section] = FILES[section](held)
+            held = place[section] = FILES[section](resolve(held, section))
         except ValueError as error:
             raise ConfigError(f"{section}: {error}") from error
     if isinstance(held, dict):

@@ -16,19 +16,24 @@ from pydantic_core import ErrorDetails
 
 from opd.launch.settings.problems import Problem, did_you_mean, nearest, nearest_key, show
 from opd.launch.settings.schema import Setting
+from opd.variables import WRITE_OUT, names_in
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """What pydantic calls a key that a section does not have: of a model, and of a dataclass."""
 
 
 def parse(
-    data: Mapping[str, Any], types: Mapping[str, Any], settings: Mapping[str, Setting]
+    data: Mapping[str, Any],
+    types: Mapping[str, Any],
+    settings: Mapping[str, Setting],
+    written: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Parse each top-level setting by itself, so that one wrong section hides no problem of another.
 
     Args:
         types: what each top-level setting is; what `data` does not mention keeps its default.
         settings: every setting, by its dotted key.
+        written: the data as messages show it, with the names of variables in place of their values.
 
     Returns the values that are valid, by top-level name, and what is wrong with the others.
     """
@@ -43,7 +48,8 @@ def parse(
             except TypeError as error:
                 problems.append(Problem((name,), f"{name} holds what a file cannot: {error}. Use plain values."))
             except ValidationError as error:
-                problems += [_problem(name, found, data, settings) for found in error.errors(include_url=False)]
+                found = error.errors(include_url=False)
+                problems += [_problem(name, one, written or data, settings) for one in found]
     return values, problems
 
 
@@ -51,6 +57,8 @@ def bad_value(setting: Setting, value: Any) -> Problem:
     """Say it like `opsd.teacher.weights = "emaa" is unknown. Allowed: live, frozen, ema, ... Did you mean "ema"?`"""
     what = "is unknown" if setting.choices and isinstance(value, str) else "is not allowed"
     likely = did_you_mean(nearest(value, setting.choices)) if isinstance(value, str) else ""
+    if isinstance(value, str) and names_in(value):
+        likely = f" {WRITE_OUT[0].upper()}{WRITE_OUT[1:]}."
     return Problem((setting.key,), f"{setting.key} = {show(value)} {what}. Allowed: {setting.allowed}.{likely}")
 
 

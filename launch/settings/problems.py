@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from opd.secrets import redact
+
 _LONGEST_VALUE = 80
 
 
@@ -39,7 +41,7 @@ def report(problems: Iterable[Problem], source: str, overridden: Collection[str]
 
 def show(value: Any) -> str:
     """Write a value as the file would hold it: text in quotes, true, null; cut if it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = redact(json.dumps(value, ensure_ascii=False, default=repr))  # before it is cut: half a secret is one too
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 

@@ -19,9 +19,10 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from opd.ranks.ranks import without_launcher
+from opd.secrets import redact
 
 LOOPBACK = "127.0.0.1"
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -79,6 +80,7 @@ class OwnServer:
         self._log = log
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._writer: threading.Thread | None = None
 
     def start(self) -> bool:
         """Start the server unless it runs; return before it is up. True: it had to be started."""
@@ -86,19 +88,23 @@ class OwnServer:
             if self._process is not None and self._process.poll() is None:
                 return False
             self._close_input()
-            with self._log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "opd.engines.vllm_process", *self._command],
-                    env=self._environment,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # Ctrl-C is for the run, which ends its servers itself
-                )
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "opd.engines.vllm_process", *self._command],
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the run, which ends its servers itself
+            )
+            assert self._process.stdout is not None
+            self._writer = threading.Thread(target=_log_redacted, args=(self._process.stdout, self._log), daemon=True)
+            self._writer.start()
             return True
 
     def last_words(self) -> str:
         """The end of the server's log, with the log's path."""
+        if self._writer is not None and self._process is not None and self._process.poll() is not None:
+            self._writer.join(STOP_SECONDS)  # what a server that has died said last is on its way
         with self._log.open("rb") as log:
             log.seek(max(0, self._log.stat().st_size - LAST_BYTES))
             text = log.read().decode(errors="replace")
@@ -121,6 +127,14 @@ class OwnServer:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+
+def _log_redacted(said: IO[bytes], path: Path) -> None:
+    """Write what a server says to its log, a line at a time, without secrets; until it ends."""
+    with said, path.open("ab", buffering=0) as log:
+        for line in said:
+            with contextlib.suppress(OSError):  # a full disk: the server must not wait for room in the pipe
+                log.write(redact(line.decode(errors="replace")).encode(errors="replace"))
 
 
 def main(command: list[str]) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.errors import EnvError
+from opd.secrets import redacted
 from opd.types import ONLY_TEXT, Message, Task, medium_in
 
 MOST_CHARACTERS = 1_000_000
@@ -95,7 +96,7 @@ def _blame_answer(call: str, said: Any, form: str) -> Iterator[None]:
 
 def _show(value: Any) -> str:
     """Show a value in a message: short, without asking a megabyte or a broken `__repr__` for all of it."""
-    return f"{reprlib.repr(value):.200}"
+    return f"{reprlib.repr(redacted(value)):.200}"  # before it is cut: half a secret is one too
 
 
 def _reward(value: Any) -> float:

@@ -22,6 +22,7 @@ from opd.episodes import answers
 from opd.episodes.faults import explain
 from opd.grading import listening
 from opd.sandbox.forks import ForkServer, read_frame, write_frame
+from opd.secrets import know_environment, redact_console
 from opd.types import Task
 
 
@@ -57,6 +58,8 @@ def _send(connection: socket.socket, reply: dict[str, Any]) -> None:
 def main(plan: str) -> NoReturn:
     """Serve at the socket `descriptor`, once the `modules` are imported; `plan` says both, in JSON."""
     told = json.loads(plan)
+    redact_console()
+    know_environment()
     server = ForkServer(socket.socket(fileno=told["descriptor"]), play)
     server.watch_trainer()
     for module in told["modules"]:

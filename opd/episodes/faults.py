@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from opd.episodes.answers import BadAnswer
 from opd.errors import EnvError
+from opd.secrets import redact
 from opd.types import Fault
 
 MOST_CHARACTERS = 500
@@ -25,12 +26,12 @@ class Failure(EnvError):
 
 
 def explain(error: BaseException) -> tuple[Fault, str]:
-    """Return an exception's kind and a short reason. Never raises, whatever class the exception is of."""
+    """Return an exception's kind and a short reason without secrets. Never raises, whatever class it is of."""
     try:
         reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
     except Exception:  # somebody else's __str__
         reason = type(error).__name__
-    return _fault(error), reason.encode(errors="replace").decode()[:MOST_CHARACTERS]
+    return _fault(error), redact(reason.encode(errors="replace").decode())[:MOST_CHARACTERS]
 
 
 def _fault(error: BaseException) -> Fault:

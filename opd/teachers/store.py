@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from opd.errors import DataError
+from opd.secrets import redacted
 
 _NAME = re.compile(r"shard-(\d{6})-([0-9a-f]{16})\.safetensors")
 _KEY_BYTES = 16
@@ -110,7 +111,7 @@ class Store:
             self._index(shard)
 
     def _write_header(self) -> None:
-        header = asdict(self.scorer) | {"about": self.about, "shards": self.shards}
+        header = asdict(self.scorer) | {"about": redacted(self.about), "shards": self.shards}
         _write_whole(self.folder / "store.json", json.dumps(header, indent=1).encode())
 
     def check(self, scorer: Scorer) -> None:

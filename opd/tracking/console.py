@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.tracking.progress import Progress, Ticker
+from opd.secrets import redact
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: the least seconds between two lines."""
@@ -146,7 +147,7 @@ class RunConsole:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self.show(Text(line, style="dim"))
+        self.show(Text(redact(line), style="dim"))
 
     def show(self, renderable: RenderableType) -> None:
         """Print anything that rich can print."""

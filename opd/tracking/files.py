@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import DataError
+from opd.secrets import redacted
 from opd.types import Trajectory
 
 Row = dict[str, Any]
 
 
 class JsonLines:
-    """Appends rows to a file, each flushed when it is written. Raises DataError where the disk does not take it."""
+    """Appends rows to a file, without secrets, each flushed when it is written.
+
+    Raises DataError where the disk does not take it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,7 +34,7 @@ class JsonLines:
 
     def write(self, row: Row) -> None:
         # A tool argument may be any object that a template could render; its text is enough for a reader.
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        text = json.dumps(redacted(row), ensure_ascii=False, allow_nan=False, default=str) + "\n"
         self._attempt(lambda: self._append(text))
 
     def sync(self) -> None:

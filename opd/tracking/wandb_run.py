@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from opd.errors import ConfigError
+from opd.secrets import redact, redacted
 from opd.tracking.config import TrackingConfig
 
 _log = logging.getLogger(__name__)
@@ -94,12 +96,24 @@ def open_run(
         return None
     arguments = _arguments(folder, config, run_config, going_on=bool(history))
     try:
-        wandb.setup(wandb.Settings(silent=True, console="off"))
-        mode = auto_mode() if config.wandb == "auto" else config.wandb
-        return None if mode == "disabled" else _start(mode, arguments, history)
+        with _redacted_command_line():
+            wandb.setup(wandb.Settings(silent=True, console="off"))
+            mode = auto_mode() if config.wandb == "auto" else config.wandb
+            return None if mode == "disabled" else _start(mode, arguments, history)
     except Exception as error:
         _log.warning("wandb cannot start (%s); metrics go to the run folder alone", _first_line(error))
         return None
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """Let wandb, which writes down how the process was started, see no secret that was given there."""
+    before = sys.argv
+    sys.argv = [redact(argument) for argument in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _arguments(
@@ -115,10 +129,10 @@ def _arguments(
     own = {name: value for name, value in defaults.items() if not os.environ.get(VARIABLES[name])}
     return {
         **own,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: redact(value) for name, value in given.items() if value is not None},
         "id": _run_id(folder / "wandb" / "run-id.txt", keep=going_on),
         "reinit": "create_new",  # leave alone any run that the caller's own code has open
-        "config": dict(run_config),
+        "config": redacted(run_config),
     }
 
 
@@ -184,4 +198,4 @@ def _run_id(path: Path, *, keep: bool) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return redact(f"{type(error).__name__}: {error}".splitlines()[0])

@@ -147,7 +147,7 @@ def test_a_command_holds_every_argument_and_no_secret():
     assert "--sleep" not in " ".join(command)
     assert command[-2:] == ["--middleware", "opd.engines.vllm_worker.RequireKey"]
     assert server_environment("secret")["VLLM_API_KEY"] == "secret"
-    assert "secret" not in " ".join(command)
+    assert "secret" not in " ".join(command[1:])  # after the interpreter, whose folder may be called anything
 
 
 def test_what_a_user_gives_vllm_wins_over_what_we_choose():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.episodes.tasks import derive_seed
 from opd.errors import DataError
+from opd.secrets import redact, redacted
 from opd.trainers.loop.health import check_collected
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.stage import Prepared, Stage
@@ -253,7 +254,7 @@ def collect(
     """
     run, size = player.standing, player.standing.rollout.group_size
     header = Header(
-        name=name or "the run's model", model=player.fingerprint(), **rendering(chat), settings=run.settings
+        name=redact(name or "the run's model"), model=player.fingerprint(), **rendering(chat), settings=run.settings
     )
     rows = player.ranks.from_first(lambda: log.open(header, wanted=tasks * size, whole=whole))
     at_once = max(1, run.rollout.concurrency // size)
@@ -314,7 +315,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
         "end": trajectory.end,
         "failed": trajectory.failed,
         "tokens": trajectory.completion_tokens,
-        "messages": trajectory.messages,
+        "messages": redacted(trajectory.messages),  # for readers: what is learned stands in the ids
         "turns": [
             {
                 "prompt_ids": turn.prompt_ids,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd.errors import DataError
+from opd.secrets import redact
 from opd.trainers.skill_sd import file
 from opd.trainers.skill_sd.bank import SkillBank
 from opd.trainers.skill_sd.config import SkillsConfig
@@ -131,8 +132,8 @@ class SkillKeeper:
         return {"made": made, "refused": refused, "unanswered": lessons.count(None)}
 
     def _neutral(self, text: str) -> str:
-        """Return a stranger's text as it may stand in a prompt."""
-        return neutral(text, self._structure, most=self.config.max_characters)
+        """Return a stranger's text as it may stand in a prompt, and in the files that keep the bank."""
+        return neutral(redact(text), self._structure, most=self.config.max_characters)
 
     def _source(self, case: Case, step: int) -> Source:
         return Source(
