@@ -23,8 +23,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from opd.tracking.progress import Progress, Ticker
 from opd.secrets import redact
+from opd.tracking.progress import Progress, Ticker
 
 PLAIN_SECONDS = 10.0
 """Without a terminal: the least seconds between two lines."""

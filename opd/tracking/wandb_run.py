@@ -125,7 +125,7 @@ def _arguments(
     that a default whose variable is set is not among them.
     """
     given = {"project": config.project, "name": config.name}
-    defaults = {"project": PROJECT, "name": folder.resolve().name, "dir": str(folder), "resume": "allow"}
+    defaults = {"project": PROJECT, "name": redact(folder.resolve().name), "dir": str(folder), "resume": "allow"}
     own = {name: value for name, value in defaults.items() if not os.environ.get(VARIABLES[name])}
     return {
         **own,
