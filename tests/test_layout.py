@@ -27,13 +27,14 @@ PACKAGES = {
 }
 GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
-    *("formats", "ranks", "sandbox"),
+    *("formats", "ranks", "rows", "sandbox"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
 PLAIN = {
     *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "sandbox", "formats"),
+    "rows",
 }
-"""What of it environments and rewards import: data, errors, texts, the sandbox, limits of time and clocks."""
+"""What of it environments and rewards import: data, errors, texts, rows, the sandbox, limits of time and clocks."""
 STREETS = {
     "ground": {"ground"},
     "tracking": {"ground", "tracking"},
