@@ -41,7 +41,7 @@ class SftConfig(ImitationConfig):
         None,
         when={"source": ["file"]},
         needed="its path",
-        description='JSON lines, {"messages": [...]} with `tools` and `success` where there are.',
+        description='A .jsonl, .json or .parquet file of {"messages": [...]}, perhaps with `tools` and `success`.',
     )
 
     leave_out: tuple[str, ...] = setting(
