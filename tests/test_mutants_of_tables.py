@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 
 from opd.envs import make
-from opd.errors import ConfigError, DataError
-from opd.trainers.parts.conversations import read_conversations
+from opd.errors import ConfigError, DataError, OpdError
+from opd.trainers.parts.conversations import check_conversations, read_conversations
 from tests.mutants import FILES, SUMS, TALKS, mutant, well_formed
 
 FEW, MANY, AT_ONCE = 60, 2_000, 100
@@ -22,7 +22,12 @@ SECONDS = 15  # 5, on a machine three times slower
 def read(file, path, chat):
     """Read a file as a run does; return how many tasks or conversations it has."""
     if file.kind == "chat":
-        return len(read_conversations(path, chat))
+        found = read_conversations(path, chat)
+        try:
+            check_conversations(path)
+        except OpdError as error:
+            raise AssertionError("the check before a model is loaded refuses what the run reads") from error
+        return len(found)
     env = make(
         "opd/Dataset-v0",
         {"path": str(path), "rewards": ["exact_match"], "privileged_columns": {"solution": "proof"}},

@@ -394,6 +394,25 @@ def test_a_file_that_is_not_there_is_said_before_the_model_loads(settings):
         config_from(settings(source="file", sft={"file": "/nonexistent.jsonl"}))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"messages": 1}', r"line 2: it is no \{\"messages\""),
+        ('{"messages": []', r"line 2: not JSON .*does not end on its line"),
+        (json.dumps({"messages": SAID, "success": "false"}), "line 2: success = 'false'"),
+        (json.dumps({"messages": [*SAID, {"role": "user", "content": "\ud800"}]}), "line 2: it holds a lone surrogate"),
+        ("é", "line 2, byte 1: 0xe9 is not UTF-8"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_said_before_the_model_loads(settings, tmp_path, text, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": SAID}) + "\n" + text + "\n", encoding="latin-1")
+    with pytest.raises(ConfigError, match=rf"sft\.file: .*c\.jsonl, {message}"):
+        config_from(settings(source="file", sft={"file": str(path)}))
+    with pytest.raises(ConfigError, match=r'sft\.file = ".*": it is no file'):
+        config_from(settings(source="file", sft={"file": str(tmp_path)}))
+
+
 def test_a_file_of_conversations_trains(settings, tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text((json.dumps({"messages": SAID}) + "\n") * 4)

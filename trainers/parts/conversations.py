@@ -47,6 +47,18 @@ def read_conversations(path: Path, chat: ChatFormat, *, leave_out: Collection[st
     return found
 
 
+def check_conversations(path: Path) -> None:
+    """Look at what can be known of a file's conversations without a model. Raises as `read_conversations` does."""
+    file = read_file(path)
+    for number, row in enumerate(file.rows):
+        try:
+            messages, _ = read_row(row)
+            _check_text(messages)
+            _success(row)
+        except ValueError as error:
+            raise DataError(f"{file.where(number)}: {error}") from error
+
+
 @dataclass
 class _Reader:
     chat: ChatFormat
