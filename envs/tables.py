@@ -17,6 +17,8 @@ from opd.rows.cells import check_columns, convert_columns
 from opd.types import ONLY_TEXT, Message, medium_in
 
 Row = Mapping[str, Any]
+_OTHER_FILES = (".arrow", ".gz", ".ndjson", ".pkl", ".tsv", ".txt", ".xls", ".xlsx", ".xz", ".zip", ".zst")
+"""What the names of files end in and those of data sets do not."""
 _MOST_NAMES = 20
 """Columns that a message names."""
 
@@ -64,7 +66,7 @@ def _load_file(file: Path, types: tuple[tuple[str, str], ...], state: tuple[int,
     """Load a file as it is in a `state`: one that was written again is read again."""
     found = read_file(file, columns=dict(types))
     columns = found.columns
-    rows = [dict.fromkeys(columns) | row for row in found.rows]
+    rows = [row if len(row) == len(columns) else dict.fromkeys(columns) | row for row in found.rows]
     return Table(path=str(file), rows=rows, columns=columns, where=found.where)
 
 
@@ -77,7 +79,7 @@ def load_dataset(path: str, name: str | None) -> dict[str, Table]:
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.exists():
         raise ConfigError(f"path: there is no file or folder {path!r}")
-    if local.exists() and not local.is_dir():
+    if (local.exists() and not local.is_dir()) or local.suffix.lower() in _OTHER_FILES:
         raise ConfigError(f"path: {path!r} cannot be read as a file of rows; allowed endings: {', '.join(FORMATS)}")
     import datasets
 
@@ -87,7 +89,7 @@ def load_dataset(path: str, name: str | None) -> dict[str, Table]:
         else:
             loaded = _as_written(str(local) if local.is_dir() else path, name)
     except Exception as error:  # it raises those of networks, archives, Arrow and pandas
-        reason = "\n".join(str(error).splitlines()[:5])
+        reason = "\n".join(str(error).splitlines()[:5])[:1000]
         raise ConfigError(
             f"path: {path!r} is no file here, and as a data set it cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
@@ -133,7 +135,7 @@ def by_split(
 
 
 def looks_like_file(path: str) -> bool:
-    """True if the path ends like a file of rows, or ends in a file's way; otherwise it names a data set."""
+    """True if the path ends like a file of rows; otherwise it names a data set."""
     return Path(path).suffix.lower() in FORMATS
 
 

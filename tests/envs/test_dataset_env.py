@@ -212,6 +212,8 @@ def test_settings_that_do_not_fit_the_table_are_named(table, kwargs, reason):
     [
         ("nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
         ("./nowhere", "there is no file or folder './nowhere'"),
+        ("tasks.tsv", "'tasks.tsv' cannot be read as a file of rows; allowed endings: .jsonl"),
+        ("data/tasks.jsonl.gz", "cannot be read as a file of rows; allowed endings: .jsonl"),
         ({"train": "x.txt"}, "'x.txt' cannot be read as a file of rows; allowed endings: .jsonl"),
         ({"eval": "x.jsonl"}, "path names no train split"),
         ({"train": "x.jsonl", "test": "y.jsonl"}, "there is no split 'test'; allowed: train, eval, warm"),
