@@ -16,9 +16,8 @@ _OTHERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield each row with the line that it begins in; blank lines are none. Raises DataError with the line."""
     csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE))  # of the whole process; prompts are long
-    table = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     header: list[str] = []
-    for number, cells in _numbered(path, table):
+    for number, cells in _numbered(path):
         if not cells:
             continue
         if not header:
@@ -34,7 +33,9 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, dict(zip(header, cells, strict=True))
 
 
-def _numbered(path: Path, table: "csv._reader") -> Iterator[tuple[int, list[str]]]:  # noqa: UP037 (a stub's name)
+def _numbered(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row with the line that it begins in. Raises DataError with the line."""
+    table = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     while True:
         begun = table.line_num + 1
         try:
