@@ -48,12 +48,16 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
-ELSEWHERE = ("launch", "opd", "zero")
+MUTANTS_OF_TABLES = "test_mutants_of_tables.py"
+ELSEWHERE = ("launch", "opd", "zero", MUTANTS_OF_TABLES)
 PARTS = {
     "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
     "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
+    "mutants-of-tables": Part(
+        "files of rows that were hurt at random", marked(f"tests/{MUTANTS_OF_TABLES}", spread=BY_TEST)
+    ),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
     ),

@@ -220,7 +220,10 @@ def _split_findings(addresses: list[tuple[int, dict[str, Any] | None]], episodes
         if len(tasks) == 1 < played[split]:
             yield Finding("warning", f"the {played[split]} tasks of the {split} split that were looked at are one task")
         for other in list(by_split)[list(by_split).index(split) + 1 :]:
-            if both := tasks & by_split[other]:
+            both = tasks & by_split[other]
+            if both and len(tasks | by_split[other]) == 1 and min(played[split], played[other]) > 1:
+                yield Finding("warning", f"the tasks of {split} and {other} cannot be told apart: all begin alike")
+            elif both:
                 yield Finding("error", f"the splits {split} and {other} share tasks, such as {min(both):.200}")
 
 

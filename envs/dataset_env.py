@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from opd.envs.tables import Row, Table, by_split, checked_prompt, disjoint
+from opd.envs.splits import disjoint
+from opd.envs.tables import Row, Table, by_split, check_rows, checked_prompt
 from opd.envs.text_env import Reply, Start, TextEnv
-from opd.errors import ConfigError, DataError, EnvError
+from opd.errors import ConfigError, EnvError
 from opd.rewards import Rewards, Rubric, Score
 from opd.types import Message
 
@@ -18,7 +19,9 @@ class DatasetEnv(TextEnv):
 
     Args:
         path: a .jsonl, .json, .csv or .parquet file; or one for each split, `{train: FILE, eval: FILE}`; or a
-            folder or hub id that `datasets` loads.
+            folder or hub id that `datasets` loads. Every row is looked at before an episode begins.
+        columns: the types of columns, `{age: int}`: `str`, `int`, `float`, `bool` or `json`. Without one a cell of a
+            .csv is the text that it is.
         rewards: reward functions in TRL's signature: built-in names, import paths `package.module:function`, or
             functions; one, a list, or a mapping to their weights (see `opd.rewards.Rubric`). Columns are passed by
             name.
@@ -31,7 +34,8 @@ class DatasetEnv(TextEnv):
         answer_column: the column that reward functions get as `answer`, where it is called otherwise.
         conversational: give reward functions messages even where the prompts are strings, as `trl.rewards` needs.
         success_threshold: a total reward of at least this is a success.
-        held_out: the share of prompts held out for eval, by a stable hash, where no eval split is given.
+        held_out: the share of prompts held out for eval, by a stable hash, where no eval split is given; of rows, where
+            all have the same prompt.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class DatasetEnv(TextEnv):
         rewards: Rewards,
         name: str | None = None,
         splits: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
         prompt_column: str = "prompt",
         system: str | None = None,
         privileged_columns: Mapping[str, str] | None = None,
@@ -60,7 +65,7 @@ class DatasetEnv(TextEnv):
         self.conversational = conversational
         self.success_threshold = success_threshold
         self.rubric = Rubric(rewards, time_limit=reward_timeout)
-        tables = by_split(path, name, splits)
+        tables = by_split(path, name, splits, columns)
         for table in tables.values():
             self._check_columns(table)
         self._rows = disjoint(tuple(tables.items()), prompt_column, held_out)
@@ -76,8 +81,6 @@ class DatasetEnv(TextEnv):
         self._row = rows[number]
         self._prompt = checked_prompt(self._row[self.prompt_column], where=f"{self.prompt_column}, {split} {number}")
         privileged = {key: str(self._row[column]) for key, column in self.privileged_columns.items()}
-        if empty := [column for column in self.privileged_columns.values() if self._row[column] is None]:
-            raise DataError(f"{empty[0]}, {split} {number}: there is nothing for the teacher to see; remove the row")
         return Start(prompt=self._prompt, system=self.system, privileged=privileged)
 
     def respond(self, action: str) -> Reply:
@@ -113,7 +116,10 @@ class DatasetEnv(TextEnv):
         if self.answer_column is not None:
             table.require(self.answer_column, setting="answer_column")
         renamed = [] if self.answer_column is None else ["answer"]
-        self.rubric.require([*(column for column in table.columns if column not in RESERVED), *renamed])
+        offered = [*(column for column in table.columns if column not in RESERVED), *renamed]
+        self.rubric.require(offered, table=table.path)
+        named = [] if self.answer_column is None else [self.answer_column]
+        check_rows(table, self.prompt_column, (self.prompt_column, *self.privileged_columns.values(), *named))
 
 
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")

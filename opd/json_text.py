@@ -20,6 +20,13 @@ _PIECE = re.compile(r'[\s\w,:.+-]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}])', re
 class JsonError(ValueError):
     """Raised where a text holds no JSON; `str(error)` says why."""
 
+    def __init__(self, reason: str, *, at: int | None = None, extra: bool = False) -> None:
+        super().__init__(reason)
+        self.at = at
+        """The place of the character that broke it, from 0; None where that is not known."""
+        self.extra = extra
+        """The value itself is whole: something stands behind it."""
+
 
 def read_json(text: str, start: int) -> tuple[Any, int]:
     """Read the value that begins at `start` with a bracket or brace; return it and the position after it.
@@ -34,6 +41,33 @@ def read_json(text: str, start: int) -> tuple[Any, int]:
         return _DECODER.decode(text[start:end]), end
     except ValueError as error:  # JSONDecodeError, our own, and an integer of more digits than Python converts
         raise JsonError(str(error)) from None
+
+
+def parse_json(text: str) -> Any:
+    """Return the value that a whole text holds, as strictly as `read_json`. Raises JsonError."""
+    value, end = decode_at(text, len(text) - len(text.lstrip()))
+    if rest := text[end:].lstrip():
+        raise JsonError(f"column {len(text) - len(rest) + 1}: something stands behind it", at=end, extra=True)
+    return value
+
+
+def decode_at(text: str, at: int) -> tuple[Any, int]:
+    """Return the value that begins at a place of a text of JSON, and the place behind it.
+
+    Strict as `read_json`; whole numbers of more than 308 digits are refused too, since no float holds them. Raises
+    JsonError.
+    """
+    try:
+        value, end = _WHOLE_TEXTS.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise JsonError(f"column {error.colno}: {error.msg}", at=error.pos) from None
+    except RecursionError:
+        raise JsonError("it is nested too deeply") from None
+    except ValueError as error:
+        raise JsonError(str(error)) from None
+    if text.count("[", at, end) + text.count("{", at, end) > MOST_DEPTH:
+        _extent(text[at:end], 0)
+    return value, end
 
 
 def _extent(text: str, start: int) -> int:
@@ -71,10 +105,20 @@ def _float(digits: str) -> float:
     return number
 
 
+def _int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"the number {digits[:20]}... of {len(digits):,} digits is out of range; write it as a text")
+    return int(digits)
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(
     object_pairs_hook=each_once, parse_float=_float, parse_constant=_refuse_constant, strict=False
+)
+_MOST_DIGITS = 308
+_WHOLE_TEXTS = json.JSONDecoder(
+    object_pairs_hook=each_once, parse_float=_float, parse_int=_int, parse_constant=_refuse_constant, strict=False
 )

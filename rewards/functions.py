@@ -23,9 +23,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """Score 1.0 where the completion is the answer, white space at the ends aside, else 0.0."""
+    """Score 1.0 where the completion is the answer, white space at the ends aside, else 0.0. None: there is none."""
     return [
-        float(answer_of(completion) == str(right).strip())
+        float(answer_of(completion) == gold) if (gold := _text(right)) else None
         for completion, right in zip(completions, answer, strict=True)
     ]
 
@@ -58,8 +58,7 @@ def contains_answer(completions: Sequence[Completion], answer: Sequence[Any], **
     None: the answer is empty.
     """
     return [
-        _contains(answer_of(completion), str(right).strip())
-        for completion, right in zip(completions, answer, strict=True)
+        _contains(answer_of(completion), _text(right)) for completion, right in zip(completions, answer, strict=True)
     ]
 
 
@@ -110,6 +109,11 @@ def last_tagged(text: str, tag: str) -> str | None:
     return None if found is None else found.strip()
 
 
+def _text(answer: Any) -> str:
+    """Return an answer as text without white space at its ends; "" for a cell with nothing in it."""
+    return "" if answer is None else str(answer).strip()
+
+
 def _contains(text: str, answer: str) -> float | None:
     if not answer:
         return None
@@ -118,7 +122,7 @@ def _contains(text: str, answer: str) -> float | None:
 
 def _best_score(completion: str, answer: Any, score: Callable[[str, str], float]) -> float | None:
     """Return the best score that the completion has against an answer with a word; None where no answer has one."""
-    golds = [normalize(str(one)) for one in (answer if isinstance(answer, list | tuple) else [answer])]
+    golds = [normalize(_text(one)) for one in (answer if isinstance(answer, list | tuple) else [answer])]
     given = normalize(completion)
     return max((score(given, gold) for gold in golds if gold), default=None)
 

@@ -155,18 +155,19 @@ class Rubric:
         self.time_limit = time_limit
         self._background = Background()
 
-    def require(self, columns: Iterable[str]) -> None:
-        """Raise ConfigError when a function needs an argument that is none of these columns."""
+    def require(self, columns: Iterable[str], *, table: str | None = None) -> None:
+        """Raise ConfigError when a function needs an argument that is none of these columns, naming their table."""
+        columns, where = list(columns), f"{table}: " if table else ""
         offered = {"prompts", "completions", *columns, *_OF_THE_TRAINER}
         for part in self.parts:
             needed = [p.name for p in _parameters(part.function) if p.default is p.empty and p.kind in _BY_NAME]
             missing = [parameter for parameter in needed if parameter not in offered]
             if missing:
-                columns_text = ", ".join(sorted(columns))
+                columns_text = ", ".join(c if c.isprintable() and c == c.strip() else repr(c) for c in sorted(columns))
                 near = get_close_matches(missing[0], offered, n=1)
                 hint = f' Did you mean "{near[0]}"?' if near else ""
                 raise ConfigError(
-                    f"reward {part.name} needs the column {missing[0]!r}. There are: {columns_text}.{hint}"
+                    f"{where}reward {part.name} needs the column {missing[0]!r}. There are: {columns_text:.500}.{hint}"
                 )
 
     @grading()

@@ -27,14 +27,14 @@ PACKAGES = {
 }
 GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "disk", "grading"),
-    *("formats", "ranks", "sandbox", "secrets", "variables"),
+    *("formats", "ranks", "rows", "sandbox", "secrets", "variables"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
 PLAIN = {
     *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "sandbox", "formats"),
-    *("secrets", "variables"),
+    *("rows", "secrets", "variables"),
 }
-"""What of it environments and rewards import: data, errors, texts, the sandbox, limits of time and clocks."""
+"""What of it environments and rewards import: data, errors, texts, rows, the sandbox, limits of time and clocks."""
 STREETS = {
     "ground": {"ground"},
     "tracking": {"ground", "tracking"},

@@ -16,6 +16,7 @@ from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
 from opd.trainers.loop.stage import Inputs, Stage
+from opd.trainers.parts.conversations import check_conversations
 from opd.trainers.parts.episodes import playing
 from opd.trainers.parts.imitation import ImitationConfig, imitating
 
@@ -41,7 +42,7 @@ class SftConfig(ImitationConfig):
         None,
         when={"source": ["file"]},
         needed="its path",
-        description='JSON lines, {"messages": [...]} with `tools` and `success` where there are.',
+        description='A .jsonl, .json or .parquet file of {"messages": [...]}, perhaps with `tools` and `success`.',
     )
 
     leave_out: tuple[str, ...] = setting(
@@ -77,5 +78,7 @@ class Sft(Method):
     def inputs(cls, config: SftConfig) -> Inputs:
         model = config.teacher and config.teacher.model
         return Inputs(
-            models={"teacher.model": model} if model else {}, files={"file": config.file} if config.file else {}
+            models={"teacher.model": model} if model else {},
+            files={"file": config.file} if config.file else {},
+            readers={"file": check_conversations},
         )

@@ -56,6 +56,7 @@ class McpEnv(ToolEnv):
         privileged_columns: which columns the teacher may see, under which names.
         success_threshold: a reward of at least this is a success.
         held_out: the share of prompts held out for eval, where no eval split is given.
+        columns: the types of columns, `{age: int}` (see `opd/Dataset-v0`).
         max_result_chars: a longer result is cut, with a notice.
         tool_format, starts_thinking: how the model writes calls (see `ToolEnv`).
     """
@@ -75,6 +76,7 @@ class McpEnv(ToolEnv):
         privileged_columns: Mapping[str, str] | None = None,
         success_threshold: float = 1.0,
         held_out: float = 0.1,
+        columns: Mapping[str, str] | None = None,
         max_result_chars: int = 4096,
         tool_format: ToolFormat = "auto",
         starts_thinking: bool = False,
@@ -88,9 +90,9 @@ class McpEnv(ToolEnv):
         self._connect = _make_connector(name, config or {})
         self._offered = None if tools is None else list(tools)
         self.fresh, self.system = fresh, system
-        self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
+        self._rows = Rows(data, prompt_column, privileged_columns, held_out=held_out, columns=columns)
         self._rubric = Rubric(rewards)
-        self._rubric.require(column for column in self._rows.columns if column not in RESERVED)
+        self._rubric.require((column for column in self._rows.columns if column not in RESERVED), table=str(data))
         self.success_threshold = success_threshold
         self.metadata = {**self.metadata, "tasks": self._rows.counts}
         self._row: Row = {}

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from opd.envs.tables import Row, by_split, checked_prompt, disjoint
-from opd.errors import DataError, EnvError
+from opd.envs.splits import disjoint
+from opd.envs.tables import Row, by_split, check_rows, checked_prompt
+from opd.errors import EnvError
 from opd.types import Message
 
 
@@ -19,23 +20,26 @@ class Rows:
         prompt_column: the user message, or a list of messages.
         privileged_columns: which columns the teacher may see, under which names: `{solution: COLUMN}`.
         held_out: the share of prompts held out for eval, where no eval split is given.
+        columns: the types of columns, `{age: int}`; without one a cell of a .csv is the text that it is.
     """
 
     def __init__(
         self,
         data: str | Mapping[str, str],
-        *,
         prompt_column: str = "prompt",
         privileged_columns: Mapping[str, str] | None = None,
+        *,
         held_out: float = 0.1,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.prompt_column = prompt_column
         self.privileged_columns = dict(privileged_columns or {})
-        tables = by_split(data, None, None)
+        tables = by_split(data, None, None, columns)
         for table in tables.values():
             table.require(prompt_column, setting="prompt_column")
             for name, column in self.privileged_columns.items():
                 table.require(column, setting=f"privileged_columns.{name}")
+            check_rows(table, prompt_column, tuple(self.privileged_columns.values()))
         self.columns = [column for table in tables.values() for column in table.columns]
         self._rows = disjoint(tuple(tables.items()), prompt_column, held_out)
         self.counts: dict[str, int | None] = {split: len(rows) for split, rows in self._rows.items()}
@@ -55,7 +59,5 @@ class Rows:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
 
     def privileged(self, row: Row) -> dict[str, str]:
-        """Return what the teacher may see of a row. Raises DataError when one of the columns is empty."""
-        if empty := [column for column in self.privileged_columns.values() if row[column] is None]:
-            raise DataError(f"{empty[0]}: a row has nothing for the teacher to see; remove the row")
+        """Return what the teacher may see of a row."""
         return {name: str(row[column]) for name, column in self.privileged_columns.items()}

@@ -40,6 +40,7 @@ class SkyRLGymEnv(TextEnv):
         privileged_columns: which columns the teacher may see, under which names: `{solution: COLUMN}`.
         success_threshold: a total reward of at least this is a success.
         held_out: the share of prompts held out for eval, where no eval split is given.
+        columns: the types of columns, `{age: int}` (see `opd/Dataset-v0`).
         time_limit: seconds for one step; `rollout.step_timeout` must be larger.
         unprotected: run the environment as it is, in the process of the episode, with all that this may do. Only
             for those that cannot do without (`search` asks a server; `searchcode` and `lcb` run what the model
@@ -59,13 +60,14 @@ class SkyRLGymEnv(TextEnv):
         privileged_columns: Mapping[str, str] | None = None,
         success_threshold: float = 1.0,
         held_out: float = 0.1,
+        columns: Mapping[str, str] | None = None,
         time_limit: float = 10.0,
         unprotected: bool = False,
     ) -> None:
         super().__init__()
         _check(name, unprotected=unprotected)
         self._name = name
-        self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
+        self._rows = Rows(data, prompt_column, privileged_columns, held_out=held_out, columns=columns)
         self.success_threshold = success_threshold
         self.metadata = {**self.metadata, "tasks": self._rows.counts}
         make = partial(Episode, _spec(name), dict(config or {}))

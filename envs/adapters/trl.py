@@ -38,6 +38,7 @@ class TrlEnv(ToolEnv):
         privileged_columns: which columns the teacher may see, under which names.
         success_threshold: a reward of at least this is a success.
         held_out: the share of prompts held out for eval, where no eval split is given.
+        columns: the types of columns, `{age: int}` (see `opd/Dataset-v0`).
         max_turns: after this many turns the rollout is cut and scored as it stands, as by TRL's
             `max_tool_calling_iterations`; `env.max_turns` should be no smaller, for it cuts without a score.
         tool_format, starts_thinking: how the model writes calls (see `ToolEnv`).
@@ -55,6 +56,7 @@ class TrlEnv(ToolEnv):
         privileged_columns: Mapping[str, str] | None = None,
         success_threshold: float = 1.0,
         held_out: float = 0.1,
+        columns: Mapping[str, str] | None = None,
         max_turns: int | None = None,
         tool_format: ToolFormat = "auto",
         starts_thinking: bool = False,
@@ -71,16 +73,14 @@ class TrlEnv(ToolEnv):
         self._rubric = None if rewards is None else Rubric(rewards)
         if self._rubric is None and not hasattr(self._theirs, "get_reward"):
             raise ConfigError(f"env.kwargs.rewards is missing: {name!r} has no get_reward, so nothing scores it")
-        if data is None and privileged_columns:
-            raise ConfigError("env.kwargs.privileged_columns names columns, but there is no env.kwargs.data")
-        self._rows = (
-            None
-            if data is None
-            else Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
-        )
-        self.success_threshold = success_threshold
-        if self._rows is not None:
+        if data is None and (privileged_columns or columns):
+            setting = "privileged_columns" if privileged_columns else "columns"
+            raise ConfigError(f"env.kwargs.{setting} names columns, but there is no env.kwargs.data")
+        self._rows: Rows | None = None
+        if data is not None:
+            self._rows = Rows(data, prompt_column, privileged_columns, held_out=held_out, columns=columns)
             self.metadata = {**self.metadata, "tasks": self._rows.counts}
+        self.success_threshold = success_threshold
         self._row: Mapping[str, Any] = {}
         self._prompt: list[Message] = []
         self._said: list[Message] = []

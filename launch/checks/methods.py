@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from opd.errors import OpdError
 from opd.launch.checks.models import model_problem
 from opd.launch.settings.config import Config
 from opd.launch.settings.problems import Problem
@@ -17,13 +18,20 @@ def check_teachers(config: Config) -> list[Problem]:
 
 
 def check_files(config: Config) -> list[Problem]:
-    """Return a problem for each file and folder that the method reads before training and that does not exist."""
+    """Return a problem for each file and folder that the method reads before training and that it cannot use."""
     inputs = config.inputs
     named = [(key, value, "file", Path.is_file) for key, value in inputs.files.items()]
     named += [(key, value, "folder", Path.is_dir) for key, value in inputs.folders.items()]
     problems = []
     for name, value, kind, is_there in named:
         key = f"{config.spec.name}.{name}"
-        if not is_there(Path(value).expanduser()):
-            problems.append(Problem((key,), f'{key} = "{value}": there is no such {kind}'))
+        path = Path(value).expanduser()
+        if not is_there(path):
+            what = f"it is no {kind}" if path.exists() else f"there is no such {kind}"
+            problems.append(Problem((key,), f'{key} = "{value}": {what}'))
+        elif reader := inputs.readers.get(name):
+            try:
+                reader(path)
+            except OpdError as error:
+                problems.append(Problem((key,), f"{key}: {error}"))
     return problems

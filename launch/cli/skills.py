@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.errors import ConfigError
+from opd.json_text import parse_json
 from opd.trainers.skill_sd import file
 from opd.trainers.skill_sd.skill import Lesson, Skill
 from opd.trainers.skill_sd.text import one_line
@@ -147,7 +148,7 @@ def _in_editor(lesson: Lesson) -> Lesson:
         path.write_text(json.dumps(asdict(lesson), indent=2, ensure_ascii=False), encoding="utf-8")
         _open_editor(editor, path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8-sig"))  # some editors leave a byte order mark
             if set(data) != set(PARTS) or not all(isinstance(text, str) for text in data.values()):
                 raise ValueError(f"it needs {', '.join(PARTS)}, each a text")
         except (OSError, ValueError, TypeError) as error:

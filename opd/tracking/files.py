@@ -124,10 +124,10 @@ def _lines(path: Path) -> list[tuple[Row, bytes]]:
     rows = []
     for number, line in enumerate(whole, start=1):
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is damaged ({error}); remove the line to go on") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise DataError(f"{path}, line {number} has no step; remove the line to go on")
         rows.append((row, line + b"\n"))
     return rows

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from opd.envs.dataset_env import DatasetEnv
-from opd.envs.tables import checked_prompt
+from opd.envs.tables import checked_prompt, load_dataset
 from opd.errors import ConfigError, DataError, EnvError
 
 
@@ -212,6 +212,8 @@ def test_settings_that_do_not_fit_the_table_are_named(table, kwargs, reason):
     [
         ("nowhere.jsonl", "there is no file 'nowhere.jsonl'"),
         ("./nowhere", "there is no file or folder './nowhere'"),
+        ("tasks.tsv", "'tasks.tsv' cannot be read as a file of rows; allowed endings: .jsonl"),
+        ("data/tasks.jsonl.gz", "cannot be read as a file of rows; allowed endings: .jsonl"),
         ({"train": "x.txt"}, "'x.txt' cannot be read as a file of rows; allowed endings: .jsonl"),
         ({"eval": "x.jsonl"}, "path names no train split"),
         ({"train": "x.jsonl", "test": "y.jsonl"}, "there is no split 'test'; allowed: train, eval, warm"),
@@ -228,19 +230,61 @@ def test_a_table_that_does_not_exist_is_named(path, reason):
         ('{"question": "a"}\n{"question": \n', "line 2: not JSON"),
         ('{"question": "a"}\n\n[1]\n', "line 3: a row must be a JSON object, not list"),
         ("\n", "has no rows"),
+        ('{"question": "é"}', "line 1, byte 15: 0xe9 is not UTF-8"),
+        ('\n{"question": " ", "proof": "x", "answer": 1}', "line 2, question: there is nothing in this column"),
     ],
 )
 def test_a_damaged_file_is_told_by_line(tmp_path, text, reason):
     path = tmp_path / "damaged.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=reason):
         make(str(path))
 
 
 def test_a_split_without_rows_is_refused(tmp_path):
     path = write(tmp_path / "one.jsonl", [row(1)])
-    with pytest.raises(DataError, match=r"the eval split has no rows; look at path, splits and held_out = 0\.1"):
+    with pytest.raises(DataError, match=r"the eval split has no rows: .*one\.jsonl has 1, of which held_out = 0\.1"):
         make(path)
+    both = {"train": write(tmp_path / "a.jsonl", [row(i) for i in range(5)]), "eval": str(tmp_path / "a.jsonl")}
+    with pytest.raises(DataError, match=r"the train split has no rows: all 5 of .*a\.jsonl stand in another split too"):
+        make(both)
+
+
+def test_of_few_rows_one_is_held_out_and_the_same_one_when_others_join(tmp_path):
+    for count in range(2, 12):
+        env = make(write(tmp_path / f"{count}.jsonl", [row(i) for i in range(count)]), held_out=1e-9)
+        assert env.metadata["tasks"] == {"eval": 1, "train": count - 1}
+        assert not set(prompts(env, "train")) & set(prompts(env, "eval"))
+    assert len({tuple(prompts(make(str(tmp_path / f"{n}.jsonl"), held_out=1e-9), "eval")) for n in (9, 10, 11)}) < 3
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_table_whose_rows_share_one_prompt_is_split_by_row_and_says_so(tmp_path, caplog, alike):
+    rows = [row(0) | {"question": "Begin.", "answer": "1" if alike else str(i)} for i in range(200)]
+    kwargs = {"rewards": ["exact_match"], "privileged_columns": {}}
+    with caplog.at_level(logging.WARNING):
+        env = make(write(tmp_path / "same.jsonl", rows), **kwargs)
+    tasks = env.metadata["tasks"]
+    assert tasks["train"] + tasks["eval"] == 200
+    assert 10 <= tasks["eval"] <= 30
+    assert "200 rows have one prompt between them, so splits are kept apart by row, and share prompts" in caplog.text
+    answers = {split: [row["answer"] for row in env._rows[split]] for split in tasks}
+    if not alike:
+        assert not set(answers["train"]) & set(answers["eval"])
+        turned = make(write(tmp_path / "turned.jsonl", rows[::-1]), **kwargs)
+        assert {row["answer"] for row in turned._rows["eval"]} == set(answers["eval"])
+    assert len({id(row) for split in tasks for row in env._rows[split]}) == 200
+
+
+def test_tables_of_one_prompt_that_are_given_for_each_split_keep_their_rows(tmp_path, caplog):
+    files = {
+        split: write(tmp_path / f"{split}.jsonl", [row(0) | {"question": "Begin.", "answer": str(i)} for i in numbers])
+        for split, numbers in {"train": range(20), "eval": range(18, 25)}.items()
+    }
+    env = make(files)
+    assert env.metadata["tasks"] == {"eval": 7, "train": 18}
+    assert "share prompts" in caplog.text
+    assert "dropped 2 rows" in caplog.text
 
 
 @pytest.mark.parametrize("prompt", [None, 3, [], ["text"], [{"role": "user"}]])
@@ -249,8 +293,10 @@ def test_a_prompt_that_is_no_text_is_refused_by_row(tmp_path, prompt):
         "train": write(tmp_path / "train.jsonl", [{"question": prompt, "answer": "1", "proof": ""}]),
         "eval": write(tmp_path / "eval.jsonl", [row(1)]),
     }
-    with pytest.raises(DataError, match="question, train 0: a prompt must be a string or a list of messages, not"):
-        make(files).reset(seed=0)
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 1, question: a prompt must be a string or a list of messages"
+    ):
+        make(files)
 
 
 @pytest.mark.parametrize(
@@ -270,14 +316,65 @@ def test_a_prompt_with_an_image_or_sound_is_refused_by_its_place(part, medium):
         checked_prompt(asked, where="question, train 0")
 
 
-@pytest.mark.parametrize("partial", [row(2) | {"proof": None}, {"question": "2?"}])
+@pytest.mark.parametrize("partial", [row(2) | {"proof": None}, row(2) | {"proof": " "}, {"question": "2?"}])
 def test_a_row_without_privileged_text_is_refused(tmp_path, partial):
     files = {
-        "train": write(tmp_path / "train.jsonl", [partial, row(3)]),
+        "train": write(tmp_path / "train.jsonl", [row(3), partial]),
         "eval": write(tmp_path / "eval.jsonl", [row(1)]),
     }
-    with pytest.raises(DataError, match="proof, train 0: there is nothing for the teacher to see"):
-        make(files).reset(seed=0, options={"split": "train", "index": 0})
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2, proof: there is nothing in this column"):
+        make(files)
+
+
+def test_an_answer_that_is_asked_for_and_missing_is_named_by_its_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1?", "target": "1"}, {"prompt": "2?", "target": None}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2, target: there is nothing in this column"):
+        DatasetEnv(path, rewards=["exact_match"], answer_column="target")
+
+
+def test_nulls_that_arrow_fills_into_messages_are_no_keys_of_theirs(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calling = [{"role": "user", "content": "x", "name": None}, {"role": "tool", "content": "y", "name": "look"}]
+    rows = [{"prompt": [{"role": "user", "content": str(i)}, *calling]} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    _, info = DatasetEnv(str(tmp_path / "a.parquet"), rewards=[lambda completions: [1.0]]).reset(seed=0)
+    assert [list(message) for message in info["messages"]] == [["role", "content"]] * 2 + [["role", "content", "name"]]
+
+
+def test_cells_of_csv_reach_rewards_as_text_or_as_their_columns_type(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\ufeffprompt,answer,age\n" + "".join(f"{n}?,00{n},\n" for n in range(20)) + "NA,None,3\n")
+    seen = []
+
+    def spy(completions, answer, age):
+        seen.append((answer[0], age[0]))
+        return [1.0]
+
+    for columns in (None, {"age": "int"}):
+        env = DatasetEnv(str(path), rewards=[spy], columns=columns)
+        for split, count in env.metadata["tasks"].items():
+            for index in range(count):
+                env.reset(seed=0, options={"split": split, "index": index})
+                env.step("x")
+    assert set(seen[:21]) == {*((f"00{n}", "") for n in range(20)), ("None", "3")}
+    assert set(seen[21:]) == {*((f"00{n}", None) for n in range(20)), ("None", 3)}
+
+
+def test_a_folder_of_csv_is_read_as_a_file_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.csv").write_text("\ufeffprompt,answer\nNone,007\nNA,008\n")
+    tables = load_dataset(str(tmp_path / "tables"), None)
+    assert list(tables["train"].rows) == [{"prompt": "None", "answer": "007"}, {"prompt": "NA", "answer": "008"}]
+
+
+def test_a_file_that_is_written_again_is_read_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(i) for i in range(20)])
+    assert sum(make(path).metadata["tasks"].values()) == 20
+    write(tmp_path / "a.jsonl", [row(i) for i in range(30)])
+    assert sum(make(path).metadata["tasks"].values()) == 30
 
 
 def test_other_formats_and_saved_data_sets_give_the_same_tasks(table, tmp_path):

@@ -295,12 +295,19 @@ def test_a_line_of_the_file_ends_only_where_it_was_ended(tmp_path):
     assert file.read(tmp_path / "skills.jsonl") == list(made.skills.values())
 
 
+def test_a_byte_order_mark_that_an_editor_left_is_no_part_of_a_skill(tmp_path):
+    made = list(filled(("one", "train/0", "p")).skills.values())
+    file.write(tmp_path / "skills.jsonl", made)
+    (tmp_path / "skills.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "skills.jsonl").read_bytes())
+    assert file.read(tmp_path / "skills.jsonl") == made
+
+
 @pytest.mark.parametrize("line", ["{", "3", "null", "[]", '{"id": "s1"}', '{"text": "only"}', "\udcff", "[" * 100_000])
 def test_a_file_that_is_no_bank_is_refused_with_its_line(tmp_path, line):
     path = tmp_path / "skills.jsonl"
     file.write(path, filled(("one", "train/0", "p")).skills.values())
     path.write_text(path.read_text() + line + "\n", errors="surrogateescape")
-    with pytest.raises(DataError, match=r"skills\.jsonl:2: "):
+    with pytest.raises(DataError, match=r"skills\.jsonl, line 2\b"):
         file.read(path)
 
 

@@ -168,12 +168,27 @@ def test_a_new_run_does_not_overwrite_the_rows_of_another(tmp_path):
         tracker(tmp_path)
 
 
-@pytest.mark.parametrize(("line", "reason"), [("{oops", "is damaged"), ("[1]", "has no step"), ("{}", "has no step")])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{oops", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[1]", "has no step"),
+        ("{}", "has no step"),
+        ('{"step": true}', "has no step"),
+    ],
+)
 def test_a_damaged_row_is_named_by_its_line(tmp_path, line, reason):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(DataError, match=rf"metrics.jsonl, line 2 {reason}"):
         read_rows(path)
+
+
+def test_a_byte_order_mark_that_an_editor_left_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\r\n', encoding="utf-8-sig", newline="")
+    assert read_rows(path) == [{"step": 1}]
 
 
 # -- rollouts.jsonl -----------------------------------------------------------------------------------

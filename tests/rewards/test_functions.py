@@ -63,6 +63,12 @@ def test_contains_answer_looks_for_whole_words_in_any_case():
     assert contains_answer(completions, answer=["Paris"] * 4) == [1.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("function", [exact_match, normalized_match, f1, contains_answer, number_match])
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_where_no_answer_stands_nobody_is_right(function, nothing):
+    assert function(["None"], [nothing]) == function([""], [nothing]) == [None]
+
+
 def test_an_empty_answer_is_contained_in_nothing():
     assert contains_answer(["anything"], answer=[" "]) == [None]
 

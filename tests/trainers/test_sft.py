@@ -1,5 +1,6 @@
 """Supervised fine-tuning: which tokens of which episodes are learned, and where these come from."""
 
+import datetime
 import json
 import math
 import shutil
@@ -315,6 +316,76 @@ def test_conversations_of_a_file_are_learned_where_the_assistant_speaks(make_cha
     assert all(math.isnan(value) for value in sample.sampler_logprobs)
 
 
+def test_conversations_may_stand_in_an_array_or_in_parquet(make_chat, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"messages": [{**SAID[0], "content": text}, *SAID[1:]], "success": i > 0} for i, text in enumerate("abc")]
+    write = {
+        "c.jsonl": lambda path: path.write_text("\ufeff" + "\r\n".join(map(json.dumps, rows))),
+        "c.json": lambda path: path.write_text(json.dumps(rows, indent=1)),
+        "c.parquet": lambda path: pq.write_table(pa.Table.from_pylist(rows), path),
+    }
+    found = []
+    for name, make in write.items():
+        make(tmp_path / name)
+        read = read_conversations(tmp_path / name, make_chat())
+        found.append([(t.success, [(turn.prompt_ids, turn.completion_ids) for turn in t.turns]) for t in read])
+    assert [success for success, _ in found[0]] == [False, True, True]
+    assert found[0] == found[1] == found[2]
+
+
+def test_line_breaks_that_python_knows_are_text_of_a_conversation(make_chat, tmp_path):
+    path, text = tmp_path / "c.jsonl", "a\u2028b\x85c\x0cd\x1ce"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": text}, CALL]}, ensure_ascii=False) + "\n")
+    path.write_text(path.read_text().replace("\\f", "\f").replace("\\u001c", "\x1c"))
+    [read] = read_conversations(path, make_chat())
+    assert text in make_chat().tokenizer.decode(read.turns[0].prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"success": "false"}, "success = 'false'; it may be true, false or null"),
+        ({"success": "1"}, "success = '1'; it may be"),
+        ({"success": 0.5}, "success = 0.5; it may be"),
+        ({"success": []}, r"success = \[\]; it may be"),
+        ({"reward": 0.0}, "reward = 0.0 does not say what is learned from. Write success: true or false"),
+        ({"reward": "1"}, "reward = '1' does not say"),
+        ({"Success": False}, "it has 'Success'; write success"),
+        ({"messages ": []}, "it has 'messages '; write messages"),
+        ({"messages": [SAID[0], {**CALL, "weight": "1"}]}, r"messages\[1\]: weight = '1'; an assistant's message may"),
+        (
+            {"messages": [SAID[0], {**CALL, "weight": True}]},
+            r"messages\[1\]: weight = True; an assistant's message may",
+        ),
+        ({"messages": [SAID[0], {**CALL, "weight": 0.5}]}, r"messages\[1\]: weight = 0.5; an assistant's message may"),
+        ({"messages": [{**SAID[0], "role": ["user"]}, CALL]}, r"messages\[0\]: role = \['user'\] is unknown"),
+        ({"tools": "[" * 5_000}, "tools is no JSON: it is nested too deeply"),
+    ],
+)
+def test_what_says_how_a_row_counts_is_read_strictly(make_chat, tmp_path, keys, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n" + json.dumps({"messages": SAID} | keys) + "\n")
+    with pytest.raises(DataError, match=rf"c\.jsonl, line 2: {message}"):
+        read_conversations(path, make_chat())
+
+
+def test_dates_and_what_is_no_number_in_parquet_are_refused_by_their_row(make_chat, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for value, message in (
+        (float("nan"), "Out of range float"),
+        (datetime.date(2020, 1, 2), "what JSON does not know"),
+    ):
+        call = {"function": {"name": "look", "arguments": {"when": value}}}
+        row = {"messages": [SAID[0], {"role": "assistant", "content": "x", "tool_calls": [call]}]}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "c.parquet")
+        with pytest.raises(DataError, match=rf"c\.parquet, row 1: .*{message}"):
+            read_conversations(tmp_path / "c.parquet", make_chat())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -339,6 +410,25 @@ def test_a_line_that_is_no_conversation_is_named(make_chat, tmp_path, line, mess
 def test_a_file_that_is_not_there_is_said_before_the_model_loads(settings):
     with pytest.raises(ConfigError, match=r'sft.file = "/nonexistent.jsonl": there is no such file'):
         config_from(settings(source="file", sft={"file": "/nonexistent.jsonl"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"messages": 1}', r"line 2: it is no \{\"messages\""),
+        ('{"messages": []', r"line 2: not JSON .*does not end on its line"),
+        (json.dumps({"messages": SAID, "success": "false"}), "line 2: success = 'false'"),
+        (json.dumps({"messages": [*SAID, {"role": "user", "content": "\ud800"}]}), "line 2: it holds a lone surrogate"),
+        ("é", "line 2, byte 1: 0xe9 is not UTF-8"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_said_before_the_model_loads(settings, tmp_path, text, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": SAID}) + "\n" + text + "\n", encoding="latin-1")
+    with pytest.raises(ConfigError, match=rf"sft\.file: .*c\.jsonl, {message}"):
+        config_from(settings(source="file", sft={"file": str(path)}))
+    with pytest.raises(ConfigError, match=r'sft\.file = ".*": it is no file'):
+        config_from(settings(source="file", sft={"file": str(tmp_path)}))
 
 
 def test_a_file_of_conversations_trains(settings, tmp_path):

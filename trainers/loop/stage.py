@@ -113,3 +113,5 @@ class Inputs:
     models: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     folders: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
+    """What looks into some of the files before a model is loaded. It raises OpdError for one that is not to be used."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import DataError, ModelError
+from opd.rows import read_file
 from opd.trainers.parts.messages import read_row
 from opd.types import End, Message, StopReason, Task, Trajectory, Turn
 
@@ -25,32 +26,40 @@ _LINKS = ("role", "content", "tool_call_id", "id", "name")
 def read_conversations(
     path: Path, chat: ChatFormat, *, leave_out: Collection[str] = (), on_row: Callable[[], None] = lambda: None
 ) -> list[Trajectory]:
-    """Read one conversation a line: `{"messages": [...]}`, perhaps with `tools` and `success`.
+    """Read a file with a conversation in each row: `{"messages": [...]}`, perhaps with `tools` and `success`.
 
     Messages are in OpenAI's form: an assistant's may have `tool_calls` and `reasoning_content`, and its text may hold
     these in the model's own markup. Keys that the model's template does not render are refused, but for those that a
     person leaves out. `on_row` is called after each; what it raises ends the reading.
 
-    Raises DataError, with the line's number, for a line that is no conversation with something to learn.
+    Raises ConfigError where there is no such file; DataError, with the line's number, for what cannot be read, and for
+    a row that is no conversation with something to learn.
     """
-    try:
-        # Not splitlines: JSON may hold other line breaks of Unicode as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    file = read_file(path)
     reader = _Reader(chat, frozenset(leave_out))
     found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                found.append(reader.conversation(json.loads(line), number))
-            except (ValueError, ModelError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
-            on_row()
+    for number, row in enumerate(file.rows):
+        try:
+            found.append(reader.conversation(row, file.places[number]))
+        except (ValueError, ModelError) as error:
+            raise DataError(f"{file.where(number)}: {error}") from error
+        on_row()
     if reader.left_out:
         keys = ", ".join(sorted(reader.left_out))
         logger.warning("%s: the keys %s of messages are left out, as set", path, keys)
     return found
+
+
+def check_conversations(path: Path) -> None:
+    """Look at what can be known of a file's conversations without a model. Raises as `read_conversations` does."""
+    file = read_file(path)
+    for number, row in enumerate(file.rows):
+        try:
+            messages, _ = read_row(row)
+            _check_text(messages)
+            _success(row)
+        except ValueError as error:
+            raise DataError(f"{file.where(number)}: {error}") from error
 
 
 @dataclass
@@ -62,7 +71,7 @@ class _Reader:
     """The shapes of messages of which the template has rendered every key."""
 
     def conversation(self, row: Any, number: int) -> Trajectory:
-        """Return the conversation of line `number` as an episode. Raises ValueError where there is nothing to learn."""
+        """Return a row's conversation as an episode. Raises ValueError where there is nothing to learn."""
         messages, tools = read_row(row)
         _check_text(messages)
         spoken = _Spoken(self.chat, tools)
@@ -75,12 +84,8 @@ class _Reader:
         if not spoken.turns:
             raise ValueError("there is no message of an assistant to learn from")
         task = Task(index=number, seed=number, split="file")
-        success = row.get("success", True)
-        if success not in (None, True, False):
-            raise ValueError(f"success = {success!r:.80}; it may be true, false or null")
-        return Trajectory(
-            task=task, member=0, turns=spoken.turns, end=End.FINISHED, tools=tools, success=success in (None, True)
-        )
+        success = _success(row)
+        return Trajectory(task=task, member=0, turns=spoken.turns, end=End.FINISHED, tools=tools, success=success)
 
     def _take(self, place: int, message: Message, spoken: _Spoken) -> None:
         """Add a message to the conversation. Raises ValueError and ModelError where it cannot be learned, or shown."""
@@ -165,6 +170,19 @@ class _Spoken:
         self._last_id = ids[-1]
 
 
+def _success(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is to be learned from as a success, which it is where nothing says so. Raises ValueError."""
+    success, reward = row.get("success"), row.get("reward")
+    if success not in (None, True, False):  # 1 and 0 are these; texts, and what is between, are not
+        raise ValueError(f"success = {success!r:.80}; it may be true, false or null")
+    if success is None and reward is not None:
+        raise ValueError(
+            f"reward = {reward!r:.80} does not say what is learned from. Write success: true or false, or take reward "
+            "out of the row"
+        )
+    return success is None or bool(success)
+
+
 def _check_answers(result: Message, before: list[Message]) -> None:
     """Raise ValueError for a result whose id is that of no call that it may answer, where these have ids."""
     said = next((message for message in reversed(before) if message["role"] == "assistant"), {})
@@ -177,8 +195,10 @@ def _check_answers(result: Message, before: list[Message]) -> None:
 
 
 def _check_text(messages: list[Message]) -> None:
-    """Raise ValueError for text that no tokenizer takes."""
+    """Raise ValueError for text that no tokenizer takes, and for what no template writes: dates, bytes, NaN."""
     try:
-        json.dumps(messages, ensure_ascii=False).encode()
+        json.dumps(messages, ensure_ascii=False, allow_nan=False).encode()
+    except TypeError as error:
+        raise ValueError(f"it holds what JSON does not know: {error}") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"it holds a lone surrogate ({error.object[error.start]!a}), which is no text") from None

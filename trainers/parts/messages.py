@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from opd.json_text import each_once
+from opd.json_text import parse_json
 from opd.types import MEDIA, ONLY_TEXT, Message, medium_in
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -19,6 +18,8 @@ _OTHER_ROWS = {
     "messages": "its value must be a list of messages that is not empty",
 }
 """Keys of rows in other forms, and the mend."""
+_KEYS = ("messages", "tools", "success", "reward")
+"""Keys of a row that mean something here, written so and not otherwise."""
 _SAYS_NOTHING = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 """Keys that a dump of an API holds, empty."""
 _MEDIUM_KEY = re.compile(rf"(input_)?({MEDIA.pattern})s?(_urls?)?")
@@ -33,6 +34,8 @@ def read_row(row: Any) -> tuple[list[Message], list[dict[str, Any]] | None]:
         other = next((key for key in _OTHER_ROWS if isinstance(row, Mapping) and key in row), None)
         instead = f"; it has {other!r}: {_OTHER_ROWS[other]}" if other else ""
         raise ValueError(f'it is no {{"messages": [{{"role": ..., "content": ...}}, ...]}}{instead}')
+    if other := next((key for key in row if key not in _KEYS and str(key).strip().lower() in _KEYS), None):
+        raise ValueError(f"it has {other!r:.80}; write {other.strip().lower()}, or take it out")
     if row.get("functions"):
         raise ValueError(
             'functions is the old name of tools; write tools: [{"type": "function", "function": ...}, ...]'
@@ -53,9 +56,9 @@ def _message(message: Any) -> Message:
         raise ValueError(f"it is {type(message).__name__}, and must be a dict with a role and a content")
     given = {key: value for key, value in message.items() if value is not None}  # Arrow fills what others have
     role = given.pop("role", None)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         instead = f'; write "{_OTHER_ROLES[role]}"' if isinstance(role, str) and role in _OTHER_ROLES else ""
-        raise ValueError(f"role = {role!r} is unknown{instead}. Allowed: {', '.join(_ROLES)}")
+        raise ValueError(f"role = {role!r:.80} is unknown{instead}. Allowed: {', '.join(_ROLES)}")
     if medium := _medium_beside(given):
         raise ValueError(f"it has {medium!r} beside its content: {ONLY_TEXT}. Leave the row out")
     made: Message = {"role": _ROLES[role]}
@@ -90,8 +93,8 @@ def _medium_beside(given: Mapping[str, Any]) -> str | None:
 
 def _weight(weight: Any, role: str) -> int:
     """Return the weight of a message, as OpenAI's files have it: 0 for one that is read and not learned."""
-    if role != "assistant" or weight not in (0, 1):
-        raise ValueError(f"weight = {weight!r}; an assistant's message may have 0 (read, not learned) or 1")
+    if role != "assistant" or isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f"weight = {weight!r:.80}; an assistant's message may have 0 (read, not learned) or 1")
     return int(weight)
 
 
@@ -183,10 +186,6 @@ def _json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_no_number, object_pairs_hook=each_once) if value.strip() else None
+        return parse_json(value) if value.strip() else None
     except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

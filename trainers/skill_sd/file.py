@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.errors import DataError
+from opd.rows import numbered_lines, parse_row
 from opd.trainers.skill_sd.bank import SkillBank
 from opd.trainers.skill_sd.skill import Lesson, Skill, from_row, to_row
 
@@ -23,13 +24,13 @@ _PLACES = {"own": "its task", "like": "like tasks"}
 def read(path: Path) -> list[Skill]:
     """Read the skills of a file. Raises DataError, with the line's number, for a line that holds none."""
     skills = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:
-            skills.append(from_row(json.loads(line.decode())))
-        except (ValueError, DataError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: {error}") from error
+            skills.append(from_row(parse_row(line)))
+        except (ValueError, DataError) as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
     return skills
 
 
