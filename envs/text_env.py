@@ -39,7 +39,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from opd.envs.spaces import TextSpace, clean
+from opd.envs.spaces import TextSpace, clean, without_addresses
 from opd.errors import EnvError
 from opd.types import Message
 
@@ -129,7 +129,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         split, index = self._address(options or {})
         start = self.start(self.np_random, split, index)
         self._running, self._steps = True, 0
-        info: dict[str, Any] = {"privileged": {name: clean(text) for name, text in start.privileged.items()}}
+        info: dict[str, Any] = {"privileged": {name: _plain(text) for name, text in start.privileged.items()}}
         if tools := self.tool_schemas():
             info["tools"] = tools
         return _to_observation(start.messages, info), info
@@ -146,7 +146,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         if reply.unreadable:
             info["unreadable"] = True
         if reply.feedback is not None:
-            info["feedback"] = clean(reply.feedback)
+            info["feedback"] = _plain(reply.feedback)
         if reply.rewards:
             info["rewards"] = dict(reply.rewards)
         return _to_observation(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
@@ -164,10 +164,15 @@ class TextEnv(gymnasium.Env[str, str], ABC):
 
 def _to_observation(messages: Sequence[Message], info: dict[str, Any]) -> str:
     """Return the messages as an observation. They go into `info` too, unless they are just one user message."""
-    cleaned = [{**message, "content": clean(message["content"])} for message in messages]
+    cleaned = [{**message, "content": _plain(message["content"])} for message in messages]
     if len(cleaned) != 1 or cleaned[0]["role"] != "user":
         info["messages"] = cleaned
     return "\n".join(message["content"] for message in cleaned if message["role"] != "system")
+
+
+def _plain(text: str) -> str:
+    """Return a text that any tokenizer takes, and that is the same in every run."""
+    return without_addresses(clean(text))
 
 
 def task_split(*key: object, held_out: float = 0.2, warm: float = 0.2) -> str:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema, PydanticJsonSchemaWarning
 
+from opd.envs.spaces import without_addresses
 from opd.errors import ConfigError, EnvError
 
 _MARK = "__opd_tool__"
@@ -126,7 +127,8 @@ def _to_json_value(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)  # not in the order of hashes, which differs from run to run
+        # Not in the order of hashes or of addresses, which differs from run to run.
+        return sorted(value, key=lambda one: without_addresses(repr(one)))
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
     to_list = getattr(value, "tolist", None)  # numpy's and torch's arrays and scalars

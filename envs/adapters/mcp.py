@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -164,9 +165,9 @@ class RemoteTool(Tool):
         Raises ToolError for whatever goes wrong on the server's side.
         """
         result = self._session.call(self.name, arguments)
-        text = "\n".join(_block_text(block) for block in result.content)
+        text = _result_text(result)
         if result.is_error:
-            raise ToolError(text or f"{self.name} failed")
+            raise ToolError(text or "the server says that the call failed, and not why")
         return text or "(no output)"
 
 
@@ -282,9 +283,57 @@ def _make_connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     return client
 
 
+def _result_text(result: Any) -> str:
+    """Write all that a server said in a result: its blocks, and its structured content where no block has that."""
+    blocks = [_block_text(block) for block in result.content]
+    if not _is_said(result.structured_content, blocks):
+        blocks.append(json.dumps(result.structured_content, ensure_ascii=False))
+    return "\n".join(filter(None, blocks))
+
+
+def _is_said(data: Any, blocks: Sequence[str]) -> bool:
+    """True if the blocks hold the structured content in words: servers send both, for clients that read one of them.
+
+    A value that is no object comes wrapped as `{"result": value}`, and a list as one block for each of its members.
+    """
+    value = data["result"] if isinstance(data, dict) and set(data) == {"result"} else data
+    said = [[text, _json_of(text)] for text in blocks]
+    if value is None or any(value in both or data in both for both in said):
+        return True
+    return isinstance(value, list) and all(
+        any(one in both for both in said) for one in value
+    )  # of an empty list nothing is left unsaid
+
+
+def _json_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _block_text(block: Any) -> str:
-    """Write a block of a result in words: text as it is, anything else by its kind: no image or sound is trained."""
-    return str(block.text) if block.type == "text" else f"[{block.type}]"
+    """Write a block of a result: text as it is, also that of a resource.
+
+    What is no text (no image or sound is trained) is named by its kind, with the words that the server gave it.
+    """
+    match block.type:
+        case "text":
+            return str(block.text)
+        case "resource":
+            text = getattr(block.resource, "text", None)
+            return str(text) if text is not None else _named("resource", block.resource)
+        case "resource_link":
+            return _named("resource", block, block.title or block.name, block.description)
+        case kind:
+            return _named(kind, block)
+
+
+def _named(kind: str, block: Any, *words: str | None) -> str:
+    """Name what is no text: `[resource file:///menu.pdf, application/pdf: Menu. What there is to eat]`."""
+    found = [getattr(block, "uri", None), getattr(block, "mime_type", None)]
+    where, said = ", ".join(str(one) for one in found if one), ". ".join(filter(None, words))
+    return f"[{kind}{' ' * bool(where)}{where}{': ' * bool(said)}{said}]"
 
 
 def _describe_cause(error: BaseException) -> str:
