@@ -87,15 +87,19 @@ class Tool:
         """
         return to_text(self.function(**self.checked(arguments)))
 
+    def typed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments that are text as the model wrote it, each read as its type in the schema says."""
+        types = self.schema()["function"]["parameters"].get("properties", {})
+        return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+
     def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
         """Return the arguments as the function takes them. Raises ToolError when they do not fit.
 
         With `as_text` each is text as the model wrote it, and its type in the schema says how to read that.
         """
-        _, model, parameters = self._signature
+        _, model, _ = self._signature
         if as_text:
-            types = json.loads(parameters)["properties"]
-            arguments = {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+            arguments = self.typed(arguments)
         try:
             checked = model.model_validate(arguments)
         except ValidationError as error:

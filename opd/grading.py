@@ -9,11 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 Listener = Callable[[bool], None]
 """Told True when grading begins on its thread, and False when it ends."""
 
 _here = threading.local()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """Says where the trainer stands that plays an environment, whose `trained_by` is told so before each reset."""
+
+    step: int = 0
+    """Steps that the student's weights have seen."""
+    steps: int = 0
+    """Steps of the run's stage; 0 where it is not said."""
 
 
 @contextmanager

@@ -13,19 +13,22 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
+from opd.envs.scoring import Member, Scorer
 from opd.envs.tables import Row
 from opd.envs.text_env import Reply, Start
 from opd.envs.tool_env import ToolEnv, ToolError
-from opd.envs.tools import Tool, from_text
+from opd.envs.tools import Tool
 from opd.errors import ConfigError, EnvError
-from opd.rewards import Rewards, Rubric
+from opd.rewards import Rewards, Rubric, Score
 from opd.tool_calls import ToolFormat
+from opd.types import Message
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +95,15 @@ class McpEnv(ToolEnv):
         self._rows = Rows(data, prompt_column=prompt_column, privileged_columns=privileged_columns, held_out=held_out)
         self._rubric = Rubric(rewards)
         self._rubric.require(column for column in self._rows.columns if column not in RESERVED)
-        self.success_threshold = success_threshold
+        self._scorer = Scorer(self._rubric, success_threshold, partial(_tell_score, success_threshold))
         self.metadata = {**self.metadata, "tasks": self._rows.counts}
         self._row: Row = {}
+        self._said: list[Message] = []
         self._session: Session | None = None
         self._stop: Callable[[], object] | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
-        self._row = self._rows.pick(rng, split, index)
+        self._row, self._said = self._rows.pick(rng, split, index), []
         if self._session is not None and (self.fresh or self._session.lost is not None):
             self._end_session()
         if self._session is None:
@@ -113,13 +117,17 @@ class McpEnv(ToolEnv):
 
     def no_call(self, action: str) -> Reply:
         columns = {column: value for column, value in self._row.items() if column not in RESERVED}
-        answer = [{"role": "assistant", "content": action}]
-        scored = self._rubric.score(self._rows.prompt(self._row), answer, columns)
-        success = scored.total >= self.success_threshold - 1e-9
-        feedback = None if success else f"The answer scored {scored.total:g}; {self.success_threshold:g} is needed."
-        return Reply(
-            reward=scored.total, terminated=True, success=success, feedback=feedback, rewards=dict(scored.parts)
-        )
+        member = Member(prompt=self._rows.prompt(self._row), completion=self._said, columns=columns)
+        return self._scorer.reply(member, self.trainer)
+
+    def respond(self, action: str) -> Reply:
+        self._said.append(self.spoken(action))
+        reply = super().respond(action)
+        self._said += reply.messages
+        return reply
+
+    def score_group(self, members: Sequence[Member], ids: Sequence[Sequence[int]]) -> list[Reply]:
+        return self._scorer.group(members, ids, self.trainer)
 
     def close(self) -> None:
         self._end_session()
@@ -139,6 +147,10 @@ class McpEnv(ToolEnv):
         return [RemoteTool(listed[name], session) for name in offered]
 
 
+def _tell_score(needed: float, score: Score) -> str:
+    return f"The answer scored {score.total:g}; {needed:g} is needed."
+
+
 class RemoteTool(Tool):
     """Calls a tool of a server. The schema is the server's, and so is the checking of arguments."""
 
@@ -154,10 +166,7 @@ class RemoteTool(Tool):
         return {"type": "function", "function": function}
 
     def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
-        if not as_text:
-            return arguments
-        types = self._listed.input_schema.get("properties", {})
-        return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+        return self.typed(arguments) if as_text else arguments
 
     def __call__(self, arguments: dict[str, Any]) -> str:
         """Call the tool and return its result as text.

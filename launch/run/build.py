@@ -21,6 +21,7 @@ from opd.episodes.episode import PromptRewrite
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
 from opd.errors import Interrupted
+from opd.grading import Trainer
 from opd.launch.checks.text import tool_format
 from opd.launch.run.backends import make_backend
 from opd.launch.run.models import check_tokenizers, check_top_k, load_held, named_model
@@ -78,6 +79,7 @@ class Run:
                 rewrite=rewrite,
                 on_finish=on_finish,
                 stopped=stopped,
+                trainer=Trainer(step=self.loop.player.version, steps=config.train.steps),
             )
         shares = [share for share in ranks.gather(own) if share is not None]
         if len(shares) < ranks.world_size:
