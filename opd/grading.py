@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 Listener = Callable[[bool], None]
@@ -25,6 +26,29 @@ class Trainer:
     """Steps that the student's weights have seen."""
     steps: int = 0
     """Steps of the run's stage; 0 where it is not said."""
+
+
+MOST_REASONS = 100
+"""Reasons that are kept of one call of an environment."""
+_noted: ContextVar[list[str] | None] = ContextVar("opd_ungraded", default=None)
+
+
+def note_ungraded(reason: str) -> None:
+    """Take note that a grader had no result for a text, and why, where somebody wants to know (`noting`)."""
+    noted = _noted.get()
+    if noted is not None and len(noted) < MOST_REASONS:
+        noted.append(reason)
+
+
+@contextmanager
+def noting() -> Iterator[list[str]]:
+    """Collect the reasons that are noted inside, also on threads that get this context (`opd.background`)."""
+    reasons: list[str] = []
+    token = _noted.set(reasons)
+    try:
+        yield reasons
+    finally:
+        _noted.reset(token)
 
 
 @contextmanager

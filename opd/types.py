@@ -222,6 +222,8 @@ class Trajectory:
     success: bool = False
     unscored: bool = False
     """Nothing could tell what it is worth: its reward stands for nothing, and it is compared with no other."""
+    ungraded: list[str] = field(default_factory=list)
+    """Why graders had no result for what it said: they hung, died, raised. It scored 0, or was over."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers that reward functions logged."""
     notes: dict[str, Any] = field(default_factory=dict)

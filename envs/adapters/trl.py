@@ -17,10 +17,10 @@ from opd.envs.scoring import Member, Scorer
 from opd.envs.text_env import Reply, Start
 from opd.envs.tool_env import ToolEnv
 from opd.envs.tools import Tool
-from opd.errors import ConfigError
+from opd.errors import ConfigError, EnvError
 from opd.rewards import Rewards, Rubric
 from opd.tool_calls import ToolFormat
-from opd.types import Message
+from opd.types import ONLY_TEXT, Message, medium_in
 
 _NOT_TOOLS = ("reset", "get_reward")
 
@@ -102,7 +102,7 @@ class TrlEnv(ToolEnv):
             given["seed"] = int(rng.integers(2**31))
         told = self._await(self._theirs.reset(**given))
         if told is not None:
-            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + str(told)}
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + _text(told)}
         self._begin(self._row, messages)
         return Start(prompt=messages, privileged={} if self._rows is None else self._rows.privileged(self._row))
 
@@ -156,6 +156,15 @@ class TrlEnv(ToolEnv):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+
+def _text(told: Any) -> str:
+    """Return what `reset` tells as text: a list of parts is read as TRL reads it. Raises EnvError for an image."""
+    if not isinstance(told, list):
+        return str(told)
+    if medium := medium_in(told):
+        raise EnvError(f"reset returned {medium!r}: {ONLY_TEXT}")
+    return "".join(str(part["text"] if isinstance(part, Mapping) and "text" in part else part) for part in told)
 
 
 def _instance(name: str, config: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.weights import ModelWeights
+from opd.envs.adapters import workers_for
 from opd.envs.factory import make_for, module_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.episode import PromptRewrite
@@ -206,7 +207,7 @@ def _make_schedulers(
         chat,
         config=config.rollout,
         max_turns=config.env.max_turns,
-        workers=config.env.workers,
+        workers=workers_for(config.env.id, config.env.kwargs) if config.env.workers == "auto" else config.env.workers,
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
     make = partial(make_for, config.env.id, tool_format=chat.format.name, starts_thinking=chat.starts_thinking)

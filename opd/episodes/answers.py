@@ -12,11 +12,11 @@ import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd.errors import EnvError
-from opd.grading import Trainer
+from opd.grading import Trainer, noting
 from opd.types import ONLY_TEXT, Message, Task, medium_in
 
 MOST_CHARACTERS = 1_000_000
@@ -51,6 +51,8 @@ class Answer:
     """What the environment wants to know of the episode once its group is scored; never looked into."""
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    ungraded: list[str] = field(default_factory=list)
+    """Why graders had no result for what was to be scored; it scored 0, or ended the episode."""
     unreadable: bool = False
     """The environment ended the episode because it could not read the action."""
 
@@ -74,7 +76,7 @@ def reset(env: Any, goal: Task, trainer: Trainer | None = None) -> Answer:
 def step(env: Any, action: str) -> Answer:
     """Hand a completion's text over. Raises as `reset` does."""
     since = time.perf_counter()
-    with _close_on_error(env):
+    with _close_on_error(env), noting() as ungraded:
         said = env.step(action)
         seconds = time.perf_counter() - since
         with _blame_answer("step", said, "(observation, reward, terminated, truncated, info)"):
@@ -87,6 +89,7 @@ def step(env: Any, action: str) -> Answer:
                 reward=_reward(reward),
                 terminated=over,
                 unreadable=_unreadable(info, over),
+                ungraded=ungraded,
                 member=info.get("member"),
                 truncated=_flag("truncated", truncated)
                 and not over,  # gymnasium's TimeLimit says both at its last step
@@ -98,12 +101,13 @@ def score_group(env: Any, members: Sequence[Any], ids: Sequence[Sequence[int]]) 
 
     Raises whatever the environment raises, and BadAnswer where it does not answer for each member.
     """
-    with _close_on_error(env):
+    with _close_on_error(env), noting() as ungraded:
         replies = _plain(env).score_group(list(members), [list(one) for one in ids])
         with _blame_answer("score_group", replies, "a Reply for each member"):
             if len(replies) != len(members):
                 raise BadAnswer(f"score_group answered {len(replies)} times for {len(members)} members")
-            return [_scored(reply) for reply in replies]
+            scored = [_scored(reply) for reply in replies]
+            return [replace(scored[0], ungraded=ungraded), *scored[1:]] if scored else []
 
 
 def _scored(reply: Any) -> Answer:

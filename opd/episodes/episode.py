@@ -64,6 +64,7 @@ class Episode:
     tools: list[dict[str, Any]] | None = None
     privileged: dict[str, str] = field(default_factory=dict)
     unscored: bool = False
+    ungraded: list[str] = field(default_factory=list)
     handed: Any = None
     """What its environment wants to know of it once its group is scored; None: its reward is whole."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class Episode:
             privileged=self.privileged,
             success=solved and self.failed is None,
             unscored=self.unscored,
+            ungraded=self.ungraded,
             metrics=self.metrics,
             notes=self.notes,
             failed=self.failed,
@@ -218,6 +220,7 @@ def take_answer(episode: Episode, answer: Answer | BaseException) -> None:
     if answer.success is not None:
         episode.success = answer.success
     episode.unscored, episode.handed = answer.unscored, answer.member
+    episode.ungraded = episode.ungraded + answer.ungraded
     episode.metrics, episode.notes = {**episode.metrics, **answer.metrics}, {**episode.notes, **answer.notes}
     if episode.turns:
         last = episode.turns[-1]

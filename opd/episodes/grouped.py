@@ -63,6 +63,7 @@ def _scored(trajectory: Trajectory, answer: Answer) -> Trajectory:
         turns=[*others, last],
         success=bool(answer.success) and trajectory.terminated,
         unscored=answer.unscored,
+        ungraded=trajectory.ungraded + answer.ungraded,
         metrics={**trajectory.metrics, **answer.metrics},
         notes={**trajectory.notes, **answer.notes},
     )

@@ -151,6 +151,7 @@ def episode_row(step: int, trajectory: Trajectory) -> Row:
         "rewards": [_null_unless_finite(turn.reward) for turn in turns],
         "reward_parts": trajectory.reward_parts,
         **({"unscored": True} if trajectory.unscored else {}),
+        **({"ungraded": trajectory.ungraded} if trajectory.ungraded else {}),
         **({"notes": trajectory.notes} if trajectory.notes else {}),
         "stop_reasons": [str(turn.stop_reason) for turn in turns],
         "feedback": [turn.feedback for turn in turns],

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 
@@ -78,6 +79,26 @@ def test_a_function_of_a_table_that_compares_sees_its_group(group, tmp_path):
     alone = DatasetEnv(path, rewards=rewards)
     alone.reset(seed=0)
     assert alone.step("b")[1] == 0.5  # where no trainer plays, an episode is its own group
+
+
+def hangs_at_bad(completions, **kwargs):
+    time.sleep(60 if "bad" in completions else 0)
+    return [1.0] * len(completions)
+
+
+@pytest.mark.slow
+def test_a_text_at_which_a_grader_hangs_is_counted_told_and_written_beside_its_episode(group, tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(9)))
+    rewards = {"judge": {"reward": hangs_at_bad, "isolated": True, "time_limit": 1}}
+    played = group(lambda: DatasetEnv(str(tmp_path / "rows.jsonl"), rewards=rewards), ["good", "bad"])
+    assert [t.reward for t in played.trajectories] == [1.0, 0.0]
+    assert [t.ungraded for t in played.trajectories] == [[], ["reward judge: no answer within 1 s (time_limit)"]]
+    row = of_groups([played])
+    assert row["failures/grading"] == 1.0
+    assert "failures/grading" not in of_groups([group(Judged, ["a"])])
+    with caplog.at_level(logging.WARNING):
+        Health(0).warn(0, row | {"signal/zero": 0.0})
+    assert "step 1: graders hung, died or raised at 1 texts" in caplog.text
 
 
 class Comparing(TextEnv):

@@ -9,7 +9,7 @@ mean absolute difference of their log-probs; `signal/zero` the share of samples 
 differ; `shown/*` the share of samples whose teacher is shown that; `variance/*` see `of_variance`. `reward/part/NAME`
 is a named part of the reward before its weight, `reward/abstained/NAME` the number of episodes that it could not tell
 of; `reward/logged/NAME` what a reward function logged. `rollout/unscored` counts episodes that nobody could score: they
-are in no mean of rewards and in no baseline.
+are in no mean of rewards and in no baseline. `failures/grading` counts texts that a grader had no result for.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     faults = Counter(t.fault for group in groups for t in group.attempts if t.fault is not None)
     row["failures/infrastructure"] = float(sum(n for fault, n in faults.items() if fault.of_infrastructure))
     row["failures/environment"] = float(faults.total()) - row["failures/infrastructure"]
+    if ungraded := sum(len(t.ungraded) for group in groups for t in group.attempts):
+        row["failures/grading"] = float(ungraded)
     row |= {f"failures/{fault}": float(count) for fault, count in faults.items()}
     row |= _of_rewards(whole)
     if whole:

@@ -268,3 +268,15 @@ def test_completion_ids_are_for_a_trainer_alone(rows):
         env.step("done")
     with pytest.raises(ConfigError, match="leave out group: false"):
         make("trl:trl_boxes:Box", {"data": rows, "rewards": {"n": {"reward": needs, "group": False}}})
+
+
+class Parts(Box):
+    def reset(self, image=False, **row):
+        super().reset()
+        return [{"type": "image", "image": "x"} if row.get("seed") == 1 else {"type": "text", "text": " Now."}]
+
+
+def test_a_reset_that_tells_in_parts_is_read_as_text(monkeypatch):
+    monkeypatch.setattr(sys.modules["trl_boxes"], "Parts", Parts, raising=False)
+    env = make("trl:trl_boxes:Parts", {"rewards": ["trl_boxes:never"]})
+    assert env.reset(seed=0)[0] == " Now."
