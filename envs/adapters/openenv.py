@@ -87,7 +87,7 @@ class OpenEnv(TextEnv):
             terminated=done,
             success=done and self._rewarded and self._total >= self.success_threshold - 1e-9,
             unscored=done and not self._rewarded,
-            notes=told.get("observation", {}).get("metadata") or {},
+            notes=_metadata(told),
         )
 
     def close(self) -> None:
@@ -134,6 +134,12 @@ class OpenEnv(TextEnv):
             raise EnvError(f"observation: the server tells no {self.observation!r}, but: {', '.join(seen)}")
         value = seen[self.observation]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _metadata(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a server says beside its observation."""
+    metadata = told.get("observation", {}).get("metadata")
+    return dict(metadata) if isinstance(metadata, dict) else {}
 
 
 def _address(name: str) -> str:

@@ -108,7 +108,7 @@ class VerifiersEnv(TextEnv):
             return Reply(terminated=True, unreadable=True, feedback="The environment could not take that text.")
         if seen["asked"] is not None:
             return Reply(messages=seen["asked"])
-        told = {"rewards": dict(seen["parts"]), "metrics": dict(seen["metrics"])}
+        told: dict[str, Any] = {"rewards": dict(seen["parts"]), "metrics": dict(seen["metrics"])}
         if told["rewards"] and all(part is None for part in told["rewards"].values()):
             return Reply(terminated=True, unscored=True, **told)
         reward = float(seen["reward"])
