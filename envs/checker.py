@@ -7,7 +7,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ import gymnasium
 import numpy as np
 from gymnasium.utils.env_checker import check_env
 
+from opd.envs.checker_words import describe, listening_to_tools, names_of
 from opd.envs.factory import make
 from opd.envs.text_env import SPLITS
+from opd.errors import ConfigError
 
 _TASKS = 24
 """Most tasks of each split that are played."""
@@ -24,6 +26,8 @@ _STEPS = 8
 """Most steps of an episode."""
 _LONG = 16
 """Characters from which privileged text in a prompt is no coincidence."""
+_AROUND = 60
+"""Characters that a quotation shows on both sides of what it is about."""
 _SLOW = 1.0
 """Seconds that a reset or step may take before it is remarked on."""
 
@@ -49,51 +53,69 @@ class _Episode:
     privileged: dict[str, str]
     seen: list[str]
     """Every text that reaches the student's prompt: observations and messages."""
+    where: list[str]
+    """Which call each of these was said by."""
+    names: frozenset[str]
+    """The names that the tools' schemas have: of tools, of arguments, of their choices."""
     seconds: list[float]
     problems: list[str]
     ends_twice: bool
     """Terminated and truncated at once."""
 
 
-def check(env_id: str, kwargs: Mapping[str, Any] | None = None) -> list[Finding]:
+def check(
+    env_id: str, kwargs: Mapping[str, Any] | None = None, *, doing: Callable[[str], None] = lambda _: None
+) -> list[Finding]:
     """Play some episodes with random actions and report what breaks the contract.
 
     Without an `error` in the list, the environment is fit to train on; a note on its speed is always there
-    unless it broke before. Raises ConfigError when the environment cannot be made.
+    unless it broke before. `doing` is told of each call before it is made. Raises ConfigError when the environment
+    cannot be made as it is named; what its own code raises is a finding.
     """
-    first, second = make(env_id, kwargs), make(env_id, kwargs)
+    made: list[gymnasium.Env[str, str]] = []
     try:
-        return list(dict.fromkeys([*_gymnasium_findings(first), *_contract_findings(first, second)]))
+        doing("making the environment")
+        made += [make(env_id, kwargs), make(env_id, kwargs)]
+        with listening_to_tools() as raised:
+            found = [*_gymnasium_findings(made[0], doing), *_contract_findings(made[0], made[1], doing)]
+        return list(dict.fromkeys([*found, *(Finding("warning", text) for text in raised)]))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever somebody else's code raises is what we report
+        return [Finding("error", f"making the environment raised {describe(error)}")]
     finally:
-        first.close()
-        second.close()
+        for env in made:
+            env.close()
 
 
-def _gymnasium_findings(env: gymnasium.Env[str, str]) -> list[Finding]:
+def _gymnasium_findings(env: gymnasium.Env[str, str], doing: Callable[[str], None]) -> list[Finding]:
     findings: list[Finding] = []
+    doing("gymnasium's check_env")
     raw = env.unwrapped
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             # An import path has no spec to make a second one for rendering, and check_env would say so each time.
             check_env(raw, skip_render_check=raw.spec is None)
-        except Exception as error:  # whatever somebody else's code raises is what we report
-            findings.append(Finding("error", f"gymnasium's check_env: {type(error).__name__}: {error}"))
+        except Exception as error:  # as above
+            findings.append(Finding("error", f"gymnasium's check_env: {describe(error)}"))
     plain = (re.sub(r"\x1b\[\d+m|WARN: ", "", str(warning.message)) for warning in caught)
     return [*findings, *(Finding("warning", f"gymnasium's check_env: {text}") for text in plain)]
 
 
-def _contract_findings(first: gymnasium.Env[str, str], second: gymnasium.Env[str, str]) -> Iterator[Finding]:
+def _contract_findings(
+    first: gymnasium.Env[str, str], second: gymnasium.Env[str, str], doing: Callable[[str], None]
+) -> Iterator[Finding]:
     tasks = first.metadata.get("tasks")
     if problem := _tasks_problem(tasks):
         yield Finding("error", problem)
         return
     addresses = list(_addresses(tasks))
     try:
-        episodes = [_play(first, *address) for address in addresses]
-        again = [_play(second, *address) for address in addresses]
+        episodes = [_play(first, *address, doing) for address in addresses]
+        again = [_play(second, *address, doing) for address in addresses]
     except Exception as error:  # as above
-        yield Finding("error", f"an episode raised {type(error).__name__}: {error}")
+        yield Finding("error", f"an episode raised {describe(error)}")
         return
     yield from (Finding("error", problem) for episode in episodes for problem in episode.problems)
     for (seed, options), one, other in zip(addresses, episodes, again, strict=True):
@@ -142,33 +164,41 @@ def _addresses(tasks: Tasks | None) -> Iterator[tuple[int, dict[str, Any] | None
             yield index, {"split": split, "index": index}
 
 
-def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | None) -> _Episode:
+def _play(
+    env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | None, doing: Callable[[str], None]
+) -> _Episode:
     """Play one episode: an empty action, then random text."""
     env.action_space.seed(seed)
+    calls = [f"reset(seed={seed}, options={options})"]
+    doing(calls[0])
     started = time.perf_counter()
     obs, info = env.reset(seed=seed, options=options)
     seconds = [time.perf_counter() - started]
     seen, problems = _texts(obs, info), list(_info_problems(info, "reset"))
+    where, names = [calls[0]] * len(seen), names_of(info.get("tools"))
     task = repr([obs, *(info.get(key) for key in ("messages", "tools", "privileged"))])
     privileged, told = info.get("privileged", {}), []
     for step in range(_STEPS):
+        action = env.action_space.sample() if step else ""
+        doing(f"step {step + 1} after {calls[0]}, with the action {action!r:.80}")
         started = time.perf_counter()
-        obs, reward, terminated, truncated, info = env.step(env.action_space.sample() if step else "")
+        obs, reward, terminated, truncated, info = env.step(action)
         seconds.append(time.perf_counter() - started)
-        seen += _texts(obs, info)
+        said = _texts(obs, info)
+        seen, where = seen + said, where + [f"step {step + 1} after {calls[0]}"] * len(said)
         told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
         if isinstance(info, dict) and info.get("unreadable") and not terminated:
             problems.append('step: info["unreadable"] is for a step that ends the episode; terminated is False')
         if terminated or truncated:
             break
-    if not _is_text_dict(privileged):  # which is among the problems
-        privileged = {}
     return _Episode(
         task=task,
         told=told,
-        privileged=privileged,
+        privileged=privileged if _is_text_dict(privileged) else {},  # what it is else is among the problems
         seen=seen,
+        where=where,
+        names=names,
         seconds=seconds,
         problems=problems,
         ends_twice=bool(terminated and truncated),
@@ -228,22 +258,35 @@ def _split_findings(addresses: list[tuple[int, dict[str, Any] | None]], episodes
 
 
 def _leaks(episodes: list[_Episode]) -> Iterator[Finding]:
-    """Report privileged text that the student reads. A short one (a number, say) may be there by coincidence."""
+    """Report privileged text that the student reads. A short one (a number, say) may be there by coincidence, and one
+    that is the name of a tool or of a choice stands in every text that offers it."""
     long: set[str] = set()
     counts: Counter[str] = Counter()
+    quotes: dict[str, str] = {}
     for episode in episodes:
         for key, value in episode.privileged.items():
-            if value.strip() and _stands_in(value.strip(), episode.seen):
+            text = value.strip()
+            found = None if not text or text in episode.names else _quote(text, episode)
+            if found is not None:
                 counts[key] += 1
+                quotes.setdefault(key, found)
                 long |= {key} if len(value) >= _LONG else set()
     for key, count in counts.items():
         if key in long or count > len(episodes) / 2:
-            yield Finding("error", f'info["privileged"]["{key}"] stands in the observations of {count} episodes')
+            yield Finding(
+                "error", f'info["privileged"]["{key}"] stands in the observations of {count} episodes: {quotes[key]}'
+            )
 
 
-def _stands_in(value: str, texts: list[str]) -> bool:
-    """True if the value stands in one of the texts as words of its own: the 3 of `31` is not the answer 3."""
-    return any(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) for text in texts)
+def _quote(value: str, episode: _Episode) -> str | None:
+    """Quote the sentence that holds the value as words of its own: the 3 of `31` is not the answer 3."""
+    sought = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
+    for text, where in zip(episode.seen, episode.where, strict=True):
+        if found := sought.search(text):
+            start, end = max(0, found.start() - _AROUND), found.end() + _AROUND
+            cut = f"{'…' * (start > 0)}{text[start:end]}{'…' * (end < len(text))}"
+            return f"{where} said {cut!r}"
+    return None
 
 
 def _speed(episodes: list[_Episode]) -> Iterator[Finding]:

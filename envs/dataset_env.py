@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from opd.envs.scoring import Member, Scorer
 from opd.envs.splits import disjoint
 from opd.envs.tables import Row, Table, by_split, check_rows, checked_prompt
 from opd.envs.text_env import Reply, Start, TextEnv
@@ -65,6 +66,7 @@ class DatasetEnv(TextEnv):
         self.conversational = conversational
         self.success_threshold = success_threshold
         self.rubric = Rubric(rewards, time_limit=reward_timeout)
+        self._scorer = Scorer(self.rubric, success_threshold, self._feedback)
         tables = by_split(path, name, splits, columns)
         for table in tables.values():
             self._check_columns(table)
@@ -84,24 +86,24 @@ class DatasetEnv(TextEnv):
         return Start(prompt=self._prompt, system=self.system, privileged=privileged)
 
     def respond(self, action: str) -> Reply:
-        score = self._score(action)
-        success = score.total >= self.success_threshold - 1e-9  # weights such as 0.1 do not add up exactly
-        feedback = None if success else self._feedback(score)
-        return Reply(reward=score.total, terminated=True, success=success, feedback=feedback, rewards=dict(score.parts))
+        return self._scorer.reply(self._member(action), self.trainer)
+
+    def score_group(self, members: Sequence[Member], ids: Sequence[Sequence[int]]) -> list[Reply]:
+        return self._scorer.group(members, ids, self.trainer)
 
     def close(self) -> None:
         self.rubric.close()
         super().close()
 
-    def _score(self, action: str) -> Score:
+    def _member(self, action: str) -> Member:
         columns = {column: value for column, value in self._row.items() if column not in RESERVED}
         if self.answer_column is not None:
             columns["answer"] = self._row[self.answer_column]
         prompt = self._prompt
         if isinstance(prompt, str) and not self.conversational:
-            return self.rubric.score(prompt, action, columns)
+            return Member(prompt=prompt, completion=action, columns=columns)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.rubric.score(messages, [{"role": "assistant", "content": action}], columns)
+        return Member(prompt=messages, completion=[{"role": "assistant", "content": action}], columns=columns)
 
     def _feedback(self, score: Score) -> str:
         parts = ", ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from gymnasium import Space
 # mark, right-to-left text, wide characters, an emoji outside the basic plane, and NUL.
 _ALPHABET = tuple("aZ09 \n\t.,-_\"'`\\/<>{}[]()|&%$#é\u0301ßñЖאع漢字한😀\0")
 _SAMPLE_LENGTH = 64
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,16}(?=[>,;]| state=| length=)")
 
 
 class TextSpace(Space[str]):
@@ -53,3 +55,12 @@ class TextSpace(Space[str]):
 def clean(text: str) -> str:
     """Replace every lone surrogate by `?`, so that UTF-8 can encode the text."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def without_addresses(text: str) -> str:
+    """Leave out the memory addresses that Python writes for objects without words of their own.
+
+    `<Box object at 0x7f3a5c01d2b0>` becomes `<Box object>`: an address differs from run to run, and a prompt that
+    holds one would make a run no function of its seed.
+    """
+    return _ADDRESS.sub("", text) if " at 0x" in text else text

@@ -16,6 +16,11 @@ markup kept. A trajectory's reward is the sum of the rewards of its steps. `info
     success     at a step: bool, whether the task is solved
     unreadable  at a step that ends the episode: bool, whether it ends because the action could not be read (no tool
                 call, no move of the game); logged only
+    unscored    at the last step: bool, whether nothing could tell what the episode is worth; it is then compared with
+                no other, and its reward of 0 stands for nothing
+    member      at the last step: what `score_group` needs to know of the episode, where rewards compare a group
+    metrics     at a step: dict of str to numbers, logged as `reward/logged/NAME`
+    notes       at a step: dict of str to plain data, written beside the episode
     rewards     at a step: dict of str to float, the parts that the reward is made of, by name; logged only, the
                 reward counts. None stands for a part that could not tell
 
@@ -39,8 +44,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from opd.envs.spaces import TextSpace, clean
+from opd.envs.spaces import TextSpace, clean, without_addresses
 from opd.errors import EnvError
+from opd.grading import Trainer
 from opd.types import Message
 
 SPLITS = ("train", "eval", "warm")
@@ -83,6 +89,15 @@ class Reply:
     rewards: dict[str, float | None] = field(default_factory=dict)
     """The parts that the reward is made of, by name, for the logs; None where a part abstained."""
 
+    unscored: bool = False
+    """Nothing could tell what the episode is worth: it is compared with no other."""
+    member: Any = None
+    """What `score_group` needs to know of the episode; its reward is then not whole. None: it is."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers for the logs."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Plain data to write beside the episode."""
+
     def __post_init__(self) -> None:
         if self.unreadable and not self.terminated:
             raise EnvError("Reply(unreadable=True) is for an action that ends the episode; add terminated=True")
@@ -103,6 +118,19 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         self.max_steps = max_steps
         self._steps = 0
         self._running = False
+        self.trainer: Trainer | None = None
+
+    def trained_by(self, trainer: Trainer) -> None:
+        """Take note of the trainer that plays: it has `score_group` called. For the trainer, before each reset."""
+        self.trainer = trainer
+
+    def score_group(self, members: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Reply]:
+        """Return the whole reward of each member of a group, as one reply; for rewards that compare them.
+
+        `members` are what the last steps of the group's episodes handed out, from this environment or others of its
+        kind, and `ids` the tokens of their completions. Raises EnvError where nothing was handed out.
+        """
+        raise EnvError(f"{type(self).__name__} hands out members, and has no score_group")
 
     @abstractmethod
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
@@ -129,7 +157,7 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         split, index = self._address(options or {})
         start = self.start(self.np_random, split, index)
         self._running, self._steps = True, 0
-        info: dict[str, Any] = {"privileged": {name: clean(text) for name, text in start.privileged.items()}}
+        info: dict[str, Any] = {"privileged": {name: _plain(text) for name, text in start.privileged.items()}}
         if tools := self.tool_schemas():
             info["tools"] = tools
         return _to_observation(start.messages, info), info
@@ -146,9 +174,14 @@ class TextEnv(gymnasium.Env[str, str], ABC):
         if reply.unreadable:
             info["unreadable"] = True
         if reply.feedback is not None:
-            info["feedback"] = clean(reply.feedback)
-        if reply.rewards:
-            info["rewards"] = dict(reply.rewards)
+            info["feedback"] = _plain(reply.feedback)
+        if reply.unscored:
+            info["unscored"] = True
+        if reply.member is not None:
+            info["member"] = reply.member
+        for name in ("rewards", "metrics", "notes"):
+            if told := getattr(reply, name):
+                info[name] = dict(told)
         return _to_observation(reply.messages, info), float(reply.reward), reply.terminated, truncated, info
 
     def _address(self, options: dict[str, Any]) -> tuple[str, int | None]:
@@ -164,10 +197,15 @@ class TextEnv(gymnasium.Env[str, str], ABC):
 
 def _to_observation(messages: Sequence[Message], info: dict[str, Any]) -> str:
     """Return the messages as an observation. They go into `info` too, unless they are just one user message."""
-    cleaned = [{**message, "content": clean(message["content"])} for message in messages]
+    cleaned = [{**message, "content": _plain(message["content"])} for message in messages]
     if len(cleaned) != 1 or cleaned[0]["role"] != "user":
         info["messages"] = cleaned
     return "\n".join(message["content"] for message in cleaned if message["role"] != "system")
+
+
+def _plain(text: str) -> str:
+    """Return a text that any tokenizer takes, and that is the same in every run."""
+    return without_addresses(clean(text))
 
 
 def task_split(*key: object, held_out: float = 0.2, warm: float = 0.2) -> str:

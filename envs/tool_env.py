@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from opd.background import Background
+from opd.envs.spoken import spoken
 from opd.envs.text_env import Reply, Start, TextEnv
 from opd.envs.tool_runs import CallRunner, running_call
 from opd.envs.tools import Tool, ToolError, marked_tools, tool
 from opd.errors import ConfigError, EnvError
 from opd.formats import read_reply
 from opd.tool_calls import FORMS, TOOL_FORMATS, MalformedCall, ToolFormat
+from opd.types import Message
 
 __all__ = ["ToolEnv", "ToolError", "tool"]
 
@@ -97,6 +99,10 @@ class ToolEnv(TextEnv):
         form = "" if set_here == "auto" else f", in the form {FORMS[set_here]}"
         text = f"Call a tool{form}. The tools are: {', '.join(self._tools)}."
         return Reply(messages=[{"role": "user", "content": text}], feedback=text)
+
+    def spoken(self, action: str) -> Message:
+        """Return an action as the message that TRL hands to reward functions (`opd.envs.spoken`)."""
+        return spoken(action, self._tools, tool_format=self.tool_format, starts_thinking=self.starts_thinking)
 
     def read_calls_as(self, tool_format: ToolFormat, *, starts_thinking: bool) -> None:
         """Say how the model that plays writes its replies; for the trainer, before the first episode.

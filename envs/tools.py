@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema, PydanticJsonSchemaWarning
 
+from opd.envs.spaces import without_addresses
 from opd.errors import ConfigError, EnvError
 
 _MARK = "__opd_tool__"
@@ -86,15 +87,19 @@ class Tool:
         """
         return to_text(self.function(**self.checked(arguments)))
 
+    def typed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments that are text as the model wrote it, each read as its type in the schema says."""
+        types = self.schema()["function"]["parameters"].get("properties", {})
+        return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+
     def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
         """Return the arguments as the function takes them. Raises ToolError when they do not fit.
 
         With `as_text` each is text as the model wrote it, and its type in the schema says how to read that.
         """
-        _, model, parameters = self._signature
+        _, model, _ = self._signature
         if as_text:
-            types = json.loads(parameters)["properties"]
-            arguments = {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+            arguments = self.typed(arguments)
         try:
             checked = model.model_validate(arguments)
         except ValidationError as error:
@@ -126,7 +131,8 @@ def _to_json_value(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)  # not in the order of hashes, which differs from run to run
+        # Not in the order of hashes or of addresses, which differs from run to run.
+        return sorted(value, key=lambda one: without_addresses(repr(one)))
     if isinstance(value, BaseException):
         return f"{type(value).__name__}: {value}"
     to_list = getattr(value, "tolist", None)  # numpy's and torch's arrays and scalars

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,11 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
     A thread cannot be stopped: one that hangs stays behind until the process ends.
     """
     answer: Future[T] = Future()
+    context = copy_context()
 
     def work() -> None:
         try:
-            answer.set_result(function())
+            answer.set_result(context.run(function))
         except BaseException as error:  # sys.exit() too is an answer
             answer.set_exception(error)
 

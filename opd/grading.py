@@ -9,11 +9,46 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 Listener = Callable[[bool], None]
 """Told True when grading begins on its thread, and False when it ends."""
 
 _here = threading.local()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """Says where the trainer stands that plays an environment, whose `trained_by` is told so before each reset."""
+
+    step: int = 0
+    """Steps that the student's weights have seen."""
+    steps: int = 0
+    """Steps of the run's stage; 0 where it is not said."""
+
+
+MOST_REASONS = 100
+"""Reasons that are kept of one call of an environment."""
+_noted: ContextVar[list[str] | None] = ContextVar("opd_ungraded", default=None)
+
+
+def note_ungraded(reason: str) -> None:
+    """Take note that a grader had no result for a text, and why, where somebody wants to know (`noting`)."""
+    noted = _noted.get()
+    if noted is not None and len(noted) < MOST_REASONS:
+        noted.append(reason)
+
+
+@contextmanager
+def noting() -> Iterator[list[str]]:
+    """Collect the reasons that are noted inside, also on threads that get this context (`opd.background`)."""
+    reasons: list[str] = []
+    token = _noted.set(reasons)
+    try:
+        yield reasons
+    finally:
+        _noted.reset(token)
 
 
 @contextmanager

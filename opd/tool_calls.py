@@ -51,10 +51,16 @@ def format_call(name: str, arguments: dict[str, Any], tool_format: ToolFormat = 
 
 
 def valid_tool_calls(completions: Sequence[str | list[dict[str, Any]]], **kwargs: Any) -> list[float]:
-    """Reward 1 for a completion that calls at least one tool and whose every call can be read, else 0."""
-    return [float(_all_valid(c if isinstance(c, str) else str(c[-1]["content"]))) for c in completions]
+    """Reward 1 for a completion that calls at least one tool and whose every call can be read, else 0.
+
+    In messages the calls that could be read stand in `tool_calls`, and the markup of others in the content.
+    """
+    return [float(_all_valid(completion)) for completion in completions]
 
 
-def _all_valid(text: str) -> bool:
-    calls = parse_tool_calls(text)
-    return bool(calls) and all(isinstance(call, ToolCall) for call in calls)
+def _all_valid(completion: str | list[dict[str, Any]]) -> bool:
+    messages = [{"content": completion}] if isinstance(completion, str) else completion
+    spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    calls = [call for message in spoken for call in parse_tool_calls(str(message.get("content") or ""))]
+    read = sum(len(message.get("tool_calls") or ()) for message in spoken)
+    return len(calls) + read > 0 and all(isinstance(call, ToolCall) for call in calls)

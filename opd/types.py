@@ -220,6 +220,14 @@ class Trajectory:
     privileged: dict[str, str] = field(default_factory=dict)
     """What only a teacher may see, by name (`solution`, `plan`, ...)."""
     success: bool = False
+    unscored: bool = False
+    """Nothing could tell what it is worth: its reward stands for nothing, and it is compared with no other."""
+    ungraded: list[str] = field(default_factory=list)
+    """Why graders had no result for what it said: they hung, died, raised. It scored 0, or was over."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers that reward functions logged."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Plain data that they logged beside it."""
     failed: str | None = None
     """What broke, in words, where `end` is BROKEN; such a trajectory is counted and never trained."""
     fault: Fault | None = None
@@ -263,6 +271,15 @@ class Trajectory:
         for name, value in (item for turn in self.turns for item in turn.rewards.items()):
             parts[name] = parts.get(name) if value is None else (parts.get(name) or 0.0) + value
         return parts
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """All tokens after the first prompt: what was sampled, and what the environment said in between.
+
+        Where the template rewrote the past (a forked turn), the prompt that was told anew is left out.
+        """
+        told = [[] if number == 0 or turn.forked else turn.prompt_ids for number, turn in enumerate(self.turns)]
+        return [one for ids, turn in zip(told, self.turns, strict=True) for one in (*ids, *turn.completion_ids)]
 
     @property
     def completion_tokens(self) -> int:

@@ -19,6 +19,7 @@ from opd.rewards.functions import (
 from opd.rewards.mathematics import MathVerify
 from opd.rewards.rubric import BUILT_IN, Part, Reward, RewardFunction, Rewards, Rubric, Score, resolve
 from opd.rewards.shape import Length, Matches, SoftOverlong, Tags
+from opd.rewards.trainer import TrainerState
 
 __all__ = [
     "BUILT_IN",
@@ -34,6 +35,7 @@ __all__ = [
     "Score",
     "SoftOverlong",
     "Tags",
+    "TrainerState",
     "code_tests",
     "contains_answer",
     "exact_match",

@@ -85,15 +85,19 @@ def normalize(text: str) -> str:
 
 
 def text_of(completion: Completion) -> str:
-    """Return what the assistant wrote: the string itself, or the contents of the messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message["content"]) for message in completion)
+    """Return what the assistant wrote: the string itself, or the contents of its messages."""
+    return completion if isinstance(completion, str) else "\n".join(_spoken(completion))
 
 
 def answer_of(completion: Completion) -> str:
-    """Return what the assistant wrote after its last thought, white space at the ends aside."""
-    return text_of(completion).rpartition("</think>")[2].strip()
+    """Return what the assistant wrote last, after its last thought, white space at the ends aside."""
+    text = completion if isinstance(completion, str) else (_spoken(completion) or [""])[-1]
+    return text.rpartition("</think>")[2].strip()
+
+
+def _spoken(messages: Sequence[Message]) -> list[str]:
+    """Return the assistant's own words: not the results of tools, which hold the answer where they are right."""
+    return [str(message.get("content") or "") for message in messages if message.get("role") == "assistant"]
 
 
 def last_tagged(text: str, tag: str) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from opd.background import Background, call_within
 from opd.errors import ConfigError, EnvError
@@ -19,6 +19,7 @@ from opd.rewards.functions import Completion, contains_answer, exact_match, f1, 
 from opd.rewards.isolated import Isolated, is_third_party
 from opd.rewards.mathematics import MathVerify
 from opd.rewards.shape import Length, Matches, SoftOverlong, Tags
+from opd.rewards.trainer import IDS, OF_THE_TRAINER, Log, TrainerState
 from opd.types import Message
 
 RewardFunction = Callable[..., Any]
@@ -43,6 +44,9 @@ class Part:
     TRL's or another library's."""
     time_limit: float | None = None
     """Seconds that an isolated function may take for one completion; by default 10."""
+    group: bool | None = None
+    """True if the function compares the completions of a group: a trainer has it called once for each group, when its
+    last episode has ended. None: for what takes `completion_ids`, and where the rubric says so of all its parts."""
 
 
 Rewards = Reward | Iterable[Reward] | Mapping[Reward, float | Part | Mapping[str, Any]]
@@ -110,8 +114,18 @@ class Score:
     """Holds what a rubric makes of one completion."""
 
     total: float
+    """The weighted sum of what its parts gave; 0 where all of them abstained."""
     parts: dict[str, float | None]
     """Each part's own number, before its weight; None where it abstained."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the functions gave to `log_metric`, each a mean."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What they gave to `log_extra` for this completion."""
+
+    @property
+    def unscored(self) -> bool:
+        """True if nobody could tell: every part abstained."""
+        return all(value is None for value in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +136,11 @@ class _Ready:
     function: RewardFunction
     weight: float
     is_async: bool
+    group: bool
+
+
+When = Literal["all", "episode", "group"]
+"""Which parts are called: all of them, those of a single episode, or those that see its whole group."""
 
 
 class Rubric:
@@ -132,19 +151,21 @@ class Rubric:
             them to their weights. In a mapping a `Part` (or a dict with its keys) may stand for a weight, and
             then the key may be any name.
         time_limit: seconds that a call of one function may take.
+        group: what a part's `group` is where it does not say (isolated functions of other libraries compare nothing).
 
     A part that raises, takes longer than the limit, or returns nan, inf, or not one number for each completion
     breaks the score (EnvError): the episode counts as failed and is never trained. A part that cannot tell says so
-    with None; it is counted (`reward/abstained/<name>`), and its weight adds nothing.
+    with None; it is counted (`reward/abstained/<name>`), and its weight adds nothing. Where every part says so the
+    completion is `unscored`.
     """
 
-    def __init__(self, rewards: Rewards, *, time_limit: float = 60.0) -> None:
+    def __init__(self, rewards: Rewards, *, time_limit: float = 60.0, group: bool = False) -> None:
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
         parts = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
         if not parts:
             raise ConfigError("rewards is empty; name at least one reward function")
-        self.parts = [_make_part(key, value) for key, value in parts.items()]
+        self.parts = [_make_part(key, value, group) for key, value in parts.items()]
         self.names = [part.name for part in self.parts]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"two reward functions have the same name: {', '.join(self.names)}; rename one")
@@ -158,7 +179,7 @@ class Rubric:
     def require(self, columns: Iterable[str], *, table: str | None = None) -> None:
         """Raise ConfigError when a function needs an argument that is none of these columns, naming their table."""
         columns, where = list(columns), f"{table}: " if table else ""
-        offered = {"prompts", "completions", *columns, *_OF_THE_TRAINER}
+        offered = {"prompts", "completions", *columns, *OF_THE_TRAINER, IDS}
         for part in self.parts:
             needed = [p.name for p in _parameters(part.function) if p.default is p.empty and p.kind in _BY_NAME]
             missing = [parameter for parameter in needed if parameter not in offered]
@@ -170,10 +191,30 @@ class Rubric:
                     f"{where}reward {part.name} needs the column {missing[0]!r}. There are: {columns_text:.500}.{hint}"
                 )
 
+    @property
+    def compares(self) -> bool:
+        """True if a part sees a whole group."""
+        return any(part.group for part in self.parts)
+
+    def wanting(self, column: str) -> str | None:
+        """Return the name of a part that compares and requires this argument; None where there is none."""
+        parts = (part for part in self.parts if part.group)
+        required = (part for part in parts for p in _parameters(part.function) if p.name == column)
+        return next((part.name for part in required), None)
+
     @grading()
-    def score(self, prompt: str | list[Message], completion: Completion, columns: Mapping[str, Any]) -> Score:
+    def score(
+        self,
+        prompt: str | list[Message],
+        completion: Completion,
+        columns: Mapping[str, Any],
+        *,
+        when: When = "all",
+        state: TrainerState | None = None,
+    ) -> Score:
         """Score one completion: `score_batch` of one."""
-        [score] = self.score_batch([prompt], [completion], {name: [value] for name, value in columns.items()})
+        lists = {name: [value] for name, value in columns.items()}
+        [score] = self.score_batch([prompt], [completion], lists, when=when, state=state)
         return score
 
     def score_batch(
@@ -181,22 +222,27 @@ class Rubric:
         prompts: Sequence[str | list[Message]],
         completions: Sequence[Completion],
         columns: Mapping[str, Sequence[Any]],
+        *,
+        when: When = "all",
+        state: TrainerState | None = None,
     ) -> list[Score]:
         """Score completions, each function called once with all of them: plain ones in order, async ones together.
 
-        Raises EnvError when a function fails (see the class), or all of them abstain from a completion.
+        `when` says which functions. Raises EnvError when one fails (see the class), or needs `completion_ids` and they
+        are not among the columns.
         """
-        offered = {"prompts": list(prompts), "completions": list(completions)}
+        parts = [part for part in self.parts if when == "all" or part.group == (when == "group")]
+        log = Log(size=len(completions))
+        offered = log.arguments(state or TrainerState())
+        offered |= {"prompts": list(prompts), "completions": list(completions)}
         offered |= {name: list(values) for name, values in columns.items()}
-        calls = {
-            part.name: partial(part.function, **_accepted_arguments(part.function, offered)) for part in self.parts
-        }
-        outcomes: dict[str, Any] = {part.name: self._call(calls[part.name]) for part in self.parts if not part.is_async}
-        if together := [part.name for part in self.parts if part.is_async]:
+        calls = {part.name: partial(part.function, **_accepted_arguments(part, offered)) for part in parts}
+        outcomes: dict[str, Any] = {part.name: self._call(calls[part.name]) for part in parts if not part.is_async}
+        if together := [part.name for part in parts if part.is_async]:
             results = self._background.run([calls[name] for name in together], time_limit=self.time_limit)
             outcomes |= dict(zip(together, results, strict=True))
-        numbers = {name: _read_numbers(name, outcomes[name], completions) for name in self.names}
-        return [self._sum({name: column[row] for name, column in numbers.items()}) for row in range(len(completions))]
+        numbers = [_read_numbers(part.name, outcomes[part.name], completions) for part in parts]
+        return [_sum(parts, values, log, row) for row, values in enumerate(_rows(numbers, len(completions)))]
 
     def close(self) -> None:
         """End what async functions left running."""
@@ -211,24 +257,21 @@ class Rubric:
         except BaseException as error:  # sys.exit() in a reward function must not end the run
             return error
 
-    def _sum(self, parts: dict[str, float | None]) -> Score:
-        values = zip(self.parts, parts.values(), strict=True)
-        terms = [part.weight * value for part, value in values if value is not None]
-        if not terms:
-            raise EnvError(f"every reward function abstained (returned None): {', '.join(self.names)}")
-        return Score(total=math.fsum(terms), parts=parts)
+
+def _rows(columns: Sequence[list[float | None]], size: int) -> list[list[float | None]]:
+    return [[column[row] for column in columns] for row in range(size)]
+
+
+def _sum(parts: Sequence[_Ready], values: Sequence[float | None], log: Log, row: int) -> Score:
+    terms = [part.weight * value for part, value in zip(parts, values, strict=True) if value is not None]
+    named = dict(zip([part.name for part in parts], values, strict=True))
+    return Score(total=math.fsum(terms), parts=named, metrics=log.means(), notes=log.row(row))
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_OF_THE_TRAINER: dict[str, Any] = {
-    "trainer_state": None,
-    "log_extra": lambda column, values: None,
-    "log_metric": lambda name, value: None,
-}
-"""The arguments that TRL's trainer passes besides. Functions that require them get them; they do nothing."""
 
 
-def _make_part(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Ready:
+def _make_part(key: Reward, value: float | Part | Mapping[str, Any], group: bool, /) -> _Ready:
     """Make the part that an entry of the mapping describes. Raises ConfigError."""
     name = key if isinstance(key, str) else _name(key)
     if isinstance(value, Mapping):
@@ -245,14 +288,24 @@ def _make_part(key: Reward, value: float | Part | Mapping[str, Any], /) -> _Read
     is_async = _is_async(function)
     if part.isolated and is_async:
         raise ConfigError(f"reward {name}: an async function cannot be isolated; leave out isolated: true")
+    for name_of, given in (("group", part.group), ("isolated", part.isolated)):
+        if not isinstance(given, bool | None):
+            raise ConfigError(f"reward {name}: {name_of} = {given!r} must be true or false")
+    needs_ids = any(p.name == IDS and p.default is p.empty for p in _parameters(function))
+    if part.group is False and needs_ids:
+        raise ConfigError(f"reward {name}: it takes {IDS}, which only a trainer has; leave out group: false")
+    compares = needs_ids or bool(part.group)
     if part.isolated or (part.isolated is None and is_third_party(function) and not is_async):
-        function = Isolated(function, name=name, time_limit=10.0 if part.time_limit is None else part.time_limit)
-    elif part.time_limit is not None:
+        limit = 10.0 if part.time_limit is None else part.time_limit
+        function = Isolated(function, name=name, time_limit=limit, together=compares)
+    elif part.group is None:
+        compares = compares or group
+    if part.time_limit is not None and not isinstance(function, Isolated):
         raise ConfigError(
             f"reward {name}: time_limit = {part.time_limit!r} is for isolated functions; set isolated: true, or leave "
             "it out: the time limit of the rewards holds"
         )
-    return _Ready(name=name, function=function, weight=part.weight, is_async=is_async)
+    return _Ready(name=name, function=function, weight=part.weight, is_async=is_async, group=compares)
 
 
 def _is_async(function: RewardFunction) -> bool:
@@ -263,14 +316,17 @@ def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
 
 
-def _accepted_arguments(function: RewardFunction, offered: dict[str, list[Any]]) -> dict[str, Any]:
-    """Return the arguments that a function takes: all of them if it says `**kwargs`, else those that it names."""
-    parameters = _parameters(function)
-    wanted = {p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME}
-    trainer = {name: value for name, value in _OF_THE_TRAINER.items() if name in wanted - set(offered)}
+def _accepted_arguments(part: _Ready, offered: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a function takes: all of them if it says `**kwargs`, else those that it names.
+
+    Raises EnvError where it needs `completion_ids`, and no trainer plays.
+    """
+    parameters = _parameters(part.function)
+    if IDS not in offered and any(p.name == IDS and p.default is p.empty for p in parameters):
+        raise EnvError(f"reward {part.name} takes {IDS}, which only a trainer has: it cannot score by itself")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return {**offered, **trainer}
-    return {p.name: offered[p.name] for p in parameters if p.name in offered} | trainer
+        return offered
+    return {p.name: offered[p.name] for p in parameters if p.name in offered}
 
 
 def _read_numbers(name: str, outcome: Any, completions: Sequence[Completion]) -> list[float | None]:

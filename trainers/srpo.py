@@ -75,7 +75,7 @@ class Srpo(HindsightMethod):
         """Make the samples of one episode. One whose teacher's sequence would be too long is left to its reward."""
         known = self.hindsight(trajectory, group)
         segments, route = trajectory.segments(), "policy"
-        if not self.is_right(trajectory) and known.demonstration is not None:
+        if not (trajectory.unscored or self.is_right(trajectory)) and known.demonstration is not None:
             corrected = [self.taught_sample(trajectory, segment, known) for segment in segments]
             if all(sample.teacher_view is not None for sample in corrected):
                 return corrected

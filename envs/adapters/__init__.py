@@ -10,7 +10,10 @@ Nothing of a library is imported before one of its environments is made (docs/ad
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from opd.errors import ConfigError
 
@@ -27,6 +30,8 @@ class Adapter:
     """Our extra that installs it; None for what is always there."""
     named: str
     """What a NAME is, in words."""
+    in_process: bool = False
+    """True if an environment should have a process of its own: code that is not Python reads the model's text."""
 
     def require(self) -> None:
         """Raise ConfigError, which names the extra, unless the package is installed. Imports nothing."""
@@ -49,11 +54,22 @@ ADAPTERS = {
     ),
     "textarena": Adapter("opd.envs.adapters.textarena:TextArenaEnv", "textarena", "textarena", "the id of a game"),
     "textworld": Adapter(
-        "opd.envs.adapters.textworld:TextWorldEnv", "textworld", "textworld", "a .z8 file or a folder of them"
+        "opd.envs.adapters.textworld:TextWorldEnv", "textworld", "textworld", "a .z8 file or a folder of them", True
     ),
     "trl": Adapter("opd.envs.adapters.trl:TrlEnv", "trl", None, "an import path, my_package.my_module:MyEnvironment"),
     "verifiers": Adapter("opd.envs.adapters.verifiers:VerifiersEnv", "verifiers", "verifiers", "the id of a taskset"),
 }
+
+
+def workers_for(env_id: str, kwargs: Mapping[str, Any]) -> Literal["threads", "processes"]:
+    """Return where an environment lives unless the user says so (`env.workers: auto`).
+
+    One of a library lives in a process of its own where its code may crash or hang on the model's text outside of a
+    locked process; where the system cannot fork, none does.
+    """
+    found = find(env_id)
+    wanted = found is not None and (found[0].in_process or bool(kwargs.get("unprotected")))
+    return "processes" if wanted and hasattr(os, "fork") else "threads"
 
 
 def forms() -> list[str]:

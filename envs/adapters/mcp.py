@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -12,19 +13,22 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from opd.envs.adapters.rows import Rows
 from opd.envs.dataset_env import RESERVED
+from opd.envs.scoring import Member, Scorer
 from opd.envs.tables import Row
 from opd.envs.text_env import Reply, Start
 from opd.envs.tool_env import ToolEnv, ToolError
-from opd.envs.tools import Tool, from_text
+from opd.envs.tools import Tool
 from opd.errors import ConfigError, EnvError
-from opd.rewards import Rewards, Rubric
+from opd.rewards import Rewards, Rubric, Score
 from opd.tool_calls import ToolFormat
+from opd.types import Message
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +97,15 @@ class McpEnv(ToolEnv):
         self._rows = Rows(data, prompt_column, privileged_columns, held_out=held_out, columns=columns)
         self._rubric = Rubric(rewards)
         self._rubric.require((column for column in self._rows.columns if column not in RESERVED), table=str(data))
-        self.success_threshold = success_threshold
+        self._scorer = Scorer(self._rubric, success_threshold, partial(_tell_score, success_threshold))
         self.metadata = {**self.metadata, "tasks": self._rows.counts}
         self._row: Row = {}
+        self._said: list[Message] = []
         self._session: Session | None = None
         self._stop: Callable[[], object] | None = None
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
-        self._row = self._rows.pick(rng, split, index)
+        self._row, self._said = self._rows.pick(rng, split, index), []
         if self._session is not None and (self.fresh or self._session.lost is not None):
             self._end_session()
         if self._session is None:
@@ -114,13 +119,17 @@ class McpEnv(ToolEnv):
 
     def no_call(self, action: str) -> Reply:
         columns = {column: value for column, value in self._row.items() if column not in RESERVED}
-        answer = [{"role": "assistant", "content": action}]
-        scored = self._rubric.score(self._rows.prompt(self._row), answer, columns)
-        success = scored.total >= self.success_threshold - 1e-9
-        feedback = None if success else f"The answer scored {scored.total:g}; {self.success_threshold:g} is needed."
-        return Reply(
-            reward=scored.total, terminated=True, success=success, feedback=feedback, rewards=dict(scored.parts)
-        )
+        member = Member(prompt=self._rows.prompt(self._row), completion=self._said, columns=columns)
+        return self._scorer.reply(member, self.trainer)
+
+    def respond(self, action: str) -> Reply:
+        self._said.append(self.spoken(action))
+        reply = super().respond(action)
+        self._said += reply.messages
+        return reply
+
+    def score_group(self, members: Sequence[Member], ids: Sequence[Sequence[int]]) -> list[Reply]:
+        return self._scorer.group(members, ids, self.trainer)
 
     def close(self) -> None:
         self._end_session()
@@ -140,6 +149,10 @@ class McpEnv(ToolEnv):
         return [RemoteTool(listed[name], session) for name in offered]
 
 
+def _tell_score(needed: float, score: Score) -> str:
+    return f"The answer scored {score.total:g}; {needed:g} is needed."
+
+
 class RemoteTool(Tool):
     """Calls a tool of a server. The schema is the server's, and so is the checking of arguments."""
 
@@ -155,10 +168,7 @@ class RemoteTool(Tool):
         return {"type": "function", "function": function}
 
     def checked(self, arguments: dict[str, Any], *, as_text: bool = False) -> dict[str, Any]:
-        if not as_text:
-            return arguments
-        types = self._listed.input_schema.get("properties", {})
-        return {name: from_text(text, types.get(name, {})) for name, text in arguments.items()}
+        return self.typed(arguments) if as_text else arguments
 
     def __call__(self, arguments: dict[str, Any]) -> str:
         """Call the tool and return its result as text.
@@ -166,9 +176,9 @@ class RemoteTool(Tool):
         Raises ToolError for whatever goes wrong on the server's side.
         """
         result = self._session.call(self.name, arguments)
-        text = "\n".join(_block_text(block) for block in result.content)
+        text = _result_text(result)
         if result.is_error:
-            raise ToolError(text or f"{self.name} failed")
+            raise ToolError(text or "the server says that the call failed, and not why")
         return text or "(no output)"
 
 
@@ -284,9 +294,57 @@ def _make_connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     return client
 
 
+def _result_text(result: Any) -> str:
+    """Write all that a server said in a result: its blocks, and its structured content where no block has that."""
+    blocks = [_block_text(block) for block in result.content]
+    if not _is_said(result.structured_content, blocks):
+        blocks.append(json.dumps(result.structured_content, ensure_ascii=False))
+    return "\n".join(filter(None, blocks))
+
+
+def _is_said(data: Any, blocks: Sequence[str]) -> bool:
+    """True if the blocks hold the structured content in words: servers send both, for clients that read one of them.
+
+    A value that is no object comes wrapped as `{"result": value}`, and a list as one block for each of its members.
+    """
+    value = data["result"] if isinstance(data, dict) and set(data) == {"result"} else data
+    said = [[text, _json_of(text)] for text in blocks]
+    if value is None or any(value in both or data in both for both in said):
+        return True
+    return isinstance(value, list) and all(
+        any(one in both for both in said) for one in value
+    )  # of an empty list nothing is left unsaid
+
+
+def _json_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _block_text(block: Any) -> str:
-    """Write a block of a result in words: text as it is, anything else by its kind: no image or sound is trained."""
-    return str(block.text) if block.type == "text" else f"[{block.type}]"
+    """Write a block of a result: text as it is, also that of a resource.
+
+    What is no text (no image or sound is trained) is named by its kind, with the words that the server gave it.
+    """
+    match block.type:
+        case "text":
+            return str(block.text)
+        case "resource":
+            text = getattr(block.resource, "text", None)
+            return str(text) if text is not None else _named("resource", block.resource)
+        case "resource_link":
+            return _named("resource", block, block.title or block.name, block.description)
+        case kind:
+            return _named(kind, block)
+
+
+def _named(kind: str, block: Any, *words: str | None) -> str:
+    """Name what is no text: `[resource file:///menu.pdf, application/pdf: Menu. What there is to eat]`."""
+    found = [getattr(block, "uri", None), getattr(block, "mime_type", None)]
+    where, said = ", ".join(str(one) for one in found if one), ". ".join(filter(None, words))
+    return f"[{kind}{' ' * bool(where)}{where}{': ' * bool(said)}{said}]"
 
 
 def _describe_cause(error: BaseException) -> str:

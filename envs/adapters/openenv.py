@@ -60,12 +60,12 @@ class OpenEnv(TextEnv):
         self.reply_timeout, self.success_threshold = reply_timeout, success_threshold
         self._connection = ExitStack()
         self._socket: ClientConnection | None = None
-        self._total = 0.0
+        self._total, self._rewarded = 0.0, False
 
     def start(self, rng: np.random.Generator, split: str, index: int | None) -> Start:
         if self._socket is None:
             self._socket = self._connect()
-        self._total = 0.0
+        self._total, self._rewarded = 0.0, False
         told = self._ask("reset", {**self._config, "seed": int(rng.integers(2**31))})
         if "error" in told:
             raise EnvError(f"the OpenEnv server cannot reset: {told['error']}")
@@ -77,13 +77,17 @@ class OpenEnv(TextEnv):
         if "error" in told:
             text = f"Error: {told['error']}"
             return Reply(messages=[{"role": "user", "content": text}], feedback=text)
-        reward, done = float(told.get("reward") or 0.0), bool(told.get("done", False))
+        given, done = told.get("reward"), bool(told.get("done", False))
+        reward = float(given or 0.0)
         self._total += reward
+        self._rewarded = self._rewarded or given is not None
         return Reply(
             messages=[{"role": "user", "content": self._text(told)}],
             reward=reward,
             terminated=done,
-            success=done and self._total >= self.success_threshold - 1e-9,
+            success=done and self._rewarded and self._total >= self.success_threshold - 1e-9,
+            unscored=done and not self._rewarded,
+            notes=_metadata(told),
         )
 
     def close(self) -> None:
@@ -130,6 +134,12 @@ class OpenEnv(TextEnv):
             raise EnvError(f"observation: the server tells no {self.observation!r}, but: {', '.join(seen)}")
         value = seen[self.observation]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _metadata(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a server says beside its observation."""
+    metadata = told.get("observation", {}).get("metadata")
+    return dict(metadata) if isinstance(metadata, dict) else {}
 
 
 def _address(name: str) -> str:

@@ -93,14 +93,14 @@ class SkyRLGymEnv(TextEnv):
         if self._session is None:
             raise EnvError("the environment is closed; call reset first")
         try:
-            messages, reward, done = self._session.call("step", action=action)
+            messages, reward, done, metadata = self._session.call("step", action=action)
         except Ungraded as error:
             logger.warning("skyrl_gym:%s: the action %.200r ends the episode: %s", self._name, action[:200], error)
             self.close()
             return Reply(terminated=True, unreadable=True, feedback="The environment could not take that action.")
         self._total += reward
         success = done and self._total >= self.success_threshold - 1e-9  # rewards such as 0.2 / 5 do not add up exactly
-        return Reply(messages=messages, reward=reward, terminated=done, success=success)
+        return Reply(messages=messages, reward=reward, terminated=done, success=success, notes=metadata)
 
     def close(self) -> None:
         if self._session is not None:
@@ -129,14 +129,20 @@ class Episode:
         messages, _ = self._env.init(prompt)
         return list(messages)
 
-    def step(self, action: str) -> tuple[list[Message], float, bool]:
-        """Take an action; return the next messages, the reward, and whether the episode is over."""
+    def step(self, action: str) -> tuple[list[Message], float, bool, dict[str, Any]]:
+        """Take an action; return the next messages, the reward, whether the episode is over, and the metadata."""
         output = self._env.step(action)
-        return list(output["observations"]), float(output["reward"]), bool(output["done"])
+        metadata = {str(key): _plain(value) for key, value in (output.get("metadata") or {}).items()}
+        return list(output["observations"]), float(output["reward"]), bool(output["done"]), metadata
 
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: a value of metadata itself, or its text."""
+    return value if isinstance(value, str | int | float | bool | None) and value == value else str(value)
 
 
 def _spec(name: str) -> Any:

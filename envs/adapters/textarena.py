@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -139,12 +140,13 @@ class TextArenaEnv(TextEnv):
         messages = [{"role": "user", "content": told}]
         return Reply(messages=messages, terminated=True, unreadable=True, feedback=told)
 
-    def _ending(self, reward: float, reason: str) -> Reply:
+    def _ending(self, reward: float, reason: str, *, invalid: bool) -> Reply:
         self.close()
         return Reply(
             messages=[{"role": "user", "content": reason}],
             reward=reward,
             terminated=True,
+            unreadable=invalid,
             success=reward >= 1,
             feedback=None if reward >= 1 else reason,
         )
@@ -164,6 +166,7 @@ class Game:
         """
         random.seed(seed)  # games draw from the global generator, which is this game's alone
         self._game.reset(num_players=self._players, seed=seed)
+        _mend_invalid_moves(self._game.state)
         seen = self._seen()
         state = self._game.state.game_state or {}
         return {
@@ -190,7 +193,27 @@ class Game:
         return {
             "reward": float((rewards or {}).get(0, 0.0)),
             "reason": str((infos or {}).get(0, {}).get("reason") or "The game is over."),
+            "invalid": bool((infos or {}).get(0, {}).get("invalid_move")),
         }
+
+
+def _mend_invalid_moves(state: Any) -> None:
+    """Let every game say what it makes of a second invalid move.
+
+    Some hand the reason and the reward over in the wrong order (Countdown, Cryptarithm, Slitherlink, ThreeCardMonte):
+    their "reward" is then a sentence. Others name a player, whom the state knows by itself.
+    """
+    theirs = state.set_invalid_move
+    signature = inspect.signature(theirs)
+
+    def set_invalid_move(*given: Any, **named: Any) -> Any:
+        bound = signature.bind(*given, **{key: value for key, value in named.items() if key in signature.parameters})
+        told = bound.arguments
+        if isinstance(told.get("reward"), str) and isinstance(told.get("reason"), int | float):
+            told["reward"], told["reason"] = told["reason"], told["reward"]
+        return theirs(*bound.args, **bound.kwargs)
+
+    state.set_invalid_move = set_invalid_move
 
 
 def _make(name: str, config: Mapping[str, Any]) -> Any:

@@ -108,11 +108,14 @@ class VerifiersEnv(TextEnv):
             return Reply(terminated=True, unreadable=True, feedback="The environment could not take that text.")
         if seen["asked"] is not None:
             return Reply(messages=seen["asked"])
+        told: dict[str, Any] = {"rewards": dict(seen["parts"]), "metrics": dict(seen["metrics"])}
+        if told["rewards"] and all(part is None for part in told["rewards"].values()):
+            return Reply(terminated=True, unscored=True, **told)
         reward = float(seen["reward"])
         if not math.isfinite(reward):
             logger.warning("verifiers:%s: the text %.200r scores 0: its reward is %s", self._name, action[:200], reward)
             reward = 0.0
-        return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9)
+        return Reply(reward=reward, terminated=True, success=reward >= self.success_threshold - 1e-9, **told)
 
     def close(self) -> None:
         if self._session is not None:
@@ -130,7 +133,7 @@ class Exchange:
         self._random = OwnRandom()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seat: Seat | None = None
-        self._run: asyncio.Task[float] | None = None
+        self._run: asyncio.Task[None] | None = None
         self._stop: Callable[[], object] | None = None
 
     def prepare(self) -> None:
@@ -149,7 +152,8 @@ class Exchange:
         return self._next(seed)
 
     def reply(self, text: str) -> dict[str, Any]:
-        """Answer for the agent; return what it is `asked` next, or None and the `reward` of the episode."""
+        """Answer for the agent; return what it is `asked` next, or None and the `reward` of the episode, its `parts` by
+        name (None: it was not scored) and the task's `metrics`."""
         assert self._seat is not None
         self._seat.reply(text)
         return self._next()
@@ -168,7 +172,13 @@ class Exchange:
             self._loop.run_until_complete(_wait_for_either(self._run, self._seat.asked))
         if self._seat.asked.is_set():
             return {"asked": self._seat.question()}
-        return {"asked": None, "reward": self._run.result()}
+        self._run.result()
+        traces = self._seat.traces
+        parts = {name: None if part is None else part.score for t in traces for name, part in t.rewards.items()}
+        metrics = {name: value for t in traces for name, value in t.metrics.items() if _is_finite(value)}
+        finite = {name: score if score is None or _is_finite(score) else None for name, score in parts.items()}
+        reward = float(sum(trace.reward for trace in traces))
+        return {"asked": None, "reward": reward, "parts": finite, "metrics": metrics}
 
 
 class Seat:
@@ -252,7 +262,7 @@ class Interaction:
         self.trace.nodes.append(MessageNode(parent=parent, message=message, sampled=sampled))
 
 
-def _stop(loop: asyncio.AbstractEventLoop, run: asyncio.Task[float]) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, run: asyncio.Task[None]) -> None:
     """End an episode that may still be waiting for its agent, because a limit cut it."""
     run.cancel()
     with suppress(asyncio.CancelledError, Exception):
@@ -260,7 +270,7 @@ def _stop(loop: asyncio.AbstractEventLoop, run: asyncio.Task[float]) -> None:
     loop.close()
 
 
-async def _wait_for_either(run: asyncio.Task[float], asked: asyncio.Event) -> None:
+async def _wait_for_either(run: asyncio.Task[None], asked: asyncio.Event) -> None:
     """Wait until the run is over or has asked. Raises what the run raised."""
     waiting = asyncio.ensure_future(asked.wait())
     await asyncio.wait({run, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -269,8 +279,12 @@ async def _wait_for_either(run: asyncio.Task[float], asked: asyncio.Event) -> No
         run.result()
 
 
-async def _play_episode(env: Any, task: Any, seat: Seat) -> float:
-    """Play one episode as verifiers' `run_episode` does; return the sum of its rewards."""
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+async def _play_episode(env: Any, task: Any, seat: Seat) -> None:
+    """Play one episode as verifiers' `run_episode` does; `seat.traces` has its rewards."""
     from verifiers.v1.agent import Agents
     from verifiers.v1.episode import EnvInfo, Episode
 
@@ -279,7 +293,6 @@ async def _play_episode(env: Any, task: Any, seat: Seat) -> float:
     await env.run(task, agents)
     episode = Episode(env=EnvInfo(id=env.config.env_id), task=_trace_task(task), traces=seat.traces)
     await env.finalize(task, episode)
-    return float(sum(trace.reward for trace in seat.traces))
 
 
 def _trace_task(task: Any) -> Any:

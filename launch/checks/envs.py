@@ -19,7 +19,7 @@ def check_env(env: EnvConfig) -> list[Problem]:
     if env.workers == "threads" and env.kwargs.get("unprotected") and find(env.id):
         text = (
             "env.kwargs.unprotected: true runs other people's code on what the model writes, and a thread that hangs "
-            "there stops the whole run. Set env.workers: processes, or leave unprotected out."
+            "there stops the whole run. Set env.workers: processes (auto is that), or leave unprotected out."
         )
         return [Problem(("env.workers", "env.kwargs"), text)]
     return []

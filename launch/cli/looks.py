@@ -71,6 +71,9 @@ def add_envs_arguments(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="the registered environments (the default)")
     check = actions.add_parser("check", help="whether an environment keeps its contract")
     check.add_argument("id", metavar="ID", help="a registered id, my_package.my_module:MyEnv, or LIBRARY:NAME")
+    check.add_argument(
+        "--time-limit", metavar="SECONDS", type=float, default=120.0, help="for the whole check; then it is killed"
+    )
     check.add_argument("--kwargs", metavar="YAML", default="{}", help="arguments of its constructor: '{digits: 3}'")
 
 
@@ -81,12 +84,12 @@ def list_or_check_envs(arguments: argparse.Namespace, overrides: dict[str, Any])
     if arguments.action != "check":
         print("\n".join([*opd.envs.list_envs(), *opd.envs.adapters.forms()]))
         return 0
-    findings = opd.envs.check(arguments.id, _mapping(arguments.kwargs, flag="--kwargs"))
-    for finding in findings:
-        print(f"{finding.severity}: {finding.message}")
-    broken = any(finding.severity == "error" for finding in findings)
-    print(f"{arguments.id} {'breaks' if broken else 'keeps'} the contract of an environment")
-    return int(broken)
+    from opd.envs.checker_process import check_within
+
+    report = check_within(arguments.id, _mapping(arguments.kwargs, flag="--kwargs"), time_limit=arguments.time_limit)
+    print("\n".join([*report.episode, *(f"{finding.severity}: {finding.message}" for finding in report.findings)]))
+    print(f"{arguments.id} {'breaks' if report.broken else 'keeps'} the contract of an environment")
+    return int(report.broken)
 
 
 def _mapping(text: str, *, flag: str) -> dict[str, Any]:

@@ -15,12 +15,14 @@ import torch
 
 from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.weights import ModelWeights
+from opd.envs.adapters import workers_for
 from opd.envs.factory import make_for, module_of
 from opd.episodes.config import RolloutConfig
 from opd.episodes.episode import PromptRewrite
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
 from opd.errors import Interrupted
+from opd.grading import Trainer
 from opd.launch.checks.text import tool_format
 from opd.launch.run.backends import make_backend
 from opd.launch.run.models import check_tokenizers, check_top_k, load_held, named_model
@@ -78,6 +80,7 @@ class Run:
                 rewrite=rewrite,
                 on_finish=on_finish,
                 stopped=stopped,
+                trainer=Trainer(step=self.loop.player.version, steps=config.train.steps),
             )
         shares = [share for share in ranks.gather(own) if share is not None]
         if len(shares) < ranks.world_size:
@@ -204,7 +207,7 @@ def _make_schedulers(
         chat,
         config=config.rollout,
         max_turns=config.env.max_turns,
-        workers=config.env.workers,
+        workers=workers_for(config.env.id, config.env.kwargs) if config.env.workers == "auto" else config.env.workers,
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
     make = partial(make_for, config.env.id, tool_format=chat.format.name, starts_thinking=chat.starts_thinking)

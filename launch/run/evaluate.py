@@ -48,10 +48,13 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     interval = f"  (95%: {low:.1%} to {high:.1%})" if score.played else ": the environment broke in every episode"
     table.add_row("success", f"{score.rate:.1%}{interval}" if score.played else f"not measured{interval}")
     table.add_row("episodes", f"{score.solved} of {score.played} solved")
-    measured = [t for t in episodes if t.failed is None]
+    measured = [t for t in episodes if t.failed is None and not t.unscored]
     if measured:
         table.add_row("mean reward", f"{sum(t.reward for t in measured) / len(measured):.3f}")
-    table.add_row("broken", f"{score.broken}, not measured" if score.broken else "0")
+    unscored = sum(t.unscored for t in episodes)
+    table.add_row("broken", f"{score.broken - unscored}, not measured" if score.broken > unscored else "0")
+    if unscored:
+        table.add_row("not scored", f"{unscored}, not measured: every reward function returned None")
     ends = Counter(t.end for t in episodes).most_common()
     table.add_row("ended by", ", ".join(f"{end} {count}" for end, count in ends))
     Console().print(table)

@@ -16,11 +16,12 @@ class Score:
 
     outcomes: tuple[bool | None, ...]
     """Each task, in the order of the tasks, so that scores can be paired. True: solved. False: not. None: its
-    environment broke."""
+    environment broke, or nothing could score the answer."""
 
     @classmethod
     def of(cls, groups: Iterable[TrajectoryGroup]) -> Score:
-        return cls(tuple(t.success if t.failed is None else None for group in groups for t in group.trajectories))
+        episodes = [t for group in groups for t in group.trajectories]
+        return cls(tuple(None if t.failed is not None or t.unscored else t.success for t in episodes))
 
     @property
     def solved(self) -> int:

@@ -12,10 +12,11 @@ import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd.errors import EnvError
+from opd.grading import Trainer, noting
 from opd.secrets import redacted
 from opd.types import ONLY_TEXT, Message, Task, medium_in
 
@@ -45,14 +46,27 @@ class Answer:
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
+    unscored: bool = False
+    """Nothing could tell what the episode is worth."""
+    member: Any = None
+    """What the environment wants to know of the episode once its group is scored; never looked into."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    ungraded: list[str] = field(default_factory=list)
+    """Why graders had no result for what was to be scored; it scored 0, or ended the episode."""
     unreadable: bool = False
     """The environment ended the episode because it could not read the action."""
 
 
-def reset(env: Any, goal: Task) -> Answer:
-    """Begin an episode of a task. Raises whatever the environment raises, and BadAnswer for a broken contract."""
+def reset(env: Any, goal: Task, trainer: Trainer | None = None) -> Answer:
+    """Begin an episode of a task; tell an environment that asks for it who plays.
+
+    Raises whatever the environment raises, and BadAnswer for a broken contract.
+    """
     since = time.perf_counter()
     with _close_on_error(env):
+        if trainer is not None and (learn := getattr(_plain(env), "trained_by", None)):
+            learn(trainer)
         said = env.reset(seed=goal.seed, options=_address(env, goal))
         seconds = time.perf_counter() - since
         with _blame_answer("reset", said, "(observation, info)"):
@@ -63,7 +77,7 @@ def reset(env: Any, goal: Task) -> Answer:
 def step(env: Any, action: str) -> Answer:
     """Hand a completion's text over. Raises as `reset` does."""
     since = time.perf_counter()
-    with _close_on_error(env):
+    with _close_on_error(env), noting() as ungraded:
         said = env.step(action)
         seconds = time.perf_counter() - since
         with _blame_answer("step", said, "(observation, reward, terminated, truncated, info)"):
@@ -76,9 +90,36 @@ def step(env: Any, action: str) -> Answer:
                 reward=_reward(reward),
                 terminated=over,
                 unreadable=_unreadable(info, over),
+                ungraded=ungraded,
+                member=info.get("member"),
                 truncated=_flag("truncated", truncated)
                 and not over,  # gymnasium's TimeLimit says both at its last step
             )
+
+
+def score_group(env: Any, members: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Answer]:
+    """Have an environment score what compares the episodes of a group; return for each its whole reward.
+
+    Raises whatever the environment raises, and BadAnswer where it does not answer for each member.
+    """
+    with _close_on_error(env), noting() as ungraded:
+        replies = _plain(env).score_group(list(members), [list(one) for one in ids])
+        with _blame_answer("score_group", replies, "a Reply for each member"):
+            if len(replies) != len(members):
+                raise BadAnswer(f"score_group answered {len(replies)} times for {len(members)} members")
+            scored = [_scored(reply) for reply in replies]
+            return [replace(scored[0], ungraded=ungraded), *scored[1:]] if scored else []
+
+
+def _scored(reply: Any) -> Answer:
+    told = ("feedback", "success", "unscored", "rewards", "metrics", "notes")
+    info = _read_info({name: value for name in told if (value := getattr(reply, name)) is not None})
+    return Answer(messages=[], **info, reward=_reward(reply.reward), seconds=0.0)
+
+
+def _plain(env: Any) -> Any:
+    """Return an environment without gymnasium's wrappers."""
+    return getattr(env, "unwrapped", env)
 
 
 @contextmanager
@@ -168,25 +209,37 @@ def _read_info(info: dict[str, Any]) -> dict[str, Any]:
         raise BadAnswer(f'info["privileged"] must be a dict of str to str; got {_show(privileged)}')
     if tools is not None and not (isinstance(tools, list) and all(map(_is_tool, tools))):
         raise BadAnswer(f'info["tools"] must be a list of {{"type", "function": {{...}}}} schemas; got {_show(tools)}')
+    metrics = _read_parts("metrics", info.get("metrics", {}))
     _check_text('info["feedback"] and info["privileged"]', [feedback or "", *privileged.values()])
     return {
         "feedback": feedback,
         "privileged": _copy('info["privileged"]', privileged),
         "tools": _copy('info["tools"]', tools),
         "success": None if info.get("success") is None else _flag('info["success"]', info["success"]),
-        "rewards": _read_parts(info.get("rewards", {})),
+        "unscored": _flag('info["unscored"]', info.get("unscored", False)),
+        "rewards": _read_parts("rewards", info.get("rewards", {})),
+        "metrics": {name: value for name, value in metrics.items() if value is not None},
+        "notes": _read_notes(info.get("notes", {})),
     }
 
 
-def _read_parts(rewards: Any) -> dict[str, float | None]:
-    """Return the named parts of a reward, checked and copied. Raises BadAnswer."""
+def _read_notes(notes: Any) -> dict[str, Any]:
+    """Return what is to stand beside the episode, copied. Raises BadAnswer where it is no plain data."""
+    if not isinstance(notes, dict) or len(notes) > MOST_PARTS or not all(isinstance(name, str) for name in notes):
+        raise BadAnswer(f'info["notes"] must be a dict of at most {MOST_PARTS} texts to plain data; got {_show(notes)}')
+    copied: dict[str, Any] = _copy('info["notes"]', notes)
+    return copied
+
+
+def _read_parts(what: str, rewards: Any) -> dict[str, float | None]:
+    """Return the named parts of a reward, or other numbers, checked and copied. Raises BadAnswer."""
     if not isinstance(rewards, dict) or len(rewards) > MOST_PARTS:
-        raise BadAnswer(f'info["rewards"] must be a dict of at most {MOST_PARTS} parts; got {_show(rewards)}')
+        raise BadAnswer(f'info["{what}"] must be a dict of at most {MOST_PARTS} parts; got {_show(rewards)}')
     for name, value in rewards.items():
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 100:
-            raise BadAnswer(f'info["rewards"]: a name must be 1 to 100 printable characters; got {_show(name)}')
+            raise BadAnswer(f'info["{what}"]: a name must be 1 to 100 printable characters; got {_show(name)}')
         if value is not None and (isinstance(value, str) or not abs(value) < MOST_REWARD):
-            raise BadAnswer(f'info["rewards"][{name!r}] is {_show(value)}; it must be a finite number or None')
+            raise BadAnswer(f'info["{what}"][{name!r}] is {_show(value)}; it must be a finite number or None')
     return {name: None if value is None else float(value) for name, value in rewards.items()}
 
 

@@ -23,10 +23,11 @@ class EnvConfig(Strict):
     id: str = Field(description="A registered id (`opd envs list`), or `my_package.my_module:MyEnv`.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the environment's constructor.")
     max_turns: int = Field(8, ge=1, description="Turns after which an episode is truncated.")
-    workers: Literal["threads", "processes"] = Field(
-        "threads",
+    workers: Literal["auto", "threads", "processes"] = Field(
+        "auto",
         description="Where environments live. threads: in this process. processes: each in one of its own, which is "
-        "killed if it hangs and takes nobody along if it crashes; for those that compute much, too.",
+        "killed if it hangs and takes nobody along if it crashes; for those that compute much, too. auto: processes "
+        "for textworld (an interpreter in C) and for what is `unprotected`, else threads.",
     )
 
     @field_validator("workers")

@@ -6,6 +6,7 @@ imports what environments need once, and then forks quickly (`opd.sandbox.forks`
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -15,12 +16,13 @@ import socket
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 from opd.episodes import answers
+from opd.episodes.answers import Answer
 from opd.episodes.faults import explain
-from opd.grading import listening
+from opd.grading import Trainer, listening
 from opd.sandbox.forks import ForkServer, read_frame, write_frame
 from opd.secrets import know_environment, redact_console
 from opd.types import Task
@@ -38,9 +40,16 @@ def play(connection: socket.socket) -> None:
                 match request["call"]:
                     case "reset":
                         env = pickle.loads(factory)() if env is None else env
-                        reply = {"answer": asdict(answers.reset(env, Task(**request["goal"])))}
+                        told = request["trainer"]
+                        answer = answers.reset(env, Task(**request["goal"]), told and Trainer(**told))
+                        reply = {"answer": _written(answer)}
                     case "step":
-                        reply = {"answer": asdict(answers.step(env, request["action"]))}
+                        reply = {"answer": _written(answers.step(env, request["action"]))}
+                    case "score_group":
+                        env = pickle.loads(factory)() if env is None else env
+                        members = [pickle.loads(base64.b64decode(one)) for one in request["members"]]
+                        scored = answers.score_group(env, members, request["ids"])
+                        reply = {"answers": [_written(answer) for answer in scored]}
                     case _:
                         if env is not None:
                             env.close()
@@ -49,6 +58,13 @@ def play(connection: socket.socket) -> None:
             fault, reason = explain(error)
             reply = {"fault": fault, "reason": reason}
         _send(connection, reply)
+
+
+def _written(answer: Answer) -> dict[str, Any]:
+    """Write an answer as JSON has it. What it hands out for its group's scoring is pickled here and read here, in
+    another of these processes: the trainer keeps it and never reads it."""
+    member = None if answer.member is None else base64.b64encode(pickle.dumps(answer.member)).decode()
+    return asdict(replace(answer, member=None)) | {"member": member}
 
 
 def _send(connection: socket.socket, reply: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from opd.episodes.faults import explain
 from opd.episodes.hosts import Host, Local
 from opd.episodes.processes import Processes, Remote
 from opd.episodes.workers import TimeLimits, Workers
+from opd.grading import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +45,66 @@ class Environments:
         self._idle: list[Host] = []
         self._lent: dict[int, Host] = {}  # by number of the episode
         self._workers = Workers(min(config.workers, config.concurrency))
+        self.trainer = Trainer()
+        """What environments are told of who plays."""
 
     def reset(self, episode: Episode) -> None:
         """Have an environment begin the episode; one that is played again gets a new environment."""
         host = self._host(fresh=episode.attempt > 0)
         self._lent[episode.number] = host
-        self._call(episode, partial(host.reset, episode.task), "reset_timeout")
+        self._call(episode, partial(host.reset, episode.task, self.trainer), "reset_timeout")
 
     def step(self, episode: Episode, text: str) -> None:
         """Have the episode's environment act on a completion's text."""
         self._call(episode, partial(self._lent[episode.number].step, text), "step_timeout")
+
+    def score_groups(
+        self,
+        groups: Sequence[tuple[Sequence[Any], Sequence[Sequence[int]]]],
+        *,
+        fresh: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[list[Answer] | BaseException]:
+        """Score groups, each in an environment that no episode is played in; return what came of each.
+
+        A group is what the last answers of its episodes handed out, and the tokens of their completions. Raises
+        Interrupted once `stopped` holds.
+        """
+        size = min(self._config.workers, self._config.concurrency)
+        return [
+            outcome
+            for first in range(0, len(groups), size)
+            for outcome in self._score(groups[first : first + size], fresh=fresh, stopped=stopped)
+        ]
+
+    def _score(
+        self,
+        groups: Sequence[tuple[Sequence[Any], Sequence[Sequence[int]]]],
+        *,
+        fresh: bool,
+        stopped: Callable[[], bool],
+    ) -> list[list[Answer] | BaseException]:
+        """Score as many groups as there are workers."""
+        hosts = [self._host(fresh=fresh) for _ in groups]
+        limits = TimeLimits(
+            call=self._config.grading_timeout, grading=self._config.grading_timeout, name="rollout.grading_timeout"
+        )
+        for number, (host, (members, ids)) in enumerate(zip(hosts, groups, strict=True)):
+            call = partial(host.score_group, members, ids)
+            self._workers.start(number, call, limits=limits, give_up=host.kill)
+        try:
+            outcomes = dict(self._workers.finished(wait="all", stopped=stopped))
+        except BaseException:
+            self._workers.forget()
+            for host in hosts:
+                host.kill()
+            raise
+        for number, host in enumerate(hosts):
+            if isinstance(outcomes[number], BaseException):
+                host.kill()
+            else:
+                self._idle.append(host)
+        return [outcomes[number] for number in range(len(hosts))]
 
     def answers(
         self, *, wait: str, stopped: Callable[[], bool] = lambda: False

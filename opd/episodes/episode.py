@@ -63,6 +63,12 @@ class Episode:
     prompt: Prompt = field(default_factory=lambda: Prompt([]))
     tools: list[dict[str, Any]] | None = None
     privileged: dict[str, str] = field(default_factory=dict)
+    unscored: bool = False
+    ungraded: list[str] = field(default_factory=list)
+    handed: Any = None
+    """What its environment wants to know of it once its group is scored; None: its reward is whole."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     success: bool | None = None
     """None where the environment has not said."""
     cut: End | None = None
@@ -118,6 +124,10 @@ class Episode:
             tools=self.tools,
             privileged=self.privileged,
             success=solved and self.failed is None,
+            unscored=self.unscored,
+            ungraded=self.ungraded,
+            metrics=self.metrics,
+            notes=self.notes,
             failed=self.failed,
             fault=self.fault,
             policy_version=self.policy_version,
@@ -209,6 +219,9 @@ def take_answer(episode: Episode, answer: Answer | BaseException) -> None:
     episode.privileged = {**episode.privileged, **answer.privileged}
     if answer.success is not None:
         episode.success = answer.success
+    episode.unscored, episode.handed = answer.unscored, answer.member
+    episode.ungraded = episode.ungraded + answer.ungraded
+    episode.metrics, episode.notes = {**episode.metrics, **answer.metrics}, {**episode.notes, **answer.notes}
     if episode.turns:
         last = episode.turns[-1]
         episode.turns[-1] = replace(last, reward=answer.reward, feedback=answer.feedback, rewards=answer.rewards)

@@ -25,6 +25,7 @@ from opd.episodes.answers import Answer
 from opd.episodes.env_server import command_line
 from opd.episodes.faults import Failure
 from opd.errors import ConfigError
+from opd.grading import Trainer
 from opd.sandbox.forks import COMMAND, INTEGER, read_frame, write_frame
 from opd.types import Fault, Task
 
@@ -134,15 +135,26 @@ class Remote:
         self._in_use = threading.Lock()  # the connection, by the thread that calls
         self._given_up = False
 
-    def reset(self, goal: Task) -> Answer:
+    def reset(self, goal: Task, trainer: Trainer | None = None) -> Answer:
         """Begin an episode in the process, like `opd.episodes.answers.reset`. Raises Failure."""
+        self._begin()
+        told = None if trainer is None else asdict(trainer)
+        return self._answer({"call": "reset", "goal": asdict(goal), "trainer": told})
+
+    def score_group(self, members: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Answer]:
+        """Score a group in the process, like `opd.episodes.answers.score_group`. Raises Failure."""
+        self._begin()
+        reply = self._call({"call": "score_group", "members": list(members), "ids": [list(one) for one in ids]})
+        return [Answer(**one) for one in reply["answers"]]
+
+    def _begin(self) -> None:
+        """Fork the process, unless it is there."""
         if self._connection is None:
             pid, connection = self._processes.fork()
             with self._lock:
                 self._pid, self._connection = pid, connection
             if self._given_up:  # meanwhile
                 self._end()
-        return self._answer({"call": "reset", "goal": asdict(goal)})
 
     def step(self, action: str) -> Answer:
         """Take a step in the process, like `opd.episodes.answers.step`. Raises Failure."""

@@ -13,14 +13,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Literal
 
 from opd.engines.base import Completion, RolloutEngine, Sampling
 from opd.episodes.config import RolloutConfig
 from opd.episodes.environments import EnvFactory, Environments
 from opd.episodes.episode import Episode, Opening, PromptRewrite, Round, add_turn, next_request, take_answer
+from opd.episodes.grouped import Ended, score_groups
 from opd.episodes.watchdog import Watchdog
 from opd.errors import Interrupted
+from opd.grading import Trainer
 from opd.models.chat import ChatFormat
 from opd.types import Task, Trajectory, TrajectoryGroup
 
@@ -73,32 +76,32 @@ class RolloutScheduler:
         opening: Opening | None = None,
         on_finish: Callable[[Trajectory], None] = lambda _: None,
         stopped: Callable[[], bool] = lambda: False,
+        trainer: Trainer = Trainer(),  # noqa: B008  (it is frozen)
     ) -> list[TrajectoryGroup]:
         """Play every task `group_size` times; groups come back in the order of the tasks.
 
         `seed` names the round: a token's draw depends on it and on the task, the member and the turn.
         `rewrite` shows the acting model other first messages (a teacher with its context); `opening` gives the first
-        prompt itself, which no message may say. Raises Interrupted once `stopped` holds: episodes are left.
+        prompt itself; `trainer` is what environments are told of who plays. Raises Interrupted once `stopped` holds.
         """
         shared = Round(
             chat=self.chat, config=self.config, max_turns=self.max_turns, seed=seed, rewrite=rewrite, opening=opening,
             stopped=stopped)  # fmt: skip
-        copies = [(t, member) for t in tasks for member in range(group_size)]
+        episodes = [Episode(n, t, member) for n, (t, member) in enumerate(product(tasks, range(group_size)))]
         self.engine.begin(sampling, self.chat.stop_ids)
-        ended = self._play([Episode(n, t, member) for n, (t, member) in enumerate(copies)], shared, on_finish)
+        self.environments.trainer = trainer
+        ended = score_groups(self._play(episodes, shared, on_finish), group_size, self.environments, shared)
         _report_failures(ended)
         return [
             _group(t, ended[i : i + group_size], self.config)
-            for t, i in zip(tasks, range(0, len(copies), group_size), strict=True)
+            for t, i in zip(tasks, range(0, len(episodes), group_size), strict=True)
         ]
 
-    def _play(
-        self, episodes: Sequence[Episode], shared: Round, on_finish: Callable[[Trajectory], None]
-    ) -> list[list[Trajectory]]:
+    def _play(self, episodes: Sequence[Episode], shared: Round, on_finish: Callable[[Trajectory], None]) -> Ended:
         """Play the episodes of a round; return the attempts at each, the last of which counts."""
         waiting = deque(episodes)
         active: dict[int, Episode] = {}
-        ended: list[list[Trajectory]] = [[] for _ in episodes]
+        ended: Ended = [[] for _ in episodes]
         sampled = 0  # completions in flight
         dog = Watchdog(
             self.config.stall_warning,
@@ -115,11 +118,11 @@ class RolloutScheduler:
                     del active[episode.number]
                     self.engine.release(episode.number)
                     self.environments.take_back(episode)
-                    ended[episode.number].append(episode.trajectory())
+                    ended[episode.number].append((episode.trajectory(), episode.handed))
                     if _plays_again(episode, self.config):
                         waiting.appendleft(episode.again())  # its group waits for it already
                     else:
-                        on_finish(ended[episode.number][-1])
+                        on_finish(ended[episode.number][-1][0])
                 for completion in self._completions(sampled, shared):
                     dog.progress()
                     sampled -= 1

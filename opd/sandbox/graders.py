@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from opd.errors import ConfigError
-from opd.grading import grading
+from opd.grading import grading, note_ungraded
 from opd.sandbox.forks import MOST_BYTES
 from opd.sandbox.grader_processes import Holder, exchange, holders
 
@@ -68,9 +68,11 @@ class Grader:
                 return None if value is None else float(value)
             reason = f"its score is {value!r:.80}"
         except Ungraded as error:
-            reason = str(error)
+            logger.warning("%s: the answer %.200r scores 0: %s", self.name, text[:200], error)
+            return 0.0
         except OverflowError:  # an integer that no float holds
             reason = "its score is out of range"
+        note_ungraded(f"{self.name}: {reason}")
         logger.warning("%s: the answer %.200r scores 0: %s", self.name, text[:200], reason)
         return 0.0
 
@@ -84,14 +86,15 @@ class Grader:
 
     def session(self) -> GraderSession:
         """Open a process with the object as it was made. Raises EnvError when it cannot start."""
-        return GraderSession(holders().get(self._factory, self.name), self.time_limit)
+        return GraderSession(holders().get(self._factory, self.name), self.time_limit, name=self.name)
 
 
 class GraderSession:
     """Calls one object, which remembers earlier calls. For one thread at a time; `close` ends it."""
 
-    def __init__(self, holder: Holder, time_limit: float) -> None:
+    def __init__(self, holder: Holder, time_limit: float, *, name: str) -> None:
         self.time_limit = time_limit
+        self.name = name
         self._holder = holder
         try:
             self._pid, self._connection = holder.fork()
@@ -101,7 +104,17 @@ class GraderSession:
         self._abandoned = weakref.finalize(self, holder.abandon, self._pid, self._connection)  # if nobody calls close
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Call the method; return its result, as JSON has it. Raises Ungraded; the session is of no use after that."""
+        """Call the method; return its result, as JSON has it. Raises Ungraded; the session is of no use after that.
+
+        The failure is noted (`opd.grading.note_ungraded`), so that it is counted.
+        """
+        try:
+            return self._call(method, arguments)
+        except Ungraded as error:
+            note_ungraded(f"{self.name}: {error}")
+            raise
+
+    def _call(self, method: str, arguments: dict[str, Any]) -> Any:
         # Into the child by pickle: data sets hold tuples and numpy's texts. What comes back is JSON, and nothing else.
         request = pickle.dumps((method, self.time_limit, arguments))
         if len(request) > MOST_BYTES:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.envs import Reply, Start, TextSpace, ToolEnv, ToolError, format_call, tool
+from opd.envs.spaces import without_addresses
 from opd.errors import ConfigError, EnvError
 
 
@@ -605,3 +606,39 @@ def test_what_a_tool_remembers_is_forgotten_at_reset(env):
     env.step(call("peek", digit=0))
     env.reset(seed=1)
     assert env.log == []
+
+
+class Boxes(ToolEnv):
+    """Gives results that Python writes with their memory addresses."""
+
+    def start(self, rng, split, index):
+        return Start(prompt=f"Here is {object()}.", privileged={"solution": repr(object())})
+
+    @tool
+    def get(self, kind: str) -> object:
+        """Get something.
+
+        Args:
+            kind: of what
+        """
+        made = {"plain": object(), "list": [object()], "method": self.start, "function": contents, "set": {object()}}
+        made["generator"] = (one for one in ())
+        if kind == "error":
+            raise ToolError(f"no {object()} here")
+        return f"in words: {object()}" if kind == "words" else made[kind]
+
+
+@pytest.mark.parametrize("kind", ["plain", "list", "method", "function", "set", "generator", "words", "error"])
+def test_no_text_of_an_environment_holds_a_memory_address(kind):
+    env = Boxes()
+    told, info = env.reset(seed=0)
+    answer, *_, step = env.step(call("get", kind=kind))
+    texts = [told, info["privileged"]["solution"], answer, step.get("feedback", ""), *contents(step)]
+    assert "0x" not in " ".join(texts)
+    assert "object" in told
+    assert "no output" not in answer
+
+
+def test_a_number_that_is_no_address_of_an_object_stays():
+    text = "jump at 0x7fff5694dc58 to <main>, look at 0x10; <a at 0x7f>"
+    assert without_addresses(text) == text

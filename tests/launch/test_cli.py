@@ -228,12 +228,12 @@ def test_the_libraries_whose_environments_can_be_named_are_listed(capsys):
 
 
 def test_an_environment_that_breaks_its_contract_fails(monkeypatch, capsys):
-    import opd.envs
+    from opd.envs import Finding, checker_process
 
-    broken = opd.envs.Finding(severity="error", message="reset returns nothing")
-    monkeypatch.setattr(opd.envs, "check", lambda *_: [broken])
-    assert main(["envs", "check", "opd/Lookup-v0"]) == 1
-    assert capsys.readouterr().out.startswith("error: reset returns nothing\n")
+    broken = checker_process.Report([Finding("error", "reset returns nothing")], ["  user | Hello."])
+    monkeypatch.setattr(checker_process, "check_within", lambda *_, time_limit: broken)
+    assert main(["envs", "check", "opd/Lookup-v0", "--time-limit", "5"]) == 1
+    assert capsys.readouterr().out.startswith("  user | Hello.\nerror: reset returns nothing\n")
 
 
 def test_every_method_is_listed_with_what_it_is(capsys):

@@ -109,6 +109,22 @@ def test_episodes_in_processes_are_those_in_threads_to_the_bit(play, make_model)
     assert all(t.terminated for t in runs[0])
 
 
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_group_is_scored_by_copies_of_its_environments_or_refused_by_name(
+    play, make_tokenizer, scripted_engine, lock
+):
+    tokenizer, call = make_tokenizer(), '<tool_call>{"name": "open", "arguments": {"number": 2}}</tool_call>'
+    said = [["done"], [call, "done"], ["done"]]
+    turns = [[[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts] for texts in said]
+    kwargs = {"config": {"lock": lock}, "rewards": ["wild_envs:most_opened"]}
+    settings = {"tasks": 1, "group_size": 3, "hosts": "processes", "engine": scripted_engine(turns), "max_turns": 4}
+    [group] = play(partial(make, "trl:wild_envs:Box", kwargs), max_tokens=256, max_length=2048, **settings)
+    if lock:
+        assert "env.workers: threads, or group: false" in group.trajectories[0].failed
+    else:
+        assert [(t.failed, t.reward) for t in group.trajectories] == [(None, 0.0), (None, 1.0), (None, 0.0)]
+
+
 def test_a_process_lives_for_many_episodes(play, tmp_path):
     log = tmp_path / "log"
     play(wild("WildEnv", log=str(log)), tasks=6, concurrency=2, hosts="processes")

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -132,3 +133,28 @@ WAYS = {
     "kill": lambda answer: os.kill(os.getpid(), signal.SIGKILL),
     "scribble": _scribble,
 }
+
+
+class Box:
+    """Is an environment for TRL. With a `lock` it cannot be sent anywhere."""
+
+    def __init__(self, lock=False):
+        self.lock = threading.Lock() if lock else None
+
+    def reset(self, **row):
+        self.opened = 0
+
+    def open(self, number: int) -> str:
+        """Open the box.
+
+        Args:
+            number: the one on its lid.
+        """
+        self.opened += number
+        return "open"
+
+
+def most_opened(environments, **kwargs):
+    """Reward the member of a group that opened the most."""
+    best = max(env.opened for env in environments)
+    return [float(env.opened == best) for env in environments]

@@ -13,7 +13,7 @@ from opd.tool_calls import valid_tool_calls
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-[YAML] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+YAML = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_functions_on_the_page_score(my_rewards):
     rubric.close()
 
 
-@pytest.mark.parametrize("document", YAML.split("---\n"))
+@pytest.mark.parametrize("document", [part for block in YAML for part in block.split("---\n")])
 def test_the_settings_on_the_page_are_rubrics(my_rewards, document):
     rubric = Rubric(yaml.safe_load(document)["rewards"])
     rubric.require(["answer"])

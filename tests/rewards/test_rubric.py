@@ -22,6 +22,7 @@ from opd.rewards import (
     Rubric,
     SoftOverlong,
     Tags,
+    TrainerState,
     exact_match,
     resolve,
 )
@@ -112,9 +113,10 @@ def test_none_abstains():
     assert (score.total, score.parts) == (3.0, {"length": 3.0, "abstain": None})
 
 
-def test_a_completion_that_nobody_scores_is_an_error():
-    with pytest.raises(EnvError, match=r"every reward function abstained \(returned None\): abstain"):
-        Rubric([abstain]).score("q", "abc", {})
+def test_a_completion_that_nobody_scores_is_unscored():
+    score = Rubric([abstain]).score("q", "abc", {})
+    assert (score.total, score.parts, score.unscored) == (0.0, {"abstain": None}, True)
+    assert not Rubric([length, abstain]).score("q", "abc", {}).unscored
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -177,6 +179,8 @@ def test_a_function_with_open_arguments_gets_all_columns_as_lists():
         return [0.0]
 
     Rubric([curious]).score("q", "abc", {"answer": 7})
+    for name in ("trainer_state", "log_extra", "log_metric"):
+        seen.pop(name)
     assert seen == {"prompts": ["q"], "completions": ["abc"], "answer": [7]}
 
 
@@ -193,9 +197,44 @@ def test_an_argument_with_a_default_needs_no_column():
     Rubric(logging_reward).require([])
 
 
-def test_a_function_that_needs_token_ids_is_refused():
-    with pytest.raises(ConfigError, match="reward needs_ids needs the column 'completion_ids'"):
-        Rubric([needs_ids]).require(["answer"])
+def test_a_function_that_needs_token_ids_sees_the_group_and_scores_nothing_by_itself():
+    rubric = Rubric([needs_ids, length])
+    rubric.require(["answer"])
+    assert rubric.compares
+    assert rubric.score_batch(["q"], ["abc"], {"completion_ids": [[1, 2]]}, when="group")[0].parts == {"needs_ids": 0.0}
+    assert rubric.score("q", "abc", {}, when="episode").parts == {"length": 3.0}
+    with pytest.raises(EnvError, match="reward needs_ids takes completion_ids, which only a trainer has"):
+        rubric.score("q", "abc", {})
+
+
+def compares(completions, **kwargs):
+    return [float(len(completion) == max(map(len, completions))) for completion in completions]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_part_that_compares_is_called_once_with_all_completions(isolated):
+    rubric = Rubric({"best": {"reward": compares, "group": True, "isolated": isolated}, "exact_match": 1.0})
+    columns = {"answer": ["a", "x", "x"]}
+    scores = rubric.score_batch(["q"] * 3, ["a", "bb", "c"], columns, when="group")
+    assert [score.parts for score in scores] == [{"best": 0.0}, {"best": 1.0}, {"best": 0.0}]
+    assert rubric.score("q", "a", {"answer": "a"}, when="episode").parts == {"exact_match": 1.0}
+
+
+def hangs_once(completions, **kwargs):
+    time.sleep(60 if "bad" in completions else 0)
+    return [0.0] * len(completions)
+
+
+def test_an_isolated_comparison_that_hangs_scores_nobody():
+    part = {"reward": hangs_once, "group": True, "isolated": True, "time_limit": 1}
+    with pytest.raises(EnvError, match=r"reward best could not compare 2: no answer within 1 s \(time_limit\)"):
+        Rubric({"best": part}).score_batch(["q"] * 2, ["good", "bad"], {}, when="group")
+
+
+@pytest.mark.parametrize(("name", "value"), [("group", "yes"), ("isolated", 1)])
+def test_a_switch_of_a_part_is_true_or_false(name, value):
+    with pytest.raises(ConfigError, match=f"reward exact_match: {name} = {value!r} must be true or false"):
+        Rubric({"exact_match": {name: value}})
 
 
 def test_no_rewards_and_two_of_one_name_are_refused():
@@ -393,21 +432,42 @@ def test_trls_accuracy_and_reasoning_rewards_work_as_they_are():
     }
 
 
-def test_a_reward_of_trl_that_is_made_from_settings_is_made_and_its_need_of_token_ids_told():
+def test_a_reward_of_trl_that_is_made_from_settings_is_made_and_gets_token_ids():
     part = {
         "reward": "trl.rewards:get_soft_overlong_punishment",
         "settings": {"max_completion_len": 10, "soft_punish_cache": 5},
     }
-    with pytest.raises(ConfigError, match="reward overlong needs the column 'completion_ids'"):
-        Rubric({"overlong": part}).require(["answer"])
+    rubric = Rubric({"overlong": part})
+    rubric.require(["answer"])
+    ids = {"completion_ids": [list(range(3)), list(range(8)), list(range(20))]}
+    scores = rubric.score_batch(["q"] * 3, ["a"] * 3, ids, when="group")
+    assert [score.total for score in scores] == pytest.approx([0.0, -0.6, -1.0])
 
 
-def test_what_trls_trainer_passes_besides_is_given_to_who_cannot_do_without():
-    def demanding(completions, trainer_state, log_extra, log_metric, **kwargs):
-        log_extra("column", completions)
+def test_what_trls_trainer_passes_besides_is_given_and_what_is_logged_is_kept():
+    def demanding(completions, trainer_state, log_extra, log_metric=None, **kwargs):
+        log_extra("column", [text.upper() for text in completions])
         log_metric("metric", 1.0)
-        return [1.0 if trainer_state is None else 0.0]
+        log_metric("metric", 2.0)
+        return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
 
     rubric = Rubric(demanding)
     rubric.require([])
-    assert rubric.score("q", "a", {}).total == 1.0
+    state = TrainerState.at(30, 40)
+    [one, two] = rubric.score_batch(["q", "q"], ["a", "b"], {}, state=state)
+    assert (one.total, one.metrics, one.notes, two.notes) == (0.75, {"metric": 1.5}, {"column": "A"}, {"column": "B"})
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [(("log_extra", "x", [1, 2]), "got 2 values for 1 completions"), (("log_metric", "x", math.nan), "not finite")],
+)
+def test_what_cannot_be_logged_is_refused_by_name(log, reason):
+    name, *arguments = log
+
+    def logging_reward(completions, **kwargs):
+        kwargs[name](*arguments)
+        return [1.0]
+
+    with pytest.raises(EnvError, match=rf"{name}\('x'\) .*{reason}"):
+        Rubric(logging_reward).score("q", "a", {})

@@ -69,6 +69,8 @@ class Health:
     def warn(self, number: int, row: Mapping[str, float]) -> None:
         """Warn of what the finished row of step `number` (from 0) shows. Of several ranks, the first one knows it."""
         self._warn_of_silence(number, row)
+        self._warn_of_unscored(number, row)
+        self._warn_of_graders(number, row)
         self._warn_of_unread(number, row)
 
     def _warn_of_silence(self, number: int, row: Mapping[str, float]) -> None:
@@ -81,6 +83,31 @@ class Health:
                 number + 1,
                 self.streaks["silent"],
                 100 * row.get("reward/success", 0.0),
+            )
+
+    def _warn_of_unscored(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of a step with episodes that have no reward."""
+        unscored = row.get("rollout/unscored", 0.0)
+        if self._again("unscored", unscored > 0):
+            logger.warning(
+                "step %d: %d of %d episodes have no reward (%d such steps in a row): every reward function returned "
+                "None. They are compared with no other; mend the functions, or the rows that they cannot score",
+                number + 1,
+                unscored,
+                row.get("rollout/episodes", 0.0),
+                self.streaks["unscored"],
+            )
+
+    def _warn_of_graders(self, number: int, row: Mapping[str, float]) -> None:
+        """Warn of a step whose graders failed."""
+        failed = row.get("failures/grading", 0.0)
+        if self._again("ungraded", failed > 0):
+            logger.warning(
+                "step %d: graders hung, died or raised at %d texts (%d such steps in a row), which scored 0 or ended "
+                "their episodes; rollouts.jsonl says why under `ungraded`",
+                number + 1,
+                failed,
+                self.streaks["ungraded"],
             )
 
     def _warn_of_unread(self, number: int, row: Mapping[str, float]) -> None:

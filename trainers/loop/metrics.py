@@ -8,7 +8,8 @@ mean absolute difference of their log-probs; `signal/zero` the share of samples 
 `signal/solved_groups` that of tasks of which an episode is solved, `signal/mixed_groups` that of tasks whose rewards
 differ; `shown/*` the share of samples whose teacher is shown that; `variance/*` see `of_variance`. `reward/part/NAME`
 is a named part of the reward before its weight, `reward/abstained/NAME` the number of episodes that it could not tell
-of.
+of; `reward/logged/NAME` what a reward function logged. `rollout/unscored` counts episodes that nobody could score: they
+are in no mean of rewards and in no baseline. `failures/grading` counts texts that a grader had no result for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from opd.types import End, Sample, StopReason, TrajectoryGroup
+from opd.types import End, Sample, StopReason, Trajectory, TrajectoryGroup
 
 MOST_TURNS = 8
 """Turns with a metric of their own; the last one stands for all after it too."""
@@ -47,22 +48,31 @@ def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     faults = Counter(t.fault for group in groups for t in group.attempts if t.fault is not None)
     row["failures/infrastructure"] = float(sum(n for fault, n in faults.items() if fault.of_infrastructure))
     row["failures/environment"] = float(faults.total()) - row["failures/infrastructure"]
+    if ungraded := sum(len(t.ungraded) for group in groups for t in group.attempts):
+        row["failures/grading"] = float(ungraded)
     row |= {f"failures/{fault}": float(count) for fault, count in faults.items()}
+    row |= _of_rewards(whole)
     if whole:
         row |= {
-            "reward/mean": _mean(t.reward for t in whole),
-            "reward/success": _mean(t.success for t in whole),
             "rollout/turns": _mean(len(t.turns) for t in whole),
             "rollout/truncated": _mean(t.truncated for t in whole),
             "rollout/tokens_per_episode": _mean(t.completion_tokens for t in whole),
-            **_of_parts([t.reward_parts for t in whole]),
         }
     if usable := [group.usable for group in groups if group.usable]:
         row["signal/solved_groups"] = _mean(any(t.success for t in group) for group in usable)
-        row["signal/mixed_groups"] = _mean(len({t.reward for t in group}) > 1 for group in usable)
+        row["signal/mixed_groups"] = _mean(len({t.reward for t in group if not t.unscored}) > 1 for group in usable)
     if turns:
         row["rollout/cut_completions"] = _mean(turn.stop_reason is StopReason.LENGTH for turn in turns)
     return row
+
+
+def _of_rewards(episodes: Sequence[Trajectory]) -> dict[str, float]:
+    """Average the rewards of episodes that have one, and what they are made of."""
+    scored = [t for t in episodes if not t.unscored]
+    row = {"rollout/unscored": float(len(episodes) - len(scored))} if len(scored) < len(episodes) else {}
+    if scored:
+        row |= {"reward/mean": _mean(t.reward for t in scored), "reward/success": _mean(t.success for t in scored)}
+    return row | _of_parts([t.reward_parts for t in episodes]) | _logged([t.metrics for t in episodes])
 
 
 def _of_parts(episodes: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
@@ -74,6 +84,12 @@ def _of_parts(episodes: Sequence[Mapping[str, float | None]]) -> dict[str, float
         row |= {f"reward/part/{name}": _mean(numbers)} if numbers else {}
         row |= {f"reward/abstained/{name}": float(len(told) - len(numbers))} if len(numbers) < len(told) else {}
     return row
+
+
+def _logged(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number that reward functions logged, over the episodes that have one."""
+    names = dict.fromkeys(name for metrics in episodes for name in metrics)
+    return {f"reward/logged/{name}": _mean(metrics[name] for metrics in episodes if name in metrics) for name in names}
 
 
 def pass_rates(groups: Iterable[TrajectoryGroup]) -> dict[str, float]:

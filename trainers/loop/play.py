@@ -20,6 +20,7 @@ from opd.episodes.episode import Opening
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
 from opd.errors import Interrupted
+from opd.grading import Trainer
 from opd.models.identity import weights_fingerprint
 from opd.ranks.ranks import Ranks
 from opd.trainers.loop.health import Health
@@ -127,6 +128,7 @@ class Player:
                 opening=opening,
                 on_finish=self.on_finish,
                 stopped=self.stopped,
+                trainer=Trainer(step=self.version, steps=self.train.steps),
             )
         shares = [share for share in self.ranks.gather(own) if share is not None]
         if len(shares) < self.ranks.world_size:

@@ -100,6 +100,8 @@ class HindsightMethod(Method):
     def is_right(self, trajectory: Trajectory) -> bool:
         """True if the episode earned `right_from`; if that is None, if the environment calls it solved."""
         least = self.config.right_from
+        if trajectory.unscored:
+            return False
         return trajectory.success if least is None else trajectory.reward >= least
 
     def hindsight(self, trajectory: Trajectory, group: Sequence[Trajectory]) -> Hindsight:

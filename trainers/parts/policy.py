@@ -45,13 +45,17 @@ class PolicyConfig(Strict):
         )
 
     def advantages(self, group: Sequence[Trajectory]) -> list[float]:
-        """Return one advantage for each episode of a group, by its reward; [] for an empty group."""
+        """Return one advantage for each episode of a group, by its reward; [] for an empty group.
+
+        One that nobody could score is compared with no other, and has an advantage of 0.
+        """
         from opd.maths.advantage import group_advantage  # late: it needs torch
 
-        if not group:
-            return []
-        found = group_advantage([t.reward for t in group], scale=self.scale, leave_one_out=self.leave_one_out)
-        return [float(value) for value in found]
+        rewards = [t.reward for t in group if not t.unscored]
+        if not rewards:
+            return [0.0] * len(group)
+        found = iter(group_advantage(rewards, scale=self.scale, leave_one_out=self.leave_one_out))
+        return [0.0 if t.unscored else float(next(found)) for t in group]
 
 
 class PolicyShareConfig(Strict):

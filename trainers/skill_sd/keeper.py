@@ -110,7 +110,7 @@ class SkillKeeper:
                 task, prompt = group.task.id, task_text(group)
                 if self.text_for(task, prompt) is not None:
                     shown = [skill.id for skill in self._found[task, prompt] if skill.id in self.bank.skills]
-                    self.bank.credit(shown, [t.reward for t in group.usable], step=step)
+                    self.bank.credit(shown, [t.reward for t in group.usable if not t.unscored], step=step)
 
     def _make(self, groups: Sequence[TrajectoryGroup], step: int) -> dict[str, float]:
         """Add new skills to the bank. Return how many were made, were refused, or had no answer."""

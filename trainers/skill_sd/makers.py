@@ -89,7 +89,7 @@ def case_of(group: TrajectoryGroup, right_from: float | None) -> Case | None:
     `right_from` is the reward from which an episode is right; None: the environment says so.
     """
     solved = [t for t in group.usable if is_right(t, right_from)]
-    failed = [t for t in group.usable if not is_right(t, right_from)]
+    failed = [t for t in group.usable if not (t.unscored or is_right(t, right_from))]
     best = min(solved, key=lambda t: (-t.reward, len(t.turns), t.completion_tokens, t.member), default=None)
     wrong: dict[str, Trajectory] = {}
     for trajectory in failed:
@@ -105,6 +105,8 @@ def case_of(group: TrajectoryGroup, right_from: float | None) -> Case | None:
 
 def is_right(trajectory: Trajectory, right_from: float | None) -> bool:
     """True if the episode earned at least `right_from`; if that is None, if the environment calls it solved."""
+    if trajectory.unscored:
+        return False
     return trajectory.success if right_from is None else trajectory.reward >= right_from
 
 

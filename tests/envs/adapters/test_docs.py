@@ -1,10 +1,12 @@
 """What docs/adapters.md shows can be made, and runs where it needs nobody else's server."""
 
+import importlib
 import json
 import re
 import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 import textworld
 import yaml
@@ -20,50 +22,8 @@ CONFIGS = [EnvConfig(**setting) if isinstance(setting, dict) else EnvConfig(id=s
 # TextWorld ignores this warning of its interpreter, which knows nothing of games made anew; pytest forgets that.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Game .* is not fully supported")]
 
-MODULES = {
+MODULES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL)) | {
     "my_words": "def describe(env, observation):\n    return f'The pole leans by {observation[2]:.2f}.'\n",
-    "my_counter": '''
-class Counter:
-    def reset(self, target=3, **row):
-        self.count, self.target = 0, target
-
-    def add(self, amount: int) -> int:
-        """Add to the counter.
-
-        Args:
-            amount: how much
-        """
-        self.count += amount
-        return self.count
-
-    def get_reward(self):
-        return float(self.count == self.target)
-''',
-    "reverse_words": """
-import verifiers.v1 as vf
-
-__all__ = ["ReverseTaskset"]
-
-
-class ReverseData(vf.TaskData):
-    answer: str
-
-
-class ReverseConfig(vf.TasksetConfig):
-    words: list[str]
-
-
-class ReverseTask(vf.Task[ReverseData, vf.State, vf.TaskConfig]):
-    @vf.reward
-    async def right(self, trace: vf.Trace) -> float:
-        return float(self.data.answer in trace.last_reply)
-
-
-class ReverseTaskset(vf.Taskset[ReverseTask, ReverseConfig]):
-    def load(self):
-        for word in self.config.words:
-            yield ReverseTask(ReverseData(prompt=f"{word} backwards?", answer=word[::-1]), self.config.task)
-""",
 }
 ROWS = {
     "rows.jsonl": [{"prompt": f"Count to {n}.", "target": n, "plan": f"add {n}"} for n in range(40)],
@@ -78,6 +38,35 @@ ROWS = {
         for n in range(40)
     ],
 }
+
+
+ID = re.compile(rf"\b(?:{'|'.join(adapters.ADAPTERS)}):[A-Za-z][\w-]*(?:[.:]\w+)*|\bopd/[A-Z]\w+-v\d+")
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.yaml")]
+IDS = sorted({found for page in PAGES for found in ID.findall(page.read_text(encoding="utf-8"))})
+
+
+def known_names(library):
+    """Return the names that a library itself knows, and for those that have none the modules on the page."""
+    match library:
+        case "gymnasium":
+            return set(gymnasium.registry)
+        case "reasoning_gym":
+            return set(importlib.import_module("reasoning_gym.factory").DATASETS)
+        case "textarena":
+            return set(importlib.import_module("textarena").envs.registration.ENV_REGISTRY)
+        case "skyrl_gym":
+            return set(importlib.import_module("skyrl_gym.envs.registration").registry)
+        case _:
+            return {module.replace("_", "-") for module in MODULES} | set(MODULES)
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_every_id_in_the_documentation_is_of_an_environment_that_there_is(env_id):
+    library, _, name = env_id.partition(":")
+    if library in ("mcp", "openenv", "textworld"):  # a command, an address, a folder
+        return
+    known = known_names(library) if name else set(gymnasium.registry)
+    assert (name.partition(":")[0] if name else env_id) in known, f"{env_id} is none of {sorted(known)[:20]}"
 
 
 @pytest.fixture

@@ -158,3 +158,25 @@ def test_a_game_that_could_not_read_a_move_says_so():
     env.reset(seed=0)
     _, reward, terminated, _, info = env.step("[" + "9" * 5_000 + "]")  # more digits than Python converts
     assert (reward, terminated, info["unreadable"]) == (0.0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "reason"),
+    [
+        ("Countdown-v0", 0.568, "Invalid action format"),  # this one and the next two swap the reason and the reward
+        ("ThreeCardMonte-v0", 0.0, "Bad action. Use `[k]`."),
+        ("Cryptarithm-v0", 0.0, "Bad action format"),
+        ("Bandit-v0", -1.0, "An invalid button"),  # names neither
+    ],
+)
+def test_a_second_malformed_move_ends_a_game_with_what_the_game_gives_for_it(name, reward, reason):
+    env = make(f"textarena:{name}")
+    env.reset(seed=0)
+    first = env.step("no move at all")
+    obs, given, terminated, _, info = env.step("no move at all")
+    assert not first[2]
+    assert "invalid move" in first[0]
+    assert (terminated, info["unreadable"], info["success"]) == (True, True, False)
+    assert reason in obs
+    assert given == pytest.approx(reward)
+    env.close()
