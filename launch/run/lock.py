@@ -207,7 +207,7 @@ def _is_file_of(path: Path, descriptor: int) -> bool:
 def _read(path: Path) -> Owner | None:
     """Return the owner that the file names; None for an empty file, or one that nobody finished."""
     try:
-        owner = Owner(**json.loads(path.read_text()))
+        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     fine = (type(owner.host), type(owner.pid), type(owner.started)) == (str, int, str)
