@@ -27,11 +27,12 @@ PACKAGES = {
 }
 GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
-    *("formats", "ranks", "sandbox"),
+    *("standing", "plain_text", "formats", "ranks", "sandbox"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
 PLAIN = {
-    *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "sandbox", "formats"),
+    *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "standing"),
+    *("plain_text", "sandbox", "formats"),
 }
 """What of it environments and rewards import: data, errors, texts, the sandbox, limits of time and clocks."""
 STREETS = {
