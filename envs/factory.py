@@ -20,6 +20,7 @@ from opd.envs import adapters
 from opd.envs.adapters import Adapter
 from opd.errors import ConfigError
 from opd.secrets import know_settings
+from opd.standing import kept_standing
 from opd.variables import resolve
 
 _IN_MODULE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[\w./-]+)")
@@ -119,7 +120,8 @@ def _from_adapter(env_id: str, adapter: Adapter, name: str, kwargs: dict[str, An
 
 def _from_class(path: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
-        creator = pkgutil.resolve_name(path)
+        with kept_standing(f"the module {path.rpartition(':')[0]!r}"):
+            creator = pkgutil.resolve_name(path)
     except (AttributeError, ImportError) as error:
         raise ConfigError(f"env.id: {path!r} cannot be imported: {error}") from error
     _check_kwargs(path, creator, kwargs)
@@ -132,7 +134,8 @@ def _from_class(path: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
 def _from_registry(module: str, env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
         if module:
-            importlib.import_module(module)
+            with kept_standing(f"the module {module!r}"):
+                importlib.import_module(module)
             validate_id(env_id)
         spec = gymnasium.registry[env_id]
         creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError
+from opd.standing import kept_standing
 
 SCRIPT = "__main__"
 """The module of a script that is run, or of a notebook, which has no file."""
@@ -49,7 +50,8 @@ def load(address: str, *, setting: str) -> Any:
             "PYTHONPATH, or the package installed?"
         )
     try:
-        module = importlib.import_module(named["module"])
+        with kept_standing(f"the module {named['module']!r}"):
+            module = importlib.import_module(named["module"])
     except (Exception, SystemExit) as error:  # a stranger's module may do anything while it is imported
         raise ConfigError(f"{setting}: {address!r} cannot be imported: {_told(error)}") from error
     try:

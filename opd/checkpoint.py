@@ -51,7 +51,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, record in records.items():
-            (aside / f"{name}.json").write_text(json.dumps(record))
+            (aside / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
 
     def write() -> None:
         for part in parts:
@@ -85,7 +85,7 @@ def check_room(root: Path) -> None:
 def _publish(aside: Path, folder: Path, described: Sequence[dict[str, Any]]) -> None:
     """Write the manifest, flush every file, and give the folder its name."""
     known = {name: file for share in described for name, file in share.items()}
-    (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": known}, indent=1))
+    (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": known}, indent=1), encoding="utf-8")
     for path in [*_files(aside), aside]:
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +134,7 @@ class Checkpoint:
     def record(self, name: str) -> Any:
         """Read a record. Raises CheckpointError where there is none that can be read."""
         try:
-            return json.loads((self.folder / f"{name}.json").read_text())
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.folder}: its {name}.json cannot be read ({error!r})") from error
 
@@ -152,7 +152,7 @@ def _check_format(folder: Path) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read the hash and size that each file should have. Raises CheckpointError where the manifest cannot be read."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files, found = dict(manifest["files"]), manifest["format"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest is unreadable ({error!r})") from error

@@ -27,12 +27,12 @@ PACKAGES = {
 }
 GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "disk", "grading"),
-    *("formats", "ranks", "rows", "sandbox", "secrets", "variables"),
+    *("formats", "plain_text", "ranks", "rows", "sandbox", "secrets", "standing", "variables"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
 PLAIN = {
     *("types", "errors", "tool_calls", "json_text", "addressing", "background", "grading", "sandbox", "formats"),
-    *("rows", "secrets", "variables"),
+    *("plain_text", "rows", "secrets", "standing", "variables"),
 }
 """What of it environments and rewards import: data, errors, texts, rows, the sandbox, limits of time and clocks."""
 STREETS = {
@@ -87,7 +87,7 @@ FACADES = {"opd", "opd.trainers"}
 
 @cache
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_bytes())
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -308,3 +308,30 @@ def test_settings_checks_plans_methods_environments_and_commands_are_known_witho
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+def test_every_text_is_read_and_written_in_utf_8_whatever_the_locale_says():
+    """What is opened without an encoding is read in that of the locale: of latin-1, or of ASCII, say."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES.values()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and _is_text(node)
+    ]
+    assert wrong == []
+
+
+def _is_text(call: ast.Call) -> bool:
+    """True for a call that reads or writes text and leaves the encoding open."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {keyword.arg for keyword in call.keywords}
+    if name in ("read_text", "write_text"):
+        return "encoding" not in given and not (name == "read_text" and call.args)
+    if name in ("run", "Popen", "check_output"):
+        return bool({"text", "universal_newlines"} & given) and "encoding" not in given
+    if name not in ("open", "fdopen") or (isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "os.open"):
+        return False
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    modes += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+    is_file = name == "fdopen" or isinstance(call.func, ast.Name) or bool(modes) or not call.args
+    return is_file and "encoding" not in given and not any("b" in mode for mode in modes)

@@ -286,7 +286,7 @@ def _make_connector(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
 
     def client() -> Any:
         # What a server says on its error stream is for its author; a flood of it would bury the run's own output.
-        quiet = open(os.devnull, "w")  # noqa: SIM115  (closed with the client, which outlives this function)
+        quiet = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (closed with the client, which outlives us)
         client = Client(stdio_client(parameters, errlog=quiet))
         weakref.finalize(client, quiet.close)
         return client

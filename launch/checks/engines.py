@@ -83,7 +83,7 @@ def _engine_args() -> frozenset[str]:
     for root in (found and found.submodule_search_locations) or ():
         source = Path(root) / "engine" / "arg_utils.py"
         if source.is_file():
-            return frozenset(_annotated_fields(ast.parse(source.read_text()), "EngineArgs"))
+            return frozenset(_annotated_fields(ast.parse(source.read_text(encoding="utf-8")), "EngineArgs"))
     return frozenset()
 
 

@@ -81,14 +81,14 @@ def write_taken(config: Config, folder: Path) -> None:
         if row and row["sha256"] != one.origin.sha256:
             before = [*before, row["sha256"]]
         found[one.setting] = {**asdict(one.origin), "before": before}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def read_taken(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what `write_taken` wrote, by setting. Raises CheckpointError where the file cannot be read."""
     path = folder / NAME
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {str(setting): {**row, "sha256": str(row["sha256"])} for setting, row in found.items()}
     except FileNotFoundError:
         return {}

@@ -16,11 +16,13 @@ import stat
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
 from opd.errors import LockError
+from opd.standing import ADVICE
 
 NAME = "run.lock"
 HEARTBEAT = 20.0
@@ -55,6 +57,7 @@ class RunLock:
         self.path = folder / NAME
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.stat()
         self._released = threading.Event()
         self._descriptor = self._hold()
         os.register_at_fork(after_in_child=self._forget)
@@ -64,7 +67,7 @@ class RunLock:
         """Lock the file, write this process into it, and return its descriptor."""
         descriptor, left = _take(self.path)
         if left is not None:
-            _say(f"{self.path.parent}: the lock of {left} is broken, since that process has ended; this one takes over")
+            _say(f"{self.path.parent}: {ended_without_a_word(left)}; this one takes over")
         try:
             os.pwrite(descriptor, json.dumps(asdict(Owner.this_process())).encode(), 0)
         except OSError as error:  # a full disk, say
@@ -77,11 +80,16 @@ class RunLock:
 
     def check(self) -> None:
         """Raise LockError if the folder is not this process's any more: nothing may be written there then."""
+        folder = self.path.parent
+        if not self._is_there():
+            raise LockError(f"{folder} is gone: it was moved or deleted while its run was alive. Nothing more is saved")
         if _is_file_of(self.path, self._descriptor):
             return
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise LockError(f"{folder} is gone: it was moved or deleted while its run was alive. Nothing more is saved")
+        if not _is_open(self._descriptor):
+            raise LockError(
+                f"{self.path} was closed by something in this process: an environment that closes files which are not "
+                f"its own. Nothing more is saved. {ADVICE}"
+            )
         if self.path.exists():
             holder = _read(self.path) or "somebody"
             raise LockError(f"{folder} was taken over by {holder}. This process writes nothing more there")
@@ -95,9 +103,14 @@ class RunLock:
         self._released.set()
         if _is_file_of(self.path, self._descriptor):
             self.path.unlink()
-        os.close(self._descriptor)
-        if self._made and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+        _close(self._descriptor)
+        if self._made and self._is_there() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
+
+    def _is_there(self) -> bool:
+        """True: the folder has its name still. False: it was moved or deleted; another may have its place."""
+        folder = self.path.parent
+        return folder.is_dir() and os.path.samestat(folder.stat(), self._folder)
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT):
@@ -108,7 +121,21 @@ class RunLock:
         """Close the descriptor in a forked process: the lock is the parent's, and must not outlive it here."""
         if not self._released.is_set():
             self._released.set()
-            os.close(self._descriptor)
+            _close(self._descriptor)
+
+
+def ended_without_a_word(owner: Owner) -> str:
+    """Say of the owner whose lock was left behind how it may have ended: it did not come to its own end."""
+    return (
+        f"{owner} ended without a word: it was killed (for memory, say), its machine stopped, or an environment in a "
+        "thread ended it (os._exit, a crash), which env.workers: processes would keep to its episode"
+    )
+
+
+def left_behind(folder: Path) -> Owner | None:
+    """Return the owner that the lock of a folder names, whose process has ended; None where nobody left one."""
+    path = folder / NAME
+    return _read(path) if path.exists() else None
 
 
 def check_free(folder: Path) -> None:
@@ -200,14 +227,27 @@ def _alive(owner: Owner, path: Path, *, by_kernel: bool) -> bool:
 def _is_file_of(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:  # there is no such file any more, or the descriptor was closed
         return False
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # somebody else in this process closed it
+        os.close(descriptor)
 
 
 def _read(path: Path) -> Owner | None:
     """Return the owner that the file names; None for an empty file, or one that nobody finished."""
     try:
-        owner = Owner(**json.loads(path.read_text()))
+        owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     fine = (type(owner.host), type(owner.pid), type(owner.started)) == (str, int, str)

@@ -140,9 +140,10 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise ConfigError(f"{named} holds no run to resume; without --resume a new one starts there")
     elif holds_run(folder):
         if not overwrite:
+            left = lock.left_behind(folder)
             raise ConfigError(
                 f"{named} already holds a run. Go on with it (--resume), delete it (--overwrite), "
-                "or choose another folder (--out DIR)."
+                f"or choose another folder (--out DIR).{f' Its {lock.ended_without_a_word(left)}.' if left else ''}"
             )
     elif folder.is_dir() and _contents(folder):
         raise ConfigError(f"{named} holds files that are not a run's; choose another folder (--out DIR)")

@@ -154,7 +154,7 @@ def finite_checkpoints(root: Path) -> list[Path]:
 def _record(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint says of its step; a damaged one counts as not finite and not evaluated."""
     try:
-        return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text())}
+        return {"finite": False, "success": None, **json.loads((folder / "run.json").read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError):
         return {"finite": False, "success": None}
 

@@ -97,7 +97,7 @@ def made_by(config: Config, stage: RunStage) -> dict[str, float]:
     """
     assert stage.record is not None
     try:
-        record: dict[str, Any] = json.loads(stage.record.read_text())
+        record: dict[str, Any] = json.loads(stage.record.read_text(encoding="utf-8"))
         saved, made = dict(record["config"]), dict(record["made"])
     except FileNotFoundError:
         return {}
@@ -113,7 +113,7 @@ def write_record(config: Config, stage: RunStage, made: dict[str, float]) -> Non
     """Write down that a stage without steps is over, so that the file is whole or absent."""
     assert stage.record is not None
     aside = stage.record.with_name(f".{stage.record.name}.partial")
-    aside.write_text(json.dumps({"config": config.shown(), "made": made}))
+    aside.write_text(json.dumps({"config": config.shown(), "made": made}), encoding="utf-8")
     aside.rename(stage.record)
 
 

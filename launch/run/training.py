@@ -55,7 +55,8 @@ def train(
     ranks = ranks_of(read)
     with together():
         ranks.from_first(lambda: refuse_problems(check_model_text(read)))
-        out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite))
+        # Absolute from here on: an environment that leaves the current folder does not take the run's along.
+        out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite).absolute())
         with _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))

@@ -31,6 +31,7 @@ from opd.types import Task
 def play(connection: socket.socket) -> None:
     """Answer the calls of one environment until the other side is gone."""
     env: Any = None
+    process = os.getpid()
     factory = read_frame(connection) or b""
     while (frame := read_frame(connection)) is not None:
         request = json.loads(frame)
@@ -57,6 +58,8 @@ def play(connection: socket.socket) -> None:
         except BaseException as error:  # sys.exit() too is an answer
             fault, reason = explain(error)
             reply = {"fault": fault, "reason": reason}
+        if os.getpid() != process:  # the environment has forked: two would answer
+            os._exit(1)
         _send(connection, reply)
 
 

@@ -19,6 +19,7 @@ from opd.episodes.hosts import Host, Local
 from opd.episodes.processes import Processes, Remote
 from opd.episodes.workers import TimeLimits, Workers
 from opd.grading import Trainer
+from opd.standing import ADVICE, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,35 @@ class Environments:
         self._workers = Workers(min(config.workers, config.concurrency))
         self.trainer = Trainer()
         """What environments are told of who plays."""
+        self._open = 0
+        """Calls that nobody has answered yet."""
+        self._standing: Standing | None = None
+        """While a round is played in threads: this process as it was before."""
+        self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """A round begins: in threads, what environments change of this process is put back from now on."""
+        self._open = 0
+        if self.processes is None:
+            self._standing = Standing()
+
+    def end(self) -> None:
+        """The round is over."""
+        if self._standing is not None:
+            self._put_back()
+            self._standing.close()
+            self._standing = None
+
+    def _put_back(self) -> None:
+        """Put back what environments have changed of this process, and say once what that was."""
+        changed = self._standing.restore() if self._standing is not None else []
+        if news := [name for name in changed if name not in self._told]:
+            self._told.update(news)
+            logger.warning(
+                "an environment changed %s of this process, which all of the run shares; it is put back. %s",
+                ", ".join(news),
+                ADVICE,
+            )
 
     def reset(self, episode: Episode) -> None:
         """Have an environment begin the episode; one that is played again gets a new environment."""
@@ -114,7 +144,11 @@ class Environments:
         `wait`: "none" returns what is there, "any" waits for at least one, "all" for every open call. Raises
         Interrupted once `stopped` holds while it waits.
         """
-        return sorted(self._workers.finished(wait=wait, stopped=stopped), key=lambda pair: pair[0])
+        found = sorted(self._workers.finished(wait=wait, stopped=stopped), key=lambda pair: pair[0])
+        self._open -= len(found)
+        if found and not self._open:  # not before: one that is still at work may mean it
+            self._put_back()
+        return found
 
     def running(self) -> dict[int, str]:
         """Say of each episode whose environment is at work what it does: "call" or "grading". For any thread."""
@@ -131,12 +165,14 @@ class Environments:
     def abandon(self) -> None:
         """Forget the calls that are open, and end all that is lent."""
         self._workers.forget()
+        self._open = 0
         for host in self._lent.values():
             host.kill()
         self._lent.clear()
 
     def close(self) -> None:
         """Close the idle environments, each within the time limit of a step, and let the workers go."""
+        self.begin()
         closers = Workers(min(self._config.workers, max(1, len(self._idle))))
         for number, host in enumerate(self._idle):
             closers.start(number, host.close, limits=self._limits("step_timeout"), give_up=host.kill)
@@ -144,6 +180,7 @@ class Environments:
         for _, answer in closers.finished(wait="all"):
             if isinstance(answer, BaseException):
                 logger.warning("an environment could not be closed: %s", explain(answer)[1])
+        self.end()
         closers.close()
         self._workers.close()
         if self.processes is not None:
@@ -157,6 +194,7 @@ class Environments:
     def _call(self, episode: Episode, call: Callable[[], Answer], limit: _Limit) -> None:
         """Have a worker call the environment, within that limit and until the episode's own end."""
         episode.wait_for("env")
+        self._open += 1
         limits = self._limits(limit)
         if (left := max(0.0, episode.until - episode.since)) < limits.call:
             limits = replace(limits, call=left, name="rollout.episode_timeout")

@@ -133,6 +133,7 @@ class RolloutScheduler:
     @contextmanager
     def _abandoned_on_error(self, active: dict[int, Episode]) -> Iterator[None]:
         """Leave nothing behind (Ctrl-C, say) that the next round would take for its own."""
+        self.environments.begin()
         try:
             yield
         except BaseException:
@@ -140,6 +141,8 @@ class RolloutScheduler:
             for number in active:
                 self.engine.release(number)
             raise
+        finally:
+            self.environments.end()
 
     def _admit(self, waiting: deque[Episode], active: dict[int, Episode]) -> None:
         """Start episodes while there is room. Deterministic ones come in waves, and a wave never mixes attempts:

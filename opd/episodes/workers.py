@@ -6,6 +6,7 @@ a finished run alive; these are daemon threads, and a lost one is replaced.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -75,6 +76,7 @@ class Workers:
         threading.Thread(target=self._work, name="opd-env", daemon=True).start()
 
     def _work(self) -> None:
+        process = os.getpid()
         while (taken := self._jobs.get()) is not None:
             ticket, job = taken
             job.begin()
@@ -84,6 +86,8 @@ class Workers:
                     result = job.call()
             except BaseException as error:  # whatever an environment raises is an answer, sys.exit() too
                 result = error
+            if os.getpid() != process:  # the environment has forked, and this is the other one: it has no run to go on
+                os._exit(1)
             # Whoever takes the ticket away, this thread or `_overdue`, decides what becomes of the call.
             if self._running.pop(ticket, None) is None:
                 return  # given up meanwhile, and replaced

@@ -81,7 +81,7 @@ def require_bubblewrap() -> None:
 def _why_refused() -> str:
     for path, off, mend in _SWITCHES:
         with suppress(OSError):
-            if Path(path).read_text().strip() == off:
+            if Path(path).read_text(encoding="utf-8").strip() == off:
                 return f"{path} is {off}, so no new user namespace may be made here. As root: {mend}"
     return (
         "The kernel refused it. Inside a container, this is the container's own sandbox: start it with --privileged, "
@@ -151,7 +151,7 @@ class Bubblewrapped(Process):
             pid = int(json.loads(answer)["child-pid"])
             if self.owner is not None:
                 for kind in ("uid", "gid"):
-                    Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{_USER} {self.owner} 1\n")
+                    Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{_USER} {self.owner} 1\n", encoding="utf-8")
                 os.write(mapped.fileno(), b"1")
             return pid
 
@@ -225,7 +225,7 @@ def _bwrap() -> str:
 @lru_cache(maxsize=4)
 def _bounds_folders(bwrap: str) -> bool:
     """True if this build can make a tmpfs of a given size; if not, the watcher alone bounds the folders."""
-    return "--size" in subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False).stdout
+    return "--size" in subprocess.run([bwrap, "--help"], capture_output=True, encoding="utf-8", check=False).stdout
 
 
 def _arguments(limits: SandboxLimits, readable: Sequence[str]) -> list[str]:
@@ -271,7 +271,7 @@ def _can_be_nobody() -> bool:
     """True if this process is root, and not just of a namespace that has no other users."""
     if os.geteuid() != 0:
         return False
-    ranges = (map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines())
+    ranges = (map(int, line.split()) for line in Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines())
     return any(first <= _NOBODY < first + count for first, _, count in ranges)
 
 

@@ -165,7 +165,7 @@ def _flush() -> None:
 def _children() -> set[int]:
     """List this process's children, as Linux tells them; elsewhere none."""
     try:
-        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split()))
     except OSError:
         return set()
 

@@ -91,7 +91,7 @@ def serve(grader: Any, filtered: bool, connection: socket.socket) -> None:
 def lock(refused: list[str], *, filtered: bool) -> None:
     """Forbid this process all that a grader does not need; `refused` gets the audit events that were tried anyway."""
     sys.dont_write_bytecode = True
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("1000")  # the first to go when the machine runs out of memory
     limits = {
         resource.RLIMIT_AS: _address_space() + _MEMORY,
@@ -174,7 +174,7 @@ def _limit_computing(seconds: float) -> None:
 def _address_space() -> int:
     """The bytes that this process has mapped, where the system tells; else an amount that any grader needs."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     except OSError:
         return 4 * _MEMORY
 

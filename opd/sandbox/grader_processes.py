@@ -210,7 +210,11 @@ def _bubblewrap_works() -> bool:
     try:
         seccomp_filter()
         done = subprocess.run(
-            [*_bubblewrap(), "--", sys.executable, "-c", ""], capture_output=True, text=True, timeout=_PATIENCE
+            [*_bubblewrap(), "--", sys.executable, "-c", ""],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_PATIENCE,
         )
     except (OSError, subprocess.TimeoutExpired, ConfigError) as error:
         _warn_once(f"bubblewrap (bwrap) does not work here: {error}")

@@ -24,7 +24,7 @@ def hand_over(number: int) -> None:
 
 def become(user: int, limits: str) -> None:
     """Become an unprivileged user with these limits, and the first process to go when memory runs out."""
-    with open("/proc/self/oom_score_adj", "w") as file:
+    with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("1000")
     for limit in limits.split(","):
         name, soft, hard = map(int, limit.split(":"))

@@ -185,7 +185,7 @@ def _watch(process: Process, limits: SandboxLimits) -> tuple[list[str], KilledWh
     why: KilledWhy | None = None
     deadline = time.monotonic() + limits.seconds
     look = time.monotonic() + _LOOK
-    with selectors.DefaultSelector() as selector, os.fdopen(os.pidfd_open(process.popen.pid)) as ended:
+    with selectors.DefaultSelector() as selector, os.fdopen(os.pidfd_open(process.popen.pid), "rb", 0) as ended:
         selector.register(ended, selectors.EVENT_READ)
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)

@@ -24,11 +24,11 @@ Row = dict[str, Any]
 class JsonLines:
     """Appends rows to a file, without secrets, each flushed when it is written.
 
-    Raises DataError where the disk does not take it.
+    Raises DataError where the disk does not take it, or the file was deleted or moved: no row is written into nothing.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = path.absolute()
         # A lone surrogate, which UTF-8 has no bytes for, comes out as the escape that JSON has for it.
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
@@ -46,6 +46,8 @@ class JsonLines:
             self._file.close()
 
     def _append(self, text: str) -> None:
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            raise OSError("another file has its name now")
         self._file.write(text)
         self._file.flush()
 
@@ -53,7 +55,10 @@ class JsonLines:
         try:
             work()
         except OSError as error:
-            raise DataError(f"{self._path} cannot be written: {error}. Make room, and go on with --resume") from error
+            mend = "It was deleted or moved while its run was alive" if isinstance(error, FileNotFoundError) else ""
+            raise DataError(
+                f"{self._path} cannot be written: {error}. {mend or 'Make room'}, and go on with --resume"
+            ) from error
 
 
 def read_rows(path: Path) -> list[Row]:

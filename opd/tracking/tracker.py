@@ -275,7 +275,7 @@ def _table(
         shares = ", ".join(f"{name} {span(part)} ({part / whole:.0%})" for name, part in large.items())
         table.add_row("time", f"{span(whole)}: {shares}")
     table.add_section()
-    table.add_row("folder", str(folder))
+    table.add_row("folder", str(folder.relative_to(here)) if folder.is_relative_to(here := Path.cwd()) else str(folder))
     names = [path.name + "/" * path.is_dir() for path in folder.iterdir() if path.suffix != ".lock"]
     table.add_row("", ", ".join(sorted(names)))
     return table

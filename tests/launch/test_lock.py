@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from opd.errors import LockError
+from opd.errors import ConfigError, LockError
 from opd.launch.cli.demo import demo
 from opd.launch.run import lock
 from opd.launch.run.lock import NAME, RunLock, check_free
+from opd.launch.run.out import choose
+from opd.launch.settings.reader import RUN_MARK
 
 HOLD = "import sys; from pathlib import Path; from opd.launch.run.lock import RunLock; RunLock(Path(sys.argv[1])); "
 
@@ -58,8 +61,14 @@ def test_a_lock_ends_with_the_process_that_held_it_and_its_breaking_is_told(held
     process.kill()
     process.wait()
     check_free(folder)
+    (folder / "config.yaml").write_text(RUN_MARK)
+    how = (
+        rf"process {process.pid} on {socket.gethostname()}, started \S+ ended without a word: .*env\.workers: processes"
+    )
+    with pytest.raises(ConfigError, match=f"already holds a run.* Its {how}"):
+        choose(str(folder), "any", resume=False, overwrite=False)
     own = RunLock(folder)
-    assert f"the lock of process {process.pid} on {socket.gethostname()}" in capfd.readouterr().err
+    assert re.search(f"{how}.*this one takes over", capfd.readouterr().err)
     assert json.loads((folder / NAME).read_text())["pid"] == os.getpid()
     own.release()
 
@@ -198,6 +207,24 @@ def test_a_folder_that_is_moved_while_its_run_lives_is_told_as_that(tmp_path):
     with pytest.raises(LockError, match=r"run is gone: it was moved or deleted while its run was alive"):
         own.check()
     own.release()
+
+
+def test_a_folder_that_another_took_the_place_of_while_its_run_lives_is_told_as_gone(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(LockError, match="is gone: it was moved or deleted while its run was alive"):
+        lock.check()
+    lock.release()
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_lock_whose_descriptor_somebody_in_the_process_closed_is_an_error_that_says_so(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    os.close(lock._descriptor)
+    with pytest.raises(LockError, match=r"closed by something in this process.*env\.workers: processes"):
+        lock.check()
+    lock.release()
 
 
 def test_a_second_demo_in_the_folder_of_the_first_touches_nothing(held):

@@ -192,6 +192,40 @@ def test_the_names_of_the_package_are_the_launchers(settings):
     assert isinstance(config_from(settings("x")), opd.Config)
 
 
+LEAVES = """
+import os
+import gymnasium
+from opd.envs import TextSpace
+
+class Leaves(gymnasium.Env):
+    observation_space, action_space = TextSpace(), TextSpace()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        os.chdir("/")
+        return "Say something.", {"privileged": {"plan": "Go."}}
+
+    def step(self, action):
+        return "", 1.0, True, False, {}
+"""
+
+
+def test_an_environment_that_leaves_the_folder_does_not_take_the_run_along(settings, tmp_path, monkeypatch):
+    (tmp_path / "leaves_env.py").write_text(LEAVES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    short = {"env": "leaves_env:Leaves", "out": "run", "eval": {"tasks": 1}}
+    out = train(settings("run", train={"steps": 1}, **short)).out
+    assert out == tmp_path / "run"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-1"]
+    assert load_config(out).out == str(out)
+    assert f"out: {out}" in (out / "config.yaml").read_text()
+    monkeypatch.chdir("/")
+    resumed = train(load_config(out, {"train.steps": 2}), resume=True)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2]
+    assert resumed.out == out
+
+
 @pytest.mark.parametrize("redirection", ["| head -1", ">&-"])
 def test_a_console_that_goes_away_does_not_end_a_run(settings, tmp_path, redirection):
     path = tmp_path / "run.yaml"

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -139,11 +140,33 @@ def test_a_resumed_run_says_which_rows_are_missing_and_refuses_two_of_one_step(t
 
 
 def test_a_full_disk_is_said_with_the_file_and_the_mend(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # the disk that takes nothing
     rows = JsonLines(tmp_path / "metrics.jsonl")
-    rows.close()
-    rows._file = open("/dev/full", "a")  # noqa: SIM115 (the disk that takes nothing)
     with pytest.raises(DataError, match=r"metrics\.jsonl cannot be written: .*No space left.*--resume"):
         rows.write({"step": 1})
+    rows.close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_row_whose_file_is_gone_is_said_at_once_and_not_written_into_nothing(tmp_path, monkeypatch, how):
+    """Its folder too: a relative name means what it meant when the file was opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    rows = JsonLines(Path("run/metrics.jsonl"))
+    rows.write({"step": 1})
+    monkeypatch.chdir("/")
+    rows.write({"step": 2})
+    if how == "deleted":
+        shutil.rmtree(tmp_path / "run")
+    else:
+        (tmp_path / "run").rename(tmp_path / "other")
+    if how == "replaced":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/metrics.jsonl").write_text("")
+    with pytest.raises(
+        DataError, match=r"run/metrics\.jsonl cannot be written: .*(No such file|another file).*--resume"
+    ):
+        rows.write({"step": 3})
     rows.close()
 
 
