@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from opd.config import setting
+from opd.config import PathText, setting
 from opd.teachers.config import TeacherConfig
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
@@ -37,7 +37,7 @@ class SftConfig(ImitationConfig):
         ge=1,
         description="Tasks that are played, rollout.group_size times each.",
     )
-    file: str | None = setting(
+    file: PathText | None = setting(
         None,
         when={"source": ["file"]},
         needed="its path",

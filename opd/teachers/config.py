@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from opd.config import ServerAddress, Strict, setting
+from opd.config import PathText, ServerAddress, Strict, setting
 
 
 class TeacherConfig(Strict):
@@ -21,7 +21,7 @@ class TeacherConfig(Strict):
         "trust_region: the initial one's distribution times the student's, each to the power of its share; "
         "external: another model.",
     )
-    model: str | None = setting(
+    model: PathText | None = setting(
         None,
         when={"weights": ["external"]},
         needed="named as model.name is",

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from opd.backends.config import StageConfig
-from opd.config import setting
+from opd.config import PathText, setting
 from opd.losses import Distill, Divergence, Losses, SampledDistill, unknown
 from opd.teachers.config import TeacherConfig
 from opd.trainers.lightning_opd.offline import Terms, offline, scoring
@@ -46,11 +46,11 @@ class LightningConfig(ImitationConfig, DivergenceConfig):
         description="SFT: tasks that the teacher plays, rollout.group_size times each; 0: the run's model has learned "
         "from this teacher already.",
     )
-    sft_teacher: str | None = Field(
+    sft_teacher: PathText | None = Field(
         None, min_length=1, description="SFT: another model that plays, to see what that costs; needs mismatch: allow."
     )
     tasks: int = Field(512, ge=1, description="Other tasks, which the student plays, rollout.group_size times each.")
-    data: str | None = Field(
+    data: PathText | None = Field(
         None,
         min_length=1,
         description="The data/ folder of an earlier run: the run's model, which played its episodes, is trained on "
