@@ -17,7 +17,7 @@ from opd.launch.checks.text import check_model_text, refuse_problems
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
 from opd.launch.run.lock import RunLock
-from opd.launch.run.out import Resume, choose_out, day_of, remove_run, resumes, write_config
+from opd.launch.run.out import Resume, choose_out, day_of, on_files, remove_run, resumes, write_config
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.runner import RunResult, StageRunner
 from opd.launch.run.saving import begin_anew, clear_the_way, newest_checkpoint, restore
@@ -51,7 +51,7 @@ def train(
             ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
-            dated = read.on_the_day(ranks.from_first(partial(day_of, out, resumed=again)))
+            dated = read.on_the_day(ranks.from_first(on_files(partial(day_of, out, resumed=again), out)))
             runner = StageRunner(config=dated, ranks=ranks, out=out, lock=lock)
             return _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
 
@@ -81,11 +81,13 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
         runner.resume_after(saved)
     runner.made = ranks.from_first(lambda: made_before(config, out, runner.done))
     left = ranks.from_first(lambda: stages_left(config, out, runner.done, only_prepare=only_prepare))
-    ranks.from_first(lambda: _write_settings(config, out))  # not before: what is refused must not stand there
+    ranks.from_first(
+        on_files(lambda: _write_settings(config, out), out)
+    )  # not before: what is refused must not stand there
     if anew:
-        ranks.from_first(partial(begin_anew, out))
+        ranks.from_first(on_files(partial(begin_anew, out), out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
-    ranks.from_first(partial(clear_the_way, exports, saved))
+    ranks.from_first(on_files(partial(clear_the_way, exports, saved), out))
     hours = config.train.max_hours
     with stop_signals(seconds=3600 * hours if hours else float("inf")) as stops, closing(runner):
         runner.stops = stops
