@@ -48,12 +48,15 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
-ELSEWHERE = ("launch", "opd", "zero")
+ELSEWHERE = ("fuzz", "launch", "opd", "zero")
 PARTS = {
     "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
     "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
+    "mutants": Part(
+        "2,000 settings, 500 runs and 2,000 texts with something wrong", marked("tests/fuzz", spread=BY_TEST)
+    ),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
     ),
