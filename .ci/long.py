@@ -49,7 +49,7 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
 MUTANTS_OF_TABLES = "test_mutants_of_tables.py"
-ELSEWHERE = ("launch", "opd", "zero", MUTANTS_OF_TABLES)
+ELSEWHERE = ("fuzz", "launch", "opd", "zero", MUTANTS_OF_TABLES)
 PARTS = {
     "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
@@ -57,6 +57,9 @@ PARTS = {
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
     "mutants-of-tables": Part(
         "files of rows that were hurt at random", marked(f"tests/{MUTANTS_OF_TABLES}", spread=BY_TEST)
+    ),
+    "mutants": Part(
+        "2,000 settings, 500 runs and 2,000 texts with something wrong", marked("tests/fuzz", spread=BY_TEST)
     ),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")

@@ -68,7 +68,7 @@ def _told(error: BaseException) -> str:
     """Say what went wrong; of a mistake in the writing also where, as Python's own text names the file alone."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.400}"
 
 
 @cache  # it reads what every installed package says of itself, which takes a while

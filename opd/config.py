@@ -6,6 +6,7 @@ file under `trainers/`; `opd.launch.settings.config` joins the two and reads YAM
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from opd.secrets import redact
 from opd.variables import of_shell
 
+_LONGEST_PART, _LONGEST_PATH = 255, 4000
+"""Bytes of a file's name, and of a path."""
+
 
 def _plain_path(text: str) -> str:
     """Return a path or name as it is. Raises ValueError for what no file's name can hold, or a shell would replace."""
@@ -32,6 +36,15 @@ def _plain_path(text: str) -> str:
         raise ValueError(f"it holds the control character {control!r}; write the name without it")
     if variable := re.search(r"\$\{\w+\}|\$[A-Za-z_]\w*", text):
         raise ValueError(of_shell(variable[0]))
+    if not text.strip():
+        raise ValueError("it is empty; write a name")
+    if not_text := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+        raise ValueError(f"it holds {not_text!a}, half of a character; write the name without it")
+    longest = max(map(len, map(str.encode, text.split("/"))))
+    if longest > _LONGEST_PART or len(text.encode()) > _LONGEST_PATH:
+        raise ValueError(f"it has {len(text):,} characters, more than a name of a file can have ({_LONGEST_PART})")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError(f"there is no home of {text.partition('/')[0]}; write the whole path")
     return text
 
 

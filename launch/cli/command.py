@@ -41,6 +41,6 @@ def put_option(overrides: dict[str, Any], key: str, value: str | None) -> None:
 
 def positive(text: str) -> int:
     """Read a whole number of at least 1. Raises ArgumentTypeError for anything else."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least 1")
     return int(text)

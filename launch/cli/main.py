@@ -16,7 +16,7 @@ from opd import __version__
 from opd.errors import OpdError
 from opd.launch.cli import looks, runs
 from opd.launch.cli.command import Command
-from opd.ranks.ranks import SharedError
+from opd.ranks.ranks import SharedError, is_number
 from opd.secrets import know_environment, redact_console
 
 USAGE_ERROR, BROKEN_PIPE = 2, 141
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_error(error: OpdError) -> None:
     """Print an error with the number of its process; an error that all processes have, the first alone prints."""
     told = os.environ.get("RANK") or "0"
-    rank = int(told) if told.isdecimal() else 0
+    rank = int(told) if is_number(told) else 0
     if rank and isinstance(error, SharedError):
         return
     prefix = f"error: rank {rank}: " if rank else "error: "

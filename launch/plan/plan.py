@@ -239,9 +239,9 @@ def _count_evaluations(config: Config) -> int:
     """Count the evaluations: before, after every stage (which is at its last step), and between."""
     if not config.eval.tasks:
         return 0
-    ends = set(accumulate(config.stage_steps)) - {0}
-    between = range(config.eval.every, max(ends), config.eval.every) if config.eval.every else ()
-    return 1 + len(ends.union(between))
+    ends, every = set(accumulate(config.stage_steps)) - {0}, config.eval.every
+    between = (max(ends) - 1) // every - sum(end % every == 0 for end in ends - {max(ends)}) if every else 0
+    return 1 + len(ends) + between
 
 
 def _rollouts_in_words(rollout: RolloutConfig) -> str:

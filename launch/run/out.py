@@ -6,17 +6,19 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from opd import __version__
-from opd.errors import ConfigError
+from opd.errors import ConfigError, OpdError
 from opd.launch.run import lock
 from opd.launch.settings.config import Config
 from opd.launch.settings.reader import RUN_MARK, holds_run, read_settings
 from opd.secrets import MARK, redact
 
+T = TypeVar("T")
 Resume = bool | Literal["auto"]
 """True: go on with the run in the folder. False: begin one. auto: go on if there is one, for scripts that run again."""
 
@@ -92,7 +94,28 @@ def recommend_variables(config: Config) -> None:
 def day_of(folder: Path, *, resumed: bool) -> str:
     """Return the day on which the run in a folder began, for the templates that ask: today, if it begins now."""
     chat = read_settings(folder / "config.yaml").get("chat") if resumed else None
-    return str((chat or {}).get("date") or date.today().isoformat())
+    day = str((chat.get("date") if isinstance(chat, dict) else None) or date.today().isoformat())
+    try:
+        return date.fromisoformat(day).isoformat()
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder / 'config.yaml'}: chat.date = {day[:40]!r} is no day of the form YYYY-MM-DD"
+        ) from error
+
+
+def on_files(work: Callable[[], T], folder: Path) -> Callable[[], T]:
+    """Return `work` on the files of a run, which raises ConfigError with the file's name where one is not what a run
+    leaves there: a folder in place of a file, say."""
+
+    def attempted() -> T:
+        try:
+            return work()
+        except OpdError:
+            raise
+        except OSError as error:
+            raise ConfigError(f"{folder}: {error}. Move that aside, or choose another folder (--out DIR)") from error
+
+    return attempted
 
 
 def remove_run(folder: Path) -> None:

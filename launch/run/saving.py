@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import Field, ValidationError
 from opd import checkpoint
 from opd.backends.config import TrainConfig
 from opd.config import Strict
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, OpdError
 from opd.launch.run.build import Run
 from opd.launch.run.score import Score
 from opd.ranks.ranks import Ranks
@@ -51,13 +52,16 @@ def run_record(saved: checkpoint.Checkpoint) -> RunRecord:
     if not isinstance(saved.record("method"), dict):
         raise CheckpointError(f"{saved.folder}: its method.json is not what a run writes")
     try:
-        return RunRecord.model_validate(record)
+        found = RunRecord.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "all of it"
         raise CheckpointError(
             f"{saved.folder}: its run.json is not what a run writes ({where}: {first['msg']})"
         ) from None
+    if saved.folder.name != f"step-{found.step}":
+        raise CheckpointError(f"{saved.folder}: its run.json is of step {found.step}; the folder has another name")
+    return found
 
 
 def newest_checkpoint(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Checkpoint | None:
@@ -169,11 +173,27 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             f"teacher.model = {player.stage.teacher.model!r} holds now ({teacher.fingerprint!r}). Put the teacher "
             "back, or start afresh."
         )
-    backend.load(saved.folder, saved_ranks=record.ranks)
-    teacher.own.load(saved.folder, ranks, saved_ranks=record.ranks)
+    with _or_checkpoint_error(saved.folder):
+        backend.load(saved.folder, saved_ranks=record.ranks)
+        teacher.own.load(saved.folder, ranks, saved_ranks=record.ranks)
+        if record.ranks == ranks.world_size:
+            torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
+        run.method.load_state_dict(saved.record("method"))
     teacher.updates = record.teacher_updates
-    if record.ranks == ranks.world_size:
-        torch.set_rng_state(torch.load(saved.folder / f"rng-{ranks.rank}.pt", weights_only=True))
     player.version = record.policy_version
     player.health.streaks.update(record.streaks)
-    run.method.load_state_dict(saved.record("method"))
+
+
+@contextmanager
+def _or_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Turn whatever a file raises that holds something else than it should into a CheckpointError."""
+    try:
+        yield
+    except OpdError:
+        raise
+    except Exception as error:  # safetensors, torch, pickle and the parts of a method have an error each
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(
+            f"{folder} cannot be taken up: {told}. To go on from an older checkpoint, rename this one "
+            f"({folder.name}.damaged) and start again with --resume"
+        ) from error

@@ -22,6 +22,7 @@ from opd.launch.run.out import (
     Resume,
     choose_out,
     day_of,
+    on_files,
     recommend_variables,
     remove_run,
     resumes,
@@ -61,7 +62,7 @@ def train(
             ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None
-            dated = read.on_the_day(ranks.from_first(partial(day_of, out, resumed=again)))
+            dated = read.on_the_day(ranks.from_first(on_files(partial(day_of, out, resumed=again), out)))
             runner = StageRunner(config=dated, ranks=ranks, out=out, lock=lock)
             result = _train(runner, saved, anew=again and saved is None, only_prepare=only_prepare)
         ranks.wait()  # a launcher ends the others as soon as one has an exit code that is not 0
@@ -96,11 +97,12 @@ def _train(runner: StageRunner, saved: checkpoint.Checkpoint | None, *, anew: bo
     left = ranks.from_first(lambda: stages_left(config, out, runner.done, only_prepare=only_prepare))
     if left and not only_prepare:
         ranks.from_first(partial(_check_room, config, out))
-    ranks.from_first(lambda: _write_settings(config, out))  # not before: what is refused must not stand there
+    # Not before: what is refused must not stand there.
+    ranks.from_first(on_files(lambda: _write_settings(config, out), out))
     if anew:
-        ranks.from_first(partial(begin_anew, out))
+        ranks.from_first(on_files(partial(begin_anew, out), out))
     exports = [stage.next_model for stage in left if stage.next_model is not None]
-    ranks.from_first(partial(clear_the_way, exports, saved))
+    ranks.from_first(on_files(partial(clear_the_way, exports, saved), out))
     hours = config.train.max_hours
     with stop_signals(seconds=3600 * hours if hours else float("inf")) as stops, closing(runner):
         runner.stops = stops

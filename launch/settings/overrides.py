@@ -13,7 +13,7 @@ from typing import Any
 from opd.backends import deepspeed_json
 from opd.errors import ConfigError
 from opd.launch.settings.config import without_other_methods
-from opd.launch.settings.problems import did_you_mean, nearest_key, show
+from opd.launch.settings.problems import did_you_mean, nearest_key, short, show
 from opd.launch.settings.reader import parse_yaml
 from opd.launch.settings.schema import Setting
 from opd.secrets import know_settings
@@ -125,6 +125,6 @@ def _check_key(key: str, *, options: Collection[str], settings: Mapping[str, Set
     near = without_other_methods(settings, parts[0])
     found = nearest_key(key, [*near, *(option.removeprefix("--") for option in options)])
     raise ConfigError(
-        f"command line: --{key} is unknown.{did_you_mean(found and f'--{found}')}"
+        f"command line: --{short(key)} is unknown.{did_you_mean(found and f'--{found}')}"
         " `opd config --explain KEY` tells what a key is for."
     )

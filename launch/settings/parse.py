@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from opd.launch.settings.problems import Problem, did_you_mean, nearest, nearest_key, show
+from opd.launch.settings.problems import Problem, did_you_mean, nearest, nearest_key, short, show
 from opd.launch.settings.schema import Setting
 from opd.variables import WRITE_OUT, names_in
 
@@ -114,7 +114,8 @@ def _unknown(key: str, settings: Mapping[str, Setting]) -> Problem:
     section = key.rpartition(".")[0]
     siblings = [k for k in settings if k.rpartition(".")[0] == section]
     likely = did_you_mean(nearest_key(key, settings))
-    return Problem((key,), f"{key} is unknown.{likely} Allowed: {', '.join(k.rpartition('.')[2] for k in siblings)}.")
+    allowed = ", ".join(k.rpartition(".")[2] for k in siblings)
+    return Problem((key,), f"{short(key)} is unknown.{likely} Allowed: {allowed}.")
 
 
 def _missing(key: str, settings: Mapping[str, Setting]) -> Problem:

@@ -14,6 +14,8 @@ from typing import Any
 from opd.secrets import redact
 
 _LONGEST_VALUE = 80
+_MOST_PROBLEMS = 16
+"""More problems than that are one problem, such as a file that is meant for something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Problem:
     def line(self, source: str, overridden: Collection[str] = ()) -> str:
         """Return `source: text`; the source is the command line if one of the keys was given there."""
         given = any(is_within(key, override) for key in self.keys for override in overridden)
-        return f"{'command line' if given else source}: {self.text}"
+        return f"{'command line' if given else source}: {visible(self.text)}"
 
 
 def is_within(key: str, prefix: str) -> bool:
@@ -35,14 +37,26 @@ def is_within(key: str, prefix: str) -> bool:
 
 
 def report(problems: Iterable[Problem], source: str, overridden: Collection[str] = ()) -> str:
-    """Return every problem on a line of its own, each once, in the order found."""
-    return "\n".join(dict.fromkeys(problem.line(source, overridden) for problem in problems))
+    """Return every problem on a line of its own, each once, in the order found; of very many the first ones."""
+    lines = list(dict.fromkeys(problem.line(source, overridden) for problem in problems))
+    if len(lines) > _MOST_PROBLEMS:
+        lines[_MOST_PROBLEMS:] = [f"{source}: {len(lines) - _MOST_PROBLEMS} more problems; mend these first"]
+    return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    r"""Return a text with what nobody sees written out: `te\u200bxt`, a key that such a character makes unknown."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def short(text: str) -> str:
+    """Return a text as a message shows it: cut where it is long, with what nobody sees written out."""
+    return visible(text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…")
 
 
 def show(value: Any) -> str:
     """Write a value as the file would hold it: text in quotes, true, null; cut if it is long."""
-    text = redact(json.dumps(value, ensure_ascii=False, default=repr))  # before it is cut: half a secret is one too
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+    return short(redact(json.dumps(value, ensure_ascii=False, default=repr)))  # cut after: half a secret is one too
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

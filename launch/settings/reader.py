@@ -19,7 +19,9 @@ from opd.launch.settings.problems import did_you_mean, nearest
 RUN_MARK = "# Settings of an opd run"
 """How the `config.yaml` of a run begins."""
 
-_MOST_BYTES, _MOST_LEVELS, _MOST_NUMBER, _MOST_DIGITS = 4_000_000, 64, 2**63 - 1, 200
+_MOST_BYTES, _MOST_LEVELS, _MOST_NUMBER, _MOST_DIGITS = 1_000_000, 64, 2**63 - 1, 200
+_MOST_VALUES = 50_000
+_HALF = re.compile("[\ud800-\udfff]")
 _RARE_BREAKS = frozenset("\x85\u2028\u2029")
 
 
@@ -48,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node))
+    text = _text_of(loader, node, "int")
     value = int(text, 0) if text[:2] in ("0x", "0o") else int(text) if len(text) < _MOST_DIGITS else _MOST_NUMBER + 1
     if abs(value) > _MOST_NUMBER:
         problem = f"{text[:40]} is too large a number (allowed: 64 bits)"
@@ -57,11 +59,26 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
+    text = str(loader.construct_scalar(node))
+    if not _PATTERNS["int"].match(text):  # `!!float 3` is a number too
+        text = _text_of(loader, node, "float")
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def _bool(loader: _Loader, node: yaml.ScalarNode) -> bool:
-    return str(loader.construct_scalar(node)).lower() == "true"
+    return _text_of(loader, node, "bool").lower() == "true"
+
+
+def _null(loader: _Loader, node: yaml.ScalarNode) -> None:
+    _text_of(loader, node, "null")
+
+
+def _text_of(loader: _Loader, node: yaml.ScalarNode, kind: str) -> str:
+    """The text of a scalar, which a tag (`!!int abc`) may have called what it is not."""
+    text = str(loader.construct_scalar(node))
+    if not _PATTERNS[kind].match(text):
+        raise yaml.constructor.ConstructorError(None, None, f"{text[:40]!r} is no {kind}", node.start_mark)
+    return text
 
 
 # YAML 1.2.2, section 10.3.2 (core schema), in the order in which they are tried.
@@ -76,6 +93,8 @@ _SCALARS = (
     ),
 )
 
+_PATTERNS = {name: re.compile(rf"^(?:{pattern})\Z") for name, pattern, _ in _SCALARS}
+
 
 def _teach(loader: type[yaml.SafeLoader], dumper: type[yaml.SafeDumper]) -> None:
     """Give reader and writer the same scalars, so that what is written is quoted where it must be."""
@@ -87,6 +106,9 @@ def _teach(loader: type[yaml.SafeLoader], dumper: type[yaml.SafeDumper]) -> None
     loader.add_constructor("tag:yaml.org,2002:int", _int)
     loader.add_constructor("tag:yaml.org,2002:float", _float)
     loader.add_constructor("tag:yaml.org,2002:bool", _bool)
+    loader.add_constructor("tag:yaml.org,2002:null", _null)
+    for name in ("timestamp", "binary", "set", "omap", "pairs"):  # of YAML 1.1: no setting is one
+        loader.add_constructor(f"tag:yaml.org,2002:{name}", yaml.SafeLoader.construct_undefined)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,7 +132,7 @@ def parse_yaml(text: str, source: str) -> Any:
     if len(text) > _MOST_BYTES:
         raise ConfigError(f"{source} has {len(text):,} characters, more than settings have ({_MOST_BYTES:,})")
     try:
-        _check_depth(text)
+        _check_size(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
@@ -119,14 +141,36 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _check_depth(text: str) -> None:
-    """Raise ValueError where lists and mappings stand deeper in each other than any settings do."""
-    depth = 0
+def _check_size(text: str) -> None:
+    """Raise ValueError for more values than any settings have, or deeper in each other; a few aliases of aliases make
+    more than memory holds."""
+    whole, open_sizes, anchors = 0, [0], dict[str, int]()
+    open_names: list[str | None] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MOST_LEVELS:
-            where = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+        where = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+        size = 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_sizes.append(0)
+            open_names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = open_sizes.pop() + 1
+            if name := open_names.pop():
+                anchors[name] = size
+        elif isinstance(event, yaml.AliasEvent):
+            size = anchors.get(event.anchor, 1)
+            if event.anchor in open_names:
+                raise ValueError(f"{where}*{event.anchor} stands within what it repeats; write the settings out")
+        elif isinstance(event, yaml.ScalarEvent):
+            anchors |= {event.anchor: 1} if event.anchor else {}
+            if half := _HALF.search(event.value):
+                raise ValueError(f"{where}{half[0]!a} is half of a character, which no file can hold")
+        if not isinstance(event, yaml.CollectionStartEvent):
+            open_sizes[-1] += size
+            whole += size if isinstance(event, yaml.AliasEvent) else 1
+        if len(open_names) > _MOST_LEVELS:
             raise ValueError(f"{where}more than {_MOST_LEVELS} levels of brackets or indentation")
+        if whole > _MOST_VALUES:
+            raise ValueError(f"{where}more than {_MOST_VALUES:,} values, those counted that aliases (*) repeat")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -160,7 +204,9 @@ def file_of(target: str | Path) -> Path:
 def holds_run(folder: Path) -> bool:
     """True: an earlier run wrote its settings into this folder. False: it did not, or they cannot be read."""
     try:
+        if not (folder / "config.yaml").is_file():  # to open a pipe would wait for whoever writes to it
+            return False
         with (folder / "config.yaml").open(encoding="utf-8") as file:
-            return file.readline().startswith(RUN_MARK)
-    except OSError:
+            return file.readline(1000).startswith(RUN_MARK)
+    except (OSError, ValueError):  # not readable, not text, or no name that a file can have
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from opd.backends.config import TrainConfig
 
 READY = Path(__file__).resolve().parent
 AUTO = "auto"
+_MOST_CHARACTERS = 1_000_000
 
 _OURS = {
     "train_batch_size": "train.tasks_per_step times rollout.group_size is the number of episodes in a step",
@@ -62,16 +64,19 @@ def read(value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(name: str) -> Mapping[str, Any]:
-    path = ready().get(name, Path(name).expanduser())
+    path = ready().get(name) or Path(os.path.expanduser(name))
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():  # a folder, or a device or pipe, which may never end
+            raise ValueError(f"{name!r} is no file. Name a DeepSpeed JSON file, or one of {', '.join(ready())}")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS)
     except OSError as error:
         raise ValueError(
             f"{name!r} cannot be read ({error.strerror}). Name a DeepSpeed JSON file, or one of {', '.join(ready())}"
         ) from error
     try:
         data = json.loads(text, object_pairs_hook=_without_repeats)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name!r} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{name!r} holds {type(data).__name__}, but a DeepSpeed JSON holds an object")

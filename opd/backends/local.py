@@ -109,6 +109,8 @@ class LocalBackend:
         if own.keys() != weights.keys():
             raise CheckpointError(f"{folder} holds other weights than this model trains")
         for name, weight in weights.items():
+            if weight.shape != own[name].shape:  # which copying would stretch where it can
+                raise CheckpointError(f"{folder} holds {name} as {[*weight.shape]}, not {[*own[name].shape]}")
             own[name].copy_(weight)
         state: dict[str, Any] = torch.load(folder / "backend.pt", map_location="cpu", weights_only=True)
         fused = [group["fused"] for group in self.optimizer.param_groups]

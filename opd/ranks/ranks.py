@@ -42,9 +42,14 @@ def started_ranks() -> int:
     """
     told = {name: os.environ.get(name) or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"))}
     for name, value in told.items():
-        if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
-            raise ConfigError(f"{name} = {value!r} is no number of processes, as a launcher sets it. Unset it")
+        if not is_number(value) or (name == "WORLD_SIZE" and int(value) < 1):
+            raise ConfigError(f"{name} = {value[:40]!r} is no number of processes, as a launcher sets it. Unset it")
     return int(told["WORLD_SIZE"])
+
+
+def is_number(told: str) -> bool:
+    """True for what a launcher may set a variable to: a few digits."""
+    return told.isascii() and told.isdecimal() and len(told) < 10
 
 
 def local_device() -> int:
@@ -59,8 +64,8 @@ def local_device() -> int:
     told, gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not told:
         return torch.cuda.current_device() if gpus else 0
-    if not told.isdecimal():
-        raise ConfigError(f"LOCAL_RANK = {told!r} is no number of a rank on its machine: 0, 1, 2 and so on")
+    if not is_number(told):
+        raise ConfigError(f"LOCAL_RANK = {told[:40]!r} is no number of a rank on its machine: 0, 1, 2 and so on")
     if gpus == 1:
         return 0
     if gpus and int(told) >= gpus:

@@ -71,6 +71,9 @@ class OwnWeights:
                 f"{len(self.by_name)}, under other names; resume with the settings of the saved run"
             )
         for name, weight in state.items():
+            if weight.shape != self.by_name[name].shape:  # which copying would stretch where it can
+                shapes = f"{[*weight.shape]}, not {[*self.by_name[name].shape]}"
+                raise CheckpointError(f"the checkpoint's teacher holds {name} as {shapes}")
             self.by_name[name].copy_(weight)
 
     def save(self, folder: Path, ranks: Ranks) -> None:

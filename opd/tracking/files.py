@@ -29,8 +29,11 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
+        self._attempt(self._open)
+
+    def _open(self) -> None:
         # A lone surrogate, which UTF-8 has no bytes for, comes out as the escape that JSON has for it.
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def write(self, row: Row) -> None:
         # A tool argument may be any object that a template could render; its text is enough for a reader.
@@ -115,7 +118,17 @@ def check_steps(path: Path, last_step: int) -> str | None:
     for number, (row, _) in enumerate(_lines(path), start=1):
         if (first := lines.setdefault(row["step"], number)) != number:
             raise DataError(f"{path}: step {row['step']} has two rows, lines {first} and {number}; remove one to go on")
-    missing = sorted(set(range(1, last_step + 1)) - lines.keys())
+    return _missing(path, set(range(1, last_step + 1)) - lines.keys())
+
+
+def check_episodes(path: Path, metrics: Path, last_step: int) -> str | None:
+    """Say which steps up to `last_step` that sampled, as their rows in `metrics` tell, have no episode in a file."""
+    sampled = {row["step"] for row in read_rows(metrics) if row["step"] <= last_step and row.get("tokens/sampled")}
+    return _missing(path, sampled - {row["step"] for row in read_rows(path)})
+
+
+def _missing(path: Path, steps: set[int]) -> str | None:
+    missing = sorted(steps)
     if not missing:
         return None
     few = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -125,6 +138,8 @@ def check_steps(path: Path, last_step: int) -> str | None:
 def _lines(path: Path) -> list[tuple[Row, bytes]]:
     if not path.exists():
         return []
+    if not path.is_file():
+        raise DataError(f"{path} is no file; move it away to go on without its rows")
     *whole, _ = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(whole, start=1):

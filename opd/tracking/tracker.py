@@ -16,7 +16,17 @@ from rich.text import Text
 from opd.errors import DataError
 from opd.tracking.config import TrackingConfig
 from opd.tracking.console import RunConsole, span
-from opd.tracking.files import JsonLines, check_steps, cut, episode_row, json_row, make_ready, numbers, read_rows
+from opd.tracking.files import (
+    JsonLines,
+    check_episodes,
+    check_steps,
+    cut,
+    episode_row,
+    json_row,
+    make_ready,
+    numbers,
+    read_rows,
+)
 from opd.tracking.intervals import wilson
 from opd.tracking.wandb_run import open_run
 from opd.types import Trajectory
@@ -70,6 +80,8 @@ class Tracker:
         for path in (metrics, rollouts, evals):
             make_ready(path, resume_step)
         if resume_step and (lost := check_steps(metrics, resume_step)):
+            logger.warning("%s", lost)
+        if config.rollouts_per_step and (lost := check_episodes(rollouts, metrics, resume_step)):
             logger.warning("%s", lost)
         self._wandb = open_run(
             folder,

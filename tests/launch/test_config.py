@@ -349,6 +349,39 @@ def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
     )
 
 
+def test_of_very_many_problems_the_first_are_listed_and_the_others_counted():
+    lines = problems_of(GOOD + "train: {" + ", ".join(f"nothing{n}: 1" for n in range(500)) + "}")
+    assert len(lines) == 17
+    assert lines[-1] == "run.yaml: 484 more problems; mend these first"
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"), [("s\u200bteps", r"s\u200bteps"), ("\x1b[2J", r"\x1b[2J"), ("a" * 500, "a" * 74 + "…")]
+)
+def test_a_key_is_shown_with_what_nobody_sees_of_it_and_cut_where_it_is_long(key, shown):
+    [line] = problems_of(GOOD + "train: {" + json.dumps(key) + ": 1}")
+    assert line.startswith(f"run.yaml: train.{shown} is unknown.")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ('""', "it is empty; write a name"),
+        ("a" * 300, "it has 300 characters, more than a name of a file can have (255)"),
+        ("a/" * 3000, "it has 6,000 characters, more than a name of a file can have (255)"),
+        ("~nobody-of-this-name/x", "there is no home of ~nobody-of-this-name; write the whole path"),
+    ],
+)
+@pytest.mark.parametrize("key", ["out", "model", "opsd.teacher.model"])
+def test_a_name_that_no_file_has_is_refused_at_its_setting(key, name, why):
+    settings = {
+        "out": GOOD + f"out: {name}",
+        "model": GOOD.replace("tiny:lookup", name),
+        "opsd.teacher.model": GOOD + f"opsd: {{teacher: {{weights: external, model: {name}}}}}",
+    }
+    assert problems_of(settings[key]) == [f"run.yaml: {'model.name' if key == 'model' else key}: {why}"]
+
+
 def test_all_problems_of_a_file_are_listed_at_once():
     text = """
 method: opsd

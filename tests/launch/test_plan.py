@@ -41,6 +41,7 @@ def test_an_episode_samples_no_more_than_a_sequence_holds():
         ("{tasks: 5, every: 3}", 10, 2 + 3),
         ("{tasks: 5, every: 5}", 10, 2 + 1),  # the one at step 10 is the one after
         ("{tasks: 5, every: 20}", 10, 2),
+        ("{tasks: 5, every: 3}", 3 * 10**18, 1 + 10**18),  # which no list holds
     ],
 )
 def test_evaluations_are_counted_once_each(evaluation, steps, count):

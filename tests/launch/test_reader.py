@@ -1,13 +1,15 @@
 """YAML as people mean it."""
 
 import math
+import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError
-from opd.launch.settings.reader import parse_yaml, read_settings, to_yaml
+from opd.launch.settings.reader import RUN_MARK, holds_run, parse_yaml, read_settings, to_yaml
 
 TEXT = st.text() | st.text(" \t\n\r\x85\u2028\ufeff:#-'\"\\|>&*!%@`?,[]{}ae1.~", max_size=12)
 KEYS = TEXT.filter(bool)
@@ -121,7 +123,21 @@ def test_a_file_that_is_not_text_is_an_error(tmp_path):
         ("seed: " + "9" * 5000, r"line 1: 9{40} is too large a number"),
         ("a: 0xffffffffffffffffff", r"is too large a number"),
         ("train: {<<: {steps: 3}}", r"the merge key << is not read; write the settings out"),
-        ("a: " + "x" * 4_000_001, r"has 4,000,004 characters, more than settings have"),
+        ("a: " + "x" * 1_000_001, r"has 1,000,004 characters, more than settings have"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}]\n" for a, b in pairwise("abcdefgh")),  # more than memory holds
+            r"line 5: more than 50,000 values, those counted that aliases \(\*\) repeat",
+        ),
+        ("a: 1\nb: &b {c: [*b]}", r"line 2: \*b stands within what it repeats; write the settings out"),
+        ('a: "\\ud800"', r"line 1: '\\ud800' is half of a character, which no file can hold"),
+        ("a: !!timestamp x", r"line 1: could not determine a constructor for the tag '.*timestamp'"),
+        ("a: !!binary ===", r"line 1: could not determine a constructor for the tag '.*binary'"),
+        ("a: !!int abc", r"line 1: 'abc' is no int"),
+        ("a: !!int 1_000", r"line 1: '1_000' is no int"),
+        ("a: !!float x", r"line 1: 'x' is no float"),
+        ("a: !!bool yes", r"line 1: 'yes' is no bool"),
+        ("a: !!null x", r"line 1: 'x' is no null"),
     ],
 )
 def test_what_no_settings_hold_is_refused_in_a_line(text, message):
@@ -129,3 +145,18 @@ def test_what_no_settings_hold_is_refused_in_a_line(text, message):
         parse_yaml(text, "run.yaml")
     assert str(caught.value).startswith("run.yaml")
     assert len(str(caught.value)) < 200
+
+
+def test_an_anchor_that_is_repeated_a_little_is_read():
+    assert parse_yaml("a: &a {x: 1}\nb: [*a, *a]", "x") == {"a": {"x": 1}, "b": [{"x": 1}, {"x": 1}]}
+
+
+def test_what_stands_in_place_of_a_run_s_settings_is_no_run(tmp_path):
+    """A pipe is not opened: that would wait for whoever writes to it."""
+    assert not holds_run(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe" + RUN_MARK.encode("utf-16-le"))
+    assert not holds_run(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    os.mkfifo(tmp_path / "config.yaml")
+    assert not holds_run(tmp_path)
+    assert not holds_run(tmp_path / "\0")

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from opd import checkpoint
 from opd.checkpoint import Checkpoint
@@ -158,6 +160,48 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_costs_no_good_one(settings,
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
     last = [Checkpoint(folder / "checkpoints/step-6").tensors("student") for folder in (whole, out)]
     assert all(torch.equal(last[0][key], weights) for key, weights in last[1].items())
+
+
+SPOILED = {
+    "a header that is none": ("student.safetensors", lambda content: content[:8] + b"[" + content[9:]),
+    "a state that is cut": ("rng-0.pt", lambda content: content[:40]),
+    "weights of another shape": (
+        "student.safetensors",
+        lambda content: save({name: tensor[:1] for name, tensor in load(content).items()}),
+    ),
+    "the record of another step": ("run.json", lambda content: content.replace(b'"step": 2', b'"step": 1')),
+}
+
+
+def test_a_checkpoint_whose_hashes_hold_and_whose_files_do_not_is_never_taken_up(settings, tmp_path, caplog):
+    """A disk that fails is seen by the hashes; this is a save that went wrong, or somebody's hand."""
+    run = train(settings("run", train={"steps": 2, "save_every": 1})).out
+    for what, (name, spoil) in SPOILED.items():
+        out = tmp_path / what
+        newest = shutil.copytree(run, out) / "checkpoints/step-2"
+        content = spoil((newest / name).read_bytes())
+        (newest / name).write_bytes(content)
+        manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+        manifest["files"][name] = {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
+        (newest / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        if what != "the record of another step":
+            with pytest.raises(
+                CheckpointError, match=r"step-2 (cannot be taken up: .* rename this one|holds .* as \[1)"
+            ):
+                train(settings(what, train={"steps": 3}), resume=True)
+    train(settings(what, train={"steps": 3}), resume=True)
+    assert "step-2: its run.json is of step 1" in caplog.text
+    assert steps_of(out) == [1, 2, 3]
+
+
+def test_a_folder_in_place_of_a_file_of_the_run_is_named(settings):
+    out = train(settings("run", train={"steps": 1})).out
+    for name in ("stopped.json", "outside.json"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+        with pytest.raises((ConfigError, CheckpointError), match=name):
+            train(settings("run", train={"steps": 2}), resume=True)
+        (out / name).rmdir()
 
 
 def test_damaged_checkpoints_are_no_reason_to_begin_anew(settings):

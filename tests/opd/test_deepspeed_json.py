@@ -152,3 +152,15 @@ def test_adam_is_torchs_own_where_deepspeeds_gains_nothing_or_cannot_be_compiled
 )
 def test_the_json_decides_the_type_of_the_weights_only_where_it_says_so(data, decided):
     assert dtype(data) == decided
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "."])
+def test_what_is_no_file_is_not_read_to_its_end(name):
+    with pytest.raises(ValueError, match=rf"^'{name}' is no file\. Name a DeepSpeed JSON file, or one of zero2"):
+        read(name)
+
+
+def test_brackets_beyond_what_json_reads_are_named(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json' is not JSON"):
+        read(str(tmp_path / "deep.json"))

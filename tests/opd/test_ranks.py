@@ -200,9 +200,13 @@ def test_a_port_that_another_program_has_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2"), ("RANK", "x")]
+    ("name", "value"),
+    [
+        *(("WORLD_SIZE", value) for value in ("abc", "0", "-2", "\u0663")),
+        *(("RANK", value) for value in ("x", "9" * 5000)),
+    ],
 )
 def test_a_launcher_s_variable_that_is_no_number_is_named(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"^{name} = '{value}' is no number of processes"):
+    with pytest.raises(ConfigError, match=rf"^{name} = '{value[:40]}' is no number of processes"):
         started_ranks()

@@ -139,6 +139,26 @@ def test_a_resumed_run_says_which_rows_are_missing_and_refuses_two_of_one_step(t
         tracker(tmp_path, resume_step=3)
 
 
+def test_a_resume_tells_which_steps_have_lost_their_episodes(tmp_path, caplog):
+    with tracker(tmp_path) as run:
+        for step in range(1, 5):
+            run.log(step, {"tokens/sampled": 7.0 if step < 4 else 0.0})
+            if step != 2:
+                run.log_rollouts(step, [episode(step)])
+    tracker(tmp_path, resume_step=4).finish()
+    assert "rollouts.jsonl has no row of step 2, which the checkpoint has" in caplog.text
+
+
+def test_a_folder_in_place_of_a_file_of_rows_is_named(tmp_path):
+    (tmp_path / "rollouts.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"rollouts\.jsonl (is no file|cannot be written)"):
+        tracker(tmp_path, resume_step=3)
+    (tmp_path / "rollouts.jsonl").rmdir()
+    (tmp_path / "rollouts.jsonl").write_text("[" * 5000 + "\n")
+    with pytest.raises(DataError, match=r"rollouts\.jsonl, line 1 is damaged"):
+        read_rows(tmp_path / "rollouts.jsonl")
+
+
 def test_a_full_disk_is_said_with_the_file_and_the_mend(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # the disk that takes nothing
     rows = JsonLines(tmp_path / "metrics.jsonl")
