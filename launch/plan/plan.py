@@ -103,7 +103,9 @@ class Plan:
         counts = [steps * config.train.updates_per_step for steps in config.stage_steps if steps]
         if len(counts) > 1:
             return f"{sum(counts):,} in {len(counts)} stages ({' + '.join(f'{count:,}' for count in counts)})"
-        return f"{counts[0]:,} ({config.train.steps * self.episodes_per_step:,} episodes in all)"
+        stop_at = config.eval.stop_at
+        most = "" if stop_at is None else f", or until {stop_at:.1%} of held-out tasks are solved"
+        return f"{counts[0]:,} ({config.train.steps * self.episodes_per_step:,} episodes in all){most}"
 
     def _evaluation(self) -> str:
         if not self.evaluations:
