@@ -48,11 +48,18 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
+TINY = ("tiny", "demo")
 ELSEWHERE = ("launch", "opd", "zero")
 PARTS = {
-    "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
+    "warm-starts": Part(
+        "the tiny models, warmed up, and the demo",
+        marked(*(f"tests/launch/test_{name}.py" for name in TINY), spread=BY_TEST),
+    ),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
-    "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
+    "engines": Part(
+        "vLLM",
+        marked("tests/opd", "tests/launch", *(f"--ignore=tests/launch/test_{name}.py" for name in TINY)),
+    ),
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
