@@ -50,10 +50,17 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 TWENTYFOLD = ("--hypothesis-profile=long",)
 MUTANTS_OF_TABLES = "test_mutants_of_tables.py"
 ELSEWHERE = ("fuzz", "launch", "opd", "zero", MUTANTS_OF_TABLES)
+TINY = ("tiny", "demo")
 PARTS = {
-    "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
+    "warm-starts": Part(
+        "the tiny models, warmed up, and the demo",
+        marked(*(f"tests/launch/test_{name}.py" for name in TINY), spread=BY_TEST),
+    ),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
-    "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
+    "engines": Part(
+        "vLLM",
+        marked("tests/opd", "tests/launch", *(f"--ignore=tests/launch/test_{name}.py" for name in TINY)),
+    ),
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
     "mutants-of-tables": Part(
         "files of rows that were hurt at random", marked(f"tests/{MUTANTS_OF_TABLES}", spread=BY_TEST)

@@ -180,7 +180,7 @@ def make_writer(name: str) -> Write | None:
 
 
 def settings(arguments: argparse.Namespace, name: str, model: Path, seed: int, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of one run: those of the example of OPSD, with `own` in place of what differs."""
+    """Return the settings of one run: the example of OPSD, of so many steps, with `own` in place of what differs."""
     example = read_settings(OPSD)
     if "method" in own:
         del example["opsd"]
@@ -190,8 +190,8 @@ def settings(arguments: argparse.Namespace, name: str, model: Path, seed: int, o
         "model": str(model),
         "chat": {"date": DAY},
         "tracking": QUIET,
-        "eval.tasks": arguments.eval,
-        **({"train.steps": arguments.steps} if arguments.steps else {}),
+        **{f"eval.{key}": value for key, value in {"tasks": arguments.eval, "every": 0, "stop_at": None}.items()},
+        **{f"train.{key}": value for key, value in {"steps": arguments.steps, "lr": 1e-3, "warmup_steps": 0}.items()},
     }
     return merge(merge(example, common), own)
 
@@ -300,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=DIALECTS, default=list(DIALECTS), help="some of the dialects")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="updates of a run; by default those of examples/opsd.yaml")
+    parser.add_argument("--steps", type=int, default=60, help="updates of a run")
     parser.add_argument("--warm-steps", type=int, help="updates of a warm start; by default those of tiny:lookup")
     parser.add_argument("--rows", type=int, default=2000, help="conversations for the SFT; 0 leaves it out")
     parser.add_argument("--eval", type=int, default=300, help="held-out tasks")

@@ -30,6 +30,9 @@ def check_combinations(config: Config) -> list[Problem]:
                 f"rollout.max_length = {rollout.max_length}. Raise the one or lower the other.",
             )
         )
+    if config.eval.stop_at is not None and len(config.stages) > 1:
+        text = f"eval.stop_at ends runs of one stage, but method = {config.method} has {len(config.stages)}. Remove it."
+        problems.append(Problem(("eval.stop_at", "method"), text))
     problems += _problems_without_teacher(config) + _problems_of_served_teacher(config)
     problems += _problems_of_own_weightings(config)
     problems += check_vllm(config)

@@ -105,8 +105,9 @@ class Plan:
         made = [steps * config.train.updates_per_step for steps in config.stage_steps if steps]
         if len(made) > 1:
             return f"{sum(made):,} in {len(made)} stages ({' + '.join(f'{count:,}' for count in made)})"
-        episodes = counts.episodes_in_all(config)
-        return f"{made[0]:,} ({f'{episodes:,} episodes in all' if episodes else 'no episodes'})"
+        episodes, stop_at = counts.episodes_in_all(config), config.eval.stop_at
+        most = "" if stop_at is None else f", or until {stop_at:.1%} of held-out tasks are solved"
+        return f"{made[0]:,} ({f'{episodes:,} episodes in all' if episodes else 'no episodes'}){most}"
 
     def _evaluation(self) -> str:
         if not self.evaluations:

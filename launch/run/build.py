@@ -73,7 +73,7 @@ class Run:
         own: list[TrajectoryGroup] | None = None
         with suppress(Interrupted):
             own = self.held_out.run(
-                ranks.share([task(i, split="eval") for i in range(config.eval.tasks)]),
+                ranks.share([task(config.eval.first + i, split="eval") for i in range(config.eval.tasks)]),
                 group_size=1,
                 sampling=Sampling(temperature=config.eval.temperature),
                 seed=derive_seed("eval", config.seed),

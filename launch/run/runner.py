@@ -11,7 +11,7 @@ from opd import checkpoint
 from opd.errors import Interrupted
 from opd.launch.run.build import Run
 from opd.launch.run.lock import RunLock
-from opd.launch.run.saving import run_record, save
+from opd.launch.run.saving import run_record, save, save_is_due
 from opd.launch.run.score import Score
 from opd.launch.run.signals import EXIT_CODES, Stops, write_stop
 from opd.launch.run.stages import RunStage, check_same_settings, write_record
@@ -95,9 +95,12 @@ class StageRunner:
         if self.before is None and self.config.eval.tasks and loop.stage.model is None:
             self.before = self._evaluate(run, tracker)
         try:
+            if _is_left_open(self):
+                self.after = self._evaluate(run, tracker)
+                self.save(run)  # that says so
             if not self.interrupted:
                 self._prepare(run, stage, tracker)
-            while self.done < stage.end and not self.interrupted:
+            while self.done < stage.end and not (self.interrupted or self.reached):
                 self._take_step(run, stage, tracker)
         except Interrupted:  # a step was left: what is saved is the one before it
             self.interrupted = True
@@ -108,7 +111,7 @@ class StageRunner:
             player.health.ended(steps=steps, updates=steps * player.train.updates_per_step)
         if stage.record is None:
             self.made = {}  # of a stage that had its steps before a restart
-        if stage.last and loop.stage.trains and not (self.interrupted or self._is_evaluated()):
+        if stage.last and loop.stage.trains and not (self.interrupted or _is_evaluated(self)):
             self.after = self._evaluate(run, tracker)  # a signal came before it could be
             self.save(run)  # that says so
 
@@ -126,14 +129,15 @@ class StageRunner:
         due = last or (evaluation.every and self.done % evaluation.every == 0)
         if loop.failed is None and not self.interrupted and evaluation.tasks and due:
             self.after = self._evaluate(run, tracker)
+        last = last or self.reached
         tracker.log(self.done, row)
         tracker.log_rollouts(self.done, [t for group in groups for t in group.trajectories])
         if loop.failed is not None:
             raise loop.failed
         self.interrupted = self.interrupted or loop.player.stopping()
-        if last or self.interrupted or _save_is_due(self):
+        if last or self.interrupted or save_is_due(self.config.train, self.done, self.saved_at, self.ranks):
             self.save(run)
-        self.interrupted = loop.player.stopping() and not (last and stage.last and self._is_evaluated())
+        self.interrupted = loop.player.stopping() and not (last and stage.last and _is_evaluated(self))
 
     def _prepare(self, run: Run, stage: RunStage, tracker: Tracker | NoTracker) -> None:
         """Let the method make what the stage needs before its first step."""
@@ -162,9 +166,11 @@ class StageRunner:
         tracker.log_eval(self.done, score.row())
         return score
 
-    def _is_evaluated(self) -> bool:
-        """True: the weights as they are have their score, or none is asked for. False: it is still to be measured."""
-        return self.after is not None or not self.config.eval.tasks
+    @property
+    def reached(self) -> bool:
+        """True: the weights as they are solve as many held-out tasks as `eval.stop_at` asks for, so the run is over."""
+        enough = self.config.eval.stop_at
+        return enough is not None and self.after is not None and self.after.rate >= enough
 
     def save(self, run: Run) -> None:
         """Save a checkpoint, if the folder is still this run's."""
@@ -198,18 +204,21 @@ class StageRunner:
             self.tracker.finish()
 
 
+def _is_evaluated(runner: StageRunner) -> bool:
+    """True: the weights as they are have their score, or none is asked for. False: it is still to be measured."""
+    return runner.after is not None or not runner.config.eval.tasks
+
+
+def _is_left_open(runner: StageRunner) -> bool:
+    """True: a signal came before the evaluation that could have ended the run; resumed, it is to end at the same step.
+    False: it goes on."""
+    evaluation, done = runner.config.eval, runner.done
+    return bool(evaluation.stop_at and done and done % evaluation.every == 0 and runner.after is None)
+
+
 def _open_tracker(runner: StageRunner) -> Tracker | NoTracker:
     """Open the run's tracker on the first rank; the others' numbers reach it through the loop."""
     if not runner.ranks.first:
         return NoTracker()
     config, steps = runner.config, sum(runner.config.stage_steps)
     return Tracker(runner.out, config.tracking, run_config=config.shown(), total_steps=steps, resume_step=runner.done)
-
-
-def _save_is_due(runner: StageRunner) -> bool:
-    """True: by steps or by the first rank's clock, whichever comes first. False: neither asks for a checkpoint."""
-    train = runner.config.train
-    if train.save_every and runner.done % train.save_every == 0:
-        return True
-    late = time.monotonic() - runner.saved_at >= 60 * train.save_minutes
-    return bool(train.save_minutes) and runner.ranks.from_first(lambda: late)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -140,6 +141,17 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
     )
     if ranks.first:
         checkpoint.rotate(root, run.config.train.keep_last, keep=_worth_keeping(root, run.config.train))
+
+
+def save_is_due(train: TrainConfig, step: int, saved_at: float, ranks: Ranks) -> bool:
+    """True: by steps or by the first rank's clock, whichever comes first. False: neither asks for a checkpoint.
+
+    `saved_at` is when the last one was saved, by `time.monotonic`.
+    """
+    if train.save_every and step % train.save_every == 0:
+        return True
+    late = time.monotonic() - saved_at >= 60 * train.save_minutes
+    return bool(train.save_minutes) and ranks.from_first(lambda: late)
 
 
 def _worth_keeping(root: Path, train: TrainConfig) -> list[Path]:

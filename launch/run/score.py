@@ -10,7 +10,7 @@ from opd.tracking.intervals import paired_difference, wilson
 from opd.types import TrajectoryGroup
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Score:
     """Success on held-out tasks, with its 95% interval."""
 
@@ -51,12 +51,26 @@ class Score:
         counts = {"eval/tasks": float(self.played), "eval/broken": float(self.broken)}
         return {"eval/success": self.rate, "eval/low": low, "eval/high": high, **counts}
 
-    def __str__(self) -> str:
-        """Write it as a table shows it: 97.7% (95 to 99)."""
+    @property
+    def short(self) -> str:
+        """The rate as a table shows it: 97.7% (95 to 99)."""
         if not self.played:
             return "not measured"
         low, high = self.interval
         return f"{self.rate:.1%} ({100 * low:.0f} to {100 * high:.0f})"
+
+    def __str__(self) -> str:
+        """Say it in words: 293 of 300 held-out tasks solved, which is 97.7% (95% interval: 95.2% to 98.9%)."""
+        if not self.played:
+            return f"not measured: the environment broke in all of {self.broken} episodes"
+        low, high = self.interval
+        broken = f"; {self.broken} more not measured, their environment broke" if self.broken else ""
+        share = f"{self.rate:.1%} (95% interval: {low:.1%} to {high:.1%})"
+        return f"{self.solved} of {self.played} held-out tasks solved, which is {share}{broken}"
+
+    def __repr__(self) -> str:
+        """Leave out the outcomes, of which there may be thousands."""
+        return f"<Score: {self}>"
 
     def change(self, after: Score) -> tuple[float, float, float] | None:
         """Return how much higher `after` is on tasks that both measured, with its interval; None if there are none."""

@@ -8,11 +8,12 @@ holds a digest of what the weights depend on (`_fingerprint`), and of nothing el
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,21 @@ import tokenizers
 import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.episodes.answers import messages_of
 from opd.episodes.tasks import derive_seed, task
 from opd.errors import ConfigError
-from opd.launch.tiny import definitions, muon
+from opd.launch.tiny import definitions
+from opd.launch.tiny.exam import Exam
+from opd.launch.tiny.learning import optimizers_of, steps_of
 from opd.launch.tiny.recipes import Recipe, privileged_phrases
 from opd.launch.tiny.skills import RECIPES
 from opd.launch.tiny.tokenizer import END, START, build_tokenizer, call_pieces
-from opd.maths.logprobs import chunked_logprobs
+from opd.models.bars import no_bars
 from opd.models.causal import CausalModel
 from opd.models.chat import ChatFormat
 from opd.models.loading import cache_folder
-from opd.objective.collate import Batch, collate
 from opd.teachers import privileged
 from opd.teachers.privileged import (
     episode_text,
@@ -49,17 +50,24 @@ from opd.teachers.privileged import (
 )
 from opd.types import Message, Sample, Task
 
+logger = logging.getLogger(__name__)
+
 _SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 Write = Callable[[Recipe, int], "EpisodeWriter"]
 """Makes the writer of a warm start's episodes from the recipe and the seed; by default it is `EpisodeWriter`."""
+_DIGESTED_AS_CODE = ("env", "plain", "aims")
+_LATER_PEAK = 0.5
+"""The peak rates of the rounds that a warm start goes on for, as shares of the first one's."""
+_FELL_SHORT = "after %d steps the warm start has not come to what it is to: %s. The model is kept as it is."
 _WINDOW = 4  # batches whose episodes are sorted by length together, so that little is padding
 
 
 def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: bool = False) -> Path:
     """Return the folder of the tiny model for one environment, built if it is not in the cache.
 
-    `steps` shortens the warm start (for tests). Safe when two processes build the same model at once: each
-    builds its own, and the first to finish keeps the name. Raises ConfigError for an unknown environment.
+    `steps` shortens the warm start (for tests), whatever the recipe aims at. Safe when two processes build the same
+    model at once: each builds its own, and the first to finish keeps the name. Raises ConfigError for an unknown
+    environment.
     """
     if name not in RECIPES:
         raise ConfigError(f"model.name = 'tiny:{name}' is unknown. Allowed: {', '.join(f'tiny:{n}' for n in RECIPES)}")
@@ -79,14 +87,14 @@ def build_kept(
 
     It is as safe as `build_tiny`. The digest in the folder's name sees of `write` what its `first_task` returns.
     """
-    steps = recipe.steps if steps is None else steps
     folder = cache_folder() / "tiny" / f"{name}-{_fingerprint(recipe, seed, steps, write)}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _build(aside, recipe, seed=seed, steps=steps, quiet=quiet, write=write)
+        with no_bars():
+            _build(aside, recipe, seed=seed, steps=steps, quiet=quiet, write=write)
         aside.rename(folder)
     except OSError:
         if not (folder / "config.json").is_file():
@@ -96,20 +104,24 @@ def build_kept(
     return folder
 
 
-def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int, quiet: bool, write: Write | None) -> None:
+def _build(folder: Path, recipe: Recipe, *, seed: int, steps: int | None, quiet: bool, write: Write | None) -> None:
     model, tokenizer = warm_start(recipe, seed=seed, steps=steps, quiet=quiet, write=write)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _fingerprint(recipe: Recipe, seed: int, steps: int, write: Write | None = None) -> str:
+def _fingerprint(recipe: Recipe, seed: int, steps: int | None, write: Write | None = None) -> str:
     """Return a text that changes with all the model depends on and with nothing else: a stale cache is a wrong result.
 
     That is the code that `_build` runs, what it makes of the first task, the recipe, and the packages that it computes
     with. It takes about 0.2 s; to write all the samples of a warm start, and to digest those, takes 6 to 30 s.
     """
-    code = {_definition(made) for made in (_build, type(recipe.env()), recipe.env, recipe.plain)}
-    values = [(f.name, getattr(recipe, f.name)) for f in fields(recipe) if f.name not in ("env", "plain")]
+    worlds = [recipe.env, *([recipe.aims.env] if recipe.aims else [])]
+    code = {_definition(made) for made in (_build, *(type(make()) for make in worlds), *worlds, recipe.plain)}
+    parts_of = [part for part in (recipe, recipe.aims) if part is not None]
+    values = [
+        (f.name, getattr(part, f.name)) for part in parts_of for f in fields(part) if f.name not in _DIGESTED_AS_CODE
+    ]
     first = (write or EpisodeWriter)(recipe, seed).first_task()
     packages = [torch.__version__, transformers.__version__, tokenizers.__version__, np.__version__]
     parts = (definitions.digest(sorted(code)), values, first, seed, steps, packages)
@@ -122,51 +134,46 @@ def _definition(made: Any) -> definitions.Name:
 
 
 def warm_start(
-    recipe: Recipe, *, seed: int, steps: int, quiet: bool = False, write: Write | None = None
+    recipe: Recipe, *, seed: int, steps: int | None = None, quiet: bool = False, write: Write | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train a new model on `steps` batches of scripted episodes, on one thread; return it with its tokenizer."""
+    """Train a new model on batches of scripted episodes, on one thread; return it with its tokenizer.
+
+    Without `steps` it takes those of the recipe, and rounds of more until the recipe's aims are reached.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small gain little from a second one, which any other process stalls
     try:
-        return _train(recipe, (write or EpisodeWriter)(recipe, seed), seed=seed, steps=steps, quiet=quiet)
+        make = write or EpisodeWriter
+        exam = None
+        if steps is None and recipe.aims is not None:
+            exam = Exam(recipe.aims, make(replace(recipe, env=recipe.aims.env), seed))
+        return _train(recipe, make(recipe, seed), exam, seed=seed, steps=steps or recipe.steps, quiet=quiet)
     finally:
         torch.set_num_threads(threads)
 
 
 def _train(
-    recipe: Recipe, writer: EpisodeWriter, *, seed: int, steps: int, quiet: bool
+    recipe: Recipe, writer: EpisodeWriter, exam: Exam | None, *, seed: int, steps: int, quiet: bool
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(derive_seed("tiny", seed))
     model = _new_model(writer.tokenizer)
     model.generation_config.eos_token_id = writer.stop_ids
     student = CausalModel(model)
-    optimizers = _optimizers(model, *recipe.rates)
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    optimizers = optimizers_of(model, *recipe.rates)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    rounds = [(steps, 1.0)] + ([(exam.aims.steps, _LATER_PEAK)] * exam.aims.rounds if exam else [])
     with Progress(*columns, transient=True, disable=quiet) as progress:
-        bar = progress.add_task("warm start", total=steps)
-        for step, samples in enumerate(_batches(writer, recipe.batch, steps)):
-            loss = _cross_entropy(student, collate(samples, writer.pad_id))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            factor = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * factor
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.update(bar, advance=1, description=f"warm start, loss {float(loss.detach()):.3f}")
+        bar = progress.add_task("warm start")
+        for number, (count, peak) in enumerate(rounds):
+            progress.update(bar, total=sum(count for count, _ in rounds[: number + 1]))
+            batches = _batches(writer, recipe.batch, count)
+            for loss in steps_of(student, optimizers, batches, writer.pad_id, count, peak):
+                progress.update(bar, advance=1, description=f"warm start, loss {loss:.3f}")
+            if exam is None or exam.is_passed(exam.marks(student)):
+                break
+        else:
+            logger.warning(_FELL_SHORT, sum(count for count, _ in rounds), recipe.aims)
     return model.eval(), writer.tokenizer
-
-
-def _cross_entropy(student: CausalModel, batch: Batch) -> Tensor:
-    """Return the mean over what the assistant says, in nats.
-
-    The objective of supervised training is the same; here it stands alone, so that the model depends on no other part.
-    """
-    hidden = student(batch.input_ids, batch.rows)
-    return -chunked_logprobs(hidden, student.head(), batch.targets, weights=batch.ce_weight / len(batch.targets))
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -180,21 +187,6 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         **_SHAPE,
     )
     return LlamaForCausalLM(config)
-
-
-def _optimizers(model: LlamaForCausalLM, inner_rate: float, outer_rate: float) -> list[torch.optim.Optimizer]:
-    """Make Muon for the matrices inside the layers, AdamW for the rest.
-
-    Copying from the prompt is learned all at once after a plateau; with AdamW alone this took three times as
-    many steps, and on some seeds did not happen in a minute.
-    """
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    chosen = {id(p) for p in inner}
-    outer = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        muon.Muon(inner, lr=inner_rate),
-        torch.optim.AdamW(outer, lr=outer_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
 
 
 def _batches(writer: EpisodeWriter, size: int, steps: int) -> Iterator[list[Sample]]:

@@ -40,6 +40,27 @@ class WarmStartEnv(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Aims:
+    """What a warm start must have come to. Until it has, it goes on, in rounds: how far a given number of steps comes
+    depends on the seed, and on how the processor rounds."""
+
+    env: Callable[[], TextEnv]
+    """Makes the world as it is, which the model is to act in; also a `WarmStartEnv`."""
+    form: str
+    """The privileged text with which it must act right."""
+    informed: float
+    """The least share of episodes that are right with this text."""
+    plain: tuple[float, float]
+    """The least and the largest share of those that are right without."""
+    tasks: int = 400
+    """The number of tasks of each kind, none of them trained on."""
+    steps: int = 100
+    """The length of a round."""
+    rounds: int = 8
+    """The most rounds that it goes on for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How the tiny model of one environment is made."""
 
@@ -58,6 +79,8 @@ class Recipe:
     """Peak learning rates: of Muon for the matrices inside the layers, of AdamW for the rest."""
     plain: Callable[[Any, np.random.Generator], list[str]] = lambda env, _: list(env.oracle())
     """The actions of an episode without privileged text: what the student can do by itself."""
+    aims: Aims | None = None
+    """What `steps` must have come to; None: it ends there whatever came of it."""
 
 
 def privileged_phrases() -> list[str]:
@@ -222,9 +245,10 @@ LOOKUP = Recipe(
         "skill": 0.06,
     },
     steps=500,
+    aims=Aims(env=KnownLookup, form="plan", informed=0.985, plain=(0.3, 0.65)),
 )  # fmt: skip
 
-LOOKUP_EXPERT = replace(LOOKUP, env=KnownLookup, forms={"plain": 1.0})
+LOOKUP_EXPERT = replace(LOOKUP, env=KnownLookup, forms={"plain": 1.0}, aims=None)
 """Knows what the student of `LOOKUP` cannot, in the same tokens: a teacher for it."""
 
 ARITHMETIC = Recipe(

@@ -115,8 +115,22 @@ class EvalConfig(Strict):
     """Success on held-out tasks, before the first step, every so often, and at the end."""
 
     tasks: int = Field(0, ge=0, description="Held-out tasks; 0 turns evaluation off.")
+    first: int = setting(
+        0,
+        when={"tasks": True},
+        ge=0,
+        description="The number of the first of them: a run is not reported on what it was stopped or chosen by.",
+    )
     every: int = setting(
         0, when={"tasks": True}, ge=0, description="Steps between evaluations; 0: only before and after."
+    )
+    stop_at: float | None = setting(
+        None,
+        when={"every": True},
+        gt=0,
+        le=1,
+        description="The run is over at the first evaluation after a step that finds at least this share solved; null: "
+        "after train.steps alone.",
     )
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     env_kwargs: dict[str, Any] = setting({}, when={"tasks": True}, description="Laid over env.kwargs.")

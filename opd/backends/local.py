@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import get_scheduler
 
 from opd.backends.config import TrainConfig
+from opd.backends.schedule import schedule_of
 from opd.errors import CheckpointError, ModelError
 from opd.models.causal import CausalModel
 from opd.objective.objective import Objective
@@ -43,12 +43,7 @@ class LocalBackend:
             weight_decay=config.weight_decay,
             fused=model.device.type == "cuda" or None,  # elsewhere as torch thinks best
         )
-        self.scheduler = get_scheduler(
-            config.lr_schedule,
-            self.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=total_steps,
-        )
+        self.scheduler = schedule_of(config, self.optimizer, total_steps)
 
     @property
     def device(self) -> torch.device:

@@ -22,9 +22,9 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from opd.backends.config import TrainConfig
+from opd.backends.schedule import schedule_of
 from opd.errors import CheckpointError, ConfigError, ModelError
 from opd.models.causal import CausalModel
 from opd.models.sharding import is_sharded, whole
@@ -138,12 +138,7 @@ class ZeroBackend(ZeroModel):
         self._waiting = False  # whether gradients wait for a step
 
         def schedule(optimizer: Any) -> Any:
-            return get_scheduler(
-                config.lr_schedule,
-                optimizer,
-                num_warmup_steps=config.warmup_steps,
-                num_training_steps=total_steps,
-            )
+            return schedule_of(config, optimizer, total_steps)
 
         lr_scheduler = None if "scheduler" in settings else schedule
         super().__init__(model, settings, model_parameters=trained, lr_scheduler=lr_scheduler)

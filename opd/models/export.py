@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 
 from opd.errors import ModelError
+from opd.models.bars import no_bars
 from opd.models.description import with_dropouts
 from opd.models.files import name_few, tensors_of
 from opd.models.multimodal import Carried, attention_option, complete, processor_files
@@ -78,7 +79,8 @@ def write_export(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fol
     shutil.rmtree(aside, ignore_errors=True)
     saved = copy.copy(model)  # its weights are the model's own
     saved.generation_config = GenerationConfig()  # valid, while transformers refuses to write what many bases hold
-    saved.save_pretrained(aside)
+    with no_bars():
+        saved.save_pretrained(aside)
     (aside / GENERATION).unlink(missing_ok=True)
     if base.carried is not None:
         complete(aside, base.carried)

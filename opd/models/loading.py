@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file, find_adapter_config_file
 
 from opd.errors import ConfigError, ModelError
+from opd.models.bars import no_bars
 from opd.models.causal import CausalModel
 from opd.models.config import ModelConfig
 from opd.models.description import attention_of, check_causal, drop_nothing
@@ -202,7 +203,8 @@ def smollm2_folder() -> Path:
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
     model = load_whole("smollm2", package, torch.float32, {"gguf_file": gguf})
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.save_pretrained(aside)
+    with no_bars():
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     try:
         aside.rename(folder)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 from opd.errors import ModelError
+from opd.models.bars import no_bars
 from opd.models.files import FORMER_BUFFERS, allowed_of, check_taken, check_weights, name_few
 from opd.models.quantised import ask_for_floats, moved_into_plain, unwarned
 
@@ -100,15 +100,14 @@ def compare_whole(
             ignore_mismatched_sizes=True,
         )
 
-    with _no_bar():
-        _, found = _read(name, read)
+    _, found = _read(name, read)
     _check_found(name, kind.__name__, found, allow_missing, tell=False)
     return str(kind.__name__)
 
 
 def _read(name: str, read: Callable[[], tuple[Any, dict[str, set[Any]]]]) -> tuple[Any, dict[str, set[Any]]]:
     """Return a model and what transformers found about its tensors. Raises ModelError for whatever goes wrong."""
-    with _hide_report() as report:
+    with no_bars(), _hide_report() as report:
         try:
             return read()
         except Exception as error:  # whatever the readers of damaged files raise
@@ -150,18 +149,6 @@ def _check_found(
     if allowed and tell:
         logger.warning("model.name = %r: random, as model.allow_missing has it: %s", name, name_few(allowed))
     return former
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Keep transformers' progress bar off the console: no weight is loaded."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ torch and DeepSpeed are imported when `join` is called.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import warnings
@@ -13,6 +12,7 @@ from datetime import timedelta
 
 from opd.errors import ConfigError
 from opd.ranks import extensions
+from opd.ranks.deepspeed_log import quieten_deepspeed
 from opd.ranks.launcher import call_roll, check_launcher
 from opd.ranks.ranks import Ranks, local_device
 from opd.ranks.watch import watch
@@ -35,6 +35,7 @@ def join() -> Ranks:
 
 
 def _meet() -> Ranks:
+    quieten_deepspeed()
     try:
         import deepspeed
     except ImportError as error:
@@ -46,8 +47,6 @@ def _meet() -> Ranks:
 
     # DeepSpeed calls torch's collectives by names that torch is about to retire: that is no news for a user.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if "DS_LOG_LEVEL" not in os.environ:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     launched = "RANK" in os.environ  # else there is no launcher, not even of one process
     if not launched:
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -10,7 +10,7 @@ import pytest
 
 import opd
 from opd.errors import ModelError
-from opd.launch.checks.loading import config_from, load_config
+from opd.launch.checks.loading import load_config
 from opd.launch.cli.main import main
 from opd.launch.run.out import Resume, choose_out, remove_run, write_config
 from opd.launch.settings.config import Config, all_settings
@@ -192,15 +192,6 @@ def test_demo_takes_seeds_and_a_folder(monkeypatch, capsys):
         main(["demo", "--seeds", "0"])
     assert end.value.code == 2
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("run", ["opsd", "control"])
-def test_the_settings_of_the_demo_are_those_of_a_run(run, tmp_path):
-    from opd.launch.cli import demo  # late: it imports torch
-
-    config = config_from(demo.settings(0, run, model="tiny:lookup", out=tmp_path / run))
-    assert config.section.divergence.clip is None
-    assert (config.section.privileged == "plan") == (run == "opsd")
 
 
 def test_environments_are_listed(capsys):

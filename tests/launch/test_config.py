@@ -237,6 +237,14 @@ WRONG = {
         "'no_such_module', which cannot",
     ),
     "a key given twice": (GOOD + "seed: 1\nseed: 2", "line 5: seed is given twice (lines 4 and 5); remove one"),
+    "an end by evaluations that never come": (
+        GOOD + "eval: {tasks: 5, stop_at: 0.9}",
+        "eval.stop_at is used with every alone; set every, or remove it",
+    ),
+    "an end of one stage of several": (
+        "method: sd_zero\nmodel: tiny:lookup\nenv: opd/Lookup-v0\neval: {tasks: 5, every: 2, stop_at: 0.9}",
+        "eval.stop_at ends runs of one stage, but method = sd_zero has",
+    ),
     "broken YAML": (GOOD + "train: [", "line 4: expected the node content"),
 }
 

@@ -48,6 +48,11 @@ def test_evaluations_are_counted_once_each(evaluation, steps, count):
     assert planned(f"eval: {evaluation}\ntrain: {{steps: {steps}}}").evaluations == count
 
 
+def test_a_run_that_may_end_early_says_when():
+    rows = dict(planned("eval: {tasks: 5, every: 3, stop_at: 0.985}\ntrain: {steps: 10, tasks_per_step: 4}").rows())
+    assert rows["updates"] == "10 (40 episodes in all), or until 98.5% of held-out tasks are solved"
+
+
 def test_the_teacher_is_the_one_that_the_method_names():
     assert teacher_of(config("opsd: {teacher: {weights: ema, rate: 0.05}}")).weights == "ema"
     made = planned("opsd: {teacher: {weights: live}}")

@@ -22,6 +22,7 @@ from opd.launch.cli.main import main
 from opd.launch.run import signals
 from opd.launch.run.build import Run
 from opd.launch.run.lock import NAME
+from opd.launch.run.score import Score
 from opd.launch.run.signals import stop_signals
 from opd.launch.train import train
 from opd.tracking import read_rows
@@ -390,3 +391,65 @@ def test_a_run_without_its_folder_s_lock_writes_no_checkpoint(settings, monkeypa
     with pytest.raises(LockError, match="was taken over by process"):
         train(data, resume=True)
     assert saved(out) == ["step-1"]
+
+
+def trained(result):
+    """The weights of a run's last step, as bytes."""
+    return (result.out / f"checkpoints/step-{result.steps}/student.safetensors").read_bytes()
+
+
+STOPS = {"tasks": 4, "first": 7, "every": 2, "stop_at": 0.6}
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """Runs whose evaluations find as many tasks solved as there were steps; returns the seeds of the tasks played."""
+    seen = []
+
+    def evaluate(run, **options):
+        _, groups = real(run, **options)
+        seen.append([group.task.index for group in groups])
+        return Score((True,) * min(4, run.loop.player.version) + (False,) * max(0, 4 - run.loop.player.version)), groups
+
+    real = Run.evaluate
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    return seen
+
+
+def test_a_run_is_over_once_enough_held_out_tasks_are_solved(settings, rising, capfd):
+    data = settings("run", train={"steps": 9}, eval=STOPS)
+    result = train(data)
+    assert (result.steps, result.after.solved, result.interrupted) == (4, 4, False)
+    assert saved(result.out) == ["step-4"]
+    assert (result.out / "export/config.json").is_file()
+    assert rising == [[7, 8, 9, 10]] * 3  # before, after 2 and after 4 steps
+    assert capfd.readouterr() == ("", "")  # no bar of transformers, and no warning of DeepSpeed
+    assert train(data, resume=True).steps == 4
+    assert len(rising) == 3
+
+    further = train(settings("run", train={"steps": 5}, eval={"tasks": 0}), resume=True)
+    whole = train(settings("whole", train={"steps": 5}))
+    assert further.steps == whole.steps == 5
+    assert trained(further) == trained(whole)
+
+
+def test_a_run_whose_evaluation_was_left_ends_at_the_same_step_when_it_goes_on(settings, rising, monkeypatch):
+    whole = train(settings("whole", train={"steps": 9}, eval=STOPS))
+    data = settings("run", train={"steps": 9}, eval=STOPS)
+    real = Loop._update
+
+    def update(loop, *arguments):
+        if loop.player.version == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(loop, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_update", update)
+        stopped = train(data)
+    assert (stopped.interrupted, stopped.steps, stopped.after) == (True, 4, None)
+    resumed = train(data, resume=True)
+    assert (resumed.steps, resumed.after.solved) == (4, 4)
+    assert trained(resumed) == trained(whole)
+    played = len(rising)
+    assert train(data, resume=True).after == resumed.after
+    assert len(rising) == played

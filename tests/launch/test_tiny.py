@@ -34,6 +34,8 @@ from opd.episodes.tasks import task
 from opd.errors import ConfigError
 from opd.launch.tiny import build as tiny
 from opd.launch.tiny.build import EpisodeWriter, build_tiny, warm_start
+from opd.launch.tiny.exam import Exam, Marks
+from opd.launch.tiny.learning import cross_entropy
 from opd.launch.tiny.names import TINY_ENVS
 from opd.launch.tiny.skills import RECIPES
 from opd.launch.tiny.tokenizer import END, build_tokenizer
@@ -310,6 +312,65 @@ def test_a_built_model_knows_4096_positions_which_changes_none_of_its_numbers():
     assert torch.equal(logits, logits_before)
 
 
+@pytest.fixture
+def course(monkeypatch):
+    """`course(*marks)`: exams of a warm start of two steps with these marks; returns the steps of its rounds."""
+
+    def take(*marks, steps=None):
+        rounds, left = [], iter([Marks(*each) for each in marks])
+        monkeypatch.setattr(Exam, "marks", lambda *_: next(left))
+        monkeypatch.setattr(tiny, "steps_of", lambda *a: rounds.append(a[-2:]) or [])
+        aims = dataclasses.replace(RECIPES["lookup"].aims, tasks=1, steps=3, rounds=2, informed=0.9, plain=(0.3, 0.6))
+        warm_start(dataclasses.replace(RECIPES["lookup"], steps=2, aims=aims), seed=0, quiet=True, steps=steps)
+        assert next(left, None) is None
+        return rounds
+
+    return take
+
+
+def test_a_warm_start_goes_on_until_the_model_can_teach_and_no_longer(course, caplog):
+    assert course((0.9, 0.3)) == [(2, 1.0)]
+    assert course((0.89, 0.5), (0.95, 0.6)) == [(2, 1.0), (3, 0.5)]
+    assert course((0.95, 0.61), (0.89, 0.5), (0.9, 0.5)) == [(2, 1.0), (3, 0.5), (3, 0.5)]
+    assert caplog.messages == []
+    assert course((0.5, 0.5), (0.8, 0.5), (0.95, 0.2)) == [(2, 1.0), (3, 0.5), (3, 0.5)]
+    assert caplog.messages[0].startswith("after 8 steps the warm start has not come to what it is to")
+
+
+def test_a_shortened_warm_start_takes_its_steps_whatever_came_of_them(course):
+    assert course(steps=1) == [(1, 1.0)]
+
+
+class Reader:
+    """A student that says what stands in the episodes, but for its first `wrong` tokens."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def __call__(self, ids, rows):
+        said = ids.flatten()[rows + 1]
+        said[: self.wrong] += 1
+        return torch.nn.functional.one_hot(said)
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_an_exam_counts_the_episodes_that_are_right_to_the_last_token_on_tasks_of_its_own():
+    aims = dataclasses.replace(RECIPES["lookup"].aims, tasks=4)
+    writer = EpisodeWriter(dataclasses.replace(RECIPES["lookup"], env=aims.env), seed=0)
+    exam = Exam(aims, writer)
+    assert writer.written == (1 << 24) + 8
+    plan = "Here is a reference solution to this problem:\n"
+    shown = [plan in prompt_of(LOOKUP, sample) for sample in (*exam._informed, *exam._plain)]
+    assert shown == [True] * 4 + [False] * 4
+    first = len(exam._informed[0].completion_ids)
+    assert exam.marks(Reader(0)) == (1, 1)
+    assert exam.marks(Reader(1)) == (0.75, 0.75)
+    assert exam.marks(Reader(first)).informed == 0.75
+    assert exam.marks(Reader(first + 1)).informed == 0.5
+
+
 def test_a_model_is_built_once_for_each_seed_and_length(cache, monkeypatch):
     built = []
     monkeypatch.setattr(tiny, "warm_start", lambda *a, **k: built.append(k["seed"]) or warm_start(*a, **k))
@@ -411,6 +472,8 @@ class OtherWords(ast.NodeTransformer):
 
 SOURCES = [
     "opd.launch.tiny.build",
+    "opd.launch.tiny.exam",
+    "opd.launch.tiny.learning",
     "opd.launch.tiny.recipes",
     "opd.launch.tiny.skills",
     "opd.launch.tiny.tokenizer",
@@ -462,8 +525,9 @@ def test_a_comment_builds_no_model_anew_and_another_optimiser_does(cache, stands
     ("name", "module", "old", "new"),
     [
         ("lookup", "opd.launch.tiny.build", '"hidden_size": 128', '"hidden_size": 64'),
-        ("lookup", "opd.launch.tiny.build", "(step + 1) / 20", "(step + 1) / 10"),
-        ("lookup", "opd.launch.tiny.build", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)"),
+        ("lookup", "opd.launch.tiny.learning", "(step + 1) / 20", "(step + 1) / 10"),
+        ("lookup", "opd.launch.tiny.learning", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)"),
+        ("lookup", "opd.launch.tiny.exam", "marks.informed >=", "marks.informed >"),
         ("lookup", "opd.launch.tiny.build", "model.save_pretrained", "model.half().save_pretrained"),
         ("lookup", "opd.launch.tiny.muon", "-4.7750", "-4.7"),
         ("lookup", "opd.launch.tiny.tokenizer", "'Tools: '", "'You have: '"),
@@ -534,9 +598,13 @@ def test_every_value_of_a_recipe_makes_a_new_model():
         dataclasses.replace(lookup, forms=dict(reversed(lookup.forms.items()))),
         dataclasses.replace(lookup, env=RECIPES["lookup-expert"].env),
         dataclasses.replace(lookup, plain=RECIPES["countdown"].plain),
+        dataclasses.replace(lookup, aims=None),
+        dataclasses.replace(lookup, aims=dataclasses.replace(lookup.aims, informed=0.97)),
+        dataclasses.replace(lookup, aims=dataclasses.replace(lookup.aims, env=RECIPES["sokoban"].env)),
     ]
     found = {tiny._fingerprint(recipe, 0, 1) for recipe in recipes}
-    assert len(found | {tiny._fingerprint(lookup, 1, 1), tiny._fingerprint(lookup, 0, 2)}) == len(recipes) + 2
+    others = {tiny._fingerprint(lookup, 1, 1), tiny._fingerprint(lookup, 0, 2), tiny._fingerprint(lookup, 0, None)}
+    assert len(found | others) == len(recipes) + 3
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers", "numpy"])
@@ -551,7 +619,7 @@ def test_the_warm_starts_loss_is_the_objectives_of_supervised_training(cache):
     writer = EpisodeWriter(RECIPES["lookup"], 0)
     samples, losses = [writer.sample() for _ in range(3)], Losses(ce=CrossEntropy())
     student = CausalModel(AutoModelForCausalLM.from_pretrained(build_tiny("lookup", steps=1, quiet=True)))
-    found = tiny._cross_entropy(student, collate(samples, writer.pad_id))
+    found = cross_entropy(student, collate(samples, writer.pad_id))
     expected = objective(student, collate(normalise(samples, losses, list), writer.pad_id), losses, None).loss
     assert found.item() == expected.item() > 1
 

@@ -1,5 +1,6 @@
 """Ranks without processes: how work is dealt, and what one rank does by itself."""
 
+import logging
 import os
 import socket
 
@@ -11,6 +12,7 @@ from torch.distributed import TCPStore
 
 from opd.errors import ConfigError, DataError
 from opd.ranks import extensions
+from opd.ranks.deepspeed_log import quieten_deepspeed
 from opd.ranks.join import _meet
 from opd.ranks.launcher import NEEDED, call_roll
 from opd.ranks.ranks import Ranks, local_device, started_ranks, without_launcher
@@ -41,6 +43,25 @@ def test_an_error_of_one_rank_alone_stays_what_it_is():
         Ranks().agree(fail)
     with pytest.raises(ZeroDivisionError):
         Ranks().agree(lambda: 1 / 0)
+
+
+def test_deepspeeds_warnings_stay_off_the_console_and_its_errors_do_not(monkeypatch):
+    monkeypatch.delenv("DS_LOG_LEVEL", raising=False)
+    log, said = logging.getLogger("DeepSpeed"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    filters = [*log.filters]
+    try:
+        log.filters.clear()
+        log.warning("found")
+        quieten_deepspeed()
+        log.warning("Setting accelerator to CPU")
+        log.error("broken")
+    finally:
+        log.removeHandler(handler)
+        log.filters[:] = filters
+    assert said == ["found", "broken"]
 
 
 def test_a_process_that_is_no_rank_is_told_of_none():
