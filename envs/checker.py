@@ -158,8 +158,6 @@ def _play(env: gymnasium.Env[str, str], seed: int, options: dict[str, Any] | Non
         seen += _texts(obs, info)
         told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
-        if isinstance(info, dict) and info.get("unreadable") and not terminated:
-            problems.append('step: info["unreadable"] is for a step that ends the episode; terminated is False')
         if terminated or truncated:
             break
     if not _is_text_dict(privileged):  # which is among the problems

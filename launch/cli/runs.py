@@ -34,7 +34,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from opd.launch.checks.loading import load_config
     from opd.launch.checks.starting import startable
     from opd.launch.checks.text import check_model_text, refuse_problems
-    from opd.launch.plan.plan import plan
+    from opd.launch.plan.plan import as_table, plan
     from opd.launch.run.out import choose_out
     from opd.tracking.console import LastingConsole
 
@@ -50,6 +50,9 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
         LastingConsole().print(plan(config, out, ranks=arguments.ranks or ranks.world_size, text=report).table())
     ranks.agree(lambda: refuse_problems(report))
     if arguments.dry_run:
+        from opd.launch.run.first_look import first_look, rows_of
+
+        LastingConsole().print(as_table(rows_of(first_look(config))))
         return 0
     from opd.launch.run.training import train
 

@@ -16,6 +16,7 @@ from opd.launch.checks.outside import warn_of_changes, write_taken
 from opd.launch.checks.text import check_model_text, refuse_problems
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
+from opd.launch.run.first_look import first_look
 from opd.launch.run.lock import RunLock
 from opd.launch.run.out import Resume, choose_out, day_of, remove_run, resumes, write_config
 from opd.launch.run.ranks import ranks_of
@@ -46,6 +47,7 @@ def train(
     ranks = ranks_of(read)
     with together():
         ranks.from_first(lambda: refuse_problems(check_model_text(read)))
+        ranks.from_first(lambda: first_look(read))
         out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite))
         with _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))

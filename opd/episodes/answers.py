@@ -30,6 +30,10 @@ class BadAnswer(EnvError):
     """An environment answered, and its answer breaks the contract."""
 
 
+class TooFewTasks(EnvError):
+    """An environment was asked for a task that it says it has not."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """Holds an environment's answer to a reset or a step, checked and copied: text and numbers alone, like JSON."""
@@ -45,7 +49,7 @@ class Answer:
     terminated: bool = False
     truncated: bool = False
     unreadable: bool = False
-    """The environment ended the episode because it could not read the action."""
+    """The environment could not read the action."""
 
 
 def reset(env: Any, goal: Task) -> Answer:
@@ -74,7 +78,7 @@ def step(env: Any, action: str) -> Answer:
                 seconds=seconds,
                 reward=_reward(reward),
                 terminated=over,
-                unreadable=_unreadable(info, over),
+                unreadable=_flag('info["unreadable"]', info.get("unreadable", False)),
                 truncated=_flag("truncated", truncated)
                 and not over,  # gymnasium's TimeLimit says both at its last step
             )
@@ -110,22 +114,25 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _unreadable(info: dict[str, Any], over: bool) -> bool:
-    """True if the episode ended because the action could not be read; raises BadAnswer if it goes on all the same."""
-    unreadable = _flag('info["unreadable"]', info.get("unreadable", False))
-    if unreadable and not over:
-        raise BadAnswer('info["unreadable"] is for a step that ends the episode; terminated is False')
-    return unreadable
-
-
 def _address(env: Any, goal: Task) -> dict[str, Any] | None:
     """Return the options of a reset: which task, for an environment whose tasks are numbered; else None."""
     tasks = (env.metadata or {}).get("tasks")
     if tasks is None:
         return None
     # Training goes through a table again and again; an evaluation that did so would count a task twice.
-    count = tasks.get(goal.split) if goal.split == "train" else None
-    return {"split": goal.split, "index": goal.index if count is None else goal.index % count}
+    if goal.split not in tasks:
+        raise TooFewTasks(
+            f"{goal.id} is asked for, and the environment has no {goal.split} split; its splits: {', '.join(tasks)}"
+        )
+    count = tasks[goal.split]
+    if count is None or goal.index < count:
+        return {"split": goal.split, "index": goal.index}
+    if goal.split != "train":
+        raise TooFewTasks(
+            f"{goal.id} is asked for, and the environment has {count} tasks in its {goal.split} split. Set "
+            f"eval.tasks to {count} or less, or give it more"
+        )
+    return {"split": goal.split, "index": goal.index % count}
 
 
 @contextmanager

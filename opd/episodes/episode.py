@@ -211,7 +211,13 @@ def take_answer(episode: Episode, answer: Answer | BaseException) -> None:
         episode.success = answer.success
     if episode.turns:
         last = episode.turns[-1]
-        episode.turns[-1] = replace(last, reward=answer.reward, feedback=answer.feedback, rewards=answer.rewards)
+        episode.turns[-1] = replace(
+            last,
+            reward=answer.reward,
+            feedback=answer.feedback,
+            rewards=answer.rewards,
+            unreadable=answer.unreadable,
+        )
     else:
         episode.tools = answer.tools
 

@@ -43,7 +43,11 @@ class Terms:
 def scoring(config: Any, terms: Terms, *, model: str | None) -> Stage:
     """Make the stage in which a teacher, held as the run's model, scores each token of the student's episodes once."""
     return Stage(
-        kind="score", make=partial(Scoring, config, terms=terms, model=model), model=model, holds=_holds_scores
+        kind="score",
+        make=partial(Scoring, config, terms=terms, model=model),
+        plays=False,
+        model=model,
+        holds=_holds_scores,
     )
 
 
@@ -53,7 +57,8 @@ def _holds_scores(folder: Path, made: Mapping[str, float]) -> bool:
 
 def offline(config: Any, terms: Terms, losses: Losses, *, over: StageConfig, data: str | None) -> Stage:
     """Make the stage that trains on the stored episodes and scores in `data`, by default in the run's own folder."""
-    return Stage(make=partial(Offline, config, terms=terms, data=data), over=over, losses=losses, stored=True)
+    make = partial(Offline, config, terms=terms, data=data)
+    return Stage(make=make, plays=False, over=over, losses=losses, stored=True)
 
 
 class Scoring(Method):

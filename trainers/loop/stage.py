@@ -45,6 +45,8 @@ class Stage:
     """`play` and `score` have no steps: they only prepare what later stages need."""
     model: str | None = None
     """play, score: the name of another model that takes the place of the run's own, with the run's chat template."""
+    plays: bool = True
+    """False: the stage plays no task; it learns from a file, or from what another stage made."""
     first_task: int = 0
     """The index of the first task that the stage plays; those before it belong to another stage."""
     holds: Callable[[Path, Mapping[str, float]], bool] = _is_there

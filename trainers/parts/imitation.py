@@ -47,6 +47,7 @@ def imitating(
     """Return the stage that learns from a teacher's episodes, from own ones of so many tasks, or from a file's."""
     return Stage(
         make=partial(Imitating, config, source=source, tasks=tasks, file=file, leave_out=leave_out),
+        plays=source == "own",
         over=over,
         losses=Losses(ce=CrossEntropy(), reduction=config.reduction),
     )
