@@ -188,8 +188,6 @@ def _play(
         seen, where = seen + said, where + [f"step {step + 1} after {calls[0]}"] * len(said)
         told.append(repr([obs, reward, terminated, truncated, info.get("messages"), info.get("success")]))
         problems += [*_step_problems(reward, terminated, truncated), *_info_problems(info, "step")]
-        if isinstance(info, dict) and info.get("unreadable") and not terminated:
-            problems.append('step: info["unreadable"] is for a step that ends the episode; terminated is False')
         if terminated or truncated:
             break
     return _Episode(

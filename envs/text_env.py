@@ -14,8 +14,7 @@ markup kept. A trajectory's reward is the sum of the rewards of its steps. `info
     privileged  at reset: dict of str to str, what only a teacher may see; never part of obs or messages
     feedback    at a step: str, what the environment says about a failure
     success     at a step: bool, whether the task is solved
-    unreadable  at a step that ends the episode: bool, whether it ends because the action could not be read (no tool
-                call, no move of the game); logged only
+    unreadable  at a step: bool, whether the action could not be read (no tool call, no move of the game); logged only
     unscored    at the last step: bool, whether nothing could tell what the episode is worth; it is then compared with
                 no other, and its reward of 0 stands for nothing
     member      at the last step: what `score_group` needs to know of the episode, where rewards compare a group
@@ -83,7 +82,7 @@ class Reply:
     """True if a limit of the environment's own ended the episode, which is no verdict on it."""
     success: bool = False
     unreadable: bool = False
-    """The episode ends because the action could not be read: no call in the tool format, no move of the game."""
+    """The action could not be read: no call in the tool format, no move of the game. For the logs."""
     feedback: str | None = None
     """What to say about a failure; a teacher may be shown it, the student reads `messages` only."""
     rewards: dict[str, float | None] = field(default_factory=dict)
@@ -97,10 +96,6 @@ class Reply:
     """Numbers for the logs."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Plain data to write beside the episode."""
-
-    def __post_init__(self) -> None:
-        if self.unreadable and not self.terminated:
-            raise EnvError("Reply(unreadable=True) is for an action that ends the episode; add terminated=True")
 
 
 class TextEnv(gymnasium.Env[str, str], ABC):

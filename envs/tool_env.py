@@ -92,13 +92,13 @@ class ToolEnv(TextEnv):
         """Reply to an action that calls no tool; by default the turn is used up and the model reminded.
 
         `action` is what the model says: its text without thoughts and without the markup of its format.
-        A subclass that ends the episode for it returns `Reply(terminated=True, unreadable=True)`, so that the logs tell
-        such an end from a finished task; one that takes the text for the answer does not.
+        A subclass that says so in another way returns `Reply(unreadable=True, ...)` too, for the logs; one that takes
+        the text for the answer does not.
         """
         set_here, _ = self._given  # what the template has told the model need not be told again
         form = "" if set_here == "auto" else f", in the form {FORMS[set_here]}"
         text = f"Call a tool{form}. The tools are: {', '.join(self._tools)}."
-        return Reply(messages=[{"role": "user", "content": text}], feedback=text)
+        return Reply(messages=[{"role": "user", "content": text}], unreadable=True, feedback=text)
 
     def spoken(self, action: str) -> Message:
         """Return an action as the message that TRL hands to reward functions (`opd.envs.spoken`)."""
@@ -148,6 +148,7 @@ class ToolEnv(TextEnv):
         calls = read.calls
         if not calls:
             return self.no_call(read.content)
+        unreadable = all(isinstance(call, MalformedCall) for call in calls)
         if len(calls) > self.max_calls:
             calls[self.max_calls :] = [MalformedCall(error=f"only {self.max_calls} calls are run in one turn")]
         runner = CallRunner(
@@ -157,7 +158,7 @@ class ToolEnv(TextEnv):
         reply = next((run.ending for run in runs if run.ending is not None), Reply())
         errors = "\n".join(run.text for run in runs if run.failed)
         feedback = errors or None if reply.feedback is None else reply.feedback
-        return replace(reply, messages=[run.message() for run in runs], feedback=feedback)
+        return replace(reply, messages=[run.message() for run in runs], unreadable=unreadable, feedback=feedback)
 
 
 def _check_format(name: str) -> None:

@@ -165,6 +165,8 @@ class Turn:
     """What the environment said about this action's failure, if it did. For a teacher's eyes only."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """The parts of the reward by name, where the environment says; None where a part abstained. For the logs only."""
+    unreadable: bool = False
+    """The environment could not read the completion: no call in the tool format, no move of the game. For the logs."""
     forked: bool = False
 
     @property

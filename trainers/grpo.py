@@ -18,7 +18,7 @@ from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.loop.method import Method
 from opd.trainers.loop.registry import register
-from opd.trainers.parts.policy import ALONE, PolicyConfig
+from opd.trainers.parts.policy import PolicyConfig, check_compared
 from opd.types import Sample, TrajectoryGroup, to_sample
 
 
@@ -51,7 +51,8 @@ class Grpo(Method):
 
     @staticmethod
     def advice(config: GrpoConfig, rollout: RolloutConfig) -> list[str]:
-        return [ALONE] if rollout.group_size == 1 else []
+        check_compared(rollout)
+        return []
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         advantages = self.config.advantages(group.usable)

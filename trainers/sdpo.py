@@ -13,7 +13,7 @@ from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.loop.registry import register
 from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod
-from opd.trainers.parts.policy import ALONE, PolicyShareConfig
+from opd.trainers.parts.policy import PolicyShareConfig, check_compared
 from opd.types import Sample, TrajectoryGroup
 
 UNSHOWN = (
@@ -42,8 +42,9 @@ class Sdpo(HindsightMethod):
 
     @staticmethod
     def advice(config: HindsightConfig, rollout: RolloutConfig) -> list[str]:
-        alone = ALONE if config.feedback == "never" else UNSHOWN
-        return [*HindsightMethod.advice(config, rollout), *([alone] if rollout.group_size == 1 else [])]
+        if config.feedback == "never":
+            check_compared(rollout)
+        return [*HindsightMethod.advice(config, rollout), *([UNSHOWN] if rollout.group_size == 1 else [])]
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         """Right episodes are taught as well, by other right ones; where there is nothing to show, nothing is."""

@@ -21,7 +21,7 @@ from opd.episodes.config import RolloutConfig
 from opd.losses import Losses
 from opd.trainers.loop.registry import register
 from opd.trainers.parts.hindsight import HindsightConfig, HindsightMethod, When
-from opd.trainers.parts.policy import ALONE, PolicyConfig
+from opd.trainers.parts.policy import PolicyConfig, check_compared
 from opd.types import Sample, Trajectory, TrajectoryGroup, to_sample
 
 
@@ -61,7 +61,8 @@ class Srpo(HindsightMethod):
 
     @staticmethod
     def advice(config: HindsightConfig, rollout: RolloutConfig) -> list[str]:
-        return [*HindsightMethod.advice(config, rollout), *([ALONE] if rollout.group_size == 1 else [])]
+        check_compared(rollout)
+        return HindsightMethod.advice(config, rollout)
 
     def annotate(self, group: TrajectoryGroup) -> list[Sample]:
         advantages = self.config.policy.advantages(group.usable)

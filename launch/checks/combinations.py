@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opd.errors import ConfigError
 from opd.launch.checks.backends import check_backend
 from opd.launch.checks.engines import check_vllm
 from opd.launch.settings.config import Config
@@ -34,7 +35,7 @@ def check_combinations(config: Config) -> list[Problem]:
         text = f"eval.stop_at ends runs of one stage, but method = {config.method} has {len(config.stages)}. Remove it."
         problems.append(Problem(("eval.stop_at", "method"), text))
     problems += _problems_without_teacher(config) + _problems_of_served_teacher(config)
-    problems += _problems_of_own_weightings(config)
+    problems += _problems_of_own_weightings(config) + _problems_of_method(config)
     problems += check_vllm(config)
     return problems + check_backend(config)
 
@@ -74,6 +75,17 @@ def _problems_of_own_weightings(config: Config) -> list[Problem]:
         for function in config.weighting.functions
         if not any(fed[stream] for stream in function.found.streams)
     ]
+
+
+def _problems_of_method(config: Config) -> list[Problem]:
+    """Return what a stage's method itself calls impossible beside the settings of rollouts."""
+    problems = []
+    for stage in config.stages:
+        try:
+            stage.notes(config.rollout)
+        except ConfigError as error:
+            problems.append(Problem(("rollout.group_size", "method"), f"method = {config.method}: {error}"))
+    return problems
 
 
 def _problems_of_served_teacher(config: Config) -> list[Problem]:

@@ -36,7 +36,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
     from opd.launch.checks.text import check_model_text, refuse_problems
-    from opd.launch.plan.plan import plan
+    from opd.launch.plan.plan import as_table, plan
     from opd.launch.plan.storage import check_room_before_loading
     from opd.launch.run.out import choose_out, recommend_variables
     from opd.tracking.console import LastingConsole
@@ -62,6 +62,11 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if arguments.dry_run:
         if ranks.first:
             recommend_variables(config)
+        from opd.launch.run.first_look import first_look, rows_of
+
+        seen = ranks.from_first(lambda: first_look(config))
+        if ranks.first:
+            LastingConsole().print(as_table(rows_of(seen)))
         return 0
     from opd.launch.run.training import train
 

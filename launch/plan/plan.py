@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from opd.backends import deepspeed_json
 from opd.episodes.config import RolloutConfig
@@ -65,12 +67,7 @@ class Plan:
 
     def table(self) -> Table:
         """Make the table that the terminal shows."""
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, text in self.rows():
-            table.add_row(name, redact(text))  # before it is wrapped
-        return table
+        return as_table(self.rows())
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines of the plan: a name, and its numbers in words."""
@@ -132,6 +129,16 @@ class Plan:
             total = sum(part.bytes for part in self.traffic) / _GIB
             rows.append(("traffic", _with_parts(f"about {total:.2f} GiB sent by each process in a step", self.traffic)))
         return [*rows, ("deepspeed", "\n".join(self.filled))]
+
+
+def as_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Make a table of two columns, names and texts, that shows every text as it is."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(Text(redact(name)), Text(redact(text)))  # before it is wrapped
+    return table
 
 
 def plan(

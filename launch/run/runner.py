@@ -19,6 +19,7 @@ from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks
 from opd.tracking import NoTracker, Tracker
 from opd.trainers.loop.progress import Progress
+from opd.trainers.loop.symptoms import remarks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ class StageRunner:
         before, after = self.before, self.after if self.done else self.before
         change = before.change(after) if before and after else None
         if self.tracker is not None:  # else all was there already
-            self.tracker.summary(before=before, after=after, change=change)
+            self.tracker.summary(before=before, after=after, change=change, remarks=remarks)
         return RunResult(out=self.out, steps=self.done, before=before, after=after, stopped_by=self.note_stop())
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from opd.launch.checks.text import check_model_text, refuse_problems
 from opd.launch.plan.storage import check_room_at_first, check_room_before_loading, count_sizes
 from opd.launch.run.build import Run, build
 from opd.launch.run.endings import engine_lost, given_up
+from opd.launch.run.first_look import first_look
 from opd.launch.run.lock import RunLock
 from opd.launch.run.out import (
     Resume,
@@ -56,6 +57,7 @@ def train(
     ranks = ranks_of(read)
     with together():
         ranks.from_first(lambda: refuse_problems(check_model_text(read)))
+        ranks.from_first(lambda: first_look(read))
         # Absolute from here on: an environment that leaves the current folder does not take the run's along.
         out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite).absolute())
         with _locked(out, ranks) as lock:

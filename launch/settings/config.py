@@ -44,6 +44,7 @@ DeepSpeedSetting = Annotated[dict[str, Any] | None, BeforeValidator(_read_deepsp
 
 _MAY_DIFFER = (
     "out",
+    "env.probe",
     "eval",
     "tracking",
     "rollout.vllm",

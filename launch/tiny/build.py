@@ -74,6 +74,11 @@ def build_tiny(name: str, *, seed: int = 0, steps: int | None = None, quiet: boo
     return build_kept(name, RECIPES[name], seed=seed, steps=steps, quiet=quiet)
 
 
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that the tiny model for an environment has, or will have once it is built."""
+    return EpisodeWriter(RECIPES[name], 0).tokenizer
+
+
 def build_kept(
     name: str,
     recipe: Recipe,

@@ -32,6 +32,10 @@ class BadAnswer(EnvError):
     """An environment answered, and its answer breaks the contract."""
 
 
+class TooFewTasks(EnvError):
+    """An environment was asked for a task that it says it has not."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """Holds an environment's answer to a reset or a step, checked and copied: text and numbers alone, like JSON."""
@@ -55,7 +59,7 @@ class Answer:
     ungraded: list[str] = field(default_factory=list)
     """Why graders had no result for what was to be scored; it scored 0, or ended the episode."""
     unreadable: bool = False
-    """The environment ended the episode because it could not read the action."""
+    """The environment could not read the action."""
 
 
 def reset(env: Any, goal: Task, trainer: Trainer | None = None) -> Answer:
@@ -89,9 +93,9 @@ def step(env: Any, action: str) -> Answer:
                 seconds=seconds,
                 reward=_reward(reward),
                 terminated=over,
-                unreadable=_unreadable(info, over),
                 ungraded=ungraded,
                 member=info.get("member"),
+                unreadable=_flag('info["unreadable"]', info.get("unreadable", False)),
                 truncated=_flag("truncated", truncated)
                 and not over,  # gymnasium's TimeLimit says both at its last step
             )
@@ -152,22 +156,25 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _unreadable(info: dict[str, Any], over: bool) -> bool:
-    """True if the episode ended because the action could not be read; raises BadAnswer if it goes on all the same."""
-    unreadable = _flag('info["unreadable"]', info.get("unreadable", False))
-    if unreadable and not over:
-        raise BadAnswer('info["unreadable"] is for a step that ends the episode; terminated is False')
-    return unreadable
-
-
 def _address(env: Any, goal: Task) -> dict[str, Any] | None:
     """Return the options of a reset: which task, for an environment whose tasks are numbered; else None."""
     tasks = (env.metadata or {}).get("tasks")
     if tasks is None:
         return None
     # Training goes through a table again and again; an evaluation that did so would count a task twice.
-    count = tasks.get(goal.split) if goal.split == "train" else None
-    return {"split": goal.split, "index": goal.index if count is None else goal.index % count}
+    if goal.split not in tasks:
+        raise TooFewTasks(
+            f"{goal.id} is asked for, and the environment has no {goal.split} split; its splits: {', '.join(tasks)}"
+        )
+    count = tasks[goal.split]
+    if count is None or goal.index < count:
+        return {"split": goal.split, "index": goal.index}
+    if goal.split != "train":
+        raise TooFewTasks(
+            f"{goal.id} is asked for, and the environment has {count} tasks in its {goal.split} split. Set eval.tasks "
+            f"(and eval.first) to {count} or less together, or give it more"
+        )
+    return {"split": goal.split, "index": goal.index % count}
 
 
 @contextmanager

@@ -30,6 +30,12 @@ class EnvConfig(Strict):
         "for textworld (an interpreter in C) and for what is `unprotected`, else threads.",
     )
 
+    probe: bool = Field(
+        True,
+        description="Begin a task of training and one of evaluation before a model is loaded, to see that they can be "
+        "played. false: an environment that counts its resets, say, is left alone.",
+    )
+
     @field_validator("workers")
     @classmethod
     def _can_fork(cls, workers: str) -> str:

@@ -224,7 +224,13 @@ def take_answer(episode: Episode, answer: Answer | BaseException) -> None:
     episode.metrics, episode.notes = {**episode.metrics, **answer.metrics}, {**episode.notes, **answer.notes}
     if episode.turns:
         last = episode.turns[-1]
-        episode.turns[-1] = replace(last, reward=answer.reward, feedback=answer.feedback, rewards=answer.rewards)
+        episode.turns[-1] = replace(
+            last,
+            reward=answer.reward,
+            feedback=answer.feedback,
+            rewards=answer.rewards,
+            unreadable=answer.unreadable,
+        )
     else:
         episode.tools = answer.tools
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from opd.episodes.answers import BadAnswer
 from opd.errors import EnvError
@@ -17,6 +20,14 @@ MOST_CHARACTERS = 500
 _CONNECTION = ("Connect", "Network", "Transport", "RemoteProtocol", "Disconnected", "URLError", "gaierror", "EOFError")
 
 
+_OURS = Path(__file__).parents[2]
+_NOT_THEIRS = (
+    *(str(_OURS / name) + "/" for name in ("opd", "envs", "rewards", "trainers", "launch")),
+    sysconfig.get_path("stdlib") + "/",
+    "<",
+)
+
+
 class Failure(EnvError):
     """Reports a failure whose kind is known already, because it comes from another process."""
 
@@ -28,7 +39,7 @@ class Failure(EnvError):
 def explain(error: BaseException) -> tuple[Fault, str]:
     """Return an exception's kind and a short reason without secrets. Never raises, whatever class it is of."""
     try:
-        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}{_place(error)}"
     except Exception:  # somebody else's __str__
         reason = type(error).__name__
     return _fault(error), redact(reason.encode(errors="replace").decode())[:MOST_CHARACTERS]
@@ -46,6 +57,16 @@ def _fault(error: BaseException) -> Fault:
         if any(word in name for name in names for word in _CONNECTION) or isinstance(cause, BrokenPipeError):
             return Fault.CONNECTION
     return Fault.RAISED
+
+
+def _place(error: BaseException) -> str:
+    """Say where the exception left the code of an environment's author, as " (file, line n)"; "" where none took part.
+
+    What is not this package, Python's own or an installed one is taken for theirs.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(_NOT_THEIRS) and "site-packages" not in f.filename]
+    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,11 +166,13 @@ class Tracker:
         before: Successes | None = None,
         after: Successes | None = None,
         change: tuple[float, float, float] | None = None,
+        remarks: Callable[[Sequence[Mapping[str, float]]], list[str]] = lambda _: [],
     ) -> None:
         """End a run that went well: draw the picture, and print a table in the terminal.
 
         `before` and `after` are the evaluations of the first and the last weights; `change` is their
-        difference with its interval, from `opd.tracking.intervals.paired_difference`.
+        difference with its interval, from `opd.tracking.intervals.paired_difference`. `remarks` says what is wrong
+        with the rows of the steps.
         """
         self._whole = True
         self._console.close()
@@ -179,7 +181,10 @@ class Tracker:
             from opd.tracking.plots import run_picture
 
             run_picture(self.folder / "curves.png", _history(self.folder), title=self.folder.resolve().name)
-        self._console.show(_table(self.folder, rows, before, after, change))
+        table = _table(self.folder, rows, before, after, change)
+        for remark in remarks([{k: v for k, v in row.items() if v is not None} for row in rows]):
+            table.add_row("look at", Text(remark, style="yellow"))
+        self._console.show(table)
 
     def sync(self) -> None:
         """Let the disk have every row so far."""

@@ -128,11 +128,6 @@ class UnreadableInWords(Good):
         return *answer, info | {"unreadable": "no"}
 
 
-class UnreadableAndGoesOn(Good):
-    def step(self, action):
-        return "", 0.0, False, False, {"unreadable": True}
-
-
 class BadTasks(Good):
     metadata = {"render_modes": [], "tasks": {"train": 0}}  # noqa: RUF012
 
@@ -190,7 +185,6 @@ def test_a_good_environment_gets_a_note_on_its_speed_and_nothing_else(name):
         ("BadInfo", "error", 'step: info["feedback"] = None must be a str'),
         ("BadInfo", "error", "step: info[\"rewards\"] = {'a': nan} must be a dict of str to finite numbers or None"),
         ("UnreadableInWords", "error", "step: info[\"unreadable\"] = 'no' must be a bool"),
-        ("UnreadableAndGoesOn", "error", 'info["unreadable"] is for a step that ends the episode; terminated is False'),
         ("BadTasks", "error", 'metadata["tasks"]["train"] = 0 must be a number of tasks, or None for unlimited'),
         ("Unreachable", "error", "an episode raised LookupError: no row 3"),
         ("Unseeded", "error", "gymnasium's check_env: "),

@@ -295,7 +295,7 @@ class Slow(LookupEnv):
 
 def test_a_step_is_left_in_the_middle_of_an_environment_s_call(settings):
     since = time.monotonic()
-    result = train(settings("run", env={"id": f"{__name__}:Slow", "max_turns": 2}, eval={"tasks": 0}))
+    result = train(settings("run", env={"id": f"{__name__}:Slow", "max_turns": 2, "probe": False}, eval={"tasks": 0}))
     assert (result.stopped_by, result.steps) == ("SIGTERM", 0)
     assert time.monotonic() - since < 25
     told = json.loads((result.out / "stopped.json").read_text())

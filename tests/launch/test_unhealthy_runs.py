@@ -45,7 +45,7 @@ def fickle(settings, tmp_path, monkeypatch):
     (tmp_path / "fickle_env.py").write_text(FICKLE)
     (tmp_path / "broken").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    env = {"id": "fickle_env:Fickle", "kwargs": {"folder": str(tmp_path)}}
+    env = {"id": "fickle_env:Fickle", "kwargs": {"folder": str(tmp_path)}, "probe": False}
     return lambda name="run", **sections: settings(name, **{"env": env, "rollout": {"workers": 1}} | sections)
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_is_told_to_wait_for_ever_does(fickle):
 
 
 def test_an_episode_that_is_merely_wrong_or_teaches_nothing_ends_no_run(settings):
-    grpo = {"method": "grpo", "rollout": {"group_size": 1}, "train": {"steps": 5}}
+    grpo = {"method": "grpo", "rollout": {"group_size": 2, "temperature": 1e-6}, "train": {"steps": 5}}
     data = settings("run", **grpo)
     del data["opsd"]
     out = train(data).out

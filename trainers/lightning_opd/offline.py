@@ -43,7 +43,10 @@ class Terms:
 def scoring(config: Any, terms: Terms, *, model: str | None) -> Stage:
     """Make the stage in which a teacher, held as the run's model, scores each token of the student's episodes once."""
     return Stage(
-        kind="score", make=partial(Scoring, config, terms=terms, model=model), model=model, holds=_holds_scores
+        kind="score",
+        make=partial(Scoring, config, terms=terms, model=model),
+        model=model,
+        holds=_holds_scores,
     )
 
 

@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opd.errors import HealthError
+from opd.trainers.loop.symptoms import SYMPTOMS
 from opd.types import TrajectoryGroup
 
+_STAYS = (3, 30, 300)
+"""Steps in a row after which a symptom is told: it may pass."""
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +75,10 @@ class Health:
         self._warn_of_unscored(number, row)
         self._warn_of_graders(number, row)
         self._warn_of_unread(number, row)
+        for symptom in SYMPTOMS:
+            said = symptom.says(row)
+            if self._again(symptom.name, said is not None, at=_STAYS):
+                logger.warning("step %d (%d in a row): %s", number + 1, self.streaks[symptom.name], said)
 
     def _warn_of_silence(self, number: int, row: Mapping[str, float]) -> None:
         """Warn of a step from which nothing could be learned."""
@@ -122,10 +129,10 @@ class Health:
                 unread,
             )
 
-    def _again(self, what: str, holds: bool) -> bool:
-        """Count a step for which something `holds`; True at the first, the 10th and the 100th of them in a row."""
+    def _again(self, what: str, holds: bool, *, at: Sequence[int] = (1, 10, 100)) -> bool:
+        """Count a step for which something `holds`; True where so many `at` are in a row."""
         self.streaks[what] = self.streaks[what] + 1 if holds else 0
-        return self.streaks[what] in (1, 10, 100)
+        return self.streaks[what] in at
 
 
 def check_collected(failures: Sequence[str | None], give_up_after: int) -> None:

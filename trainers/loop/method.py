@@ -58,7 +58,10 @@ class Method:
 
     @staticmethod
     def advice(config: Any, rollout: RolloutConfig) -> list[str]:
-        """Notes for the plan: what these settings allow and a person may not mean."""
+        """Notes for the plan: what these settings allow and a person may not mean.
+
+        Raises ConfigError where a run by them could learn nothing.
+        """
         return []
 
     @classmethod

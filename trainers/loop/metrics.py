@@ -63,6 +63,7 @@ def of_groups(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         row["signal/mixed_groups"] = _mean(len({t.reward for t in group if not t.unscored}) > 1 for group in usable)
     if turns:
         row["rollout/cut_completions"] = _mean(turn.stop_reason is StopReason.LENGTH for turn in turns)
+        row["rollout/unreadable"] = _mean(turn.unreadable for turn in turns)
     return row
 
 

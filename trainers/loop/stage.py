@@ -77,6 +77,11 @@ class Stage:
             raise ValueError(f"a stage of kind {self.kind} trains nothing: it has no use for losses or a teacher")
 
     @property
+    def acts(self) -> bool:
+        """True: tasks are played, in its steps or before them. False: it reads a file, or what another stage made."""
+        return bool(self.plays) or (self.trains and not self.on_dataset)
+
+    @property
     def trains(self) -> bool:
         """True: the stage has steps."""
         return self.kind == "train"

@@ -8,13 +8,19 @@ from typing import Literal
 from pydantic import Field
 
 from opd.config import Strict, setting
+from opd.episodes.config import RolloutConfig
+from opd.errors import ConfigError
 from opd.losses import Policy
 from opd.types import Trajectory
 
-ALONE = (
-    "an episode is compared with others of its task, and there are none (rollout.group_size = 1; published: 8): "
-    "nothing can be learned"
-)
+
+def check_compared(rollout: RolloutConfig) -> None:
+    """Raise ConfigError where an episode has no others of its task to be compared with, and nothing else teaches."""
+    if rollout.group_size == 1:
+        raise ConfigError(
+            "rollout.group_size = 1: an episode is compared with others of its task, and there are none, so that "
+            "nothing can be learned. Set 2 or more (published: 8)"
+        )
 
 
 class PolicyConfig(Strict):
