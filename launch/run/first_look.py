@@ -165,14 +165,14 @@ def _answer_in_words(played: Trajectory) -> str:
 def _taught(config: Config, chat: ChatFormat, stage: Stage, played: Trajectory) -> dict[str, Any]:
     """Return what the teacher reads of the episode, as fields of a `Look`; none of a stage that has yet to prepare.
 
-    Raises ConfigError where the method's settings and what the environment offers do not go together.
+    Raises ConfigError or DataError where the method's settings and what the environment offers do not go together.
     """
     method: Method = stage.make(chat)
     try:
         method.teacher_messages(played.turns[0].messages, played.privileged)
         samples = method.annotate(TrajectoryGroup(task=played.task, trajectories=[played]))
     except (ConfigError, DataError) as error:
-        raise ConfigError(f"{error} (seen at {played.task.id} of env.id = {config.env.id})") from error
+        raise type(error)(f"{error} (seen at {played.task.id} of env.id = {config.env.id})") from error
     except OpdError:
         raise
     except Exception:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from opd.errors import ConfigError, EnvError, OpdError
+from opd.errors import ConfigError, DataError, EnvError, OpdError
 from opd.launch.checks.loading import config_from
 from opd.launch.cli.main import main
 from opd.launch.run.first_look import first_look
@@ -99,7 +99,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("sections", "text"), WRONG.values(), ids=WRONG)
 def test_a_task_that_cannot_be_played_as_asked_is_told_before_a_model_loads(look, sections, text):
-    with pytest.raises((ConfigError, EnvError), match=text):
+    with pytest.raises((ConfigError, DataError, EnvError), match=text):
         look(**sections)
 
 

@@ -131,19 +131,7 @@ IDLE = "with one update a step all ratios are 1, and no clip acts"
         ("method: sdpo\nsdpo: {max_ratio: null}", []),
         ("method: grpo\ntrain: {updates_per_step: 2}", []),
         ("method: skill_sd\ntrain: {updates_per_step: 2}", ["a live teacher is another one at each of a step's 2"]),
-        (
-            "method: grpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}",
-            ["an episode is compared with others"],
-        ),
-        (
-            "method: srpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1, max_length: 512}",
-            ["an episode is compared with others"],
-        ),
         ("method: sdpo\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}", ["no sibling can demonstrate"]),
-        (
-            "method: sdpo\nsdpo: {feedback: never}\ntrain: {updates_per_step: 2}\nrollout: {group_size: 1}",
-            ["an episode is compared with others"],
-        ),
         (
             "method: srpo\nsrpo: {max_teacher_tokens: 500}\ntrain: {updates_per_step: 2}\n"
             "rollout: {group_size: 4, max_length: 501}",

@@ -379,7 +379,7 @@ def test_an_unknown_split_is_refused():
 
 
 def test_training_goes_through_a_table_again_and_an_evaluation_does_not(make_scheduler, scripted_env):
-    asked = []
+    asked, failed = [], {}
 
     def first(env):
         asked.append(env.options)
@@ -391,9 +391,12 @@ def test_training_goes_through_a_table_again_and_an_evaluation_does_not(make_sch
     )
     for split in ("train", "eval", "warm"):
         tasks = [task(n, split=split) for n in range(5)]
-        scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=0)
-    assert [a["split"] for a in asked] == ["train"] * 5 + ["eval"] * 5 + ["warm"] * 5
-    assert [a["index"] for a in asked] == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+        groups = scheduler.run(tasks, group_size=1, sampling=Sampling(temperature=1.0), seed=0)
+        failed[split] = [t.failed for t in flat(groups) if t.failed]
+    assert [a["split"] for a in asked] == ["train"] * 5 + ["eval"] * 3 + ["warm"] * 5
+    assert [a["index"] for a in asked] == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert (failed["train"], failed["warm"]) == ([], [])
+    assert ["has 3 tasks in its eval split. Set eval.tasks" in reason for reason in failed["eval"]] == [True, True]
 
 
 def test_an_environment_without_numbered_tasks_gets_no_options(play, scripted_env, turns_then_end):
@@ -547,7 +550,8 @@ def test_an_environment_that_breaks_at_its_reset_fails_before_the_first_turn(
 
 def test_a_constructor_that_raises_fails_every_episode_and_the_round_still_ends(play):
     episodes = flat(play(raises(ImportError("no simulator")), tasks=3))
-    assert [e.failed for e in episodes] == ["reset: ImportError: no simulator"] * 3
+    assert [e.failed.partition(" (")[0] for e in episodes] == ["reset: ImportError: no simulator"] * 3
+    assert all(e.failed.startswith("reset: ImportError: no simulator (test_rollout.py, line ") for e in episodes)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -728,7 +732,7 @@ def test_retry_plays_a_failed_episode_again_in_a_fresh_environment(play, scripte
     groups = play(make, tasks=3, on_failure="retry", deterministic=deterministic, concurrency=2)
     assert outcome(groups) == [[True]] * 3
     assert [len(g.replaced) for g in groups] == [0, 1, 0]
-    assert groups[1].replaced[0].failed == "step 1: ValueError: no luck"
+    assert groups[1].replaced[0].failed.startswith("step 1: ValueError: no luck (test_rollout.py, line ")
     assert len(groups[1].attempts) == 2
     assert len(made) == 3  # an idle one is not fresh enough for a retry
 
@@ -817,7 +821,9 @@ def test_a_round_with_failures_says_so_once_with_the_reasons(play, scripted_env,
     broken = breaks_on({0, 1}, turns_then_end)
     play(lambda: scripted_env(broken), tasks=3, group_size=3)
     [record] = caplog.records
-    assert record.getMessage() == "2 of 9 episodes failed (2 attempts): 2 x step 1: ValueError: no luck"
+    assert record.getMessage().partition(" (test_rollout.py")[0] == (
+        "2 of 9 episodes failed (2 attempts): 2 x step 1: ValueError: no luck"
+    )
 
 
 @pytest.mark.parametrize(
