@@ -48,7 +48,9 @@ class GuessEnvironment(Environment):
         if action.number == 888:
             return Hint(hint="x" * 5_000_000)
         if action.number == self.secret:
-            return Hint(hint="yes", done=True, reward=1.0)
+            return Hint(hint="yes", done=True, reward=1.0, metadata={"secret": self.secret})
+        if action.number == 99:
+            return Hint(hint="no more", done=True)
         return Hint(hint="higher" if action.number < self.secret else "lower", reward=-0.1)
 
     @property
@@ -127,6 +129,21 @@ def test_a_server_that_says_done_ends_the_episode(spoken_episode, servers):
     assert trajectory.terminated
     misses = len(trajectory.turns) - 1
     assert trajectory.reward == pytest.approx(1.0 - 0.1 * misses)
+
+
+def test_metadata_stands_beside_the_episode_and_an_end_without_any_reward_is_unscored(servers):
+    env = make(servers["guess"], {"action": "json", "observation": "hint"})
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step('{"number": 99}')
+    assert (reward, terminated, info["success"], info["unscored"]) == (0.0, True, False, True)
+    env.reset(seed=0)
+    for n in range(1, 10):
+        *_, terminated, _, info = env.step(f'{{"number": {n}}}')
+        if terminated:
+            break
+    assert info["notes"] == {"secret": n}
+    assert "unscored" not in info
+    env.close()
 
 
 def test_the_seed_and_the_settings_reach_the_server(servers):

@@ -83,10 +83,11 @@ def test_what_needs_a_network_or_programs_is_refused_unless_it_is_asked_for(rows
 
 
 def test_what_is_unprotected_must_not_run_on_threads():
-    env = EnvConfig(id="skyrl_gym:search", kwargs={"unprotected": True})
+    env = EnvConfig(id="skyrl_gym:search", kwargs={"unprotected": True}, workers="threads")
     [problem] = check_env(env)
-    assert "Set env.workers: processes, or leave unprotected out." in problem.text
-    assert check_env(env.model_copy(update={"workers": "processes"})) == []
+    assert "Set env.workers: processes (auto is that), or leave unprotected out." in problem.text
+    for workers in ("processes", "auto"):
+        assert check_env(env.model_copy(update={"workers": workers})) == []
     assert check_env(EnvConfig(id="skyrl_gym:search")) == []
 
 

@@ -111,6 +111,7 @@ def test_the_rewards_are_those_of_the_task_with_its_weights():
         _, info = env.reset(seed=1)
         _, reward, terminated, _, step = env.step(answer.format(info["privileged"]["solution"]))
         assert (reward, terminated, step["success"]) == (expected, True, expected >= 1)
+        assert step["rewards"] == {"right": float(expected >= 1), "short": float(expected in (0.5, 1.5))}
     env.close()
 
 

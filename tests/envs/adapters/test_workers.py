@@ -4,7 +4,6 @@ import pytest
 
 from opd.envs.adapters import ADAPTERS, workers_for
 from opd.episodes.config import EnvConfig
-from opd.launch.checks.envs import check_env
 
 
 @pytest.mark.parametrize(
@@ -20,10 +19,3 @@ from opd.launch.checks.envs import check_env
 def test_an_environment_lives_where_its_code_can_hurt_nobody(env_id, kwargs, workers):
     assert EnvConfig(id=env_id, kwargs=kwargs).workers == "auto"
     assert workers_for(env_id, kwargs) == workers
-
-
-def test_threads_are_refused_for_what_is_unprotected_and_auto_is_not():
-    env = EnvConfig(id="skyrl_gym:search", kwargs={"unprotected": True})
-    assert check_env(env) == []
-    [problem] = check_env(env.model_copy(update={"workers": "threads"}))
-    assert "Set env.workers: processes (auto is that)" in problem.text
