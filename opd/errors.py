@@ -4,12 +4,18 @@ One class per boundary, each also a subclass of the standard class that a caller
 `except ValueError` keeps working. A message names the setting, its value, what is allowed, and the mend.
 """
 
+from opd.plain_text import printable
+
 
 class OpdError(Exception):
     """Is the base of every deliberate error of this package."""
 
     exit_code = 2
     """The exit code of a command: 2 for a mistake in what was asked, 1 for a run that went wrong by itself."""
+
+    def __str__(self) -> str:
+        """Return the message as a terminal may show it, whoever wrote parts of it."""
+        return printable(super().__str__())
 
 
 class ConfigError(OpdError, ValueError):

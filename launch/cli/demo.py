@@ -26,6 +26,7 @@ from opd.launch.run.training import train
 from opd.launch.settings.reader import holds_run
 from opd.launch.tiny.build import build_tiny
 from opd.tracking import read_rows
+from opd.tracking.console import LastingConsole
 from opd.tracking.plots import Curve, curves, running_mean
 from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
 
@@ -77,7 +78,7 @@ def demo(*, seeds: int, out: Path) -> list[Outcome]:
 
 
 def _demo(*, seeds: int, out: Path) -> list[Outcome]:
-    console = Console()
+    console = LastingConsole()
     since = time.monotonic()
     outcomes = []
     for seed in range(seeds):

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from opd.episodes import answers
 from opd.episodes.faults import explain
 from opd.grading import listening
+from opd.plain_text import LastingStream
 from opd.sandbox.forks import ForkServer, read_frame, write_frame
 from opd.types import Task
 
@@ -29,6 +30,9 @@ def play(connection: socket.socket) -> None:
     """Answer the calls of one environment until the other side is gone."""
     env: Any = None
     process = os.getpid()
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            setattr(sys, name, LastingStream(stream))
     factory = read_frame(connection) or b""
     while (frame := read_frame(connection)) is not None:
         request = json.loads(frame)
