@@ -4,6 +4,7 @@ One class per boundary, each also a subclass of the standard class that a caller
 `except ValueError` keeps working. A message names the setting, its value, what is allowed, and the mend.
 """
 
+from opd.plain_text import printable
 from opd.secrets import redact
 
 
@@ -14,7 +15,8 @@ class OpdError(Exception):
     """The exit code of a command: 2 for a mistake in what was asked, 1 for a run that went wrong by itself."""
 
     def __str__(self) -> str:
-        return redact(super().__str__())
+        """Return the message as a terminal may show it, whoever wrote parts of it, without secrets."""
+        return printable(redact(super().__str__()))
 
 
 class ConfigError(OpdError, ValueError):

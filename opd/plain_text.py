@@ -7,7 +7,6 @@ return that overwrites a line, marks that turn the direction of reading. Files k
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TextIO
@@ -34,11 +33,6 @@ def drawable(text: str) -> str:
     return _STEERS.sub("\ufffd", text)
 
 
-def is_drawable(character: str) -> bool:
-    """True for a character that a terminal or a picture shows as it is."""
-    return not _STEERS.match(character) and unicodedata.category(character) != "Cc"
-
-
 class LastingStream:
     """Writes to a stream of the console, which may go away, and lets nothing through that would steer a terminal.
 
@@ -50,15 +44,15 @@ class LastingStream:
         self,
         stream: TextIO,
         *,
-        say: Callable[[str], object] = lambda _: None,
         strict: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Wrap a stream. `say` is told once why nothing more is written. Where `strict()` is false, colours and the
-        codes of progress bars are let through."""
+        """Wrap a stream. Where `strict()` is false, colours and the codes of progress bars are let through."""
         self.stream = stream
         self.lost: Exception | None = None
         """Why nothing more is written; None while it is."""
-        self._say, self._strict = say, strict
+        self.say: Callable[[str], object] = lambda _: None
+        """Is told once why nothing more is written."""
+        self._strict = strict
         with suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
@@ -80,6 +74,10 @@ class LastingStream:
     def close(self) -> None:
         """Stay open: the console is the whole process's."""
 
+    def as_it_is(self) -> _AsItIs:
+        """Return the same stream for what draws on the terminal, and has made its texts drawable itself."""
+        return _AsItIs(self)
+
     @property
     def closed(self) -> bool:
         """Always False."""
@@ -93,10 +91,24 @@ class LastingStream:
             work()
         except (OSError, ValueError) as error:
             self.lost = error
-            self._say(str(error))
+            self.say(str(error))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class _AsItIs:
+    """Writes to a lasting stream whatever it is given."""
+
+    def __init__(self, lasting: LastingStream) -> None:
+        self.lasting = lasting
+
+    def write(self, text: str) -> int:
+        self.lasting.attempt(lambda: self.lasting.stream.write(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lasting, name)
 
 
 def _but_for(kept: re.Pattern[str], text: str) -> str:

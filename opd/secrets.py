@@ -87,7 +87,7 @@ def know(value: str) -> None:
         _known.update(dict.fromkeys(spelled))
         longest_first = sorted(_known, key=len, reverse=True)
         _pattern = re.compile("|".join(map(_in_addresses, longest_first)))
-        _redact_log_records()
+        redact_log_records()
 
 
 def _in_addresses(text: str) -> str:
@@ -244,7 +244,7 @@ class _Redacting:
 
 def redact_console() -> None:
     """Redact from now on what this process prints and logs, tracebacks and other people's code included."""
-    _redact_log_records()
+    redact_log_records()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Redacting):
@@ -254,7 +254,7 @@ def redact_console() -> None:
 _records = logging.getLogRecordFactory()
 
 
-def _redact_log_records() -> None:
+def redact_log_records() -> None:
     """Have each record of a log redacted when it is made, whichever handler writes it where."""
     global _records
     made_by = logging.getLogRecordFactory()

@@ -19,6 +19,8 @@ class Command:
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_settings: bool = False
     """True: it accepts `--key.sub value` for any setting. False: it accepts its own options alone."""
+    runs: bool = False
+    """True: it does something, and goes on where nothing can be printed. False: its text is what it is asked for."""
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:

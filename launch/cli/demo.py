@@ -26,6 +26,7 @@ from opd.launch.run.score import Score
 from opd.launch.run.training import train
 from opd.launch.settings.reader import holds_run
 from opd.launch.tiny.build import build_tiny
+from opd.tracking.console import LastingConsole
 from opd.tracking.shading import ShadedToken, episode_picture, shade_episode
 
 TASKS = 300
@@ -78,7 +79,7 @@ def demo(*, seeds: int, out: Path) -> list[Outcome]:
 
 
 def _demo(*, seeds: int, out: Path) -> list[Outcome]:
-    console = Console()
+    console = LastingConsole()
     since = time.monotonic()
     outcomes = []
     for seed in range(seeds):

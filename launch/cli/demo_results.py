@@ -40,7 +40,7 @@ class Outcome:
         """Return what an earlier call left there, or nothing yet."""
         outcome = cls(seed, path, made_by)
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             if found["made_by"] == made_by:
                 scores = {name: Score(tuple(outcomes)) for name, outcomes in found["scores"].items()}
                 outcome.scores, outcome.steps = scores, int(found["steps"])
@@ -57,7 +57,9 @@ class Outcome:
         outcomes = {name: score.outcomes for name, score in self.scores.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.partial")
-        aside.write_text(json.dumps({"made_by": self.made_by, "steps": self.steps, "scores": outcomes}))
+        aside.write_text(
+            json.dumps({"made_by": self.made_by, "steps": self.steps, "scores": outcomes}), encoding="utf-8"
+        )
         aside.rename(self.path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from opd.addressing import is_address
 from opd.errors import ConfigError
+from opd.plain_text import printable
 from opd.secrets import redact
 
 
@@ -29,10 +30,10 @@ def look_into_store(arguments: argparse.Namespace, overrides: dict[str, Any]) ->
     if arguments.action == "inspect":
         lines = inspect(arguments.folder)
         width = max(len(name) for name, _ in lines)
-        print("\n".join(f"{name:{width}}  {value}" for name, value in lines))
+        print(printable("\n".join(f"{name:{width}}  {value}" for name, value in lines)))
         return 0
     found = problems(arguments.folder)
-    print("\n".join(found) or f"{arguments.folder} is whole")
+    print(printable("\n".join(found) or f"{arguments.folder} is whole"))
     return int(bool(found))
 
 
@@ -44,11 +45,11 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_text_of_model(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print what a model's tokenizer and chat template do; return 1 if a run could not go on with it."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from opd.launch.checks.text import first_prompt, report_of
+    from opd.tracking.console import LastingConsole
 
     report, chat, env = report_of(arguments.target, arguments.env, overrides)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -58,10 +59,10 @@ def check_text_of_model(arguments: argparse.Namespace, overrides: dict[str, Any]
         table.add_row(name, escape(redact(text)))
     for problem in report.problems:
         table.add_row("[red]problem[/]", escape(redact(problem)))
-    Console().print(table)
+    LastingConsole().print(table)
     if arguments.env and chat is not None and env is not None:
         text, size = first_prompt(chat, env)
-        print(f"\nthe first prompt of {arguments.env}, {size:,} tokens:\n{text}")
+        print(f"\nthe first prompt of {arguments.env}, {size:,} tokens:\n{printable(text)}")
     return int(bool(report.problems))
 
 
@@ -87,7 +88,8 @@ def list_or_check_envs(arguments: argparse.Namespace, overrides: dict[str, Any])
     from opd.envs.checker_process import check_within
 
     report = check_within(arguments.id, _mapping(arguments.kwargs, flag="--kwargs"), time_limit=arguments.time_limit)
-    print("\n".join([*report.episode, *(f"{finding.severity}: {finding.message}" for finding in report.findings)]))
+    lines = [*report.episode, *(f"{finding.severity}: {finding.message}" for finding in report.findings)]
+    print(printable("\n".join(lines)))
     print(f"{arguments.id} {'breaks' if report.broken else 'keeps'} the contract of an environment")
     return int(report.broken)
 
@@ -148,14 +150,13 @@ def add_skills_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work_on_skills(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """List, show, edit or export the skills of a run."""
-    from rich.console import Console
-
     from opd.launch.cli import skills
+    from opd.tracking.console import LastingConsole
 
     if arguments.action == "list":
-        skills.show_all(arguments.target, Console())
+        skills.show_all(arguments.target, LastingConsole())
     elif arguments.action == "show":
-        print(skills.show_one(arguments.target, arguments.id), end="")
+        print(printable(skills.show_one(arguments.target, arguments.id)), end="")
     elif arguments.action == "edit":
         given = {part: text for part in skills.PARTS if (text := getattr(arguments, part)) is not None}
         if given and arguments.retire:

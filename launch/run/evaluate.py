@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from opd.errors import CheckpointError
@@ -15,7 +14,7 @@ from opd.launch.run.build import build
 from opd.launch.run.ranks import ranks_of
 from opd.launch.run.score import Score
 from opd.launch.settings.config import Config
-from opd.tracking.console import RunConsole
+from opd.tracking.console import LastingConsole, RunConsole
 
 
 def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
@@ -57,5 +56,5 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
         table.add_row("not scored", f"{unscored}, not measured: every reward function returned None")
     ends = Counter(t.end for t in episodes).most_common()
     table.add_row("ended by", ", ".join(f"{end} {count}" for end, count in ends))
-    Console().print(table)
+    LastingConsole().print(table)
     return score

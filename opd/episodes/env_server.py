@@ -23,6 +23,7 @@ from opd.episodes import answers
 from opd.episodes.answers import Answer
 from opd.episodes.faults import explain
 from opd.grading import Trainer, listening
+from opd.plain_text import LastingStream
 from opd.sandbox.forks import ForkServer, read_frame, write_frame
 from opd.secrets import know_environment, redact_console
 from opd.types import Task
@@ -32,6 +33,9 @@ def play(connection: socket.socket) -> None:
     """Answer the calls of one environment until the other side is gone."""
     env: Any = None
     process = os.getpid()
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            setattr(sys, name, LastingStream(stream))
     factory = read_frame(connection) or b""
     while (frame := read_frame(connection)) is not None:
         request = json.loads(frame)

@@ -6,7 +6,8 @@ Answers come out as they are (`opd.episodes.answers`), and failures as the excep
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from opd.episodes.hosts import Host, Local
 from opd.episodes.processes import Processes, Remote
 from opd.episodes.workers import TimeLimits, Workers
 from opd.grading import Trainer
+from opd.plain_text import printable
 from opd.standing import ADVICE, Standing
 
 logger = logging.getLogger(__name__)
@@ -54,18 +56,18 @@ class Environments:
         """While a round is played in threads: this process as it was before."""
         self._told: set[str] = set()
 
-    def begin(self) -> None:
-        """A round begins: in threads, what environments change of this process is put back from now on."""
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """Hold for as long as a round is played: in threads, what environments change of this process is put back."""
         self._open = 0
-        if self.processes is None:
-            self._standing = Standing()
-
-    def end(self) -> None:
-        """The round is over."""
-        if self._standing is not None:
+        self._standing = Standing() if self.processes is None else None
+        try:
+            yield
+        finally:
             self._put_back()
-            self._standing.close()
-            self._standing = None
+            if self._standing is not None:
+                self._standing.close()
+                self._standing = None
 
     def _put_back(self) -> None:
         """Put back what environments have changed of this process, and say once what that was."""
@@ -172,16 +174,15 @@ class Environments:
 
     def close(self) -> None:
         """Close the idle environments, each within the time limit of a step, and let the workers go."""
-        self.begin()
-        closers = Workers(min(self._config.workers, max(1, len(self._idle))))
-        for number, host in enumerate(self._idle):
-            closers.start(number, host.close, limits=self._limits("step_timeout"), give_up=host.kill)
-        self._idle.clear()
-        for _, answer in closers.finished(wait="all"):
-            if isinstance(answer, BaseException):
-                logger.warning("an environment could not be closed: %s", explain(answer)[1])
-        self.end()
-        closers.close()
+        with self.round():
+            closers = Workers(min(self._config.workers, max(1, len(self._idle))))
+            for number, host in enumerate(self._idle):
+                closers.start(number, host.close, limits=self._limits("step_timeout"), give_up=host.kill)
+            self._idle.clear()
+            for _, answer in closers.finished(wait="all"):
+                if isinstance(answer, BaseException):
+                    logger.warning("an environment could not be closed: %s", printable(explain(answer)[1]))
+            closers.close()
         self._workers.close()
         if self.processes is not None:
             self.processes.close()

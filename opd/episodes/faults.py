@@ -33,13 +33,13 @@ class Failure(EnvError):
 
     def __init__(self, fault: Fault, reason: str) -> None:
         super().__init__(reason)
-        self.fault = fault
+        self.fault, self.reason = fault, reason  # as it was said: files keep it so
 
 
 def explain(error: BaseException) -> tuple[Fault, str]:
     """Return an exception's kind and a short reason without secrets. Never raises, whatever class it is of."""
     try:
-        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}{_place(error)}"
+        reason = error.reason if isinstance(error, Failure) else f"{type(error).__name__}: {error}{_place(error)}"
     except Exception:  # somebody else's __str__
         reason = type(error).__name__
     return _fault(error), redact(reason.encode(errors="replace").decode())[:MOST_CHARACTERS]

@@ -25,6 +25,7 @@ from opd.episodes.watchdog import Watchdog
 from opd.errors import Interrupted
 from opd.grading import Trainer
 from opd.models.chat import ChatFormat
+from opd.plain_text import printable
 from opd.types import Task, Trajectory, TrajectoryGroup
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class RolloutScheduler:
             self.config.stall_warning,
             lambda: _describe_waiting(list(active.values()), self.environments.running(), len(waiting)),
         )
-        with self._abandoned_on_error(active), dog:
+        with self.environments.round(), self._abandoned_on_error(active), dog:
             while waiting or active:
                 self._admit(waiting, active)
                 for episode in self._answered(active, shared, idle=sampled == 0):
@@ -133,7 +134,6 @@ class RolloutScheduler:
     @contextmanager
     def _abandoned_on_error(self, active: dict[int, Episode]) -> Iterator[None]:
         """Leave nothing behind (Ctrl-C, say) that the next round would take for its own."""
-        self.environments.begin()
         try:
             yield
         except BaseException:
@@ -141,8 +141,6 @@ class RolloutScheduler:
             for number in active:
                 self.engine.release(number)
             raise
-        finally:
-            self.environments.end()
 
     def _admit(self, waiting: deque[Episode], active: dict[int, Episode]) -> None:
         """Start episodes while there is room. Deterministic ones come in waves, and a wave never mixes attempts:
@@ -209,7 +207,7 @@ def _report_failures(ended: list[list[Trajectory]]) -> None:
         return
     lost = sum(attempts[-1].failed is not None for attempts in ended)
     listed = "; ".join(f"{count} x {reason:.200}" for reason, count in reasons.most_common(3))
-    logger.warning("%d of %d episodes failed (%d attempts): %s", lost, len(ended), reasons.total(), listed)
+    logger.warning("%d of %d episodes failed (%d attempts): %s", lost, len(ended), reasons.total(), printable(listed))
 
 
 def _describe_waiting(active: list[Episode], running: dict[int, str], not_begun: int) -> str:

@@ -11,18 +11,20 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import IO, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from opd.plain_text import LastingStream, drawable
 from opd.secrets import redact
 from opd.tracking.progress import Progress, Ticker
 
@@ -111,7 +113,25 @@ class _State:
 
 
 class LastingConsole(Console):
-    """A console that may go away, as that of `opd train FILE | head` does: the run goes on without it."""
+    """A console that may go away, as that of `opd train FILE | head` does: the run goes on without it.
+
+    Texts that it is given to print, wherever they come from, do not steer the terminal.
+    """
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream that is written to, which lets our own drawing through."""
+        file = Console.file.fget(self)  # type: ignore[attr-defined]
+        return file.as_it_is() if isinstance(file, LastingStream) else file  # type: ignore[return-value]
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with what would steer a terminal taken out of every text."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else drawable(text), style, control)
 
     def on_broken_pipe(self) -> None:
         """Show nothing more, and say so once where somebody may still read it."""

@@ -8,7 +8,6 @@ tokens stand in marks.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +19,7 @@ from rich.style import Style
 from rich.text import Text
 
 from opd.errors import DataError
+from opd.plain_text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def _statistics(tokens: Sequence[ShadedToken]) -> str:
 def _make_visible(token: ShadedToken) -> str:
     """Remove what would steer a terminal (a model may sample escape codes), and make shaded line breaks visible."""
     text = token.text.replace("\t", "    ")
-    text = "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+    text = drawable(text)
     return text if shade_of(token) is None else text.replace("\n", "↵\n")
 
 

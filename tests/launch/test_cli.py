@@ -309,7 +309,7 @@ def test_a_reader_that_leaves_early_is_no_error(here):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("method (required)")
-    assert done.returncode in (0, 141)  # 0 where all was written before the reader left
+    assert done.returncode == 0
 
 
 def test_a_plan_for_many_ranks_is_refused_where_the_backend_is_one_process(capsys):

@@ -226,7 +226,7 @@ def test_an_environment_that_leaves_the_folder_does_not_take_the_run_along(setti
     assert resumed.out == out
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">&-"])
+@pytest.mark.parametrize("redirection", ["2>&1 | head -1", "0<&- >&- 2>&-"])
 def test_a_console_that_goes_away_does_not_end_a_run(settings, tmp_path, redirection):
     path = tmp_path / "run.yaml"
     data = settings("run", train={"steps": 3}) | {"tracking": {"wandb": "disabled", "console": True, "plot": False}}
