@@ -27,7 +27,7 @@ PACKAGES = {
 }
 GROUND = (
     *("errors", "config", "addressing", "losses", "types", "tool_calls", "json_text", "background", "grading"),
-    *("formats", "ranks", "sandbox"),
+    *("disk", "formats", "ranks", "sandbox"),
 )
 """Plain data, text and processes: what every room may use; environments and rewards use `PLAIN` of it."""
 PLAIN = {
