@@ -48,12 +48,15 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
-ELSEWHERE = ("launch", "opd", "zero")
+ELSEWHERE = ("launch", "opd", "zero", "accidents")
 PARTS = {
     "warm-starts": Part("the tiny models, warmed up", marked("tests/launch/test_tiny.py", spread=BY_TEST)),
     "zero": Part("DeepSpeed on two ranks", marked("tests/zero")),
     "engines": Part("vLLM", marked("tests/opd", "tests/launch", "--ignore=tests/launch/test_tiny.py")),
     "stages": Part("all other long tests", marked("tests", *(f"--ignore=tests/{name}" for name in ELSEWHERE))),
+    "kills": Part("runs killed at any file operation, disks full", marked("tests/accidents/test_kills.py")),
+    "soak": Part("runs of 1,000 steps: memory, files, threads", marked("tests/accidents/test_soak.py", spread=BY_TEST)),
+    "accidents": Part("the accidents of docs/accidents.md", marked("tests/accidents/test_accidents.py")),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
     ),
