@@ -49,7 +49,7 @@ def marked(*where: str, spread: tuple[str, ...] = BY_FILE) -> tuple[str, ...]:
 
 TWENTYFOLD = ("--hypothesis-profile=long",)
 MUTANTS_OF_TABLES = "test_mutants_of_tables.py"
-ELSEWHERE = ("fuzz", "launch", "opd", "zero", MUTANTS_OF_TABLES)
+ELSEWHERE = ("accidents", "fuzz", "launch", "opd", "zero", MUTANTS_OF_TABLES)
 TINY = ("tiny", "demo")
 PARTS = {
     "warm-starts": Part(
@@ -68,6 +68,9 @@ PARTS = {
     "mutants": Part(
         "2,000 settings, 500 runs and 2,000 texts with something wrong", marked("tests/fuzz", spread=BY_TEST)
     ),
+    "kills": Part("runs killed at any file operation, disks full", marked("tests/accidents/test_kills.py")),
+    "soak": Part("runs of 1,000 steps: memory, files, threads", marked("tests/accidents/test_soak.py", spread=BY_TEST)),
+    "accidents": Part("the accidents of docs/accidents.md", marked("tests/accidents/test_accidents.py")),
     "fuzz": Part(
         "properties, 20 times the cases", (*BY_TEST, "-m", "hypothesis", "--hypothesis-profile=long", "tests")
     ),

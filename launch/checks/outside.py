@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from opd.addressing import SCRIPT, Origin, installed, is_address, origin
 from opd.config import Strict
+from opd.disk import write_whole
 from opd.errors import CheckpointError, ConfigError
 from opd.launch.settings.config import Config
 from opd.losses import Divergence
 
 logger = logging.getLogger(__name__)
 NAME = "outside.json"
-"""The file in a run's folder that says where its method, environment, divergence and weightings came from."""
+"""The file in a run's folder that says where its method, environment, divergence, weightings and data came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Taken:
 
 
 def taken_by(config: Config) -> list[Taken]:
-    """Return what the settings name that is not of this repository, with where it stands now.
+    """Return what the settings name that is not of this repository, code and files, with where it stands now.
 
     Raises ConfigError where a module is not there any more.
     """
@@ -40,7 +44,30 @@ def taken_by(config: Config) -> list[Taken]:
         Taken(setting, origin(address))
         for setting, address in _addresses(config)
         if address.partition(":")[0].partition(".")[0] != own and (scripted or not address.startswith(f"{SCRIPT}:"))
-    ]
+    ] + [Taken(setting, _file_origin(path)) for setting, path in _files(config.dump(), "")]
+
+
+def _files(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+    """Yield the files that settings name, such as data and tables, with their keys; but models, which have marks of
+    their own, and gigabytes."""
+    if key == "model.name" or key.endswith(".model"):
+        return
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _files(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _files(inner, f"{key}.{number}")
+    elif isinstance(value, str) and (os.sep in value or Path(value).suffix):  # a plain word is no file's name
+        with suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
+            if (path := Path(value).expanduser()).is_file():
+                yield key, path.absolute()
+
+
+def _file_origin(path: Path) -> Origin:
+    """Tell what stands in a file now."""
+    with path.open("rb") as file:
+        return Origin(path.name, str(path), file_digest(file, "sha256").hexdigest())
 
 
 def _addresses(config: Config) -> Iterator[tuple[str, str]]:
@@ -81,7 +108,7 @@ def write_taken(config: Config, folder: Path) -> None:
         if row and row["sha256"] != one.origin.sha256:
             before = [*before, row["sha256"]]
         found[one.setting] = {**asdict(one.origin), "before": before}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def read_taken(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from opd import __version__
+from opd.disk import is_left_aside, write_whole
 from opd.errors import ConfigError, OpdError
 from opd.launch.run import lock
 from opd.launch.settings.config import Config
@@ -71,12 +72,7 @@ def write_config(config: Config, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = f"{RUN_MARK}, resolved by opd {__version__}\n{config.at(folder).to_yaml()}"
-    path, aside = folder / "config.yaml", folder / ".config.yaml.partial"
-    aside.unlink(missing_ok=True)
-    mode = 0o600 if config.plain_secrets else 0o666  # less the umask
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    aside.replace(path)
+    write_whole(folder / "config.yaml", text, mode=0o600 if config.plain_secrets else 0o666)
     return folder
 
 
@@ -129,7 +125,10 @@ def remove_run(folder: Path) -> None:
         raise ConfigError(f"out = {str(folder)!r} holds no run, so nothing there is deleted")
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"out = {str(folder)!r} holds the current folder, so it is not deleted")
-    for path in _contents(folder):
+    # The mark goes last: a process that is killed meanwhile leaves what can still be told for a run's.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.yaml"):
+        if path.name == lock.NAME:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -137,8 +136,8 @@ def remove_run(folder: Path) -> None:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """Return what a folder holds beside the lock of whoever is about to use it."""
-    return [path for path in folder.iterdir() if path.name != lock.NAME]
+    """Return what a folder holds beside the lock of whoever is about to use it, and what a killed process left."""
+    return [path for path in folder.iterdir() if path.name != lock.NAME and not is_left_aside(path)]
 
 
 def _numbered_folder(name: str, *, resume: bool) -> Path:

@@ -71,12 +71,23 @@ def newest_checkpoint(out: Path, ranks: Ranks, *, anew: bool) -> checkpoint.Chec
     Where such a run has rows of steps, it does so only if it may begin `anew`. Raises CheckpointError where it may not,
     or where no checkpoint is whole.
     """
-    ranks.from_first(partial(checkpoint.sweep, out / "checkpoints"))
+    ranks.from_first(partial(_sweep, out))
     if ranks.from_first(lambda: bool(checkpoint.step_folders(out / "checkpoints"))):
         return checkpoint.latest(out / "checkpoints", ranks, check=run_record)
     if not anew:
         ranks.from_first(partial(_check_no_rows, out))
     return None
+
+
+def _sweep(out: Path) -> None:
+    """Delete what a run that was killed while it wrote has left in its folder."""
+    checkpoint.sweep(out / "checkpoints")
+    for pattern in (".*.partial", "data/.*.partial", "data/*/.*.partial"):
+        for left in out.glob(pattern):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _check_no_rows(out: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from opd.disk import write_whole
+
 TIME_LIMIT = "train.max_hours"
 NOT_FINISHED = 75
 """The exit code that asks a queue to start the run again: the time was up (EX_TEMPFAIL of sysexits.h)."""
@@ -89,4 +91,4 @@ def write_stop(out: Path, reason: str, *, step: int, steps: int, saved: int | No
         "checkpoint": None if saved is None else f"checkpoints/step-{saved}",
         "resume": f"opd train {out} --resume" + ("" if saved else " auto"),
     }
-    (out / STOPPED).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / STOPPED, json.dumps(told, indent=1) + "\n")

@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from opd.disk import write_whole
 from opd.errors import CheckpointError
 from opd.launch.settings.config import Config
 
@@ -112,9 +113,7 @@ def made_by(config: Config, stage: RunStage) -> dict[str, float]:
 def write_record(config: Config, stage: RunStage, made: dict[str, float]) -> None:
     """Write down that a stage without steps is over, so that the file is whole or absent."""
     assert stage.record is not None
-    aside = stage.record.with_name(f".{stage.record.name}.partial")
-    aside.write_text(json.dumps({"config": config.shown(), "made": made}), encoding="utf-8")
-    aside.rename(stage.record)
+    write_whole(stage.record, json.dumps({"config": config.shown(), "made": made}))
 
 
 def check_same_settings(saved: Path, changed: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from opd import checkpoint
+from opd.disk import told_of_the_disk
 from opd.errors import EngineError, HealthError
 from opd.launch.checks.loading import config_from
 from opd.launch.checks.outside import warn_of_changes, write_taken
@@ -60,7 +61,7 @@ def train(
         ranks.from_first(lambda: first_look(read))
         # Absolute from here on: an environment that leaves the current folder does not take the run's along.
         out = ranks.from_first(lambda: choose_out(read, resume=resume, overwrite=overwrite).absolute())
-        with _locked(out, ranks) as lock:
+        with told_of_the_disk(out), _locked(out, ranks) as lock:
             ranks.from_first(lambda: _make_room(read.at(out), out, resume=resume, overwrite=overwrite))
             again = ranks.from_first(lambda: resumes(out, resume))
             saved = newest_checkpoint(out, ranks, anew=resume == "auto") if again else None

@@ -12,13 +12,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from opd.errors import ModelError
+from opd.models.kept import KeptByText
 from opd.types import Message
 
 # Markup, as tokens look that are not marked as special (`<tool_call>`, `[ARGS]`); others of these are words and phrases
@@ -61,7 +62,7 @@ class Guard:
         self._heads = {head for head, _ in parts if not head.isalnum()}
         self._tails = {tail for _, tail in parts if not tail.isalnum()}
         self._longest = max(map(len, self._guarded), default=0)
-        self._covered = lru_cache(maxsize=4096)(self._cover_text)  # each turn renders its whole conversation anew
+        self._covered = KeptByText(self._cover_text)
 
     def guard(self, text: str) -> str:
         """Return a text that others wrote, stand-ins in place of the markup in it.

@@ -79,13 +79,17 @@ def write_export(model: Any, tokenizer: PreTrainedTokenizerBase, base: Base, fol
     shutil.rmtree(aside, ignore_errors=True)
     saved = copy.copy(model)  # its weights are the model's own
     saved.generation_config = GenerationConfig()  # valid, while transformers refuses to write what many bases hold
-    with no_bars():
-        saved.save_pretrained(aside)
-    (aside / GENERATION).unlink(missing_ok=True)
-    if base.carried is not None:
-        complete(aside, base.carried)
-    _write_beside(model, tokenizer, base, aside)
-    check_written(model, tokenizer, base, aside)
+    try:
+        with no_bars():
+            saved.save_pretrained(aside)
+        (aside / GENERATION).unlink(missing_ok=True)
+        if base.carried is not None:
+            complete(aside, base.carried)
+        _write_beside(model, tokenizer, base, aside)
+        check_written(model, tokenizer, base, aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # it may have filled the disk
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from functools import lru_cache
 from typing import Any
 
 from opd.errors import ModelError
@@ -13,6 +12,7 @@ from opd.formats import Format, Reply, ToolCall, read_reply, write_call
 from opd.formats.form import ENDS
 from opd.models.encoding import Encoder
 from opd.models.habits import Habits
+from opd.models.kept import KeptByText
 from opd.types import Message
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -25,7 +25,7 @@ class Said:
         self.habits = habits
         self.format = form
         self.encoder = encoder
-        self._read = lru_cache(maxsize=4096)(self._read_anew)  # each turn renders its whole conversation anew
+        self._read = KeptByText(self._read_anew)
 
     def taken_apart(self, message: Message, names: Collection[str] = ()) -> Message:
         """An assistant's message with its thought and its calls as keys of their own, where the template renders these.

@@ -9,7 +9,6 @@ the hash of its content: it is whole or absent, and a byte that changed later is
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from opd.disk import write_whole
 from opd.errors import DataError
 from opd.secrets import redacted
 
@@ -112,7 +112,7 @@ class Store:
 
     def _write_header(self) -> None:
         header = asdict(self.scorer) | {"about": redacted(self.about), "shards": self.shards}
-        _write_whole(self.folder / "store.json", json.dumps(header, indent=1).encode())
+        write_whole(self.folder / "store.json", json.dumps(header, indent=1).encode())
 
     def check(self, scorer: Scorer) -> None:
         """Raise DataError, naming everything that differs, where `scorer` did not make the store."""
@@ -172,7 +172,7 @@ class Store:
         number = next(n for n in range(len(taken) + 1) if n not in taken)  # also in the place of one that was deleted
         path = self.folder / f"shard-{number:06d}-{sha256(content).hexdigest()[:16]}.safetensors"
         try:
-            _write_whole(path, content)
+            write_whole(path, content)
             self.shards = max(self.shards, number + 1)
             self._write_header()
         except OSError as error:
@@ -311,22 +311,3 @@ def _shards(folder: Path) -> list[Path]:
 
 def _number(shard: Path) -> int:
     return int(shard.name.split("-")[1])
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or absent, also after a loss of power."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

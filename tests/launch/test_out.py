@@ -152,3 +152,24 @@ def test_a_run_that_was_moved_is_found_where_it_is():
 def test_preparing_twice_without_a_name_makes_two_runs():
     assert [str(prepared(config())) for _ in range(2)] == ["runs/opsd-lookup-tiny", "runs/opsd-lookup-tiny-2"]
     assert str(choose_out(config(), resume=True)) == "runs/opsd-lookup-tiny-2"
+
+
+def test_what_a_killed_run_left_of_its_settings_is_no_file_of_another(here):
+    """It was killed while it wrote its settings for the first time."""
+    folder = here / "new"
+    folder.mkdir()
+    (folder / ".config.yaml.partial").write_text("# Settings of an op")
+    assert chosen("new") == Path("new")
+    run_in(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_that_is_half_deleted_can_still_be_told_for_one(here, monkeypatch):
+    folder = run_in(here / "mine")
+    for name in ("a.jsonl", "z.jsonl"):
+        (folder / name).touch()
+    gone, real = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: gone.append(path.name) or real(path, **options))
+    remove_run(folder)
+    assert gone[-1] == "config.yaml"
+    assert len(gone) == 3

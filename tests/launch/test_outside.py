@@ -16,6 +16,7 @@ from opd.addressing import is_address, load, origin
 from opd.config import Strict
 from opd.errors import ConfigError, DataError
 from opd.launch.checks.loading import config_from
+from opd.launch.checks.outside import read_taken, warn_of_changes, write_taken
 from opd.launch.settings.config import Config
 from opd.maths import formulas
 from opd.objective.weightings import find_weighting, weighting
@@ -186,6 +187,7 @@ def test_a_method_that_a_script_defines_trains_and_its_file_is_written_down(tiny
 ALL_IN_ONE = """
 from opd.config import Strict
 from opd.launch.checks.loading import config_from
+from opd.launch.checks.outside import read_taken, warn_of_changes, write_taken
 from opd.launch.checks.outside import taken_by
 from opd.losses import Distill, Divergence, Losses
 from opd.maths.formulas import formula, times_log_ratio
@@ -450,3 +452,28 @@ def test_the_digest_follows_files_that_lie_beside_a_module(tmp_path, monkeypatch
 def test_an_address_is_a_module_and_a_name(text, holds):
     assert is_address(text) is holds
     assert addressing.find_module("no.such.module") is None
+
+
+def test_a_file_of_data_that_changed_is_told_of_at_a_resume(tmp_path, caplog):
+    data, table, out = tmp_path / "talks.jsonl", tmp_path / "table.csv", tmp_path / "run"
+    out.mkdir()
+    for file in (data, table):
+        file.write_text("one\n")
+    settings = {
+        "method": "sft",
+        "model": "tiny:lookup",
+        "env": {"id": "opd/Lookup-v0", "kwargs": {"names": [{"path": str(table)}], "word": "sft"}},
+        "sft": {"source": "file", "file": str(data)},
+    }
+    config = config_from(settings, check_machine=False)
+    write_taken(config, out)
+    assert {name: row["file"] for name, row in read_taken(out).items()} == {
+        "env.kwargs.names.0.path": str(table),
+        "sft.file": str(data),
+    }
+    warn_of_changes(config, out)
+    assert caplog.text == ""
+    data.write_text("another\n")
+    warn_of_changes(config, out)
+    assert f"sft.file: talks.jsonl ({data}) has changed since this run used it" in caplog.text
+    assert "table.csv" not in caplog.text

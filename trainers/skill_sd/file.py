@@ -7,11 +7,11 @@ is ahead of the checkpoint that a run goes on from changes nothing by itself.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from opd.disk import write_whole
 from opd.errors import DataError
 from opd.rows import numbered_lines, parse_row
 from opd.trainers.skill_sd.bank import SkillBank
@@ -37,10 +37,7 @@ def read(path: Path) -> list[Skill]:
 def write(path: Path, skills: Iterable[Skill]) -> None:
     """Write all skills anew. Whoever reads the file meanwhile finds it whole, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    text = "".join(f"{json.dumps(to_row(skill), ensure_ascii=False)}\n" for skill in skills)
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
+    write_whole(path, "".join(f"{json.dumps(to_row(skill), ensure_ascii=False)}\n" for skill in skills))
 
 
 def read_edits(path: Path, bank: SkillBank) -> list[Skill]:
