@@ -36,9 +36,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the plan and train by it; return 0, or what says why the run ended early (`opd.launch.run.signals`)."""
     from opd.launch.checks.text import check_model_text, refuse_problems
-    from opd.launch.plan.plan import as_table, plan
+    from opd.launch.plan.plan import plan
     from opd.launch.plan.storage import check_room_before_loading
-    from opd.launch.run.out import choose_out, recommend_variables
+    from opd.launch.run.out import choose_out
     from opd.tracking.console import LastingConsole
 
     put_option(overrides, "train.steps", arguments.steps)
@@ -60,13 +60,7 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if not (arguments.resume or arguments.overwrite):
         ranks.from_first(lambda: check_room_before_loading(config, out))
     if arguments.dry_run:
-        if ranks.first:
-            recommend_variables(config)
-        from opd.launch.run.first_look import first_look, rows_of
-
-        seen = ranks.from_first(lambda: first_look(config))
-        if ranks.first:
-            LastingConsole().print(as_table(rows_of(seen)))
+        _show_tasks(config, ranks)
         return 0
     from opd.launch.run.training import train
 
@@ -74,6 +68,20 @@ def train_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     if result.interrupted and ranks.first:
         print(f"stopped after step {result.steps}; go on with: opd train {out} --resume", file=sys.stderr)
     return result.exit_code
+
+
+def _show_tasks(config: Config, ranks: Ranks) -> None:
+    """Begin a task of each kind, as the run would before it loads a model, and print what is seen of it."""
+    from opd.launch.plan.plan import as_table
+    from opd.launch.run.first_look import first_look, rows_of
+    from opd.launch.run.out import recommend_variables
+    from opd.tracking.console import LastingConsole
+
+    if ranks.first:
+        recommend_variables(config)
+    seen = ranks.from_first(lambda: first_look(config))
+    if ranks.first:
+        LastingConsole().print(as_table(rows_of(seen)))
 
 
 def _read_and_join(file: str, overrides: dict[str, Any]) -> tuple[Config, Ranks]:

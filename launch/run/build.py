@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from opd.engines.base import RolloutEngine, Sampling
 from opd.engines.weights import ModelWeights
 from opd.envs.adapters import workers_for
 from opd.envs.factory import make_for, module_of
-from opd.episodes.config import RolloutConfig
+from opd.episodes.config import EnvConfig, RolloutConfig
 from opd.episodes.episode import PromptRewrite
 from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import derive_seed, task
@@ -207,7 +208,7 @@ def _make_schedulers(
         chat,
         config=config.rollout,
         max_turns=config.env.max_turns,
-        workers=workers_for(config.env.id, config.env.kwargs) if config.env.workers == "auto" else config.env.workers,
+        workers=workers_of(config.env),
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
     make = partial(make_for, config.env.id, tool_format=chat.format.name, starts_thinking=chat.starts_thinking)
@@ -216,6 +217,11 @@ def _make_schedulers(
     held_out = scheduler(make_env=partial(make, {**config.env.kwargs, **config.eval.env_kwargs}))
     opened.callback(held_out.close)
     return rollouts, held_out
+
+
+def workers_of(env: EnvConfig) -> Literal["threads", "processes"]:
+    """Say where environments live: as set, or as fits the environment."""
+    return workers_for(env.id, env.kwargs) if env.workers == "auto" else env.workers
 
 
 def sampler_of(rollout: RolloutConfig) -> Sampler:

@@ -15,6 +15,7 @@ from opd.launch.run.ranks import ranks_of
 from opd.launch.run.score import Score
 from opd.launch.settings.config import Config
 from opd.tracking.console import LastingConsole, RunConsole
+from opd.types import TrajectoryGroup
 
 
 def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
@@ -41,8 +42,14 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
     finally:
         console.close()
         built.close()
+    LastingConsole().print(_table(str(run or config.model.name), score, groups))
+    return score
+
+
+def _table(title: str, score: Score, groups: list[TrajectoryGroup]) -> Table:
+    """Make the table of an evaluation."""
     episodes = [t for group in groups for t in group.trajectories]
-    table = Table(title=str(run or config.model.name), title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False)
     low, high = score.interval
     interval = f"  (95%: {low:.1%} to {high:.1%})" if score.played else ": the environment broke in every episode"
     table.add_row("success", f"{score.rate:.1%}{interval}" if score.played else f"not measured{interval}")
@@ -56,5 +63,4 @@ def evaluate_run(config: Config, *, run: Path | None = None) -> Score:
         table.add_row("not scored", f"{unscored}, not measured: every reward function returned None")
     ends = Counter(t.end for t in episodes).most_common()
     table.add_row("ended by", ", ".join(f"{end} {count}" for end, count in ends))
-    LastingConsole().print(table)
-    return score
+    return table

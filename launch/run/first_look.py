@@ -20,6 +20,7 @@ from opd.episodes.scheduler import RolloutScheduler
 from opd.episodes.tasks import task
 from opd.errors import ConfigError, DataError, EnvError, OpdError
 from opd.launch.checks.text import tool_format
+from opd.launch.run.build import workers_of
 from opd.launch.settings.config import Config
 from opd.models.chat import ChatFormat
 from opd.models.loading import generation_ends, load_tokenizer
@@ -113,7 +114,7 @@ def _play(config: Config, chat: ChatFormat, goal: Task, kwargs: dict[str, Any]) 
         make,
         config.rollout.model_copy(update=alone),
         max_turns=1,
-        workers=config.env.workers,
+        workers=workers_of(config.env),
         preload=["opd.envs.factory", module_of(config.env.id)],
     )
     with closing(scheduler):

@@ -18,6 +18,7 @@ from opd.launch.run.stages import RunStage, check_same_settings, write_record
 from opd.launch.settings.config import Config
 from opd.ranks.ranks import Ranks
 from opd.tracking import NoTracker, Tracker
+from opd.trainers.loop.play import Player
 from opd.trainers.loop.progress import Progress
 from opd.trainers.loop.symptoms import remarks
 
@@ -88,11 +89,7 @@ class StageRunner:
         """Train the stage from where it stands to its end, or until a signal."""
         loop, player = run.loop, run.loop.player
         tracker = self.tracker = self.tracker or _open_tracker(self)
-        player.on_finish = tracker.episode_finished
-        player.progress = Progress(tracker, self.ranks.world_size)
-        player.stopped = lambda: bool(self.stops)
-        player.stopping = lambda: self.ranks.any(bool(self.stops))
-        player.version = self.done
+        _tell_player(self, player, tracker)
         if self.before is None and self.config.eval.tasks and loop.stage.model is None:
             self.before = self._evaluate(run, tracker)
         try:
@@ -107,11 +104,10 @@ class StageRunner:
             self.interrupted = True
             if self.done > stage.first and self.saved != self.done:
                 self.save(run)
-        steps = stage.end - stage.first
         if self.done == stage.end:
+            steps = stage.end - stage.first
             player.health.ended(steps=steps, updates=steps * player.train.updates_per_step)
-        if stage.record is None:
-            self.made = {}  # of a stage that had its steps before a restart
+        self.made = {} if stage.record is None else self.made  # that of a stage that had its steps before a restart
         if stage.last and loop.stage.trains and not (self.interrupted or _is_evaluated(self)):
             self.after = self._evaluate(run, tracker)  # a signal came before it could be
             self.save(run)  # that says so
@@ -176,9 +172,8 @@ class StageRunner:
     def save(self, run: Run) -> None:
         """Save a checkpoint, if the folder is still this run's."""
         self.ranks.agree(lambda: self.lock.check() if self.lock is not None else None)
-        if self.tracker is not None:
-            self.tracker.sync()
         tracker = self.tracker or NoTracker()
+        tracker.sync()
         with tracker.phase("save"):
             save(run, self.out, self.done, self.before, self.after)
         self.saved_at, self.saved = time.monotonic(), self.done
@@ -203,6 +198,15 @@ class StageRunner:
         """Close what is open, also after an error."""
         if self.tracker is not None:
             self.tracker.finish()
+
+
+def _tell_player(runner: StageRunner, player: Player, tracker: Tracker | NoTracker) -> None:
+    """Tell who plays a stage where the run stands, who wants to know, and when to stop."""
+    player.on_finish = tracker.episode_finished
+    player.progress = Progress(tracker, runner.ranks.world_size)
+    player.stopped = lambda: bool(runner.stops)
+    player.stopping = lambda: runner.ranks.any(bool(runner.stops))
+    player.version = runner.done
 
 
 def _is_evaluated(runner: StageRunner) -> bool:

@@ -14,7 +14,7 @@ def schedule_of(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> 
 
     What transformers calls constant knows no warm-up, so a constant rate with one has another name there.
     """
-    name = config.lr_schedule
+    name: str = config.lr_schedule
     if name == "constant" and config.warmup_steps:
         name = "constant_with_warmup"
     made: LambdaLR = get_scheduler(

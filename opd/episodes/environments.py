@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 EnvFactory = Callable[[], Any]
 
 _Limit = Literal["reset_timeout", "step_timeout"]
+_Finished = tuple[Sequence[Any], Sequence[Sequence[int]]]
+"""Of a group: what the last answers of its episodes handed out, and the tokens of their completions."""
 
 
 class Environments:
@@ -74,11 +76,7 @@ class Environments:
         changed = self._standing.restore() if self._standing is not None else []
         if news := [name for name in changed if name not in self._told]:
             self._told.update(news)
-            logger.warning(
-                "an environment changed %s of this process, which all of the run shares; it is put back. %s",
-                ", ".join(news),
-                ADVICE,
-            )
+            _say_that_it_is_put_back(news)
 
     def reset(self, episode: Episode) -> None:
         """Have an environment begin the episode; one that is played again gets a new environment."""
@@ -91,52 +89,31 @@ class Environments:
         self._call(episode, partial(self._lent[episode.number].step, text), "step_timeout")
 
     def score_groups(
-        self,
-        groups: Sequence[tuple[Sequence[Any], Sequence[Sequence[int]]]],
-        *,
-        fresh: bool = False,
-        stopped: Callable[[], bool] = lambda: False,
+        self, groups: Sequence[_Finished], *, fresh: bool = False, stopped: Callable[[], bool] = lambda: False
     ) -> list[list[Answer] | BaseException]:
         """Score groups, each in an environment that no episode is played in; return what came of each.
 
-        A group is what the last answers of its episodes handed out, and the tokens of their completions. Raises
-        Interrupted once `stopped` holds.
+        Raises Interrupted once `stopped` holds.
         """
         size = min(self._config.workers, self._config.concurrency)
         return [
             outcome
             for first in range(0, len(groups), size)
-            for outcome in self._score(groups[first : first + size], fresh=fresh, stopped=stopped)
+            for outcome in self._score(groups[first : first + size], fresh, stopped)
         ]
 
     def _score(
-        self,
-        groups: Sequence[tuple[Sequence[Any], Sequence[Sequence[int]]]],
-        *,
-        fresh: bool,
-        stopped: Callable[[], bool],
+        self, groups: Sequence[_Finished], fresh: bool, stopped: Callable[[], bool]
     ) -> list[list[Answer] | BaseException]:
         """Score as many groups as there are workers."""
         hosts = [self._host(fresh=fresh) for _ in groups]
-        limits = TimeLimits(
-            call=self._config.grading_timeout, grading=self._config.grading_timeout, name="rollout.grading_timeout"
-        )
-        for number, (host, (members, ids)) in enumerate(zip(hosts, groups, strict=True)):
-            call = partial(host.score_group, members, ids)
-            self._workers.start(number, call, limits=limits, give_up=host.kill)
-        try:
-            outcomes = dict(self._workers.finished(wait="all", stopped=stopped))
-        except BaseException:
-            self._workers.forget()
-            for host in hosts:
-                host.kill()
-            raise
-        for number, host in enumerate(hosts):
-            if isinstance(outcomes[number], BaseException):
+        outcomes = _score_each(self._workers, hosts, groups, self._config.grading_timeout, stopped)
+        for host, outcome in zip(hosts, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
                 host.kill()
             else:
                 self._idle.append(host)
-        return [outcomes[number] for number in range(len(hosts))]
+        return outcomes
 
     def answers(
         self, *, wait: str, stopped: Callable[[], bool] = lambda: False
@@ -204,3 +181,32 @@ class Environments:
     def _limits(self, name: _Limit) -> TimeLimits:
         config = self._config
         return TimeLimits(call=getattr(config, name), grading=config.grading_timeout, name=f"rollout.{name}")
+
+
+def _say_that_it_is_put_back(names: Sequence[str]) -> None:
+    logger.warning(
+        "an environment changed %s of this process, which all of the run shares; it is put back. %s",
+        ", ".join(names),
+        ADVICE,
+    )
+
+
+def _score_each(
+    workers: Workers,
+    hosts: Sequence[Host],
+    groups: Sequence[_Finished],
+    seconds: float,
+    stopped: Callable[[], bool],
+) -> list[list[Answer] | BaseException]:
+    """Have each host score a group; leave and end all of them where anything goes wrong here."""
+    limits = TimeLimits(call=seconds, grading=seconds, name="rollout.grading_timeout")
+    for number, (host, (members, ids)) in enumerate(zip(hosts, groups, strict=True)):
+        workers.start(number, partial(host.score_group, members, ids), limits=limits, give_up=host.kill)
+    try:
+        outcomes = dict(workers.finished(wait="all", stopped=stopped))
+    except BaseException:
+        workers.forget()
+        for host in hosts:
+            host.kill()
+        raise
+    return [outcomes[number] for number in range(len(hosts))]
