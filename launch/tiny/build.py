@@ -129,7 +129,8 @@ def _fingerprint(recipe: Recipe, seed: int, steps: int | None, write: Write | No
     ]
     first = (write or EpisodeWriter)(recipe, seed).first_task()
     packages = [torch.__version__, transformers.__version__, tokenizers.__version__, np.__version__]
-    parts = (definitions.digest(sorted(code)), values, first, seed, steps, packages)
+    roles = [_definition(world) for world in worlds]  # the code of one world may be among that of the other
+    parts = (definitions.digest(sorted(code)), roles, values, first, seed, steps, packages)
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 
