@@ -6,6 +6,7 @@ it: plain JSON, and whatever its parts write, each rank its own. Ranks share the
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from opd.errors import CheckpointError, OpdError
 from opd.ranks.ranks import Ranks, SharedError
+from opd.standing import ADVICE
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,6 +108,11 @@ def _or_checkpoint_error(work: Callable[[], T], folder: Path) -> T:
     except OpdError:
         raise
     except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise CheckpointError(
+                f"could not write {folder}: {error.strerror}: something in this process opens files and does not close "
+                f"them. Earlier checkpoints are untouched; go on with --resume. {ADVICE}"
+            ) from error
         free = shutil.disk_usage(_existing(folder)).free
         raise CheckpointError(
             f"could not write {folder}: {str(error).splitlines()[0] if str(error) else repr(error)} ({_size(free)} are "
