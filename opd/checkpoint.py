@@ -6,6 +6,7 @@ it: plain JSON, and whatever its parts write, each rank its own. Ranks share the
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from opd.disk import free_bytes, size_in_words
 from opd.errors import CheckpointError, OpdError
 from opd.ranks.ranks import Ranks, SharedError
+from opd.standing import ADVICE
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -99,6 +101,11 @@ def _or_checkpoint_error(work: Callable[[], T], folder: Path) -> T:
     except OpdError:
         raise
     except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise CheckpointError(
+                f"could not write {folder}: {error.strerror}: something in this process opens files and does not close "
+                f"them. Earlier checkpoints are untouched; go on with --resume. {ADVICE}"
+            ) from error
         why, free = (str(error) or repr(error)).splitlines()[0], size_in_words(free_bytes(folder))
         raise CheckpointError(
             f"could not write {folder}: {why} ({free} are free there). Earlier checkpoints are untouched; "

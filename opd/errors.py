@@ -31,6 +31,12 @@ class ModelError(OpdError, RuntimeError):
     """A model or tokenizer cannot be loaded, or does not do what the run needs of it."""
 
 
+class NumbersError(ModelError):
+    """A model's weights, or what it computes from them, are no finite numbers: nothing can be sampled or learned."""
+
+    exit_code = 1
+
+
 class EnvError(OpdError, RuntimeError):
     """An environment broke its contract. Inside a rollout this becomes data (a failed trajectory)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd import checkpoint
-from opd.errors import EngineError, HealthError
+from opd.errors import EngineError, HealthError, NumbersError
 from opd.launch.run.build import Run
 from opd.launch.run.runner import StageRunner
 from opd.launch.run.saving import finite_checkpoints
@@ -26,12 +26,25 @@ def given_up(runner: StageRunner, run: Run, stage: RunStage, error: HealthError)
     """Save the last whole step if its updates were finite, and return the error with the way on in it."""
     if runner.done > stage.first and run.loop.finite and not run.loop.halfway:
         return HealthError(f"{error} {_save_last_step(runner, run)}")
+    return HealthError(f"{error}{_last_finite(runner)}")
+
+
+def no_numbers(runner: StageRunner, error: NumbersError) -> NumbersError:
+    """Return the error with the way on in it; the weights as they are are not saved.
+
+    Only one rank may have met it: they go on from their last checkpoint.
+    """
+    return NumbersError(f"{error}.{_last_finite(runner)}")
+
+
+def _last_finite(runner: StageRunner) -> str:
+    """Return the sentence that names the last checkpoint whose updates were finite; nothing where there is none."""
     finite = finite_checkpoints(runner.out / "checkpoints")
     if not finite:
-        return error
-    return HealthError(
-        f"{error} {finite[-1]} is the last checkpoint whose updates were finite: --resume goes on from there once "
-        "those after it are deleted."
+        return ""
+    return (
+        f" {finite[-1]} is the last checkpoint whose updates were finite: --resume goes on from there once those after "
+        "it are deleted."
     )
 
 

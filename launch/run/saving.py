@@ -25,6 +25,7 @@ from opd.config import Strict
 from opd.errors import CheckpointError, OpdError
 from opd.launch.run.build import Run
 from opd.launch.run.score import Score
+from opd.models.whole import not_finite
 from opd.ranks.ranks import Ranks
 from opd.tracking import last_row, put_rows_aside
 
@@ -125,6 +126,7 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
     checkpoints that no setting keeps. Raises CheckpointError where the disk does not take it."""
     loop, models, ranks = run.loop, run.loop.models, run.loop.player.ranks
     root = out / "checkpoints"
+    broken = ranks.any(bool(not_finite(models.student)))  # by the last update, whose own numbers were finite
     checkpoint.save(
         root / f"step-{step}",
         parts=[
@@ -143,7 +145,7 @@ def save(run: Run, out: Path, step: int, before: Score | None, after: Score | No
                 before=None if before is None else list(before.outcomes),
                 after=None if after is None else list(after.outcomes),
                 success=after.rate if after is not None and after.played else None,
-                finite=loop.finite,
+                finite=loop.finite and not broken,
                 streaks=dict(loop.player.health.streaks),
             ).model_dump(),
             "method": run.method.state_dict(),

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 from opd import checkpoint
 from opd.disk import told_of_the_disk
-from opd.errors import EngineError, HealthError
+from opd.errors import EngineError, HealthError, NumbersError
 from opd.launch.checks.loading import config_from
 from opd.launch.checks.outside import warn_of_changes, write_taken
 from opd.launch.checks.text import check_model_text, refuse_problems
 from opd.launch.plan.storage import check_room_at_first, check_room_before_loading, count_sizes
 from opd.launch.run.build import Run, build
-from opd.launch.run.endings import engine_lost, given_up
+from opd.launch.run.endings import engine_lost, given_up, no_numbers
 from opd.launch.run.first_look import first_look
 from opd.launch.run.lock import RunLock
 from opd.launch.run.out import (
@@ -152,11 +152,14 @@ def _write_settings(config: Config, out: Path) -> None:
 
 
 def _run_stage(runner: StageRunner, run: Run, stage: RunStage) -> None:
-    """Run one stage and export its model. Raises EngineError and HealthError with the way on in their messages."""
+    """Run one stage and export its model. Raises EngineError, HealthError and NumbersError with the way on in
+    their messages."""
     try:
         runner.run_stage(run, stage)
     except EngineError as error:
         raise engine_lost(runner, run, stage, error) from error
+    except NumbersError as error:
+        raise no_numbers(runner, error) from error
     except HealthError as error:
         runner.ranks.agree(partial(_raise, given_up(runner, run, stage, error)))
     runner.note_stop()  # before the export, which may take longer than whoever stopped us waits

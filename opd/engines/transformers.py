@@ -8,6 +8,7 @@ behind the row's end, and is overwritten before anything can see it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from transformers.cache_utils import Cache
 
 from opd.engines.base import Completion, Request, Sampling, Weights, check_request
 from opd.engines.slots import SlotLayer, View, masks
-from opd.errors import ModelError
+from opd.errors import ModelError, NumbersError
 from opd.models.causal import CausalModel
 from opd.models.layers import NOT_EMBEDDED, USE_VLLM, Reach, reach_of
+from opd.models.whole import why_not_finite
 from opd.types import StopReason
 
 
@@ -117,13 +119,18 @@ class TransformersEngine:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Run one forward pass: a prefill if anything waits for one, else one token for every running row."""
+        """Run one forward pass: a prefill if anything waits for one, else one token for every running row.
+
+        Raises NumbersError, with the weight that is to blame, where the model gives no finite log-probs.
+        """
         running = [row for row in self._rows.values() if row.request is not None]
         rows = self._prefill_batch([row for row in running if len(row.pending) > 1]) or running
         if not rows:
             return []
         logits = self._forward(rows)
         ids, logprobs = sample(logits, [row.uniforms[len(row.token_ids)] for row in rows], self._sampling)
+        if not all(map(math.isfinite, logprobs)):
+            raise NumbersError(why_not_finite("the model that samples", self.model, self.policy_version))
         finished = []
         for row, token, logprob in zip(rows, ids, logprobs, strict=True):
             row.token_ids.append(token)
@@ -196,7 +203,7 @@ def sample(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> tup
 
     `logits` is [b, V]. Returns ids and their natural log-probs under the distribution that was drawn from
     (temperature and truncation applied); greedy ids come with their log-probs at temperature 1. A row's
-    draw depends on its own logits and number alone.
+    draw depends on its own logits and number alone. Of logits that are not finite comes a log-prob that is not.
     """
     logits = logits.float()
     if sampling.temperature == 0:
@@ -210,7 +217,8 @@ def sample(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> tup
         target = torch.tensor(uniforms, device=logits.device, dtype=mass.dtype)[:, None] * mass[:, -1:]
         # Rounding must not carry the target to the total: beyond it lies no id, or one of probability 0.
         target = torch.minimum(target, torch.nextafter(mass[:, -1:], torch.zeros_like(target)))
-        ids = torch.searchsorted(mass, target, right=True)[:, 0]
+        # Where nothing is a number no id is found; the log-prob then says so, to whoever looks at it.
+        ids = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     chosen = logprobs.gather(-1, ids[:, None])[:, 0]
     return ids.tolist(), chosen.tolist()
 

@@ -6,6 +6,7 @@ vLLM's queue is driven a step at a time, so that a new turn joins the running ba
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from opd.engines.config import Limits, VllmConfig
 from opd.engines.scoring import Scores, check_rows, fits, scores_at, scoring_settings, values
 from opd.engines.vllm_core import Core
 from opd.engines.vllm_http import ServerFault
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, NumbersError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
 
@@ -217,8 +218,14 @@ def completion(
     stop_ids: frozenset[int],
     version: int,
 ) -> Completion:
-    """Make a completion. Raises EngineError where the sampled ids cannot answer the request."""
+    """Make a completion. Raises EngineError where the sampled ids cannot answer the request, and NumbersError where
+    their log-probs are no numbers."""
     problem = None
+    if any(map(math.isnan, logprobs)):
+        raise NumbersError(
+            f"vLLM gives log-probs that are nan with the weights after step {version}: they hold nan or infinity, or "
+            "its type overflows. A lower train.lr, or model.dtype: float32, may help, or another checkpoint"
+        )
     stopped = bool(token_ids) and token_ids[-1] in stop_ids
     if finish_reason not in ("stop", "length"):
         problem = f"it ended by {finish_reason!r}"

@@ -160,19 +160,42 @@ def _reproducible() -> Iterator[None]:
         yield
 
 
-def check_finite(name: str, model: Any) -> None:
-    """Raise ModelError where a weight is nan or infinite: training from it would give no numbers."""
-    bad = [
+def not_finite(model: Any) -> list[str]:
+    """Name the weights that hold nan or infinity, in the order of the model."""
+    return [
         weight
         for weight, values in model.named_parameters()
         if values.numel() and not torch.stack(values.detach().aminmax()).isfinite().all()
     ]
-    if bad:
+
+
+def check_finite(name: str, model: Any) -> None:
+    """Raise ModelError where a weight is nan or infinite: training from it would give no numbers."""
+    if bad := not_finite(model):
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
             f"model.name = {name!r}: {name_few(bad)} hold nan or infinity. The run that saved them diverged, the file "
             f"is damaged, or they are too large for model.dtype = {dtype}. Name another checkpoint, or a wider type."
         )
+
+
+def holding_none(bad: Sequence[str]) -> str:
+    """Say of these weights, at least one, that they hold nan or infinity."""
+    more = f" and {len(bad) - 1} more weights hold" if len(bad) > 1 else " holds"
+    return f"{bad[0]}{more} nan or infinity"
+
+
+def why_not_finite(who: str, model: Any, version: int) -> str:
+    """Say why `who` gives no finite numbers with the weights that have seen `version` steps, and what helps."""
+    bad = not_finite(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    cause = holding_none(bad) if bad else f"all its weights are finite, so that {dtype} overflows"
+    when = f"after step {version}" if version else "as it was loaded"
+    mends = [*(["a lower train.lr"] if version else []), *(["model.dtype: float32"] if dtype != "float32" else [])]
+    return (
+        f"{who} gives no finite log-probs {when}: {cause}. Nothing can be sampled or learned from that. What may help: "
+        f"{', '.join([*mends, 'another checkpoint'])}"
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ loss leaves its trace in the file instead of an exception in the middle of train
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from opd.errors import DataError
 from opd.secrets import redacted
+from opd.standing import ADVICE
 from opd.types import Trajectory
 
 Row = dict[str, Any]
@@ -58,10 +60,16 @@ class JsonLines:
         try:
             work()
         except OSError as error:
-            mend = "It was deleted or moved while its run was alive" if isinstance(error, FileNotFoundError) else ""
-            raise DataError(
-                f"{self._path} cannot be written: {error}. {mend or 'Make room'}, and go on with --resume"
-            ) from error
+            raise DataError(f"{self._path} cannot be written: {error}. {_mend(error)}") from error
+
+
+def _mend(error: OSError) -> str:
+    """Say what helps where a row could not be written."""
+    if isinstance(error, FileNotFoundError) or error.errno is None:
+        return "It was moved or deleted while its run was alive: put it back, and go on with --resume"
+    if error.errno == errno.EBADF:
+        return f"Something in this process closed it: go on with --resume. {ADVICE}"
+    return "Make room, and go on with --resume"
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,6 +1,7 @@
 """Runs that go on and cannot learn end with exit code 1 and say why: real environments that break, real nans."""
 
 import json
+import math
 import re
 from contextlib import suppress
 
@@ -12,6 +13,7 @@ from opd.launch.checks.loading import config_from, load_config
 from opd.launch.cli.main import main
 from opd.launch.run.evaluate import evaluate_run
 from opd.launch.train import train
+from opd.teachers.teacher import Teacher
 from opd.tracking import read_rows
 
 pytestmark = pytest.mark.slow
@@ -161,6 +163,24 @@ def test_updates_that_are_not_finite_end_the_run_and_the_last_good_checkpoint_st
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row["train/skipped"] for row in rows] == [0, 1, 1, 1]
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-1", "step-3"]
+
+
+def test_a_model_that_gives_no_numbers_any_more_ends_the_run_by_name(settings, tmp_path, capsys, monkeypatch):
+    """Before, the sampler's index was out of bounds. The update that did it was finite itself."""
+    follow = Teacher.update
+
+    def breaks(self):
+        follow(self)
+        if self.updates == 2:
+            next(self.student.parameters()).data[0] = math.nan
+
+    monkeypatch.setattr(Teacher, "update", breaks)
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(settings("run", train={"steps": 4, "save_every": 1})))
+    assert main(["train", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"that samples gives no finite log-probs after step 2: \S+ holds nan .* train\.lr", error)
+    assert re.search(r"\S+/run/checkpoints/step-1 is the last checkpoint whose updates were finite", error)
 
 
 def test_a_run_whose_updates_are_never_finite_is_not_green_however_short_it_is_or_often_it_goes_on(

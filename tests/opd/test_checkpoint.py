@@ -131,3 +131,11 @@ def test_leftovers_of_a_killed_run_are_swept_and_do_not_stop_the_next_rotation(r
     assert names(root) == [".step-9.partial", "step-2", "step-3"]
     sweep(root)
     assert names(root) == ["step-2", "step-3"]
+
+
+def test_too_many_open_files_are_told_from_a_full_disk(tmp_path):
+    def opens(folder):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(CheckpointError, match=r"Too many open files: .*env\.workers: processes"):
+        save(tmp_path / "step-1", parts=[opens], records={})

@@ -4,6 +4,8 @@ Other architectures, and windows, are in `test_engine_architectures`. Not covere
 than one prefill.
 """
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from opd.engines.base import Request, Sampling, generate
 from opd.engines.slots import GROW
 from opd.engines.transformers import TransformersEngine
-from opd.errors import ModelError
+from opd.errors import ModelError, NumbersError
 from opd.models.causal import CausalModel
 from opd.types import StopReason
 
@@ -340,3 +342,32 @@ def test_an_unknown_attention_implementation_is_refused(make_model):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match=r"needs a model with sdpa or eager attention; this one uses flash"):
         TransformersEngine(model)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_named_and_no_id_is_drawn_from_them(make_model, temperature):
+    """Before, an index was out of bounds."""
+    broken = make_model(vocab=64, seed=1)
+    name, weight = list(broken.named_parameters())[4]
+    with torch.no_grad():
+        weight[0] = math.nan
+    engine = TransformersEngine(broken)
+    engine.update_weights(None, version=7)
+    engine.begin(Sampling(temperature=temperature), frozenset())
+    [one] = requests([3])
+    engine.submit(one)
+    with pytest.raises(
+        NumbersError, match=rf"after step 7: {re.escape(name)} holds nan .* a lower train\.lr"
+    ) as raised:
+        engine.step()
+    assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_told_from_weights_that_are_none(engine, monkeypatch, value):
+    logits = CausalModel.logits
+    monkeypatch.setattr(CausalModel, "logits", lambda self, hidden: logits(self, hidden).fill_(value))
+    engine.begin(PLAIN, frozenset())
+    engine.submit(requests([3])[0])
+    with pytest.raises(NumbersError, match=r"as it was loaded: all its weights are finite, so that float32 overflows"):
+        engine.step()

@@ -20,7 +20,7 @@ from opd.engines.transformers import truncate
 from opd.engines.vllm import VllmEngine, completion
 from opd.engines.weights import ModelWeights
 from opd.episodes.tasks import task
-from opd.errors import ConfigError, EngineError, ModelError
+from opd.errors import ConfigError, EngineError, ModelError, NumbersError
 from opd.losses import Correction, Losses, Policy, Sampler
 from opd.models.config import ModelConfig
 from opd.models.loading import load
@@ -414,7 +414,6 @@ def test_what_vllm_cannot_score_is_refused_by_name():
         (([], [], "stop"), "it has 0 tokens, where 1 to 4"),
         (([9] * 5, [-1.0] * 5, "length"), "it has 5 tokens, where 1 to 4"),
         (([9] * 4, [-1.0] * 3, "length"), "it has 4 tokens but 3 log-probs"),
-        (([9] * 4, [-1.0, -1.0, float("nan"), -1.0], "length"), "a log-prob is nan"),
         (([9] * 4, [-1.0, -1.0, float("-inf"), -1.0], "length"), "a log-prob is -inf"),
         (([9] * 4, [-1.0, -1.0, 0.5, -1.0], "length"), "a log-prob is 0.5"),
         (([9, 3, 9, 9], [-1.0] * 4, "length"), "it goes on after a stop token"),
@@ -427,6 +426,12 @@ def test_a_completion_that_is_not_whole_is_refused(given, problem):
     [asked] = requests([5], max_tokens=4)
     with pytest.raises(EngineError, match=problem):
         completion(asked, *given, STOP, 0)
+
+
+def test_log_probs_that_are_no_numbers_are_the_weights_fault_and_told_as_that():
+    [asked] = requests([5], max_tokens=4)
+    with pytest.raises(NumbersError, match=r"nan with the weights after step 3: .* A lower train\.lr"):
+        completion(asked, [9] * 4, [-1.0, -1.0, float("nan"), -1.0], "length", STOP, 3)
 
 
 def test_settings_that_vllm_refuses_are_reported_as_settings(model):

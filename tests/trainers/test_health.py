@@ -2,11 +2,13 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from opd.errors import HealthError
 from opd.trainers.loop.health import Health
+from opd.trainers.loop.loop import whose_numbers
 from opd.types import End, Task, Trajectory, TrajectoryGroup
 
 
@@ -89,3 +91,18 @@ def test_nothing_ends_a_run_that_is_told_to_go_on(group):
     for _ in range(9):
         health.played([group("F")])
         assert health.updated([math.nan], [math.nan]) is None
+
+
+def test_after_updates_that_are_not_finite_the_model_that_is_to_blame_is_named(make_model):
+    good, bad = make_model(), make_model(seed=1)
+    name, weight = list(bad.named_parameters())[3]
+    weight.data[0] = math.inf
+
+    def whose(student, other):
+        return whose_numbers(SimpleNamespace(student=student, teacher=SimpleNamespace(other=other)))
+
+    assert whose(good, bad) == f"Of the teacher, {name} holds nan or infinity."
+    assert whose(bad, None) == f"Of the student, {name} holds nan or infinity."
+    list(bad.parameters())[5].data[0] = math.nan
+    assert whose(bad, good) == f"Of the student, {name} and 1 more weights hold nan or infinity."
+    assert whose(good, good).startswith("All weights are finite")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd.errors import DataError, EngineError, HealthError, Interrupted
 from opd.losses import Losses
+from opd.models.whole import holding_none, not_finite
 from opd.objective.collate import check_fed
 from opd.objective.config import WeightingConfig
 from opd.trainers.loop import metrics
@@ -145,7 +146,7 @@ class Loop:
         )
         self.finite = updated.finite
         if not self.models.backend.scales_loss:
-            self.failed = self.player.health.updated(updated.losses, updated.norms)
+            self.failed = blamed(self.player.health.updated(updated.losses, updated.norms), self.models)
         return updated
 
     def _note_change(self) -> None:
@@ -208,6 +209,20 @@ def check_engine(loop: Loop, groups: list[TrajectoryGroup]) -> None:
     player.rest()  # first: the comparison may need its memory
     if due and check_sampler(loop.models, asked, player.rollout):
         loop.checks, loop.revived = max(0, loop.checks - 1), revived
+
+
+def blamed(error: HealthError | None, models: Models) -> HealthError | None:
+    """Return the error about updates that are not finite with the model that is to blame; None for none."""
+    return None if error is None else HealthError(f"{error} {whose_numbers(models)}")
+
+
+def whose_numbers(models: Models) -> str:
+    """Say which model's weights are not finite, or that all are."""
+    known = {"the student": not_finite(models.student)}
+    if models.teacher.other is not None:
+        known["the teacher"] = not_finite(models.teacher.other)
+    found = [f"Of {who}, {holding_none(bad)}." for who, bad in known.items() if bad]
+    return " ".join(found) or "All weights are finite: what the student or the teacher computes from them is not."
 
 
 def annotated(method: Method, groups: Sequence[TrajectoryGroup], losses: Losses) -> list[Sample]:
