@@ -24,7 +24,7 @@ def lasting_console() -> Iterator[LastingStream]:
     _open_closed_descriptors()
     before = sys.stdout, sys.stderr
     out, err = (LastingStream(_usable(stream), strict=_is_strangers) for stream in before)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     records = logging.getLogRecordFactory()
     logging.setLogRecordFactory(_PlainRecord)
     redact_log_records()

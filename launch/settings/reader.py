@@ -96,6 +96,11 @@ _SCALARS = (
 _PATTERNS = {name: re.compile(rf"^(?:{pattern})\Z") for name, pattern, _ in _SCALARS}
 
 
+def _refuse(loader: yaml.SafeLoader, node: yaml.Node) -> None:
+    """Raise ConstructorError, as for a tag that nobody knows."""
+    loader.construct_undefined(node)
+
+
 def _teach(loader: type[yaml.SafeLoader], dumper: type[yaml.SafeDumper]) -> None:
     """Give reader and writer the same scalars, so that what is written is quoted where it must be."""
     for name, pattern, first in _SCALARS:
@@ -108,7 +113,7 @@ def _teach(loader: type[yaml.SafeLoader], dumper: type[yaml.SafeDumper]) -> None
     loader.add_constructor("tag:yaml.org,2002:bool", _bool)
     loader.add_constructor("tag:yaml.org,2002:null", _null)
     for name in ("timestamp", "binary", "set", "omap", "pairs"):  # of YAML 1.1: no setting is one
-        loader.add_constructor(f"tag:yaml.org,2002:{name}", yaml.SafeLoader.construct_undefined)
+        loader.add_constructor(f"tag:yaml.org,2002:{name}", _refuse)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -157,7 +162,7 @@ def _check_size(text: str) -> None:
             if name := open_names.pop():
                 anchors[name] = size
         elif isinstance(event, yaml.AliasEvent):
-            size = anchors.get(event.anchor, 1)
+            size = anchors.get(event.anchor or "", 1)
             if event.anchor in open_names:
                 raise ValueError(f"{where}*{event.anchor} stands within what it repeats; write the settings out")
         elif isinstance(event, yaml.ScalarEvent):
