@@ -121,9 +121,10 @@ def _play(config: Config, chat: ChatFormat, goal: Task, kwargs: dict[str, Any]) 
         [group] = scheduler.run([goal], group_size=1, sampling=Sampling(temperature=1.0), seed=0)
     [played] = group.trajectories
     if played.failed is not None:
+        why = " ".join(played.failed.split())  # an exception may be of many lines
         raise EnvError(
-            f"env.id = {config.env.id}: {goal.id} cannot be played: {played.failed}. Mend that (`opd envs check "
-            f"{config.env.id}` plays more), or begin all the same with env.probe: false"
+            f"env.id = {config.env.id}: {goal.id} cannot be played: {why}. Mend that (`opd envs check {config.env.id}` "
+            "plays more), or begin all the same with env.probe: false"
         )
     if not played.turns:  # `rollout.episode_timeout` was over
         raise EnvError(f"env.id = {config.env.id}: {goal.id} ended by {played.end} before its first turn")

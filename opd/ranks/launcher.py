@@ -22,7 +22,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables by which a launcher tells a process its place."""
 JOIN_SECONDS = 600.0
 """The most seconds for which a rank waits for the others to come."""
-_LATER = 3.0
+_LATER = 20.0
 """Seconds that a launcher has to end the other ranks of a machine once the first has failed."""
 _LINE_SECONDS = 10.0
 """Seconds between two lines that say who is still to come."""

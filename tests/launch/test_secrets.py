@@ -43,7 +43,7 @@ def leaky(settings, tmp_path, monkeypatch):
         kwargs = {"api_key": PLAIN, "endpoint": "http://me:${env:OPD_TEST_SOMETHING}@host"}
         data = settings(
             "run",
-            env={"id": "leaky_env:LeakyEnv", "kwargs": kwargs, "workers": "processes", "max_turns": 1},
+            env={"id": "leaky_env:LeakyEnv", "kwargs": kwargs, "workers": "processes", "max_turns": 1, "probe": False},
             opsd={"privileged": "solution"},
             eval={"tasks": 2},
             tracking={"wandb": "offline", "console": True, "name": f"run with {PLAIN}"},

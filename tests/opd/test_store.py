@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from opd import disk
 from opd.errors import DataError
-from opd.teachers import store as store_module
 from opd.teachers.store import Scorer, Store, StoredScores, Tokens, count, open_store, verify
 
 SCORER = Scorer(teacher="t", tokenizer="k", template="c", temperature=0.8, top_k=2)
@@ -151,7 +151,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(store, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module.os, "fsync", full)
+        patch.setattr(disk.os, "fsync", full)
         with pytest.raises(DataError, match=rf"{os.strerror(code)}. The 1 sequences that were scored before are kept"):
             store.append(entries(2))
     assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == before

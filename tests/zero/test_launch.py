@@ -155,7 +155,9 @@ class Broken(LookupEnv):
 
 def test_ranks_that_learn_nothing_end_together_and_say_so_once(tmp_path, zero_settings):
     (tmp_path / "broken_env.py").write_text(BROKEN)
-    settings = zero_settings(tmp_path / "run", 2, env={"id": "broken_env:Broken"}, train={"tasks_per_step": 4})
+    settings = zero_settings(
+        tmp_path / "run", 2, env={"id": "broken_env:Broken", "probe": False}, train={"tasks_per_step": 4}
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     _, said = run_of_two_ranks(tmp_path)
     [error] = [line for line in said.splitlines() if line.startswith("error:")]
