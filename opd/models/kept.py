@@ -43,7 +43,7 @@ class KeptByText(Generic[T]):
         return result
 
 
-_ENTRY = 200
+_ENTRY = 500
 """What an entry costs besides its text, in characters."""
 
 

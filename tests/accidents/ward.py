@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -214,7 +214,8 @@ def remount(folder: Path, options: str) -> None:
 
 
 def fill(folder: Path, leave: int) -> None:
-    """Fill the disk of a folder but for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    with (folder.parent / "ballast").open("wb") as file:
-        file.write(bytes(max(0, free - leave)))
+    """Fill the disk of a folder but for about so many bytes; a run may write there meanwhile."""
+    with (folder.parent / "ballast").open("wb") as file, suppress(OSError):
+        while (free := shutil.disk_usage(folder).free - leave) > 0:
+            file.write(bytes(min(free, 1_000_000)))
+            file.flush()

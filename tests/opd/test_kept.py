@@ -8,7 +8,7 @@ from opd.models.kept import KeptByText
 
 def test_what_was_worked_out_is_kept_until_later_texts_take_its_room():
     asked = []
-    kept = KeptByText(lambda text, n=0: asked.append(text) or (text.upper(), n), most=1000)
+    kept = KeptByText(lambda text, n=0: asked.append(text) or (text.upper(), n), most=2000)
     assert kept("a" * 300) == kept("a" * 300) == ("A" * 300, 0)
     assert kept("b" * 300, 1) == ("B" * 300, 1)
     assert asked == ["a" * 300, "b" * 300]
