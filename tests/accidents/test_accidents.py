@@ -17,6 +17,7 @@ def accidents():
     return module
 
 
+@pytest.mark.long
 def test_the_page_has_a_row_for_each_accident_and_none_went_wrong(accidents):
     rows = [line for line in accidents.PAGE.read_text().splitlines() if line.startswith("| ")][2:]
     names = [row.split(" | ")[0].removeprefix("| ").replace("\\|", "|") for row in rows]

@@ -176,7 +176,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize(
     ("launcher", "to", "code"),
     [
-        ("torchrun", "rank 1", 1),  # torchrun's own; it names the ranks' 143
+        pytest.param("torchrun", "rank 1", 1, marks=pytest.mark.long),  # torchrun's own; it names the ranks' 143
         pytest.param("torchrun", "launcher", 1, marks=pytest.mark.long),
         pytest.param("torchrun", "both", 1, marks=pytest.mark.long),
         pytest.param("deepspeed", "rank 1", 143, marks=pytest.mark.long),
