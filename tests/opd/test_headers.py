@@ -172,7 +172,8 @@ def test_the_command_and_the_dry_run_tell_of_weights(make, tmp_path, capsys, edi
     said = " ".join(capsys.readouterr().out.split())
     assert ("all of LlamaForCausalLM" in said, "would be random: 1 tensor" in said) == (not code, bool(code))
     file = tmp_path / "run.yaml"
-    run = {"method": "opsd", "model": str(folder), "env": {"id": "opd/Lookup-v0", "probe": False}, "opsd": {"privileged": "plan"},
+    env = {"id": "opd/Lookup-v0", "probe": False}  # its prompt is longer than the model's positions
+    run = {"method": "opsd", "model": str(folder), "env": env, "opsd": {"privileged": "plan"},
            "rollout": {"max_tokens": 8, "max_length": 512}, "train": {"steps": 1}}  # fmt: skip
     file.write_text(json.dumps(run))
     assert main(["train", str(file), "--dry-run"]) == 2 * code
