@@ -19,6 +19,8 @@ from opd.envs.checker import Finding, check
 from opd.envs.checker_show import show
 from opd.envs.checker_words import describe, listening_to_tools
 from opd.errors import ConfigError
+from opd.secrets import know_environment, know_settings, redact_console, redacted
+from opd.variables import resolve
 
 TIME_LIMIT = 120.0
 """Seconds that a check may take where nobody says."""
@@ -44,6 +46,8 @@ def check_within(env_id: str, kwargs: Mapping[str, Any] | None = None, *, time_l
     """
     if not time_limit > 0:
         raise ConfigError(f"--time-limit = {time_limit!r} must be more than 0 (seconds)")
+    resolve(dict(kwargs or {}), "env.kwargs")  # what is not set is refused here; the process reads what is
+    know_settings(kwargs or {})
     plan = json.dumps({"path": sys.path, "id": env_id, "kwargs": dict(kwargs or {})})
     code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; import opd.envs.checker_process as c; "
     reading, writing = os.pipe()
@@ -110,11 +114,13 @@ def _ended(code: int) -> str:
 
 def main(plan: str, descriptor: int) -> None:
     """Check and show, in this process; write a line of JSON for everything that is to be known."""
+    redact_console()
+    know_environment()
     told = json.loads(plan)
     with os.fdopen(descriptor, "w", encoding="utf-8") as out:
 
         def tell(what: str, **rest: Any) -> None:
-            print(json.dumps({"what": what, **rest}), file=out, flush=True)
+            print(json.dumps({"what": what, **redacted(rest)}), file=out, flush=True)
 
         try:
             findings = check(told["id"], told["kwargs"], doing=lambda call: tell("doing", call=call))

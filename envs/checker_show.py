@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd.envs.factory import make
+from opd.secrets import redact
 from opd.tool_calls import format_call
 
 _STEPS = 4
@@ -85,6 +86,7 @@ def _made_up(schema: Mapping[str, Any]) -> Any:
 
 def _line(what: str, text: str) -> str:
     """Write a text behind its name, on as many lines as it has, without control characters."""
+    text = redact(text)  # before it is cut: half a secret is one too
     cut = text if len(text) <= _MOST else f"{text[:_MOST]}… ({len(text):,} characters)"
     plain = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in cut)
     first, *rest = plain.split("\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import EnvError
+from opd.secrets import redact
 
 _OURS = (str(Path(inspect.getfile(EnvError)).resolve().parent), str(Path(__file__).resolve().parent))
 _PYTHON = str(Path(sysconfig.get_paths()["stdlib"]).resolve())
@@ -20,7 +21,7 @@ _PYTHON = str(Path(sysconfig.get_paths()["stdlib"]).resolve())
 
 def describe(error: BaseException) -> str:
     """Describe an exception: its kind, its words, and the file and line of the user's code that it comes from."""
-    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    said = redact(f"{type(error).__name__}: {error}".rstrip(": "))
     place = _origin(error)
     return f"{said:.500}" if place is None else f"{said:.500} ({place})"
 

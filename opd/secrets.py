@@ -274,5 +274,5 @@ def _redacted_record(*arguments: Any, **named: Any) -> logging.LogRecord:
     if record.exc_info and record.exc_info[0] is not None:
         trace = logging.Formatter().formatException(record.exc_info)
         if (shown := redact(trace)) != trace:
-            record.exc_text, record.exc_info = shown, None
+            record.exc_text = shown  # what a formatter writes where it is there; others may ask for the error itself
     return record

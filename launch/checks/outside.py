@@ -19,6 +19,7 @@ from opd.disk import write_whole
 from opd.errors import CheckpointError, ConfigError
 from opd.launch.settings.config import Config
 from opd.losses import Divergence
+from opd.variables import names_in, with_values
 
 logger = logging.getLogger(__name__)
 NAME = "outside.json"
@@ -44,10 +45,10 @@ def taken_by(config: Config) -> list[Taken]:
         Taken(setting, origin(address))
         for setting, address in _addresses(config)
         if address.partition(":")[0].partition(".")[0] != own and (scripted or not address.startswith(f"{SCRIPT}:"))
-    ] + [Taken(setting, _file_origin(path)) for setting, path in _files(config.dump(), "")]
+    ] + [Taken(setting, _file_origin(written)) for setting, written in _files(config.dump(), "")]
 
 
-def _files(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+def _files(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Yield the files that settings name, such as data and tables, with their keys; but models, which have marks of
     their own, and gigabytes."""
     if key == "model.name" or key.endswith(".model"):
@@ -59,15 +60,21 @@ def _files(value: Any, key: str) -> Iterator[tuple[str, Path]]:
         for number, inner in enumerate(value):
             yield from _files(inner, f"{key}.{number}")
     elif isinstance(value, str) and (os.sep in value or Path(value).suffix):  # a plain word is no file's name
-        with suppress(OSError, ValueError, RuntimeError):  # a text that no path can be
-            if (path := Path(value).expanduser()).is_file():
-                yield key, path.absolute()
+        with suppress(OSError, ValueError, RuntimeError, KeyError):  # a text that no path can be
+            if _path(value).is_file():
+                yield key, value
 
 
-def _file_origin(path: Path) -> Origin:
-    """Tell what stands in a file now."""
-    with path.open("rb") as file:
-        return Origin(path.name, str(path), file_digest(file, "sha256").hexdigest())
+def _path(written: str) -> Path:
+    """The path that a setting names, with the values of its variables."""
+    return Path(with_values(written, is_name=True)).expanduser().absolute()
+
+
+def _file_origin(written: str) -> Origin:
+    """Tell what stands in a file now. A path with a variable is written down as it is in the settings."""
+    with _path(written).open("rb") as file:
+        named = written if names_in(written) else str(_path(written))
+        return Origin(Path(written).name, named, file_digest(file, "sha256").hexdigest())
 
 
 def _addresses(config: Config) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ Not covered: what wandb's service is sent, and a run of several machines.
 
 import os
 import stat
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from opd import secrets
 from opd.errors import ConfigError
 from opd.launch.checks.loading import config_from
+from opd.launch.checks.outside import taken_by
 from opd.launch.cli.main import main
 from opd.launch.run.out import write_config
 from opd.launch.settings.reader import read_settings
@@ -63,7 +65,9 @@ def holding(folder, *canaries):
     return {p.relative_to(folder).as_posix() for p in files if any(c.encode() in p.read_bytes() for c in canaries)}
 
 
-def test_the_keys_of_an_environment_reach_it_and_stand_in_no_file_but_the_runs_settings(leaky, capfd, monkeypatch):
+def test_the_keys_of_an_environment_reach_it_and_stand_in_no_file_but_the_runs_settings(
+    leaky, capfd, caplog, monkeypatch
+):
     file, out = leaky(BEHIND)
     monkeypatch.setattr("sys.argv", ["opd", "train", str(file), f"--env.kwargs.api_key={PLAIN}"])
     assert main(["train", str(file), f"--env.kwargs.api_key={PLAIN}", "--train.steps", "1"]) == 0
@@ -87,6 +91,11 @@ def test_the_keys_of_an_environment_reach_it_and_stand_in_no_file_but_the_runs_s
     said = "".join(capfd.readouterr())
     assert "these are not the keys" not in said
     assert LATER not in said
+    assert main(["eval", str(out), "--tasks", "2", "--env.workers", "threads"]) == 0
+    said = "".join(capfd.readouterr())
+    assert "made with *** http://me:***@host ***" in said  # printed in this one
+    assert "the key is *** http://me:***@host ***" in caplog.messages
+    assert not any(canary in said for canary in (PLAIN, LATER, OWN))
     assert holding(out, LATER) == set()
 
 
@@ -233,3 +242,28 @@ def test_settings_are_printed_without_secrets(tmp_path, capsys):
     said = capsys.readouterr().out
     assert PLAIN not in said
     assert yaml.safe_load(said)["env"]["kwargs"] == {"password": "***", "note": "***"}
+
+
+def test_the_check_of_an_environment_shows_no_key(capfd, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("OPD_TEST_SOMETHING", BEHIND)
+    monkeypatch.setenv("OPD_TEST_EXPECTED", f"{PLAIN} http://me:{BEHIND}@host")
+    kwargs = f"{{api_key: {PLAIN}, endpoint: 'http://me:${{env:OPD_TEST_SOMETHING}}@host'}}"
+    assert main(["envs", "check", "leaky_env:LeakyEnv", "--kwargs", kwargs]) == 1  # it breaks
+    said = "".join(capfd.readouterr())
+    assert "raised ConnectionError: GET https://host/v1?***" in said
+    assert "*** http://me:***@host ***" in said  # in the episode that is shown
+    assert not any(canary in said for canary in (PLAIN[:9], BEHIND, OWN, "hx%257"))
+    monkeypatch.delenv("OPD_TEST_SOMETHING")
+    assert main(["envs", "check", "leaky_env:LeakyEnv", "--kwargs", kwargs]) == 2
+    assert "env.kwargs.endpoint: the environment variable OPD_TEST_SOMETHING is not set" in capfd.readouterr().err
+
+
+def test_a_file_behind_a_variable_is_watched_and_written_down_by_its_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_FOLDER", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("a row\n")
+    made = config(env={"id": "opd/Lookup-v0", "kwargs": {"path": "${env:OPD_FOLDER}/rows.jsonl"}})
+    [taken] = [one for one in taken_by(made) if one.setting == "env.kwargs.path"]
+    assert taken.origin.file == "${env:OPD_FOLDER}/rows.jsonl"
+    assert taken.origin.address == "rows.jsonl"
+    assert taken.origin.sha256 == sha256(b"a row\n").hexdigest()
